@@ -1,0 +1,55 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+LOG := $(VENV)/install.log
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test lint soak clean
+
+help:
+	@echo "make install     create $(VENV) and install taid-ray with its development tools"
+	@echo "make quickstart  distil the bundled model on a local Ray (installs first if needed)"
+	@echo "make test        all tests but the soak tests"
+	@echo "make lint        ruff and mypy"
+	@echo "make soak        the long tests"
+	@echo "make clean       remove $(VENV) and caches (runs/ stays)"
+
+# `$(WATCH) command` runs the command into the log and says every 3 s how far it is, so that the terminal never falls
+# silent; if the command fails, the end of the log follows.
+WATCH := bash -c '"$$@" >>$(LOG) 2>&1 & job=$$!; trap "kill $$job 2>/dev/null; exit 130" INT TERM; \
+	while sleep 3; kill -0 $$job 2>/dev/null; do \
+	printf "  [%3d s] %s\n" $$SECONDS "$$(grep -av WARNING $(LOG) | tail -n 1 | tr -cd " -~" | cut -c 1-100)"; done; \
+	wait $$job || { tail -n 30 $(LOG); echo "failed: $$* (whole log: $(LOG))"; exit 1; }' watch
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or later is needed, \
+	$(PYTHON) is {v.major}.{v.minor}. Try: make install PYTHON=python3.11")'
+	@mkdir -p $(VENV) && : >$(LOG)
+	@test -x $(BIN)/pip || { echo "Creating $(VENV) ..."; $(WATCH) $(PYTHON) -m venv $(VENV); }
+	@echo "Installing torch ..."
+	@$(WATCH) $(BIN)/python -m pip install -c constraints.txt torch
+	@echo "Installing taid-ray and everything else it needs ..."
+	@$(WATCH) $(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+	@echo "Installed."
+
+quickstart: install
+	@$(BIN)/taid-ray quickstart
+
+test: install
+	$(BIN)/python -m pytest -m "not soak" --durations=10
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+soak: install
+	$(BIN)/python -m pytest -m soak --timeout=3600
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find taid_ray tests -name __pycache__ -type d -prune -exec rm -rf {} +

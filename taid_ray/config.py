@@ -1,0 +1,410 @@
+"""The configuration: one typed, frozen tree. The text under each field is its help.
+
+`load_config` reads YAML plus dotted `key=value` overrides. Everything that can be known to be wrong without opening a
+model or a cluster is refused here, with the dotted key, the value found and the remedy.
+"""
+
+import copy
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from taid_ray.errors import ConfigError
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):  # pydantic would take `yes` and `on`, which YAML reads as true, for 1
+        raise ValueError("expected a number")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_number)]
+Float = Annotated[float, BeforeValidator(_number)]
+PositiveInt = Annotated[Int, Field(ge=1)]
+Count = Annotated[Int, Field(ge=0)]
+Positive = Annotated[Float, Field(gt=0)]
+NonNegative = Annotated[Float, Field(ge=0)]
+Unit = Annotated[Float, Field(ge=0, le=1)]
+BelowOne = Annotated[Float, Field(ge=0, lt=1)]
+LossName = Literal["taid", "forward_kl", "reverse_kl", "js", "tvd", "skew_forward_kl", "skew_reverse_kl"]
+WEIGHTED_LOSSES = ("js", "skew_forward_kl", "skew_reverse_kl")
+
+# taid-ray sets these DeepSpeed keys itself; a second value for any of them would change the trajectory silently.
+OWNED_DEEPSPEED_KEYS = {
+    "train_batch_size": "train.batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.micro_batch_size",
+    "managed_gradient_accumulation": "nothing: the training loop owns the step",
+    "optimizer": "train.learning_rate and its neighbours",
+    "scheduler": "train.lr_schedule",
+    "gradient_clipping": "train.max_grad_norm",
+    "bf16": "student.dtype",
+    "fp16": "student.dtype (float16 loss scaling skips steps and is not offered)",
+}
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class TeacherConfig(Section):
+    model: str
+    """Hub name or local directory of the teacher."""
+    revision: str | None = None
+    """Hub revision of the teacher."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the teacher's weights and of what it sends; `auto` takes the checkpoint's own."""
+    quantization: dict[str, Any] = {}
+    """Passed to transformers as `quantization_config` (for example `{quant_method: bitsandbytes, load_in_4bit: true}`)."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """Attention implementation of the teacher."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the teacher's checkpoint."""
+    mode: Literal["pool", "local"] = "pool"
+    """`pool`: Ray actors of its own. `local`: inside every student worker (small teachers, debugging)."""
+    replicas: PositiveInt = 1
+    """Whole copies of the teacher in the pool."""
+    shards: PositiveInt = 1
+    """Processes (GPUs) that share one replica by tensor parallelism."""
+    cpus_per_shard: Positive = 1.0
+    """CPUs reserved for each shard."""
+    payload: Literal["hidden", "logits"] = "hidden"
+    """`hidden`: final hidden states, logits are rebuilt at the student (exact). `logits`: whole vocabulary on the wire."""
+    max_tokens: PositiveInt = 16384
+    """Tokens (rows x length) a replica computes in one forward pass; longer requests are split in order."""
+    window: PositiveInt = 4
+    """Requests each student worker keeps in flight ahead of the step that consumes them."""
+    timeout_s: Positive = 600.0
+    """Seconds to wait for the pool to start, or for one answer, before the run stops with an error."""
+    idle_timeout_s: Positive = 600.0
+    """Seconds without any client after which the pool removes itself from the cluster."""
+
+
+class LoraConfig(Section):
+    rank: PositiveInt = 16
+    """Rank of the adapters."""
+    alpha: Positive = 32.0
+    """Adapters are scaled by alpha / rank."""
+    dropout: BelowOne = 0.0
+    """Dropout before the adapters. Above 0 the trajectory depends on the number of workers."""
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """Module names that get an adapter; `all-linear` leaves the head out."""
+
+
+class StudentConfig(Section):
+    model: str | None = None
+    """Hub name or local directory. May be left out with `init: cut` or `init: scratch` (the teacher's is used)."""
+    revision: str | None = None
+    """Hub revision of the student."""
+    init: Literal["pretrained", "scratch", "cut"] = "pretrained"
+    """`pretrained`: load `model`. `scratch`: its architecture, new weights. `cut`: keep `layers` of the teacher."""
+    layers: list[Count] | None = None
+    """With `init: cut`, the teacher's layers to keep, in this order (for example [0, 4])."""
+    architecture: dict[str, Any] = {}
+    """With `init: scratch`, values that replace those of the model's config (for example `{num_hidden_layers: 4}`)."""
+    resize_to_teacher: bool = False
+    """Add mean-initialised rows for token ids only the teacher has, and save the teacher's tokenizer."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Compute precision. With bfloat16 DeepSpeed keeps float32 master weights."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """Attention implementation of the student."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the student's checkpoint."""
+    workers: PositiveInt = 1
+    """Ray Train workers (one GPU each on a GPU cluster)."""
+    cpus_per_worker: Positive = 1.0
+    """CPUs reserved for each worker."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO stage: what is sharded over the workers (1 optimizer, 2 + gradients, 3 + weights)."""
+    deepspeed: dict[str, Any] = {}
+    """Further DeepSpeed configuration, passed through (for example `{zero_optimization: {offload_optimizer: ...}}`)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters instead of all weights; `RUN/model` holds the merged weights."""
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _owned_keys(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key, instead in OWNED_DEEPSPEED_KEYS.items():
+            if key in value:
+                raise ValueError(f"the DeepSpeed key {key!r} is set by taid-ray; remove it and set {instead}")
+        if "stage" in value.get("zero_optimization", {}):
+            raise ValueError("the DeepSpeed key 'zero_optimization.stage' is set by taid-ray; set student.zero_stage")
+        return value
+
+    @model_validator(mode="after")
+    def _init_fits(self) -> "StudentConfig":
+        if self.init == "pretrained" and not self.model:
+            raise ValueError("student.model is missing; name a model, or set student.init to cut or scratch")
+        if self.init == "cut" and not self.layers:
+            raise ValueError("student.layers is missing; init: cut needs the list of teacher layers to keep")
+        if self.init == "cut" and self.model:
+            raise ValueError(
+                f"student.model is {self.model!r}, but init: cut takes its weights from the teacher; remove it"
+            )
+        if self.init != "cut" and self.layers is not None:
+            raise ValueError(f"student.layers only goes with init: cut (found init: {self.init})")
+        if self.init != "scratch" and self.architecture:
+            raise ValueError(f"student.architecture only goes with init: scratch (found init: {self.init})")
+        if self.dtype == "bfloat16" and self.zero_stage == 0:
+            raise ValueError(
+                "student.zero_stage: 0 with student.dtype: bfloat16 has no float32 master weights in DeepSpeed; "
+                "set student.zero_stage: 1 (the same on one worker) or student.dtype: float32"
+            )
+        return self
+
+
+class DataConfig(Section):
+    train: str
+    """Hub name of a dataset, or a local json / jsonl / parquet / csv / txt file or directory of such files."""
+    valid: str | None = None
+    """Validation data, given like `train`. Without it the first `valid_documents` documents of `train` are held out."""
+    subset: str | None = None
+    """Configuration name of a hub dataset."""
+    split: str = "train"
+    """Split of `train` to read (hub datasets)."""
+    valid_split: str = "validation"
+    """Split of `valid` to read (hub datasets)."""
+    valid_documents: PositiveInt = 200
+    """How many documents validation uses at most."""
+    format: Literal["text", "chat", "prompt_response"] = "text"
+    """`text`: plain documents. `chat`: lists of messages. `prompt_response`: one column each."""
+    text_column: str = "text"
+    """Column of the documents (`format: text`)."""
+    messages_column: str = "messages"
+    """Column of the message lists, each message with `role` and `content` (`format: chat`)."""
+    prompt_columns: list[str] = ["prompt"]
+    """Columns joined by a blank line into the prompt, empty ones left out (`format: prompt_response`)."""
+    response_column: str = "response"
+    """Column of the response (`format: prompt_response`)."""
+    chat_template: str | None = None
+    """Jinja template, or a file holding one, instead of the tokenizer's own (`format: chat | prompt_response`)."""
+    loss_on: Literal["response", "all"] = "response"
+    """Which tokens of chat data carry loss; `all` is what the published TAID code trains on."""
+    sequence_length: Annotated[Int, Field(ge=2)] = 2048
+    """Tokens per row."""
+    pack: bool = True
+    """Put several documents into one row, without attention between them."""
+    overlong: Literal["error", "drop", "truncate"] = "error"
+    """What to do with a chat row longer than `sequence_length`. Plain documents are cut into pieces instead."""
+    streaming: bool = False
+    """Read the dataset as a stream instead of preparing it on disk first (large corpora)."""
+    block_documents: PositiveInt = 1024
+    """Documents are read, shuffled and packed in blocks of this many."""
+
+
+class LossConfig(Section):
+    name: LossName = "taid"
+    """The divergence between teacher and student."""
+    weight: Unit | None = None
+    """Mixing weight of `js` (the teacher's), `skew_forward_kl` and `skew_reverse_kl`; their default is 0.1."""
+    sft_weight: Unit = 0.0
+    """Share of plain cross-entropy on the labels: loss = (1 - sft_weight) * divergence + sft_weight * cross-entropy."""
+    chunk_tokens: PositiveInt = 1024
+    """Loss positions whose logits exist at the same time."""
+
+    @model_validator(mode="after")
+    def _weight_fits(self) -> "LossConfig":
+        if self.weight is not None and self.name not in WEIGHTED_LOSSES:
+            raise ValueError(f"loss.weight only goes with {', '.join(WEIGHTED_LOSSES)} (found loss.name: {self.name})")
+        return self
+
+
+class ScheduleConfig(Section):
+    mode: Literal["adaptive", "linear", "constant"] = "adaptive"
+    """`adaptive`: the paper's rule. `linear`: t_start to t_end over the run. `constant`: t stays t_start."""
+    t_start: Unit = 0.4
+    """Interpolation at the first step (the paper: 0.4 for Phi-3, 0.2 for its other pairs)."""
+    t_end: Unit = 1.0
+    """Interpolation at the end; 1 is the teacher itself."""
+    alpha: Unit = 5e-4
+    """Step size of the adaptive rule. What matters is alpha times the number of steps."""
+    beta: Unit = 0.99
+    """Momentum of the adaptive rule."""
+    signal: Literal["cross_entropy", "kl"] = "cross_entropy"
+    """What the adaptive rule watches: `cross_entropy` as the published code, `kl` as the paper."""
+
+    @model_validator(mode="after")
+    def _range(self) -> "ScheduleConfig":
+        if self.t_start > self.t_end:
+            raise ValueError(f"schedule.t_start = {self.t_start} is above schedule.t_end = {self.t_end}; lower t_start")
+        if self.signal == "kl" and self.mode == "adaptive" and self.t_start == 0:
+            raise ValueError(
+                "schedule.signal: kl needs schedule.t_start > 0, because at t = 0 the first KL is exactly 0"
+            )
+        return self
+
+
+class TrainConfig(Section):
+    steps: PositiveInt | None = None
+    """Optimizer steps. Give either this or `epochs`."""
+    epochs: Positive | None = None
+    """Passes over the training data. Give either this or `steps`."""
+    batch_size: PositiveInt = 64
+    """Rows per optimizer step over all workers."""
+    micro_batch_size: PositiveInt = 8
+    """Rows a worker puts through the model at once; accumulation follows from it."""
+    learning_rate: Positive = 1e-4
+    """Peak learning rate of AdamW."""
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after the warm-up; cosine and linear end at 0."""
+    warmup_steps: Count = 0
+    """Steps of linear warm-up."""
+    weight_decay: NonNegative = 0.01
+    """Weight decay of AdamW, on matrices only (not on biases, norms)."""
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
+    """Moment decay rates of AdamW."""
+    epsilon: Positive = 1e-8
+    """Epsilon of AdamW."""
+    max_grad_norm: NonNegative = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
+    seed: Int = 0
+    """Seed of data order and new weights."""
+    eval_every: Count = 0
+    """Validate every so many steps; 0 validates before and after only."""
+
+    @model_validator(mode="after")
+    def _length(self) -> "TrainConfig":
+        if (self.steps is None) == (self.epochs is None):
+            found = "both" if self.steps is not None else "neither"
+            raise ValueError(f"give exactly one of train.steps and train.epochs (found {found})")
+        return self
+
+
+class DistillConfig(Section):
+    """Everything that defines one distillation run."""
+
+    name: str = "distill"
+    """Name of the run, used in logs and for the teacher pool."""
+    out: str | None = None
+    """Run directory, on a file system that every node sees. Default: runs/NAME."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where models run; `auto` takes GPUs if the cluster has any."""
+    teacher: TeacherConfig
+    student: StudentConfig
+    data: DataConfig
+    loss: LossConfig = LossConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, value: str) -> str:
+        if not value or any(not (c.isascii() and (c.isalnum() or c in "-_.")) for c in value):
+            raise ValueError("use letters, digits, '-', '_' and '.' only")
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "DistillConfig":
+        if self.teacher.mode == "local" and (self.teacher.replicas, self.teacher.shards) != (1, 1):
+            raise ValueError(
+                f"teacher.mode: local has one replica and one shard (found replicas: {self.teacher.replicas}, "
+                f"shards: {self.teacher.shards}); set teacher.mode: pool"
+            )
+        if self.data.streaming and self.train.epochs is not None:
+            raise ValueError("train.epochs needs the length of the data, which a stream has not; set train.steps")
+        if self.train.warmup_steps and self.train.steps and self.train.warmup_steps > self.train.steps:
+            raise ValueError(f"train.warmup_steps = {self.train.warmup_steps} exceeds train.steps = {self.train.steps}")
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """Absolute path of the run directory."""
+        return Path(self.out or f"runs/{self.name}").absolute()
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DistillConfig:
+    """Reads a YAML file, applies dotted `key=value` overrides (values are YAML) and validates the result.
+
+    Raises ConfigError, naming the file or the dotted key.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file. Name an existing YAML configuration.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as text: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections (teacher, student, data, ...), found {_shown(tree)}")
+    return build_config(tree, overrides)
+
+
+def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> DistillConfig:
+    """Validates a nested mapping under dotted overrides. Raises ConfigError with one line per problem."""
+    merged = copy.deepcopy(dict(tree))
+    for override in overrides:
+        _apply_override(merged, override)
+    try:
+        return DistillConfig.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override!r} is not of the form key=value, for example schedule.t_start=0.3")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key}: the value {text!r} is not valid YAML: {error}") from None
+    *sections, last = key.split(".")
+    node = tree
+    for section in sections:
+        child = node.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{key}: {section!r} is a value ({_shown(child)}), not a section")
+        node = child
+    node[last] = value
+
+
+def _explain(problem: Any) -> str:
+    """One line for one pydantic problem: dotted key, what is wrong, what was found, what to do."""
+    location = [str(part) for part in problem["loc"]]
+    key, found = ".".join(location), _shown(problem["input"])
+    if problem["type"] == "extra_forbidden":
+        return f"{key}: unknown key (found {found}). {_nearest(location)}"
+    if problem["type"] == "missing":
+        return f"{key}: missing. Add it to the configuration."
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error" and isinstance(problem["input"], dict):
+        return message if not key else f"{key}: {message}"
+    return f"{key}: {message} (found {found})"
+
+
+def _nearest(location: list[str]) -> str:
+    """Suggests the known key or section closest to an unknown one: the same word in another section comes first."""
+    known, key = sorted(known_keys()), ".".join(location)
+    section, _, word = key.rpartition(".")
+    sections = sorted({k.rpartition(".")[0] for k in known} - {""})
+    elsewhere = [k for k in known if k.rpartition(".")[2] == word]
+    close = difflib.get_close_matches(key, known if section else [*known, *sections], n=1, cutoff=0.6)
+    similar = [k for k in known if difflib.get_close_matches(word, [k.rpartition(".")[2]], cutoff=0.8)]
+    if suggestions := elsewhere or close or similar:
+        return f"Did you mean {suggestions[0]}?"
+    siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == section]
+    return f"Known keys here: {', '.join(siblings if section else [*siblings, *sections])}."
+
+
+def known_keys(section: type[Section] = DistillConfig, prefix: str = "") -> dict[str, str]:
+    """Every dotted key of the tree with its help text."""
+    keys: dict[str, str] = {}
+    for name, field in section.model_fields.items():
+        nested = [
+            a for a in (field.annotation, *get_args(field.annotation)) if isinstance(a, type) and issubclass(a, Section)
+        ]
+        keys |= known_keys(nested[0], f"{prefix}{name}.") if nested else {f"{prefix}{name}": field.description or ""}
+    return keys
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
