@@ -1,0 +1,38 @@
+"""The only place that chooses devices."""
+
+from typing import Literal
+
+import torch
+
+from taid_ray.errors import ClusterError
+
+DeviceKind = Literal["cpu", "cuda"]
+
+
+def resolve(config_device: Literal["auto", "cpu", "cuda"], cluster_has_gpus: bool) -> DeviceKind:
+    """What the config key `device` means on this cluster. Raises ClusterError for `cuda` without GPUs."""
+    if config_device == "cuda" and not cluster_has_gpus:
+        raise ClusterError(
+            "device: cuda was asked for, but no node of the cluster has a GPU; set device: cpu or add one"
+        )
+    return "cuda" if cluster_has_gpus and config_device != "cpu" else "cpu"
+
+
+def torch_device(kind: str, local_rank: int = 0) -> torch.device:
+    """This process's device. Ray shows each actor only its own GPUs, so `local_rank` is 0 inside actors.
+
+    Raises ClusterError if torch sees no such GPU.
+    """
+    if kind == "cpu":
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ClusterError(
+            f"device: cuda needs GPU {local_rank} in this process, but torch {torch.__version__} sees "
+            f"{torch.cuda.device_count()}; install a CUDA build of torch on every GPU node, or set device: cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def collective_backend(kind: str) -> str:
+    """Backend of torch.distributed. On GPUs gloo carries CPU tensors beside nccl, for control values."""
+    return "gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl"

@@ -1,0 +1,69 @@
+"""What a run writes about itself: one JSON line per optimizer step, and the summary."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+CONFIG_FILE, METRICS_FILE, SUMMARY_FILE = "config.yaml", "metrics.jsonl", "summary.json"
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One line of metrics.jsonl. Loss values are nats per loss position, means over the global batch."""
+
+    step: int
+    """Counts from 1."""
+    epoch: int
+    t: float
+    """The t used in this step."""
+    momentum: float
+    loss: float
+    """Cross-entropy form of the divergence: kl + entropy_pt."""
+    kl: float
+    entropy_pt: float
+    sft: float
+    floor_active: bool
+    lr: float
+    grad_norm: float
+    """Before clipping."""
+    tokens: int
+    """Loss positions in this step, over all workers."""
+    tokens_per_s: float
+    step_s: float
+    teacher_wait_s: float
+    """Longest time any worker stood still for the teacher in this step."""
+    payload_bytes: int
+    samples_seen: int
+
+
+class MetricLog:
+    """Appends lines to metrics.jsonl, each before the next step starts. Rank 0 keeps one."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, metrics: StepMetrics) -> None:
+        self._file.write(json.dumps(asdict(metrics)) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All lines of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes through a temporary file, so that a reader never sees half of it."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def perplexity(cross_entropy: float) -> float:
+    """exp(nats per token); infinite rather than an overflow error for an untrained giant."""
+    return math.exp(cross_entropy) if cross_entropy < 700 else math.inf

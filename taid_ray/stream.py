@@ -1,0 +1,93 @@
+"""From global batches to this rank's micro-batches, with the teacher already working on the next ones."""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil
+from typing import Any
+
+from taid_ray.batch import Batch, Row, collate
+from taid_ray.data import Cursor
+from taid_ray.teacher_model import TeacherClient, TeacherOutput
+from taid_ray.world import World
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """This rank's part of one optimizer step."""
+
+    batches: list[Batch]
+    num_loss_tokens: int
+    """Loss positions of the GLOBAL batch: the one denominator. Every rank reads all rows, so it needs no collective."""
+    cursor: Cursor
+    """Where the data stand after this step; what a checkpoint stores (prefetch has read further)."""
+
+
+def split_evenly(rows: Sequence[Row], parts: int) -> list[Sequence[Row]]:
+    """Contiguous parts whose lengths differ by at most one; some are empty if there are fewer rows than parts."""
+    edges = [len(rows) * part // parts for part in range(parts + 1)]
+    return [rows[start:stop] for start, stop in pairwise(edges)]
+
+
+def num_micro_batches(batch_size: int, micro_batch_size: int, world_size: int) -> int:
+    """Micro-batches per step, the same on every rank, so that all join the same collectives."""
+    return ceil(ceil(batch_size / world_size) / micro_batch_size)
+
+
+def step_batches(
+    global_batches: Iterator[tuple[list[Row], Cursor]], world: World, accumulation: int
+) -> Iterator[StepBatches]:
+    """Cuts each global batch into this rank's contiguous share, and that into `accumulation` micro-batches."""
+    for rows, cursor in global_batches:
+        own = split_evenly(rows, world.size)[world.rank]
+        batches = [collate(part) for part in split_evenly(own, accumulation)]
+        yield StepBatches(batches, sum(row.num_loss_tokens for row in rows), cursor)
+
+
+class Prefetcher:
+    """Hands out steps, and their micro-batches with the teacher's outputs, in order.
+
+    Up to `window` requests are at the teacher at any time, across step boundaries. They depend on neither t nor the
+    student, so reading ahead changes nothing.
+    """
+
+    def __init__(self, steps: Iterator[StepBatches], teacher: TeacherClient, window: int):
+        self._steps, self._teacher, self._window = steps, teacher, window
+        self._announced: deque[StepBatches] = deque()
+        self._unsent: deque[Batch] = deque()
+        self._in_flight: deque[tuple[Batch, Any]] = deque()
+        self.wait_s = 0.0
+        """Total time `collect` has stood still."""
+        self._fill()
+
+    def next_step(self) -> StepBatches:
+        """Raises StopIteration after the last step."""
+        if not self._announced:
+            self._read()
+        return self._announced.popleft()
+
+    def collect(self) -> tuple[Batch, TeacherOutput]:
+        """The next micro-batch of the step handed out last."""
+        batch, request = self._in_flight.popleft()
+        start = time.perf_counter()
+        output = self._teacher.collect(request)
+        self.wait_s += time.perf_counter() - start
+        self._fill()
+        return batch, output
+
+    def _read(self) -> None:
+        step = next(self._steps)
+        self._announced.append(step)
+        self._unsent.extend(step.batches)
+
+    def _fill(self) -> None:
+        while len(self._in_flight) < self._window:
+            if not self._unsent:
+                try:
+                    self._read()
+                except StopIteration:
+                    return
+            batch = self._unsent.popleft()
+            self._in_flight.append((batch, self._teacher.submit(batch)))

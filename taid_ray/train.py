@@ -1,0 +1,84 @@
+"""The training loop. Every student worker runs `train_loop`, top to bottom; nothing in it knows about Ray."""
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from taid_ray.aggregate import LossSums, StepResult
+from taid_ray.config import TrainConfig
+from taid_ray.metrics import StepMetrics
+from taid_ray.models import Head
+from taid_ray.schedule import learning_rate
+from taid_ray.stream import Prefetcher
+from taid_ray.student import Student
+
+
+class Scheduler(Protocol):
+    """The TAID scheduler as a worker sees it."""
+
+    def submit(self, step: int, sums: LossSums) -> None:
+        """Reports this rank's sums of `step` (1-based) without waiting."""
+
+    def collect(self, step: int) -> StepResult:
+        """The result of `step`, once every rank has reported it."""
+
+
+def train_loop(
+    config: TrainConfig,
+    total_steps: int,
+    student: Student,
+    teacher_head: Head,
+    scheduler: Scheduler,
+    stream: Prefetcher,
+    last: StepResult,
+    on_step: Callable[[StepMetrics], None],
+) -> StepResult:
+    """Trains from `last.step` to `total_steps`. `on_step` runs on every rank after each step, with global figures."""
+    while last.step < total_steps:
+        start, waited_before = time.perf_counter(), stream.wait_s
+        step, t = last.step + 1, last.t
+        work = stream.next_step()
+
+        kl = entropy = sft = 0.0
+        payload_bytes = tokens = 0
+        for i in range(len(work.batches)):
+            batch, teacher_output = stream.collect()
+            loss_sum, parts = student.forward(batch, teacher_output, teacher_head, t)
+            kl, entropy, sft = kl + float(parts.kl), entropy + float(parts.entropy), sft + float(parts.sft)
+            tokens += batch.num_loss_tokens
+            payload_bytes += teacher_output.num_bytes
+            if i == len(work.batches) - 1:
+                # This travels while the last backward pass computes, so nobody waits for the scheduler.
+                waited = stream.wait_s - waited_before
+                scheduler.submit(step, LossSums(kl, entropy, sft, tokens, waited, payload_bytes))
+            # One denominator, the global batch's: the gradient is the same however the batch is split.
+            student.backward(loss_sum / work.num_loss_tokens)
+        lr = learning_rate(step - 1, config, total_steps)
+        grad_norm = student.step(lr)
+
+        result = scheduler.collect(step)
+        assert result.tokens == work.num_loss_tokens, "the ranks did not read the same global batch"
+        step_s = time.perf_counter() - start
+        on_step(
+            StepMetrics(
+                step=step,
+                epoch=work.cursor.epoch,
+                t=t,
+                momentum=last.schedule["momentum"],
+                loss=result.kl + result.entropy,
+                kl=result.kl,
+                entropy_pt=result.entropy,
+                sft=result.sft,
+                floor_active=last.schedule["floor_active"],
+                lr=lr,
+                grad_norm=grad_norm,
+                tokens=result.tokens,
+                tokens_per_s=result.tokens / step_s,
+                step_s=step_s,
+                teacher_wait_s=result.teacher_wait_s,
+                payload_bytes=result.payload_bytes,
+                samples_seen=work.cursor.samples,
+            )
+        )
+        last = result
+    return last
