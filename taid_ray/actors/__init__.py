@@ -1,0 +1,1 @@
+"""Ray actors and the clients that hide them. All of `.remote` and `ray.get` lives here."""

@@ -1,0 +1,196 @@
+"""The TAID scheduler: one named actor per run that owns t, and the workers' client to it.
+
+The actor may be killed at any moment. Ray restarts it empty; every worker's heartbeat carries the newest result that
+worker knows, and an unanswered report is sent again, so the state comes back bit for bit and no step counts twice.
+"""
+
+import asyncio
+import threading
+import time
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError
+
+from taid_ray.aggregate import LossAggregator, LossSums, StepResult
+from taid_ray.config import ScheduleConfig
+from taid_ray.errors import ClusterError
+from taid_ray.schedule import TAIDSchedule
+
+HEARTBEAT_S = 1.0
+ANSWER_DEADLINE_S = 600.0
+NAMESPACE = "taid-ray"
+
+
+class SchedulerActor:
+    """Async, so that reports of one step wait inside it while others arrive."""
+
+    def __init__(self, config: ScheduleConfig, total_steps: int):
+        schedule = TAIDSchedule(config.t_start, config.t_end, config.alpha, config.beta, total_steps, config.mode)
+        self.aggregator = LossAggregator(schedule, config.signal)
+        self.total_steps = total_steps
+        self._changed = asyncio.Event()
+        self._failure: Exception | None = None
+        self._notes: list[str] = []
+        self._metrics: dict[str, Any] = {}
+        self._pool: tuple[bool, Exception | None] = (False, None)
+
+    async def begin(self, world_size: int, result: StepResult | None) -> tuple[int, StepResult]:
+        """Rank 0 draws a new attempt. Wall-clock based, so that it stays newer even across a restart of this actor."""
+        attempt = max(self.aggregator.attempt + 1, time.time_ns())
+        self.aggregator.begin(attempt, world_size, result)
+        self._failure = None
+        self._wake()
+        return attempt, self.aggregator.result
+
+    async def report(
+        self, attempt: int, world_size: int, known: StepResult, step: int, rank: int, sums: LossSums
+    ) -> StepResult:
+        """Answers when every rank has reported `step`, or somebody's `known` shows that it was finished already.
+
+        known: the newest result the sender has; it brings a restarted actor back to where the run stands.
+        """
+        await self.heartbeat(attempt, world_size, known)
+        try:
+            result = self.aggregator.report(attempt, step, rank, sums)
+        except ArithmeticError as error:
+            self._failure = error
+            self._wake()
+            raise
+        if result is not None:
+            self._wake()
+        while result is None:
+            await self._change()
+            if self._failure is not None:
+                raise self._failure
+            if self.aggregator.attempt != attempt or self.aggregator.result.step >= step:
+                result = self.aggregator.report(attempt, step, rank, sums)
+        return result
+
+    async def heartbeat(self, attempt: int, world_size: int, result: StepResult) -> None:
+        before = (self.aggregator.attempt, self.aggregator.result.step)
+        self.aggregator.seed(attempt, world_size, result)
+        if before != (self.aggregator.attempt, self.aggregator.result.step):
+            self._wake()
+
+    async def current(self, attempt: int) -> StepResult:
+        """The newest result of `attempt`, which rank 0 has begun."""
+        while self.aggregator.attempt < attempt:  # this actor was restarted; rank 0's heartbeat will tell it
+            await self._change()
+        return self.aggregator.result
+
+    async def note(self, message: str) -> None:
+        """A worker says what it is doing, for the driver's terminal."""
+        self._notes.append(message)
+
+    async def publish(self, metrics: dict[str, Any]) -> None:
+        """Rank 0 gives the newest line of metrics, for the driver's progress bar."""
+        self._metrics = metrics
+
+    async def progress(self, notes_seen: int) -> tuple[list[str], dict[str, Any]]:
+        """New notes since the first `notes_seen`, and the newest metrics."""
+        return self._notes[notes_seen:], self._metrics
+
+    async def set_pool(self, error: Exception | None) -> None:
+        """The driver says that the teacher pool is up, or why it is not."""
+        self._pool = (True, error)
+        self._wake()
+
+    async def pool(self) -> Exception | None:
+        """Answers once the teacher pool is up (None) or has failed (its error)."""
+        while not self._pool[0]:
+            await self._change()
+        return self._pool[1]
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _change(self) -> None:
+        await self._changed.wait()
+
+
+def start_scheduler(name: str, config: ScheduleConfig, total_steps: int) -> ActorHandle:
+    """Owned by the driver: it ends with the run. Restarted by Ray without limit if its process dies."""
+    actor = ray.remote(SchedulerActor)
+    options = actor.options(name=name, namespace=NAMESPACE, num_cpus=0, max_restarts=-1, max_concurrency=10_000)
+    return options.remote(config, total_steps)
+
+
+class SchedulerClient:
+    """One worker's side. `submit` and `collect` are what the training loop sees."""
+
+    def __init__(self, actor: ActorHandle, rank: int):
+        self._actor, self._rank = actor, rank
+        self._attempt = self._world_size = 0
+        self._result: StepResult | None = None
+        self._pending: tuple[int, LossSums, ray.ObjectRef] | None = None
+        self._closed = threading.Event()
+
+    def begin(self, world_size: int, result: StepResult | None) -> tuple[int, StepResult]:
+        """Rank 0 only: opens a new attempt (with a checkpoint's result, or None) and returns it."""
+        return self._call(lambda: self._actor.begin.remote(world_size, result), "begin")
+
+    def join(self, attempt: int, world_size: int, result: StepResult | None) -> StepResult:
+        """Every rank, with the attempt that rank 0 drew: starts the heartbeat. Returns where the attempt starts."""
+        self._attempt, self._world_size = attempt, world_size
+        self._result = result or self._call(lambda: self._actor.current.remote(attempt), "the start")
+        threading.Thread(target=self._beat, name="taid-scheduler-heartbeat", daemon=True).start()
+        return self._result
+
+    def submit(self, step: int, sums: LossSums) -> None:
+        self._pending = (step, sums, self._send(step, sums))
+
+    def collect(self, step: int) -> StepResult:
+        """Raises ClusterError when the actor gives no answer in time; NonFiniteLossError, StaleReportError from it."""
+        assert self._pending is not None and self._pending[0] == step, "collect without submit"
+        _, sums, reference = self._pending
+        sent = iter([reference])
+        self._result = self._call(lambda: next(sent, None) or self._send(step, sums), f"step {step}")
+        self._pending = None
+        return self._result
+
+    def wait_for_pool(self) -> None:
+        """Blocks until the driver has the teacher pool up; raises its error if it failed."""
+        error = self._call(lambda: self._actor.pool.remote(), "the teacher pool")
+        if error is not None:
+            raise error
+
+    def note(self, message: str) -> None:
+        self._actor.note.remote(message)
+
+    def publish(self, metrics: dict[str, Any]) -> None:
+        self._actor.publish.remote(metrics)
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _send(self, step: int, sums: LossSums) -> ray.ObjectRef:
+        return self._actor.report.remote(self._attempt, self._world_size, self._result, step, self._rank, sums)
+
+    def _call(self, send: Any, what: str) -> Any:
+        """Sends until there is an answer: a dead actor is restarted by Ray, and the request goes to the new one."""
+        deadline = time.monotonic() + ANSWER_DEADLINE_S
+        while True:
+            try:
+                return ray.get(send(), timeout=max(0.0, deadline - time.monotonic()))
+            except (ActorDiedError, ActorUnavailableError) as error:
+                if time.monotonic() > deadline:
+                    raise ClusterError(f"the TAID scheduler actor stayed away for {ANSWER_DEADLINE_S:.0f} s") from error
+                time.sleep(0.2)
+            except GetTimeoutError as error:
+                raise ClusterError(
+                    f"the TAID scheduler gave no answer for {what} within {ANSWER_DEADLINE_S:.0f} s; "
+                    "another student worker is probably stuck or gone"
+                ) from error
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause if isinstance(error.cause, Exception) else error from None
+
+    def _beat(self) -> None:
+        """Keeps the newest result known to the actor, also while this rank is blocked in a collective."""
+        while not self._closed.wait(HEARTBEAT_S):
+            try:
+                ray.get(self._actor.heartbeat.remote(self._attempt, self._world_size, self._result), timeout=10)
+            except (ActorDiedError, ActorUnavailableError, GetTimeoutError):
+                continue  # being restarted; the next beat re-seeds it

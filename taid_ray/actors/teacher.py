@@ -1,0 +1,207 @@
+"""The teacher pool's replicas: a Serve deployment whose replicas are groups of tensor-parallel processes.
+
+The Serve replica is the leader, shard 0, and computes like the others; shards 1.. are its child actors, placed in its
+placement group and gone when it is gone. All shards get every request; the leader's hidden states are the answer.
+"""
+
+import asyncio
+import os
+import socket
+from datetime import timedelta
+from typing import Any
+
+import ray
+import torch
+from ray import serve
+from ray.serve.schema import LoggingConfig
+from torch.distributed import TCPStore
+
+from taid_ray.actors.lease import find_lease
+from taid_ray.config import TeacherConfig
+from taid_ray.device import collective_backend, torch_device
+from taid_ray.errors import TaidRayError, TeacherError
+from taid_ray.teacher_model import TeacherInfo, TeacherModel, check_finite
+from taid_ray.wire import Packed, pack, unpack
+
+DEPLOYMENT = "teacher"
+ROLE_RESOURCE = "taid_teacher"
+LOOPBACK = "127.0.0.1"  # a replica's placement group lies on one node
+GROUP_TIMEOUT = timedelta(minutes=30)  # shards may finish loading a large model at very different times
+PING_TIMEOUT_S = 20.0
+FAILURE_PAUSE_S = 5.0
+
+HeadPiece = tuple[str, Packed, Packed | None]
+"""Fingerprint of the teacher, some rows of the weight, the same of the bias."""
+
+
+class ReplicaBrokenError(TeacherError):
+    """A shard of this replica is lost; another replica, or this one's successor, can answer."""
+
+
+class TeacherShard:
+    """One process of a tensor-parallel teacher other than the leader. Runs as an actor; blocking work in threads."""
+
+    async def load(self, config: TeacherConfig, num_shared: int, device_kind: str, rank: int, port: int) -> None:
+        def work() -> TeacherModel:
+            return load_shard(config, num_shared, device_kind, rank, TCPStore(LOOPBACK, port, timeout=GROUP_TIMEOUT))
+
+        self._model = await asyncio.to_thread(work)
+
+    async def score(self, inputs: dict[str, Packed], loss_positions: Packed) -> None:
+        await asyncio.to_thread(_score, self._model, inputs, loss_positions)
+
+    async def ping(self) -> None:
+        pass
+
+
+class TeacherReplica:
+    """The leader. Runs as a Serve replica; its health checks stay responsive while a batch is computed."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self,
+        config: TeacherConfig,
+        num_shared: int,
+        device_kind: str,
+        app_name: str,
+        shard_options: dict[str, Any],
+    ):
+        """Loads the model on all shards. Raises ModelError or TeacherError, which also goes to the pool's lease."""
+        self._one_at_a_time = asyncio.Lock()
+        self._broken: str | None = None
+        lease = await asyncio.to_thread(find_lease, app_name)
+        shard = ray.remote(TeacherShard).options(**shard_options)
+        self._shards = [shard.remote() for _ in range(1, config.shards)]
+        try:
+            self._model = await self._load(config, num_shared, device_kind)
+            if lease is not None:
+                _check_same(await lease.register.remote(self._model.info()), self._model.info())
+        except Exception as error:
+            failure = _startup_failure(error)
+            if lease is not None:
+                await lease.report_failure.remote(failure)
+                # The driver polls and removes the pool meanwhile; Serve would print a traceback and try again.
+                await asyncio.sleep(FAILURE_PAUSE_S)
+            raise failure from error
+
+    async def score(self, inputs: dict[str, Packed], loss_positions: Packed) -> Packed:
+        """The payload at the loss positions, as TeacherModel.score. Raises TeacherError, ReplicaBrokenError."""
+        # Shielded: if the caller gives up half-way, all shards must still finish together before the next batch.
+        return await asyncio.shield(self._score_in_turn(inputs, loss_positions))
+
+    async def head_piece(self, start: int, stop: int) -> HeadPiece:
+        """Rows start..stop of the shared head."""
+        return await asyncio.to_thread(self._head_piece, start, stop)
+
+    async def info(self) -> TeacherInfo:
+        return self._model.info()
+
+    async def check_health(self) -> None:
+        """Serve replaces the replica, with all its shards, when this raises."""
+        if self._broken is not None:
+            raise ReplicaBrokenError(self._broken)
+        await asyncio.wait_for(asyncio.gather(*[shard.ping.remote() for shard in self._shards]), PING_TIMEOUT_S)
+
+    async def _load(self, config: TeacherConfig, num_shared: int, device_kind: str) -> TeacherModel:
+        store = None
+        if config.shards > 1:
+            # Port 0: the system picks a free one, so replicas on one node cannot collide.
+            store = TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False, timeout=GROUP_TIMEOUT)
+        others = [
+            shard.load.remote(config, num_shared, device_kind, rank, store.port)
+            for rank, shard in enumerate(self._shards, start=1)
+            if store is not None
+        ]
+        leader = asyncio.to_thread(load_shard, config, num_shared, device_kind, 0, store)
+        return (await asyncio.gather(leader, *others))[0]  # the first failure of any shard ends the wait
+
+    async def _score_in_turn(self, inputs: dict[str, Packed], loss_positions: Packed) -> Packed:
+        async with self._one_at_a_time:
+            if self._broken is not None:
+                raise ReplicaBrokenError(self._broken)
+            # Before any shard sees the request: an impossible one must not stop the group inside a collective.
+            tensors = {name: unpack(packed) for name, packed in inputs.items()}
+            self._model.check_request(tensors, unpack(loss_positions))
+            try:
+                leader = asyncio.to_thread(_score, self._model, inputs, loss_positions)
+                others = [shard.score.remote(inputs, loss_positions) for shard in self._shards]
+                values = (await asyncio.gather(leader, *others))[0]
+            except Exception as error:
+                if not self._shards:
+                    raise
+                self._broken = f"a shard failed on node {socket.gethostname()}: {type(error).__name__}: {error}"
+                raise ReplicaBrokenError(self._broken) from error
+        return await asyncio.to_thread(_checked_and_packed, values, self._model.info().payload)
+
+    def _head_piece(self, start: int, stop: int) -> HeadPiece:
+        head = self._model.head()
+        bias = None if head.bias is None else pack(head.bias[start:stop])
+        return self._model.info().fingerprint, pack(head.weight[start:stop]), bias
+
+
+def load_shard(
+    config: TeacherConfig, num_shared: int, device_kind: str, rank: int, store: TCPStore | None
+) -> TeacherModel:
+    """Joins the replica's process group, if it has one, and loads this shard. All shards call it together."""
+    if device_kind == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # transformers would otherwise split the model over the node's GPUs
+    if store is not None:
+        os.environ["LOCAL_RANK"] = "0"  # transformers' index of the GPU; Ray shows each shard one only
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        torch.distributed.init_process_group(
+            collective_backend(device_kind), store=store, rank=rank, world_size=config.shards, timeout=GROUP_TIMEOUT
+        )
+    return TeacherModel(config, num_shared, torch_device(device_kind), leader=rank == 0)
+
+
+def teacher_app(
+    config: TeacherConfig, num_shared: int, device_kind: str, app_name: str, use_role_resources: bool
+) -> serve.Application:
+    """The Serve application of a pool: config.replicas groups of config.shards processes."""
+    gpus = 1 if device_kind == "cuda" else 0
+    role = {ROLE_RESOURCE: 1} if use_role_resources else {}
+    bundle = {"CPU": config.cpus_per_shard} | ({"GPU": gpus} if gpus else {}) | role
+    actor = {"num_cpus": config.cpus_per_shard, "num_gpus": gpus, "resources": role}
+    deployment = serve.deployment(
+        name=DEPLOYMENT,
+        num_replicas=config.replicas,
+        # One batch is computed at a time; the others wait here rather than in the callers' routers, which would poll.
+        max_ongoing_requests=16,
+        ray_actor_options=actor,
+        placement_group_bundles=[bundle] * config.shards,
+        placement_group_strategy="STRICT_PACK",
+        health_check_period_s=5,
+        health_check_timeout_s=30,
+        graceful_shutdown_wait_loop_s=0.2,
+        graceful_shutdown_timeout_s=5,
+        max_constructor_retry_count=1,
+        logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
+    )(TeacherReplica)
+    return deployment.bind(config, num_shared, device_kind, app_name, actor)
+
+
+def _score(model: TeacherModel, inputs: dict[str, Packed], loss_positions: Packed) -> torch.Tensor:
+    return model.score({name: unpack(packed) for name, packed in inputs.items()}, unpack(loss_positions))
+
+
+def _checked_and_packed(values: torch.Tensor, kind: str) -> Packed:
+    check_finite(values, kind)
+    return pack(values)
+
+
+def _check_same(first: TeacherInfo, own: TeacherInfo) -> None:
+    if first.fingerprint != own.fingerprint or first.head_digest != own.head_digest:
+        raise TeacherError(
+            f"the replica on node {socket.gethostname()} loaded another teacher (fingerprint {own.fingerprint[:12]}) than "
+            f"the pool's first replica ({first.fingerprint[:12]}); make the same files and package versions visible on "
+            "all nodes"
+        )
+
+
+def _startup_failure(error: Exception) -> TaidRayError:
+    """The cause of a failed start as an error for the driver: one string, no traceback."""
+    cause = getattr(error, "cause", None) or error  # a shard's error arrives wrapped by Ray
+    if isinstance(cause, TaidRayError):
+        return type(cause)(str(cause.args[0]))
+    return TeacherError(
+        f"a teacher replica on node {socket.gethostname()} failed to start: {type(cause).__name__}: {cause}"
+    )

@@ -1,0 +1,160 @@
+"""`taid-ray eval`: measures a finished model against its teacher on any data, in one process and without Ray."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from taid_ray.batch import Batch, collate
+from taid_ray.chunked import chunked_scores
+from taid_ray.config import DistillConfig, build_config
+from taid_ray.data import validation_rows
+from taid_ray.device import resolve, torch_device
+from taid_ray.documents import open_documents, read_blocks
+from taid_ray.encoding import Encoder
+from taid_ray.errors import ConfigError
+from taid_ray.metrics import perplexity
+from taid_ray.models import check_packing, head_of, hidden_states, load_causal_lm, load_model_config
+from taid_ray.packing import Sample
+from taid_ray.preflight import context_length, run_tokenizer, shared_vocabulary
+from taid_ray.student_model import student_model_config
+from taid_ray.teacher_model import TeacherModel
+from taid_ray.vocabulary import check_ids
+
+ROUGE_ROWS, ROUGE_NEW_TOKENS = 64, 128
+BATCH_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Means over the loss positions, in nats, and optionally ROUGE-L (0 to 1)."""
+
+    cross_entropy: float
+    teacher_cross_entropy: float
+    kl: float
+    tokens: int
+    rouge_l: float | None
+    teacher_rouge_l: float | None
+
+
+def evaluate_model(model: str, teacher: str, data: str, overrides: Sequence[str], rouge: bool) -> Measurement:
+    """Scores `model` and `teacher` on at most data.valid_documents documents.
+
+    overrides: dotted keys of teacher, student and data sections. data.sequence_length defaults to what both models hold.
+    Raises a TaidRayError for everything a user can put right.
+    """
+    config = _config(model, teacher, data, overrides)
+    teacher_config = load_model_config(
+        teacher, config.teacher.revision, config.teacher.trust_remote_code, key="--teacher"
+    )
+    student_config = student_model_config(config)
+    if not any(override.startswith("data.sequence_length=") for override in overrides):
+        longest = min(context_length(teacher_config, student_config), config.data.sequence_length)
+        config = _config(model, teacher, data, [*overrides, f"data.sequence_length={longest}"])
+    device = torch_device(resolve("auto", torch.cuda.is_available()))
+    tokenizer = run_tokenizer(config)
+    vocabulary = shared_vocabulary(config, teacher_config, student_config)
+    rows = validation_rows(config.data, tokenizer)
+    check_ids(rows, vocabulary.num_shared, tokenizer.get_vocab())
+    student = load_causal_lm(model, config.student.revision, dtype="auto", device=device, key="MODEL").to(device)
+    if config.data.pack:
+        check_packing(student)
+    teacher_model = TeacherModel(config.teacher, vocabulary.num_shared, device)
+    sums = torch.zeros(4, dtype=torch.float64)
+    for start in range(0, len(rows), BATCH_ROWS):
+        batch = collate(rows[start : start + BATCH_ROWS])
+        sums += _score(student, teacher_model, batch, vocabulary.num_shared, device)
+    scores: list[float | None] = [None, None]
+    if rouge:
+        samples = _conversations(config, tokenizer)
+        generating = (student, load_causal_lm(teacher, config.teacher.revision, dtype="auto", device=device).to(device))
+        scores = [rouge_l(each, tokenizer, samples, device) for each in generating]
+    student_ce, teacher_ce, kl, tokens = sums.tolist()
+    return Measurement(student_ce / tokens, teacher_ce / tokens, kl / tokens, int(tokens), *scores)
+
+
+def measurement_table(found: Measurement) -> Table:
+    """One row for the model, one for its teacher."""
+    table = Table(title=f"{found.tokens:,} tokens")
+    for column in ("", "cross-entropy", "perplexity", "KL to the teacher", "ROUGE-L"):
+        table.add_column(column, justify="right" if column else "left")
+
+    def row(name: str, cross_entropy: float, kl: str, rouge: float | None) -> None:
+        shown = "-" if rouge is None else f"{rouge:.4f}"
+        table.add_row(name, f"{cross_entropy:.4f}", f"{perplexity(cross_entropy):.2f}", kl, shown)
+
+    row("model", found.cross_entropy, f"{found.kl:.4f}", found.rouge_l)
+    row("teacher", found.teacher_cross_entropy, "-", found.teacher_rouge_l)
+    return table
+
+
+def _config(model: str, teacher: str, data: str, overrides: Sequence[str]) -> DistillConfig:
+    tree = {
+        "teacher": {"model": teacher, "mode": "local"},
+        "student": {"model": model},
+        "data": {"train": data, "valid": data},
+        "train": {"steps": 1},
+    }
+    return build_config(tree, overrides)
+
+
+@torch.no_grad()
+def _score(student: Any, teacher: TeacherModel, batch: Batch, num_shared: int, device: torch.device) -> torch.Tensor:
+    inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
+    hidden = hidden_states(student, inputs).flatten(0, 1)[batch.loss_positions.to(device)]
+    head, teacher_head = head_of(student).rows(num_shared), teacher.head().to(device)
+    scores = chunked_scores(
+        hidden,
+        head.weight,
+        teacher.score(batch.inputs, batch.loss_positions),
+        teacher_head.weight,
+        labels=batch.labels.to(device),
+        student_bias=head.bias,
+        teacher_bias=teacher_head.bias,
+        student_transform=head.transform,
+        teacher_transform=teacher_head.transform,
+    )
+    figures = (scores.student_ce, scores.teacher_ce, scores.kl, batch.num_loss_tokens)
+    return torch.tensor([float(figure) for figure in figures], dtype=torch.float64)
+
+
+def _conversations(config: DistillConfig, tokenizer: Any) -> list[Sample]:
+    if config.data.format == "text":
+        raise ConfigError("--rouge needs prompts and responses; set format=chat or format=prompt_response (found text)")
+    source = f"data.valid: {config.data.valid}"
+    blocks = read_blocks(open_documents(config.data, "valid"), config.data, source, 0, ROUGE_ROWS)
+    first_row, columns = next(blocks)
+    return Encoder(config.data, tokenizer, source).encode(columns, first_row)
+
+
+@torch.no_grad()
+def rouge_l(model: Any, tokenizer: Any, samples: Sequence[Sample], device: torch.device) -> float:
+    """Mean ROUGE-L F1 of greedy generations against each sample's first response.
+
+    Raises ConfigError if the package rouge-score is missing.
+    """
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise ConfigError("--rouge needs the package rouge-score; run `pip install 'taid-ray[eval]'`") from None
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    total = 0.0
+    for sample in samples:
+        start = sample.loss_mask.index(True)
+        stop = start + next((i for i, kept in enumerate(sample.loss_mask[start:]) if not kept), len(sample.loss_mask))
+        prompt = torch.tensor([sample.input_ids[:start]], device=device)
+        generated = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=ROUGE_NEW_TOKENS,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+        )
+        texts = [
+            tokenizer.decode(ids, skip_special_tokens=True)
+            for ids in (sample.input_ids[start:stop], generated[0][start:])
+        ]
+        total += scorer.score(*texts)["rougeL"].fmeasure
+    return total / len(samples)

@@ -1,0 +1,88 @@
+"""What the terminal shows while a run works: a live bar on a terminal, plain lines elsewhere.
+
+It is never silent for more than a few seconds: with no news it repeats what is being waited for.
+"""
+
+import threading
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+SILENCE_S = 4.0
+TICK_S = 0.5
+
+
+class ProgressView:
+    """Thread-safe. `say` leaves a line behind, `step` moves the bar; a daemon thread fills silences."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console()
+        self._started = time.monotonic()
+        self._last_line = self._started
+        self._activity, self._activity_since = "starting", self._started
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._bar: Progress | None = None
+        self._task: Any = None
+
+    def __enter__(self) -> "ProgressView":
+        if self.console.is_terminal:
+            self._bar = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[figures]}"),
+                console=self.console,
+                transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self._activity, total=None, figures="")
+        else:
+            threading.Thread(target=self._fill_silence, name="taid-progress", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closed.set()
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, message: str) -> None:
+        """Something begins or has happened: prints it, and shows it as the current activity."""
+        with self._lock:
+            self._activity, self._activity_since = message, time.monotonic()
+            self._print(message)
+            if self._bar is not None:
+                self._bar.update(self._task, description=message)
+
+    def step(self, metrics: dict[str, Any], total_steps: int) -> None:
+        """The newest line of metrics; printed at most once every few seconds where there is no bar."""
+        left = (total_steps - metrics["step"]) * metrics["step_s"]
+        figures = f"t {metrics['t']:.3f}  loss {metrics['loss']:.3f}  kl {metrics['kl']:.3f}  {left:.0f} s left"
+        with self._lock:
+            self._activity, self._activity_since = f"step {metrics['step'] + 1} of {total_steps}", time.monotonic()
+            if self._bar is not None:
+                self._bar.update(
+                    self._task, description="training", total=total_steps, completed=metrics["step"], figures=figures
+                )
+            elif time.monotonic() - self._last_line >= SILENCE_S or metrics["step"] == total_steps:
+                self._print(f"step {metrics['step']}/{total_steps}  {figures}")
+
+    def _print(self, message: str) -> None:
+        self._last_line = time.monotonic()
+        self.console.print(
+            f"[{self._last_line - self._started:6.1f}s] {message}", markup=False, highlight=False, soft_wrap=True
+        )
+
+    def _fill_silence(self) -> None:
+        while not self._closed.wait(TICK_S):
+            with self._lock:
+                if time.monotonic() - self._last_line >= SILENCE_S:
+                    waited = time.monotonic() - self._activity_since
+                    self._print(f"... still at: {self._activity} ({waited:.0f} s)")

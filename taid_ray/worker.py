@@ -1,0 +1,174 @@
+"""One student worker: builds the parts inside its Ray Train process, enters the loop, and leaves the run's results."""
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from taid_ray.actors.pool import PoolTeacher
+from taid_ray.actors.scheduler import SchedulerClient
+from taid_ray.batch import Row
+from taid_ray.config import DistillConfig
+from taid_ray.data import Cursor, TrainingData, validation_rows
+from taid_ray.device import torch_device
+from taid_ray.errors import ClusterError, ModelError
+from taid_ray.evaluate import Evaluation, evaluate
+from taid_ray.metrics import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, MetricLog, StepMetrics, write_json
+from taid_ray.models import check_packing
+from taid_ray.preflight import Job, Plan, run_tokenizer
+from taid_ray.report import write_model_card, write_plots
+from taid_ray.stream import Prefetcher, num_micro_batches, step_batches
+from taid_ray.student import Student
+from taid_ray.student_model import build_student
+from taid_ray.teacher_model import LocalTeacher, TeacherClient, TeacherInfo
+from taid_ray.train import train_loop
+from taid_ray.vocabulary import check_ids
+from taid_ray.world import World
+
+
+def run_worker(job: Job) -> dict[str, Any] | None:
+    """Trains one run to its end. Returns the summary on rank 0, None elsewhere."""
+    config, plan, world = job.config, job.plan, World.current()
+    device = torch_device(job.device, int(os.environ["LOCAL_RANK"]))
+    scheduler = SchedulerClient(job.scheduler, world.rank)
+    note = scheduler.note if world.is_main else _ignore
+    check_run_dir(config.run_dir)
+
+    note("student: building the model")
+    model = build_student(config, plan.resize_rows)
+    note("student: starting DeepSpeed")
+    if config.data.pack:
+        check_packing(model)
+    student = Student(config, model, plan.vocabulary.num_shared, world, device)
+    tokenizer = run_tokenizer(config)
+
+    note("student is ready; waiting for the teacher")
+    teacher = connect_teacher(job, scheduler, device)
+    teacher_head = teacher.head().to(device)
+    attempt, last = scheduler.begin(world.size, None) if world.is_main else (0, None)
+    last = scheduler.join(world.share(attempt), world.size, last)
+
+    held_out = validation_rows(config.data, tokenizer)
+    check_ids(held_out, plan.vocabulary.num_shared, tokenizer.get_vocab())
+
+    def validate(step: int) -> Evaluation:
+        note(f"validating on {len(held_out)} rows after step {step}")
+        found = evaluate(student, teacher, teacher_head, held_out, world, config.train.micro_batch_size)
+        note(f"validation: cross-entropy {found.cross_entropy:.4f}, KL to the teacher {found.kl:.4f}")
+        record.validations[step] = found
+        return found
+
+    def on_step(metrics: StepMetrics) -> None:
+        record.add(metrics)
+        if log is not None:
+            log.write(metrics)
+            scheduler.publish(asdict(metrics))
+        every = config.train.eval_every
+        if every and metrics.step % every == 0 and metrics.step < plan.total_steps:
+            validate(metrics.step)
+
+    record, log = Record(), MetricLog(config.run_dir / METRICS_FILE) if world.is_main else None
+    validate(0)
+    accumulation = num_micro_batches(config.train.batch_size, config.train.micro_batch_size, world.size)
+    batches = step_batches(training_batches(config, plan, tokenizer), world, accumulation)
+    stream = Prefetcher(batches, teacher, config.teacher.window)
+    train_loop(config.train, plan.total_steps, student, teacher_head, scheduler, stream, last, on_step)
+    validate(plan.total_steps)
+
+    note("saving the model")
+    student.save(config.run_dir / "model")
+    (teacher_tokens,) = world.sum([teacher.tokens])
+    summary = record.summary(plan, teacher.info(), int(teacher_tokens), student.num_parameters)
+    if log is not None:
+        log.close()
+        tokenizer.save_pretrained(config.run_dir / "model")
+        write_model_card(config.run_dir, config, summary)
+        write_plots(config.run_dir)
+        write_json(config.run_dir / SUMMARY_FILE, summary)
+    teacher.close()
+    scheduler.close()
+    return summary if world.is_main else None
+
+
+def training_batches(config: DistillConfig, plan: Plan, tokenizer: Any) -> Iterator[tuple[list[Row], Cursor]]:
+    """The run's global batches, each checked to hold shared ids only; ends with the last step."""
+    data = TrainingData(config.data, tokenizer, config.train.seed, config.train.batch_size)
+    tokens = tokenizer.get_vocab()
+    for _, (rows, cursor) in zip(range(plan.total_steps), data.batches(), strict=False):
+        check_ids(rows, plan.vocabulary.num_shared, tokens)
+        yield rows, cursor
+
+
+def connect_teacher(job: Job, scheduler: SchedulerClient, device: torch.device) -> TeacherClient:
+    """The pool's client once the pool is up, or a teacher in this process."""
+    teacher: TeacherClient
+    if job.config.teacher.mode == "local":
+        teacher = LocalTeacher(job.config.teacher, job.plan.vocabulary.num_shared, device)
+    else:
+        scheduler.wait_for_pool()
+        teacher = PoolTeacher(job.pool, job.config.teacher)
+    if job.config.data.pack and teacher.info().packing_error:
+        raise ModelError(f"teacher.model: {teacher.info().packing_error}")
+    return teacher
+
+
+def check_run_dir(run_dir: Path) -> None:
+    """Raises ClusterError if this node does not see the driver's run directory, or may not write there."""
+    probe = run_dir / f".probe-{os.getpid()}"
+    if not (run_dir / CONFIG_FILE).exists():
+        raise ClusterError(
+            f"out: the run directory {run_dir}, made by the driver, does not exist on node {os.uname().nodename}; "
+            "choose a directory on a file system that all nodes share"
+        )
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ClusterError(f"out: node {os.uname().nodename} cannot write to {run_dir}: {error}") from None
+
+
+class Record:
+    """What the summary needs from the run."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.validations: dict[int, Evaluation] = {}
+        self.tokens = self.payload_bytes = 0
+        self.last: StepMetrics | None = None
+
+    def add(self, metrics: StepMetrics) -> None:
+        self.last = metrics
+        self.tokens += metrics.tokens
+        self.payload_bytes += metrics.payload_bytes
+
+    def summary(self, plan: Plan, teacher: TeacherInfo, teacher_tokens: int, parameters: int) -> dict[str, Any]:
+        """The content of summary.json. teacher_tokens: over all workers; parameters: the student's."""
+        first, final = self.validations[0], self.validations[plan.total_steps]
+        assert self.last is not None
+
+        def figures(found: Evaluation) -> dict[str, Any]:
+            return {"cross_entropy": found.cross_entropy, "kl": found.kl, "parameters": parameters}
+
+        return {
+            "steps": self.last.step,
+            "teacher": {"cross_entropy": first.teacher_cross_entropy, "parameters": teacher.num_parameters},
+            "before": figures(first),
+            "after": figures(final),
+            "validations": [{"step": step} | asdict(found) for step, found in self.validations.items()],
+            "t": self.last.t,
+            "tokens": self.tokens,
+            "samples": self.last.samples_seen,
+            "wall_s": time.monotonic() - self.started,
+            "teacher_tokens": teacher_tokens,
+            "payload_bytes": self.payload_bytes,
+            "dropped_teacher_mass": teacher.dropped_mass,
+            "restarts": 0,  # a run ends with its first failure until it can resume from checkpoints
+        }
+
+
+def _ignore(message: str) -> None:
+    """Only rank 0 speaks."""

@@ -1,0 +1,144 @@
+"""The teacher pool, with real Serve replicas and tensor-parallel shards, against the same teacher in this process."""
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from ray import serve
+
+from taid_ray.actors.lease import find_lease
+from taid_ray.actors.pool import PoolTeacher, start_pool, stop_pool
+from taid_ray.batch import NO_LABEL, Batch, Row, collate
+from taid_ray.config import TeacherConfig
+from taid_ray.errors import ModelError, TeacherError
+from taid_ray.teacher_model import LocalTeacher, TeacherInfo
+
+VOCAB, SHARED = 96, 90
+IDLE_TIMEOUT_S = 12.0
+POOLS = {
+    "replicas": {"replicas": 2, "payload": "logits"},
+    "shards": {"shards": 2, "payload": "hidden", "idle_timeout_s": IDLE_TIMEOUT_S},
+}
+
+
+@pytest.fixture(scope="module")
+def teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    directory = tmp_path_factory.mktemp("teacher")
+    LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, initializer_range=0.3, **sizes)).save_pretrained(directory)
+    return directory
+
+
+def config(directory: Path, **values: Any) -> TeacherConfig:
+    return TeacherConfig(**{"model": str(directory), "max_tokens": 32, "timeout_s": 120, "cpus_per_shard": 1, **values})
+
+
+@pytest.fixture(scope="module")
+def pools(ray_cluster: str, teacher_dir: Path) -> Iterator[dict[str, TeacherInfo]]:
+    """Both pools, started side by side."""
+
+    def start(name: str) -> TeacherInfo:
+        return start_pool(config(teacher_dir, **POOLS[name]), SHARED, "cpu", name, use_role_resources=True)
+
+    with ThreadPoolExecutor() as threads:
+        started = dict(zip(POOLS, threads.map(start, POOLS), strict=True))
+    yield started
+    for name in POOLS:
+        stop_pool(name)
+
+
+@pytest.fixture
+def connect(pools: dict[str, TeacherInfo], teacher_dir: Path) -> Iterator[Callable[[str], PoolTeacher]]:
+    """Makes clients that are closed even if the test fails; an open one would keep its pool's lease."""
+    clients: list[PoolTeacher] = []
+
+    def client(name: str) -> PoolTeacher:
+        clients.append(PoolTeacher(name, config(teacher_dir, **POOLS[name])))
+        return clients[-1]
+
+    yield client
+    for opened in clients:
+        opened.close()
+
+
+def batches() -> list[Batch]:
+    """Requests of different sizes; one packed row, one without loss positions."""
+    generator = torch.Generator().manual_seed(1)
+
+    def row(*lengths: int) -> Row:
+        documents = [torch.randint(0, SHARED, (length,), generator=generator).tolist() for length in lengths]
+        return Row(
+            [token for document in documents for token in document],
+            [position for document in documents for position in range(len(document))],
+            [target for document in documents for target in (*document[1:], NO_LABEL)],
+        )
+
+    sizes = [[row(9), row(14), row(5)], [row(6, 11)], [], [row(20)], [row(3), row(30)]]
+    return [collate(rows) for rows in sizes]
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_answers_equal_the_local_teacher(
+    name: str, connect: Callable[[str], PoolTeacher], pools: dict[str, TeacherInfo], teacher_dir: Path
+) -> None:
+    values = {key: value for key, value in POOLS[name].items() if key == "payload"}
+    local = LocalTeacher(config(teacher_dir, mode="local", **values), SHARED, torch.device("cpu"))
+    client = connect(name)
+    requests = [client.submit(batch) for batch in batches()]  # all in flight at once
+    for batch, request in zip(batches(), requests, strict=True):
+        found, expected = client.collect(request), local.collect(local.submit(batch))
+        assert found.kind == expected.kind and found.values.dtype == torch.float32
+        torch.testing.assert_close(found.values, expected.values, atol=1e-5, rtol=1e-5)
+    assert client.tokens == local.tokens == sum(b.inputs["input_ids"].numel() for b in batches() if b.num_loss_tokens)
+    assert client.payload_bytes == local.payload_bytes and client.teacher_wait_s > 0
+    head, expected_head = client.head(), local.head()
+    assert torch.equal(head.weight, expected_head.weight) and head.transform == expected_head.transform
+    assert client.info() == pools[name] and pools[name].packing_error is None
+
+
+def test_replicas_are_the_same_teacher_and_an_impossible_request_is_explained(
+    connect: Callable[[str], PoolTeacher], pools: dict[str, TeacherInfo], teacher_dir: Path
+) -> None:
+    lease = find_lease("replicas")
+    assert lease is not None and ray.get(lease.probe_digests.remote()) == {pools["replicas"].probe_digest}
+    local = LocalTeacher(config(teacher_dir, mode="local", payload="logits"), SHARED, torch.device("cpu"))
+    assert pools["replicas"].fingerprint == local.info().fingerprint
+    client = connect("replicas")
+    ids = torch.full((1, 4), VOCAB)
+    wrong = Batch({"input_ids": ids, "position_ids": torch.arange(4)[None]}, torch.arange(3), ids[0, 1:])
+    with pytest.raises(TeacherError, match=f"must lie in 0 to {VOCAB - 1}"):
+        client.collect(client.submit(wrong))
+
+
+def test_a_pool_in_use_is_not_replaced(connect: Callable[[str], PoolTeacher], teacher_dir: Path) -> None:
+    connect("replicas")
+    time.sleep(0.5)
+    with pytest.raises(TeacherError, match="in use"):
+        start_pool(config(teacher_dir), SHARED, "cpu", "replicas", use_role_resources=True)
+    assert serve.status().applications["replicas"].status == "RUNNING"
+
+
+def test_a_pool_without_clients_removes_itself(connect: Callable[[str], PoolTeacher]) -> None:
+    connect("shards").close()
+    deadline = time.monotonic() + IDLE_TIMEOUT_S + 15
+    while "shards" in serve.status().applications or find_lease("shards") is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    with pytest.raises(TeacherError, match="no teacher pool shards"):
+        connect("shards")
+
+
+def test_a_model_that_cannot_be_loaded_is_reported_at_once(ray_cluster: str, teacher_dir: Path) -> None:
+    start = time.monotonic()
+    with pytest.raises(ModelError, match=r"teacher\.model: no such directory \(found '/nowhere'\)"):
+        start_pool(config(Path("/nowhere"), replicas=2), SHARED, "cpu", "bad", use_role_resources=True)
+    assert time.monotonic() - start < 60
+    assert "bad" not in serve.status().applications and find_lease("bad") is None

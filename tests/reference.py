@@ -1,0 +1,68 @@
+"""The same training written plainly: one process, whole batches, logits of the full vocabulary, torch and nothing else.
+
+Shares with the product the data order and the initial weights, which other tests are about. Everything that the
+trajectory tests are about (loss, normalisation, clipping, optimizer, schedule) is written again here from the formulas.
+"""
+
+import math
+
+import torch
+
+from taid_ray.batch import NO_LABEL
+from taid_ray.config import DistillConfig
+from taid_ray.data import TrainingData
+from taid_ray.models import load_causal_lm
+from taid_ray.preflight import run_tokenizer
+from taid_ray.student_model import build_student
+
+
+def reference_run(config: DistillConfig) -> list[dict[str, float]]:
+    """Per optimizer step: t, loss (cross-entropy form), kl, grad_norm, tokens. TAID with the adaptive schedule only."""
+    assert config.loss.name == "taid" and config.schedule.mode == "adaptive" and config.train.steps
+    train, schedule = config.train, config.schedule
+    student = build_student(config, None).train()
+    teacher = load_causal_lm(config.teacher.model, dtype="float32")
+    decayed = [p for p in student.parameters() if p.dim() >= 2]
+    others = [p for p in student.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": train.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        betas=train.betas,
+        eps=train.epsilon,
+    )
+    data = TrainingData(config.data, run_tokenizer(config), train.seed, train.batch_size).batches()
+    t, momentum, previous = schedule.t_start, 0.0, None
+    history = []
+    for n in range(train.steps):
+        rows, _ = next(data)
+        cross_entropy = entropy = torch.zeros((), dtype=torch.float64)
+        tokens = sum(target != NO_LABEL for row in rows for target in row.targets)
+        optimizer.zero_grad()
+        for row in rows:
+            inputs = {"input_ids": torch.tensor([row.input_ids]), "position_ids": torch.tensor([row.position_ids])}
+            chosen = torch.tensor(row.targets) != NO_LABEL
+            student_logits = student(**inputs, use_cache=False).logits[0, chosen]
+            with torch.no_grad():
+                teacher_logits = teacher(**inputs, use_cache=False).logits[0, chosen]
+            target = torch.softmax((1 - t) * student_logits.detach() + t * teacher_logits, -1)
+            loss = -(target * torch.log_softmax(student_logits, -1)).sum()
+            (loss / tokens).backward()
+            cross_entropy = cross_entropy + loss.detach().double()
+            entropy = entropy - (target * target.log()).sum().double()
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), train.max_grad_norm or math.inf)
+        warm = min(1.0, (n + 1) / train.warmup_steps) if train.warmup_steps else 1.0
+        done = max(0, n - train.warmup_steps) / (train.steps - train.warmup_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = train.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * done))
+        optimizer.step()
+
+        j = float(cross_entropy) / tokens
+        history.append(
+            {"t": t, "loss": j, "kl": j - float(entropy) / tokens, "grad_norm": float(norm), "tokens": tokens}
+        )
+        if previous is not None:
+            momentum = schedule.beta * momentum + (1 - schedule.beta) * (previous - j) / (previous + 1e-15)
+            step = schedule.alpha / (1 + math.exp(-momentum)) * (1 - t)
+            floor = schedule.t_start + (schedule.t_end - schedule.t_start) * n / train.steps
+            t = min(schedule.t_end, max(floor, t + step))
+        previous = j
+    return history
