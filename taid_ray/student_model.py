@@ -131,7 +131,8 @@ def resize_with_mean(model: Any, num_rows: int) -> None:
 def add_lora(model: Any, lora: LoraConfig, seed: int) -> Any:
     """Wraps `model` with adapters (in place, through peft); only they train. The same on every rank.
 
-    Raises ModelError if peft is not installed.
+    Raises ModelError if peft is not installed, or for an adapter on a head that is tied to the embedding (merging it would
+    change the embedding too).
     """
     try:
         from peft import LoraConfig as PeftConfig
@@ -149,7 +150,14 @@ def add_lora(model: Any, lora: LoraConfig, seed: int) -> Any:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return get_peft_model(model, settings)
+        adapted = get_peft_model(model, settings)
+    head = model.get_output_embeddings()
+    if hasattr(head, "lora_A") and head.base_layer.weight is model.get_input_embeddings().weight:
+        raise ModelError(
+            "student.lora.target_modules names the head, which this student ties to its embedding, so that the adapter could "
+            "not be merged; leave the head out of student.lora.target_modules"
+        )
+    return adapted
 
 
 def merged_model(config: DistillConfig, source: Any, state: dict[str, Tensor]) -> Any:

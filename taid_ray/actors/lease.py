@@ -104,12 +104,9 @@ def keep_lease(app_name: str) -> Callable[[], None]:
     stopped = threading.Event()
 
     def renew() -> None:
-        while True:
-            try:
-                # On the handle, which fails without Ray; ray.get_actor would start a new local cluster instead.
-                lease.renew.remote()
-            except Exception:
-                return
+        # Without Ray, `.remote` would start a new local cluster.
+        while ray.is_initialized():
+            lease.renew.remote()
             if stopped.wait(RENEW_PERIOD_S):
                 return
 

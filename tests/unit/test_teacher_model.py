@@ -16,14 +16,14 @@ from taid_ray.teacher_model import LocalTeacher, TeacherModel, check_finite, hea
 
 VOCAB, SHARED = 61, 57
 CPU = torch.device("cpu")
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
-GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
+GROUPED: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 8}
 
 
 def architectures() -> dict[str, Callable[[], Any]]:

@@ -1,0 +1,191 @@
+"""The student in a DeepSpeed engine, one process: every ZeRO stage follows the plain reference, whatever the head is."""
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from taid_ray.aggregate import LossAggregator, LossSums, StepResult
+from taid_ray.config import DistillConfig, build_config
+from taid_ray.errors import ModelError
+from taid_ray.launch import use_deepspeed_on
+from taid_ray.metrics import StepMetrics
+from taid_ray.preflight import prepare, run_tokenizer
+from taid_ray.schedule import TAIDSchedule
+from tests.reference import reference_run
+
+BUNDLE = Path(__file__).parents[2] / "taid_ray" / "quickstart"
+UNTIED: dict[str, Any] = {"init": "scratch", "architecture": {"tie_word_embeddings": False, "num_hidden_layers": 2}}
+TIED: dict[str, Any] = {"init": "cut", "layers": [0, 4]}
+LORA_HEAD: dict[str, Any] = {"rank": 4, "target_modules": ["lm_head", "q_proj"]}
+
+
+class LocalScheduler:
+    """What the scheduler actor does, for one rank in the same process."""
+
+    def __init__(self, config: DistillConfig, total_steps: int):
+        s = config.schedule
+        schedule = TAIDSchedule(s.t_start, s.t_end, s.alpha, s.beta, total_steps, s.mode)
+        self.aggregator = LossAggregator(schedule, s.signal)
+        self.aggregator.begin(1, 1, None)
+        self.answer: StepResult | None = None
+
+    def submit(self, step: int, sums: LossSums) -> None:
+        self.answer = self.aggregator.report(1, step, 0, sums)
+
+    def collect(self, step: int) -> StepResult:
+        assert self.answer is not None and self.answer.step == step
+        return self.answer
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process_group() -> Iterator[None]:
+    use_deepspeed_on("cpu")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(LOCAL_RANK="0", RANK="0", WORLD_SIZE="1")
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
+        del os.environ[name]
+
+
+def config_for(student: dict[str, Any], **train: Any) -> DistillConfig:
+    return build_config(
+        {
+            "teacher": {"model": str(BUNDLE / "stories260k"), "dtype": "float32", "mode": "local"},
+            "student": {"dtype": "float32"} | student,
+            "data": {
+                "train": str(BUNDLE / "tinystories_train.jsonl"),
+                "valid_documents": 4,
+                "sequence_length": 64,
+                "block_documents": 16,
+            },
+            "schedule": {"alpha": 1.0, "beta": 0.5},
+            "train": {
+                "steps": 4,
+                "batch_size": 4,
+                "micro_batch_size": 2,
+                "learning_rate": 1e-3,
+                "weight_decay": 0.1,
+            }
+            | train,
+        }
+    )
+
+
+def train(config: DistillConfig) -> tuple[list[StepMetrics], Any]:
+    """Runs the product's loop in this process. Returns its metrics and the student."""
+    from taid_ray.stream import Prefetcher, num_micro_batches, step_batches
+    from taid_ray.student import Student
+    from taid_ray.student_model import build_student
+    from taid_ray.teacher_model import LocalTeacher
+    from taid_ray.train import train_loop
+    from taid_ray.worker import training_batches
+    from taid_ray.world import World
+
+    plan, world, device = prepare(config), World(), torch.device("cpu")
+    student = Student(config, build_student(config, plan.resize_rows), plan.vocabulary.num_shared, world, device)
+    teacher = LocalTeacher(config.teacher, plan.vocabulary.num_shared, device)
+    scheduler = LocalScheduler(config, plan.total_steps)
+    accumulation = num_micro_batches(config.train.batch_size, config.train.micro_batch_size, 1)
+    batches = step_batches(training_batches(config, plan, run_tokenizer(config)), world, accumulation)
+    lines: list[StepMetrics] = []
+    start = scheduler.aggregator.result
+    stream = Prefetcher(batches, teacher, config.teacher.window)
+    train_loop(config.train, plan.total_steps, student, teacher.head(), scheduler, stream, start, lines.append)
+    return lines, student
+
+
+def assert_follows(lines: list[StepMetrics], expected: list[dict[str, float]]) -> None:
+    for line, reference in zip(lines, expected, strict=True):
+        for key in ("t", "loss", "kl"):
+            assert getattr(line, key) == pytest.approx(reference[key], rel=0, abs=1e-5), (line.step, key)
+        assert line.grad_norm == pytest.approx(reference["grad_norm"], rel=1e-4), line.step
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, list[dict[str, float]]]:
+    return {
+        "tied": reference_run(config_for(TIED)),
+        "untied": reference_run(config_for(UNTIED)),
+        "no clipping": reference_run(config_for(TIED, max_grad_norm=0.0)),
+    }
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("head", ["tied", "untied"])
+def test_every_stage_follows_the_reference(head: str, stage: int, expected: dict[str, Any]) -> None:
+    lines, _ = train(config_for((TIED if head == "tied" else UNTIED) | {"zero_stage": stage}))
+    assert_follows(lines, expected[head])
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_max_grad_norm_0_does_not_clip(stage: int, expected: dict[str, Any]) -> None:
+    lines, _ = train(config_for(TIED | {"zero_stage": stage}, max_grad_norm=0.0))
+    assert_follows(lines, expected["no clipping"])
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_gradient_checkpointing_changes_nothing(stage: int, expected: dict[str, Any]) -> None:
+    lines, _ = train(config_for(TIED | {"zero_stage": stage, "gradient_checkpointing": True}))
+    assert_follows(lines, expected["tied"])
+
+
+@pytest.mark.parametrize("lora", [{"rank": 4}, LORA_HEAD], ids=["body", "head"])
+def test_lora_is_the_same_under_every_stage_and_merges(lora: dict[str, Any], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from taid_ray.student_model import build_student
+
+    logits, histories = [], []
+    for stage in (0, 2, 3):
+        lines, student = train(config_for(UNTIED | {"zero_stage": stage, "lora": lora}))
+        histories.append([(line.loss, line.grad_norm) for line in lines])
+        trainable = [name for name, p in student.trained.named_parameters() if p.requires_grad]
+        assert trainable and all("lora_" in name for name in trainable)
+        student.save(tmp_path / str(stage))
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / str(stage))
+        assert not any("lora" in name for name, _ in merged.named_parameters())
+        logits.append(merged(torch.arange(20)[None]).logits)
+    for history, each in zip(histories[1:], logits[1:], strict=True):
+        assert history == [pytest.approx(step, rel=1e-4) for step in histories[0]]
+        torch.testing.assert_close(each, logits[0], rtol=1e-3, atol=1e-5)
+    untrained = build_student(config_for(UNTIED), None)
+    assert not torch.allclose(untrained(torch.arange(20)[None]).logits, logits[0], atol=1e-4)
+
+
+def test_an_adapter_on_a_tied_head_is_refused() -> None:
+    with pytest.raises(ModelError, match="leave the head out"):
+        train(config_for(TIED | {"zero_stage": 0, "lora": LORA_HEAD}))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bfloat16_stays_near_the_reference(stage: int, expected: dict[str, Any]) -> None:
+    lines, _ = train(config_for(TIED | {"zero_stage": stage, "dtype": "bfloat16"}))
+    for line, reference in zip(lines, expected["tied"], strict=True):
+        assert line.loss == pytest.approx(reference["loss"], rel=5e-3), line.step
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_saved_model_is_the_trained_one(stage: int, tmp_path: Path) -> None:
+    """The saved weights reproduce the training model's own next loss, and load with plain transformers."""
+    from transformers import AutoModelForCausalLM
+
+    from taid_ray.student_model import build_student
+
+    _, student = train(config_for(TIED | {"zero_stage": stage}))
+    student.save(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    state = student._gathered_state()
+    for name, parameter in loaded.named_parameters():
+        torch.testing.assert_close(parameter.data, state[name], rtol=0, atol=0)
+    before = dict(build_student(config_for(TIED), None).named_parameters())
+    assert any(not torch.equal(parameter, before[name]) for name, parameter in loaded.named_parameters())
