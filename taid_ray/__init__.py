@@ -2,12 +2,12 @@
 
 from typing import TYPE_CHECKING, Any
 
-from taid_ray.config import DistillConfig, load_config
+from taid_ray.config import DistillConfig, build_config, load_config
 
 if TYPE_CHECKING:
     from taid_ray.launch import RunResult, distill
 
-__all__ = ["DistillConfig", "RunResult", "distill", "load_config"]
+__all__ = ["DistillConfig", "RunResult", "build_config", "distill", "load_config"]
 
 
 def __getattr__(name: str) -> Any:

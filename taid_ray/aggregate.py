@@ -63,7 +63,7 @@ class LossAggregator:
         self.signal = signal
         self.attempt = 0
         self.world_size = 0
-        self.result = StepResult(0, schedule.state_dict())
+        self.result = self._start = StepResult(0, schedule.state_dict())
         self._reports: dict[int, LossSums] = {}
 
     def begin(self, attempt: int, world_size: int, result: StepResult | None) -> None:
@@ -74,8 +74,7 @@ class LossAggregator:
         if attempt <= self.attempt:
             raise StaleReportError(f"attempt {attempt} cannot begin: attempt {self.attempt} already has")
         self.attempt, self.world_size = attempt, world_size
-        if result is not None:
-            self._adopt(result)
+        self._adopt(result or self._start)
 
     def seed(self, attempt: int, world_size: int, result: StepResult) -> None:
         """A rank tells the newest result it knows; after a restart of the actor this rebuilds the state.

@@ -1,6 +1,8 @@
 """The Ray cluster of a run: joined if there is one, else a local one that ends with the run; and whether the run fits."""
 
 import os
+import socket
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from taid_ray.config import DistillConfig
 from taid_ray.errors import ClusterError
 
 STUDENT_RESOURCE, TEACHER_RESOURCE = "taid_student", "taid_teacher"
+CONNECT_TIMEOUT_S = 5.0
 
 
 @contextmanager
@@ -23,7 +26,7 @@ def ray_cluster() -> Iterator[None]:
     joins = bool(os.environ.get("RAY_ADDRESS"))
     cores = os.cpu_count() or 1
     if joins:
-        ray.init(logging_level="ERROR", log_to_driver=False)
+        join_cluster(os.environ["RAY_ADDRESS"])
     else:
         # Both roles get a resource of their own, as nodes of a real cluster should (see cluster/README.md).
         roles = {STUDENT_RESOURCE: 1000, TEACHER_RESOURCE: 1000}
@@ -37,6 +40,21 @@ def ray_cluster() -> Iterator[None]:
         ray.shutdown()
         if not joins:
             os.environ.pop("RAY_ADDRESS", None)
+
+
+def join_cluster(address: str) -> None:
+    """Connects to the cluster that RAY_ADDRESS names. Raises ClusterError if nothing answers there."""
+    try:
+        host, _, port = address.rpartition("://")[2].rpartition(":")
+        if port.isdigit():  # else a word such as `auto`
+            # Ray itself would try for minutes, and then end the process.
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
+        ray.init(logging_level="ERROR", log_to_driver=False)
+    except OSError as error:
+        raise ClusterError(
+            f"RAY_ADDRESS = {address}: no Ray cluster answers there ({' '.join(str(error).split())}); "
+            "correct it, or unset it to run on this machine alone"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -89,25 +107,49 @@ def demand_of(config: DistillConfig, device: str) -> Demand:
 def check_capacity(demand: Demand, nodes: list[dict[str, Any]] | None = None) -> None:
     """Raises ClusterError if the cluster's nodes, all free, could not hold the run; says what was asked and what exists.
 
-    A replica's shards share a node. Placement is first-fit, teachers first, as at the start of a run.
+    A replica's shards share a node.
     """
-    alive = [dict(node["Resources"]) for node in (nodes if nodes is not None else ray.nodes()) if node["Alive"]]
-    free = [dict(node) for node in alive]
+    alive = [node["Resources"] for node in (nodes if nodes is not None else ray.nodes()) if node["Alive"]]
     replica = {key: value * demand.shards for key, value in demand.shard_resources().items()}
-    units = [(f"a teacher replica of {demand.shards} shard(s)", replica, "teacher.shards")] * demand.replicas
-    units += [("a student worker", demand.worker_resources(), "student.workers")] * demand.workers
-    for what, needs, key in units:
-        node = next((n for n in free if all(n.get(k, 0) >= v for k, v in needs.items())), None)
-        if node is None:
-            raise ClusterError(
-                f"the cluster cannot hold this run: asked for {demand.replicas} teacher replica(s) x {demand.shards} "
-                f"shard(s) of {_shown(demand.shard_resources())} and {demand.workers} student worker(s) of "
-                f"{_shown(demand.worker_resources())}; the nodes have {'; '.join(_shown(n) for n in alive)}, "
-                f"and {what} ({_shown(needs)}) finds no place. Lower {key}, teacher.replicas or the CPUs of each "
-                "(student.cpus_per_worker, teacher.cpus_per_shard), or add nodes."
-            )
-        for resource, amount in needs.items():
-            node[resource] -= amount
+    room = workers_beside(alive, replica, demand.worker_resources(), demand.replicas)
+    if room[-1] >= demand.workers:
+        return
+    if room[-1] < 0:
+        most = max(count for count, workers in enumerate(room) if workers >= 0)
+        key, found = "teacher.shards", f"only {most} of the replicas ({_shown(replica)} on one node each) find a place"
+    else:
+        key, found = "student.workers", f"only {room[-1]} of the workers find a place beside the teacher"
+    existing = [f"{count} x ({shown})" for shown, count in Counter(map(_shown, alive)).items()]
+    raise ClusterError(
+        f"the cluster cannot hold this run: asked for {demand.replicas} teacher replica(s) x {demand.shards} shard(s) of "
+        f"{_shown(demand.shard_resources())} and {demand.workers} student worker(s) of "
+        f"{_shown(demand.worker_resources())}; the nodes have {', '.join(existing) or 'nothing'}, and {found}. "
+        f"Lower {key}, teacher.replicas or the CPUs of each (student.cpus_per_worker, teacher.cpus_per_shard), or add nodes."
+    )
+
+
+def workers_beside(
+    nodes: list[dict[str, float]], replica: dict[str, float], worker: dict[str, float], replicas: int
+) -> list[int]:
+    """Entry r, from 0 to `replicas`: the most workers that fit beside r replicas; -1 where not even those fit.
+
+    Exact for any mixture of nodes: tries every number of replicas on each node.
+    """
+    best = [0] + [-1] * replicas
+    for node in nodes:
+        most = min(_times(replica, node), replicas)
+        left = [{key: node.get(key, 0) - count * replica.get(key, 0) for key in worker} for count in range(most + 1)]
+        here = [_times(worker, free) for free in left]
+        best = [
+            max((best[r - k] + here[k] for k in range(min(r, most) + 1) if best[r - k] >= 0), default=-1)
+            for r in range(replicas + 1)
+        ]
+    return best
+
+
+def _times(needs: dict[str, float], free: dict[str, float]) -> int:
+    """How often `needs` fits into `free`. Ray counts in units of 1e-4, so rounding errors must not decide."""
+    return min(int((free.get(key, 0) + 1e-6) / amount) for key, amount in needs.items())
 
 
 def _shown(resources: dict[str, float]) -> str:

@@ -1,10 +1,7 @@
 """The driver: prepares a run, starts its parts on the cluster, follows them, and takes everything down again."""
 
 import os
-import threading
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +12,6 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from taid_ray.actors.pool import start_pool, stop_pool
-from taid_ray.actors.scheduler import start_scheduler
 from taid_ray.cluster import Demand, check_capacity, cluster_has_gpus, demand_of, ray_cluster
 from taid_ray.config import DistillConfig
 from taid_ray.device import collective_backend, resolve
@@ -25,8 +20,7 @@ from taid_ray.metrics import CONFIG_FILE
 from taid_ray.preflight import Job, Plan, prepare
 from taid_ray.progress import ProgressView
 from taid_ray.schedule import adaptive_is_linear
-
-POLL_S = 0.5
+from taid_ray.supervise import followed, scheduler_actor, teacher_pool
 
 
 @dataclass(frozen=True)
@@ -69,8 +63,8 @@ def distill(config: DistillConfig) -> RunResult:
 def run_on_cluster(config: DistillConfig, plan: Plan, demand: Demand, view: ProgressView) -> dict[str, Any]:
     """Starts scheduler, teacher pool and student workers side by side; the workers wait for the pool."""
     run_id = f"{config.name}-{uuid.uuid4().hex[:8]}"
-    scheduler = start_scheduler(f"taid-scheduler-{run_id}", effective_schedule(config), plan.total_steps)
     with (
+        scheduler_actor(config, plan, f"taid-scheduler-{run_id}") as scheduler,
         teacher_pool(config, plan, demand, f"taid-teacher-{run_id}", scheduler, view) as pool,
         followed(scheduler, plan, view),
     ):
@@ -117,77 +111,6 @@ def use_deepspeed_on(device: str) -> None:
 
     if device == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-@contextmanager
-def teacher_pool(
-    config: DistillConfig, plan: Plan, demand: Demand, name: str, scheduler: Any, view: ProgressView
-) -> Iterator[str]:
-    """Starts the teacher pool in the background and removes it at the end. The scheduler tells the workers when it is up."""
-    if config.teacher.mode == "local":
-        yield name
-        return
-    view.say(f"starting the teacher pool: {demand.replicas} replica(s) x {demand.shards} shard(s)")
-
-    def start() -> None:
-        error: Exception | None = None
-        try:
-            info = start_pool(
-                config.teacher, plan.vocabulary.num_shared, demand.device, name, use_role_resources=demand.teacher_role
-            )
-            view.say(f"teacher pool is ready ({info.num_parameters:,} parameters, {info.dtype})")
-            if info.dropped_mass:
-                view.say(
-                    f"note: {info.dropped_mass:.2g} of the teacher's probability lies outside the shared vocabulary"
-                )
-        except Exception as problem:
-            # Whatever went wrong, the workers wait for word of it and must not wait in vain.
-            error = problem
-        ray.get(scheduler.set_pool.remote(error))
-
-    starter = threading.Thread(target=start, name="taid-start-pool", daemon=True)
-    starter.start()
-    try:
-        yield name
-    finally:
-        starter.join(timeout=config.teacher.timeout_s)
-        view.say("removing the teacher pool")
-        stop_pool(name)
-
-
-@contextmanager
-def followed(scheduler: Any, plan: Plan, view: ProgressView) -> Iterator[None]:
-    """Shows on the terminal what the scheduler actor hears from the workers."""
-    done = threading.Event()
-
-    def follow() -> None:
-        seen, shown = 0, 0
-        while not done.wait(POLL_S):
-            try:
-                notes, metrics = ray.get(scheduler.progress.remote(seen), timeout=10)
-            except ray.exceptions.RayError:
-                continue  # it is being restarted, or the run is over
-            seen += len(notes)
-            for note in notes:
-                view.say(note)
-            if metrics and metrics["step"] > shown:
-                shown = metrics["step"]
-                view.step(metrics, plan.total_steps)
-
-    thread = threading.Thread(target=follow, name="taid-follow", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
-def effective_schedule(config: DistillConfig) -> Any:
-    """The schedule of the run; every loss but TAID compares with the teacher itself, which is t = 1 throughout."""
-    if config.loss.name == "taid":
-        return config.schedule
-    return config.schedule.model_copy(update={"mode": "constant", "t_start": 1.0, "t_end": 1.0})
 
 
 def warn_about_schedule(config: DistillConfig, plan: Plan, view: ProgressView) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 SILENCE_S = 4.0
+FIGURES_S = 3.0  # below SILENCE_S, so that while steps go on their figures are shown and not what is being waited for
 TICK_S = 0.5
 
 
@@ -21,7 +22,7 @@ class ProgressView:
     def __init__(self, console: Console | None = None):
         self.console = console or Console()
         self._started = time.monotonic()
-        self._last_line = self._started
+        self._last_line = self._last_figures = self._started
         self._activity, self._activity_since = "starting", self._started
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -32,11 +33,11 @@ class ProgressView:
         if self.console.is_terminal:
             self._bar = Progress(
                 SpinnerColumn(),
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
-                TextColumn("{task.fields[figures]}"),
+                TextColumn("{task.fields[figures]}", markup=False),
                 console=self.console,
                 transient=True,
             )
@@ -61,17 +62,26 @@ class ProgressView:
             if self._bar is not None:
                 self._bar.update(self._task, description=message)
 
+    def wait_for(self, activity: str) -> None:
+        """Shows something as the current activity, without a line of its own unless it takes long."""
+        with self._lock:
+            self._activity = activity
+            if self._bar is not None:
+                self._bar.update(self._task, description=activity)
+
     def step(self, metrics: dict[str, Any], total_steps: int) -> None:
         """The newest line of metrics; printed at most once every few seconds where there is no bar."""
         left = (total_steps - metrics["step"]) * metrics["step_s"]
         figures = f"t {metrics['t']:.3f}  loss {metrics['loss']:.3f}  kl {metrics['kl']:.3f}  {left:.0f} s left"
         with self._lock:
-            self._activity, self._activity_since = f"step {metrics['step'] + 1} of {total_steps}", time.monotonic()
+            following = min(metrics["step"] + 1, total_steps)
+            self._activity, self._activity_since = f"step {following} of {total_steps}", time.monotonic()
             if self._bar is not None:
                 self._bar.update(
                     self._task, description="training", total=total_steps, completed=metrics["step"], figures=figures
                 )
-            elif time.monotonic() - self._last_line >= SILENCE_S or metrics["step"] == total_steps:
+            elif time.monotonic() - self._last_figures >= FIGURES_S or metrics["step"] == total_steps:
+                self._last_figures = time.monotonic()
                 self._print(f"step {metrics['step']}/{total_steps}  {figures}")
 
     def _print(self, message: str) -> None:

@@ -12,12 +12,12 @@ COLUMNS = ("", "cross-entropy", "perplexity", "KL to the teacher", "parameters")
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [distillation, taid]
+tags: [{tags}]
 ---
 
 # {name}
 
-A student distilled with TAID (Temporally Adaptive Interpolated Distillation, arXiv 2501.16937) by taid-ray.
+A student distilled with {method} by taid-ray.
 
 | | |
 |---|---|
@@ -93,7 +93,7 @@ def write_plots(run_dir: Path) -> None:
 
 def write_model_card(run_dir: Path, config: DistillConfig, summary: dict[str, Any]) -> None:
     """RUN/model/README.md: what the model is, where it came from, and how it measured."""
-    schedule, data, student = config.schedule, config.data, config.student
+    schedule, data, student, taid = config.schedule, config.data, config.student, config.loss.name == "taid"
     origin = {
         "pretrained": f"`{shown_name(str(student.model))}`",
         "scratch": "new weights",
@@ -103,18 +103,25 @@ def write_model_card(run_dir: Path, config: DistillConfig, summary: dict[str, An
     loss: str = config.loss.name
     if config.loss.sft_weight:
         loss += f" + {config.loss.sft_weight} x cross-entropy on labels"
+    shown_schedule = "none: compares with the teacher itself throughout (t = 1)"
+    if taid:
+        shown_schedule = (
+            f"{schedule.mode}, t {schedule.t_start} to {schedule.t_end}, alpha {schedule.alpha}, "
+            f"beta {schedule.beta}, signal {schedule.signal}"
+        )
     facts = {
         "teacher": f"`{shown_name(config.teacher.model)}`",
         "student before": origin,
         "data": f"`{shown_name(data.train)}` ({data.format}, {data.sequence_length} tokens per row)",
         "loss": loss,
-        "schedule": f"{schedule.mode}, t {schedule.t_start} to {schedule.t_end}, alpha {schedule.alpha}, "
-        f"beta {schedule.beta}, signal {schedule.signal}",
+        "schedule": shown_schedule,
         "training": f"{summary['steps']} steps of {config.train.batch_size} rows, {summary['tokens']:,} loss tokens, "
         f"peak learning rate {config.train.learning_rate}",
     }
     card = CARD.format(
         name=config.name,
+        method="TAID (Temporally Adaptive Interpolated Distillation, arXiv 2501.16937)" if taid else config.loss.name,
+        tags="distillation, taid" if taid else "distillation",
         facts="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
         figures="\n".join(f"| {' | '.join(row)} |" for row in result_rows(summary)),
     )

@@ -55,12 +55,11 @@ def run_worker(job: Job) -> dict[str, Any] | None:
     held_out = validation_rows(config.data, tokenizer)
     check_ids(held_out, plan.vocabulary.num_shared, tokenizer.get_vocab())
 
-    def validate(step: int) -> Evaluation:
+    def validate(step: int) -> None:
         note(f"validating on {len(held_out)} rows after step {step}")
         found = evaluate(student, teacher, teacher_head, held_out, world, config.train.micro_batch_size)
         note(f"validation: cross-entropy {found.cross_entropy:.4f}, KL to the teacher {found.kl:.4f}")
         record.validations[step] = found
-        return found
 
     def on_step(metrics: StepMetrics) -> None:
         record.add(metrics)
@@ -76,6 +75,7 @@ def run_worker(job: Job) -> dict[str, Any] | None:
     accumulation = num_micro_batches(config.train.batch_size, config.train.micro_batch_size, world.size)
     batches = step_batches(training_batches(config, plan, tokenizer), world, accumulation)
     stream = Prefetcher(batches, teacher, config.teacher.window)
+    note("training")
     train_loop(config.train, plan.total_steps, student, teacher_head, scheduler, stream, last, on_step)
     validate(plan.total_steps)
 

@@ -7,11 +7,12 @@ worker knows, and an unanswered report is sent again, so the state comes back bi
 import asyncio
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayError, RayTaskError
 
 from taid_ray.aggregate import LossAggregator, LossSums, StepResult
 from taid_ray.config import ScheduleConfig
@@ -20,6 +21,7 @@ from taid_ray.schedule import TAIDSchedule
 
 HEARTBEAT_S = 1.0
 ANSWER_DEADLINE_S = 600.0
+POOL_POLL_S = 10.0
 NAMESPACE = "taid-ray"
 
 
@@ -33,6 +35,7 @@ class SchedulerActor:
         self._changed = asyncio.Event()
         self._failure: Exception | None = None
         self._notes: list[str] = []
+        self._first_note = 0
         self._metrics: dict[str, Any] = {}
         self._pool: tuple[bool, Exception | None] = (False, None)
 
@@ -90,18 +93,21 @@ class SchedulerActor:
 
     async def progress(self, notes_seen: int) -> tuple[list[str], dict[str, Any]]:
         """New notes since the first `notes_seen`, and the newest metrics."""
-        return self._notes[notes_seen:], self._metrics
+        if notes_seen > self._first_note + len(self._notes):
+            self._first_note = notes_seen  # this actor was restarted: its notes follow those the driver has
+        return self._notes[max(0, notes_seen - self._first_note) :], self._metrics
 
     async def set_pool(self, error: Exception | None) -> None:
         """The driver says that the teacher pool is up, or why it is not."""
         self._pool = (True, error)
         self._wake()
 
-    async def pool(self) -> Exception | None:
-        """Answers once the teacher pool is up (None) or has failed (its error)."""
-        while not self._pool[0]:
-            await self._change()
-        return self._pool[1]
+    async def pool(self) -> tuple[bool, Exception | None]:
+        """Whether the driver has spoken about the teacher pool, and its error if it failed; waits a while for that."""
+        if not self._pool[0]:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._change(), POOL_POLL_S)
+        return self._pool
 
     def _wake(self) -> None:
         self._changed.set()
@@ -152,8 +158,13 @@ class SchedulerClient:
         return self._result
 
     def wait_for_pool(self) -> None:
-        """Blocks until the driver has the teacher pool up; raises its error if it failed."""
-        error = self._call(lambda: self._actor.pool.remote(), "the teacher pool")
+        """Blocks until the driver has the teacher pool up; raises its error if it failed.
+
+        Has no deadline of its own: loading may take as long as `teacher.timeout_s` says, and the driver watches that.
+        """
+        known, error = False, None
+        while not known:
+            known, error = self._call(lambda: self._actor.pool.remote(), "the teacher pool")
         if error is not None:
             raise error
 
@@ -184,7 +195,7 @@ class SchedulerClient:
                     f"the TAID scheduler gave no answer for {what} within {ANSWER_DEADLINE_S:.0f} s; "
                     "another student worker is probably stuck or gone"
                 ) from error
-            except ray.exceptions.RayTaskError as error:
+            except RayTaskError as error:
                 raise error.cause if isinstance(error.cause, Exception) else error from None
 
     def _beat(self) -> None:
@@ -192,5 +203,5 @@ class SchedulerClient:
         while not self._closed.wait(HEARTBEAT_S):
             try:
                 ray.get(self._actor.heartbeat.remote(self._attempt, self._world_size, self._result), timeout=10)
-            except (ActorDiedError, ActorUnavailableError, GetTimeoutError):
+            except RayError:
                 continue  # being restarted; the next beat re-seeds it

@@ -21,7 +21,7 @@ LAYERS = {
         "preflight", "progress", "report", "stream", "student", "student_model", "teacher_model", "train", "vocabulary", "world",
     },
     # R: Ray glue and entry points.
-    "R": {"__init__", "actors", "checkpoint", "cli", "cluster", "launch", "worker"},
+    "R": {"__init__", "actors", "checkpoint", "cli", "cluster", "supervise", "launch", "worker"},
 }  # fmt: skip
 ORDER = "P1R"
 FORBIDDEN = {"P": {"ray", "deepspeed", "transformers", "datasets", "peft"}, "1": {"ray"}, "R": set()}

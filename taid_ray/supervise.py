@@ -1,0 +1,122 @@
+"""What the driver does beside waiting: keeping the teacher pool, and telling the terminal what the workers do."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from taid_ray.actors.lease import keep_lease
+from taid_ray.actors.pool import start_pool, stop_pool
+from taid_ray.actors.scheduler import start_scheduler
+from taid_ray.cluster import Demand
+from taid_ray.config import DistillConfig, ScheduleConfig
+from taid_ray.preflight import Plan
+from taid_ray.progress import ProgressView
+
+POLL_S = 0.5
+CANCEL_S = 30.0
+RETELL_S = 5.0
+
+
+class _CancelledError(Exception):
+    """The run ended while its teacher pool was still starting."""
+
+
+@contextmanager
+def scheduler_actor(config: DistillConfig, plan: Plan, name: str) -> Iterator[Any]:
+    """The run's TAID scheduler actor, ended with the run."""
+    actor = start_scheduler(name, effective_schedule(config), plan.total_steps)
+    try:
+        yield actor
+    finally:
+        ray.kill(actor, no_restart=True)
+
+
+def effective_schedule(config: DistillConfig) -> ScheduleConfig:
+    """The schedule of the run; every loss but TAID compares with the teacher itself, which is t = 1 throughout."""
+    if config.loss.name == "taid":
+        return config.schedule
+    return config.schedule.model_copy(update={"mode": "constant", "t_start": 1.0, "t_end": 1.0})
+
+
+@contextmanager
+def teacher_pool(
+    config: DistillConfig, plan: Plan, demand: Demand, name: str, scheduler: Any, view: ProgressView
+) -> Iterator[str]:
+    """Starts the teacher pool in the background, keeps its lease, and removes it at the end.
+
+    The scheduler actor tells the workers when the pool is up, or why it is not.
+    """
+    if config.teacher.mode == "local":
+        yield name
+        return
+    view.say(f"starting the teacher pool: {demand.replicas} replica(s) x {demand.shards} shard(s)")
+    over = threading.Event()
+
+    def go_on(waiting_for: str) -> None:
+        if over.is_set():
+            raise _CancelledError
+        view.wait_for(waiting_for.partition(" after ")[0])
+
+    def start() -> None:
+        error: Exception | None = None
+        try:
+            num_shared = plan.vocabulary.num_shared
+            info = start_pool(config.teacher, num_shared, demand.device, name, demand.teacher_role, on_wait=go_on)
+            stop_renewing.append(keep_lease(name))
+            view.say(f"teacher pool is ready ({info.num_parameters:,} parameters, {info.dtype})")
+            if info.dropped_mass:
+                lost = f"{info.dropped_mass:.2g} of the teacher's probability"
+                view.say(f"note: {lost} lies outside the shared vocabulary")
+        except _CancelledError:
+            return
+        except Exception as problem:
+            # Whatever went wrong, the workers wait for word of it and must not wait in vain.
+            error = problem
+        while not over.is_set():  # said again and again, because a restarted scheduler actor has forgotten it
+            scheduler.set_pool.remote(error)
+            over.wait(RETELL_S)
+
+    stop_renewing: list[Any] = []
+    starter = threading.Thread(target=start, name="taid-start-pool", daemon=True)
+    starter.start()
+    try:
+        yield name
+    finally:
+        over.set()
+        view.say("removing the teacher pool")
+        starter.join(timeout=CANCEL_S)
+        for stop in stop_renewing:
+            stop()
+        stop_pool(name)
+
+
+@contextmanager
+def followed(scheduler: Any, plan: Plan, view: ProgressView) -> Iterator[None]:
+    """Shows on the terminal what the scheduler actor hears from the workers."""
+    done = threading.Event()
+
+    def follow() -> None:
+        seen, shown, last = 0, 0, False
+        while not last:
+            last = done.wait(POLL_S)  # once more after the end, for what was said last
+            try:
+                notes, metrics = ray.get(scheduler.progress.remote(seen), timeout=10)
+            except ray.exceptions.RayError:
+                continue  # it is being restarted, or the run is over
+            seen += len(notes)
+            if metrics and metrics["step"] > shown:
+                shown = metrics["step"]
+                view.step(metrics, plan.total_steps)
+            for note in notes:
+                view.say(note)
+
+    thread = threading.Thread(target=follow, name="taid-follow", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

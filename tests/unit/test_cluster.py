@@ -1,0 +1,163 @@
+import os
+import socket
+import time
+from itertools import product
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from taid_ray import cluster
+from taid_ray.cluster import Demand, check_capacity, demand_of, workers_beside
+from taid_ray.config import DistillConfig, build_config
+from taid_ray.errors import ClusterError
+
+
+def demand(**changes: Any) -> Demand:
+    values: dict[str, Any] = {
+        "device": "cpu", "workers": 1, "worker_cpus": 1.0, "replicas": 1, "shards": 1, "shard_cpus": 1.0,
+        "student_role": False, "teacher_role": False,
+    }  # fmt: skip
+    return Demand(**values | changes)
+
+
+def node(alive: bool = True, **resources: float) -> dict[str, Any]:
+    return {"Alive": alive, "Resources": resources | {"memory": 1e9, "node:10.0.0.1": 1.0}}
+
+
+def refusal(asked: Demand, nodes: list[dict[str, Any]]) -> str:
+    with pytest.raises(ClusterError) as caught:
+        check_capacity(asked, nodes)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "asked, nodes",
+    [
+        (demand(), [node(CPU=2)]),
+        (demand(workers=4, replicas=2, shards=2), [node(CPU=4), node(CPU=4)]),
+        (demand(replicas=0, workers=2), [node(CPU=2)]),
+        (demand(device="cuda", workers=2, shards=2), [node(CPU=8, GPU=2), node(CPU=8, GPU=2)]),
+        (
+            demand(student_role=True, teacher_role=True),
+            [node(CPU=1, taid_teacher=1), node(CPU=1, taid_student=1)],
+        ),
+        # ten times 0.1 is less than 1 in floating point
+        (demand(replicas=0, workers=10, worker_cpus=0.1), [node(CPU=1)]),
+        (demand(replicas=7, shard_cpus=0.1, workers=3, worker_cpus=0.1), [node(CPU=1)]),
+        # only if the small teacher leaves the large node to the worker
+        (demand(workers=1, worker_cpus=4), [node(CPU=4), node(CPU=1)]),
+        (demand(workers=2, worker_cpus=4, replicas=2, shards=2, shard_cpus=1), [node(CPU=6), node(CPU=4), node(CPU=2)]),
+    ],
+)
+def test_what_fits_is_accepted(asked: Demand, nodes: list[dict[str, Any]]) -> None:
+    check_capacity(asked, nodes)
+
+
+def test_too_many_workers() -> None:
+    message = refusal(demand(workers=8, replicas=1), [node(CPU=2), node(CPU=2), node(CPU=1)])
+    assert "1 teacher replica(s) x 1 shard(s) of 1 CPU and 8 student worker(s) of 1 CPU" in message  # asked
+    assert "the nodes have 2 x (2 CPU), 1 x (1 CPU)" in message  # exists
+    assert "only 4 of the workers" in message
+    assert "Lower student.workers" in message
+    assert "memory" not in message
+
+
+def test_shards_of_a_replica_share_a_node() -> None:
+    asked = demand(replicas=2, shards=3)
+    message = refusal(asked, [node(CPU=4), node(CPU=2), node(CPU=2)])
+    assert "2 teacher replica(s) x 3 shard(s) of 1 CPU" in message
+    assert "only 1 of the replicas (3 CPU on one node each)" in message
+    assert "Lower teacher.shards" in message
+    check_capacity(asked, [node(CPU=4), node(CPU=3)])
+
+
+def test_gpus_count_one_per_worker_and_shard() -> None:
+    message = refusal(demand(device="cuda", workers=2, replicas=1, shards=2), [node(CPU=64, GPU=3)])
+    assert "2 shard(s) of 1 CPU + 1 GPU" in message and "1 x (64 CPU + 3 GPU)" in message
+    assert "student.workers" in message
+    check_capacity(demand(workers=2, replicas=1, shards=2), [node(CPU=64)])
+
+
+def test_roles_bind_to_their_nodes() -> None:
+    nodes = [node(CPU=8, taid_teacher=1), node(CPU=8, taid_student=2)]
+    asked = {"student_role": True, "teacher_role": True}
+    check_capacity(demand(workers=2, **asked), nodes)
+    assert "student.workers" in refusal(demand(workers=3, **asked), nodes)
+    message = refusal(demand(replicas=2, **asked), nodes)
+    assert "teacher.shards" in message and "1 CPU + 1 taid_teacher" in message
+
+
+def test_dead_and_missing_nodes_hold_nothing() -> None:
+    for nodes in ([node(alive=False, CPU=64)], [{"Alive": False}], []):
+        assert "the nodes have nothing" in refusal(demand(), nodes)
+
+
+def brute_force(nodes: list[int], replica: int, worker: int, replicas: int) -> int:
+    """Most workers beside exactly `replicas` replicas, from all ways to spread them; -1 if there is none."""
+    best = -1
+    for counts in product(range(replicas + 1), repeat=len(nodes)):
+        left = [cpus - count * replica for cpus, count in zip(nodes, counts, strict=True)]
+        if sum(counts) == replicas and min(left, default=0) >= 0:
+            best = max(best, sum(free // worker for free in left))
+    return best
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 9), max_size=4), st.integers(1, 5), st.integers(1, 5), st.integers(0, 4))
+def test_placement_is_exact(nodes: list[int], replica: int, worker: int, replicas: int) -> None:
+    found = workers_beside([{"CPU": float(n)} for n in nodes], {"CPU": replica}, {"CPU": worker}, replicas)
+    assert found == [brute_force(nodes, replica, worker, count) for count in range(replicas + 1)]
+
+
+def config(**teacher: Any) -> DistillConfig:
+    return build_config(
+        {
+            "teacher": {"model": "t", "cpus_per_shard": 2} | teacher,
+            "student": {"model": "s", "workers": 3, "cpus_per_worker": 1.5},
+            "data": {"train": "d"},
+            "train": {"steps": 1, "batch_size": 8},
+        }
+    )
+
+
+def test_demand_asks_for_roles_only_where_they_are_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 8.0, "taid_student": 4.0})
+    found = demand_of(config(replicas=2, shards=2), "cpu")
+    assert (found.workers, found.replicas, found.shards) == (3, 2, 2)
+    assert found.worker_resources() == {"CPU": 1.5, "taid_student": 1}
+    assert found.shard_resources() == {"CPU": 2}
+    gpu = demand_of(config(), "cuda")
+    assert gpu.worker_resources() == {"CPU": 1.5, "GPU": 1, "taid_student": 1}
+    assert gpu.shard_resources() == {"CPU": 2, "GPU": 1}
+
+
+def test_a_local_teacher_asks_for_no_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 8.0})
+    found = demand_of(config(mode="local"), "cpu")
+    assert found.replicas == 0
+    check_capacity(found, [node(CPU=4.5)])
+    refusal(found, [node(CPU=4.4)])
+
+
+def test_a_dead_address_is_refused_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"  # bound and not listening
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+        started = time.monotonic()
+        with pytest.raises(ClusterError, match=f"RAY_ADDRESS = {address}.*unset it"), cluster.ray_cluster():
+            pass
+    assert time.monotonic() - started < cluster.CONNECT_TIMEOUT_S + 1
+    assert os.environ["RAY_ADDRESS"] == address
+
+
+def test_an_address_that_ray_cannot_find_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing_runs(**_: Any) -> None:
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setattr(cluster.ray, "init", nothing_runs)
+    with pytest.raises(ClusterError, match="RAY_ADDRESS = auto: .*Could not find"):
+        cluster.join_cluster("auto")

@@ -1,0 +1,158 @@
+from collections.abc import Iterator
+from math import ceil
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from taid_ray.batch import NO_LABEL, Batch, Row, collate
+from taid_ray.data import Cursor
+from taid_ray.stream import Prefetcher, StepBatches, num_micro_batches, split_evenly, step_batches
+from taid_ray.teacher_model import TeacherOutput
+from taid_ray.world import World
+
+
+def row(number: int) -> Row:
+    """A row that can be recognised: its number is its first token. Every third row carries less loss."""
+    return Row([number, 1, 2], [0, 1, 2], [1, 2 if number % 3 else NO_LABEL, NO_LABEL])
+
+
+def numbers(batch: Batch) -> list[int]:
+    """The rows of a batch; 0 is the padding of an empty one."""
+    return [n for n in batch.inputs["input_ids"][:, 0].tolist() if n]
+
+
+def global_batches(steps: int, size: int) -> Iterator[tuple[list[Row], Cursor]]:
+    for step in range(steps):
+        first = step * size + 1
+        yield [row(n) for n in range(first, first + size)], Cursor(samples=first + size - 1)
+
+
+@given(st.lists(st.integers(), max_size=50), st.integers(1, 20))
+def test_split_evenly(items: list[Any], parts: int) -> None:
+    pieces = split_evenly(items, parts)
+    lengths = [len(piece) for piece in pieces]
+    assert len(pieces) == parts and [item for piece in pieces for item in piece] == items
+    assert max(lengths) - min(lengths) <= 1
+
+
+layouts = {"size": st.integers(1, 40), "micro": st.integers(1, 12), "world": st.integers(1, 9)}
+
+
+@pytest.mark.parametrize(
+    "size, micro, world, expected",
+    [(8, 8, 1, 1), (8, 3, 1, 3), (9, 4, 2, 2), (8, 4, 2, 1), (1, 4, 8, 1), (10, 1, 4, 3)],
+)
+def test_num_micro_batches_by_hand(size: int, micro: int, world: int, expected: int) -> None:
+    assert num_micro_batches(size, micro, world) == expected
+
+
+@settings(max_examples=200, deadline=None)
+@given(**layouts)
+def test_every_row_once_and_no_micro_batch_too_large(size: int, micro: int, world: int) -> None:
+    accumulation = num_micro_batches(size, micro, world)
+    ranks = [list(step_batches(global_batches(2, size), World(rank, world), accumulation)) for rank in range(world)]
+    for number, (rows, cursor) in enumerate(global_batches(2, size)):
+        parts = [steps[number] for steps in ranks]
+        assert [n for part in parts for batch in part.batches for n in numbers(batch)] == [r.input_ids[0] for r in rows]
+        assert {len(part.batches) for part in parts} == {accumulation}  # all join the same collectives
+        assert all(len(numbers(batch)) <= micro for part in parts for batch in part.batches)
+        assert {part.num_loss_tokens for part in parts} == {sum(r.num_loss_tokens for r in rows)}
+        assert sum(batch.num_loss_tokens for part in parts for batch in part.batches) == parts[0].num_loss_tokens
+        assert {part.cursor for part in parts} == {cursor}
+    # and no more micro-batches than the largest share needs
+    assert accumulation == ceil(ceil(size / world) / micro)
+
+
+class FakeTeacher:
+    """Answers with the rows' numbers; remembers the order of calls and what is in flight."""
+
+    def __init__(self) -> None:
+        self.log: list[tuple[str, list[int]]] = []
+        self.in_flight: list[list[int]] = []
+        self.most = 0
+
+    def submit(self, batch: Batch) -> list[int]:
+        request = numbers(batch)
+        self.log.append(("submit", request))
+        self.in_flight.append(request)
+        self.most = max(self.most, len(self.in_flight))
+        return request
+
+    def collect(self, request: list[int]) -> TeacherOutput:
+        self.log.append(("collect", request))
+        self.in_flight.remove(request)
+        return TeacherOutput(torch.tensor(request), "hidden")
+
+
+def prefetcher(steps: int, accumulation: int, window: int) -> tuple[Prefetcher, FakeTeacher]:
+    teacher: Any = FakeTeacher()
+    batches = step_batches(global_batches(steps, 4), World(), accumulation)
+    return Prefetcher(batches, teacher, window), teacher
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 5), st.integers(1, 4), st.integers(1, 30))
+def test_prefetcher_hands_out_everything_in_order(steps: int, accumulation: int, window: int) -> None:
+    stream, teacher = prefetcher(steps, accumulation, window)
+    for step, (rows, cursor) in enumerate(global_batches(steps, 4), 1):
+        work = stream.next_step()
+        assert work.cursor == cursor  # the position of the consumed step, however far ahead the reading is
+        found = [stream.collect() for _ in work.batches]
+        assert [batch for batch, _ in found] == work.batches
+        assert [output.values.tolist() for _, output in found] == [numbers(batch) for batch in work.batches]
+        assert [n for batch, _ in found for n in numbers(batch)] == [r.input_ids[0] for r in rows]
+        left = (steps - step) * accumulation
+        assert len(teacher.in_flight) == min(window, left)  # always as far ahead as allowed
+    for _ in range(2):
+        with pytest.raises(StopIteration):
+            stream.next_step()
+    assert teacher.most == min(window, steps * accumulation)
+    submitted = [request for kind, request in teacher.log if kind == "submit"]
+    assert submitted == [request for kind, request in teacher.log if kind == "collect"]
+    assert len(submitted) == steps * accumulation and not teacher.in_flight
+
+
+def test_requests_cross_the_step_boundary_before_the_step_is_over() -> None:
+    stream, teacher = prefetcher(steps=3, accumulation=2, window=3)
+    assert teacher.log == [("submit", [1, 2]), ("submit", [3, 4]), ("submit", [5, 6])]  # before anybody asks
+    stream.next_step()
+    stream.collect()
+    assert teacher.log[3:] == [("collect", [1, 2]), ("submit", [7, 8])]
+
+
+def test_a_request_is_sent_before_the_one_ahead_of_it_is_collected() -> None:
+    stream, teacher = prefetcher(steps=4, accumulation=1, window=2)
+    for _ in range(4):
+        stream.next_step()
+        stream.collect()
+    position = {entry: number for number, entry in enumerate((kind, request[0]) for kind, request in teacher.log)}
+    for first in (1, 5, 9):
+        assert position["submit", first + 4] < position["collect", first]
+
+
+def test_wait_is_the_time_spent_in_collect(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 10.5, 20.0, 23.0])
+    monkeypatch.setattr("taid_ray.stream.time.perf_counter", lambda: next(clock))
+    stream, _ = prefetcher(steps=2, accumulation=1, window=1)
+    assert stream.wait_s == 0
+    stream.next_step()
+    stream.collect()
+    assert stream.wait_s == 0.5
+    stream.next_step()
+    stream.collect()
+    assert stream.wait_s == 3.5
+
+
+def test_an_error_in_the_data_comes_out() -> None:
+    def broken() -> Iterator[StepBatches]:
+        yield StepBatches([collate([row(1)])], 2, Cursor())
+        raise ValueError("bad row")
+
+    teacher: Any = FakeTeacher()
+    stream = Prefetcher(broken(), teacher, 1)
+    stream.next_step()
+    with pytest.raises(ValueError, match="bad row"):
+        stream.collect()
