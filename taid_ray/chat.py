@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from taid_ray.errors import DataError
@@ -63,6 +63,10 @@ def render(
             text = tokenizer.apply_chat_template(
                 list(messages[:count]), chat_template=template, tokenize=False, add_generation_prompt=generation_prompt
             )
+        except TemplateSyntaxError as error:
+            raise DataError(
+                f"data.chat_template: not valid Jinja (line {error.lineno}: {error.message}). Correct the template."
+            ) from None
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise DataError(
                 f"{where}: the chat template fails on the first {count} of {len(messages)} messages: "

@@ -1,7 +1,9 @@
-"""The `taid-ray` command. Exit code 0: done, 2: something the user can put right (one message), 1: anything else."""
+"""The `taid-ray` command. Exit code 0: done, 2: what the user can put right (one message), 130: Ctrl-C, 1: anything else."""
 
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +12,8 @@ from rich.console import Console
 
 from taid_ray.config import DistillConfig, load_config
 from taid_ray.errors import TaidRayError
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     help="Distil a large language model into a small one with TAID, on a Ray cluster.",
@@ -20,6 +24,9 @@ app = typer.Typer(
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Dotted key=value pairs, for example schedule.t_start=0.3.")
 ]
+DataKeys = Annotated[
+    list[str] | None, typer.Argument(help="Keys of the data section, for example sequence_length=512.")
+]
 Out = Annotated[str | None, typer.Option(help="Run directory (default: the config's `out`, else runs/NAME).")]
 
 
@@ -27,16 +34,13 @@ Out = Annotated[str | None, typer.Option(help="Run directory (default: the confi
 def train(
     config: Annotated[Path, typer.Argument(help="YAML configuration.")], overrides: Overrides = None, out: Out = None
 ) -> None:
-    """Distil as a configuration says; leaves a run directory with the model, metrics and plots."""
+    """Distil as a configuration says. The run directory then holds the model, metrics and plots."""
     run(load_config(config, [*(overrides or []), *([f"out={out}"] if out else [])]))
 
 
 @app.command()
-def quickstart(
-    overrides: Overrides = None,
-    out: Out = None,
-) -> None:
-    """Distil the bundled 260,000-parameter story teller into a smaller one on this machine (two to three minutes)."""
+def quickstart(overrides: Overrides = None, out: Out = None) -> None:
+    """Distil the bundled tiny story teller into a smaller one on this machine (two to three minutes)."""
     from taid_ray.example import quickstart_config, show_samples
 
     config = quickstart_config(overrides or [], out)
@@ -49,22 +53,20 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Model to measure: hub name or directory, for example RUN/model.")],
     teacher: Annotated[str, typer.Option(help="Teacher to compare with: hub name or directory.")],
     data: Annotated[str, typer.Option(help="Data: hub name, local file or directory.")],
-    overrides: Overrides = None,
-    rouge: Annotated[bool, typer.Option(help="Also generate responses and score them with ROUGE-L.")] = False,
+    overrides: DataKeys = None,
+    rouge: Annotated[bool, typer.Option("--rouge", help="Also score generated responses with ROUGE-L.")] = False,
 ) -> None:
-    """Cross-entropy, perplexity and KL to the teacher of a model on data, in this process.
-
-    Extra arguments are keys of the data section, for example format=prompt_response sequence_length=512.
-    """
+    """Measure a model on data: cross-entropy, perplexity and KL to the teacher."""
     from taid_ray.measure import evaluate_model, measurement_table
 
     keys = [override if "." in override.partition("=")[0] else f"data.{override}" for override in overrides or []]
-    Console().print(measurement_table(evaluate_model(model, teacher, data, keys, rouge)))
+    with named_as_arguments():
+        Console().print(measurement_table(evaluate_model(model, teacher, data, keys, rouge)))
 
 
 @app.command()
 def check(config: Annotated[Path, typer.Argument(help="YAML configuration.")], overrides: Overrides = None) -> None:
-    """Check a configuration, its models and its data without starting anything."""
+    """Check a configuration, its models and its data, without starting anything."""
     from taid_ray.preflight import prepare
 
     plan = prepare(load_config(config, overrides or []))
@@ -85,8 +87,19 @@ def run(config: DistillConfig) -> None:
     )
 
 
+@contextmanager
+def named_as_arguments() -> Iterator[None]:
+    """Names in messages what `eval` was given by its arguments instead of by configuration keys."""
+    names = {"student.model": "MODEL", "teacher.model": "--teacher", "data.valid": "--data"}
+    try:
+        yield
+    except TaidRayError as error:
+        found = re.sub(r"\b(student\.model|teacher\.model|data\.valid)\b", lambda key: names[key[0]], str(error))
+        raise type(error)(found) from error
+
+
 def main() -> None:
-    """Entry point of the console script: one line for what a user can put right, a traceback for our own mistakes."""
+    """Entry point of the console script: one message for what a user can put right, a traceback for our own mistakes."""
     guarded(app)
 
 
@@ -96,6 +109,11 @@ def guarded(command: Callable[..., Any]) -> None:
     except TaidRayError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != INTERRUPTED:  # typer makes Ctrl-C a SystemExit
+            raise
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
 
 
 if __name__ == "__main__":

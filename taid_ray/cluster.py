@@ -128,6 +128,25 @@ def check_capacity(demand: Demand, nodes: list[dict[str, Any]] | None = None) ->
     )
 
 
+def check_object_store(
+    payload_bytes: int, window: int, workers: int, nodes: list[dict[str, Any]] | None = None
+) -> None:
+    """Raises ClusterError if the teacher's answers in flight would fill more than half of the nodes' object stores.
+
+    payload_bytes: of one answer, at most. Spread evenly at best, so what is refused here could not have worked.
+    """
+    alive = [node["Resources"] for node in (nodes if nodes is not None else ray.nodes()) if node["Alive"]]
+    room = sum(node.get("object_store_memory", 0) for node in alive) / 2
+    needed = payload_bytes * window * workers
+    if needed > room:
+        raise ClusterError(
+            f"teacher.window: {window} answers of up to {payload_bytes / 2**20:.0f} MiB for each of {workers} student "
+            f"worker(s) need {needed / 2**20:.0f} MiB, more than half of the cluster's object store "
+            f"({room / 2**20:.0f} MiB). Lower teacher.window or train.micro_batch_size, choose teacher.payload: hidden, or "
+            "start Ray with more --object-store-memory."
+        )
+
+
 def workers_beside(
     nodes: list[dict[str, float]], replica: dict[str, float], worker: dict[str, float], replicas: int
 ) -> list[int]:

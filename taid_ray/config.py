@@ -18,7 +18,7 @@ from taid_ray.errors import ConfigError
 
 def _number(value: Any) -> Any:
     if isinstance(value, bool):  # pydantic would take `yes` and `on`, which YAML reads as true, for 1
-        raise ValueError("expected a number")
+        raise ValueError("must be a number")
     return value
 
 
@@ -44,6 +44,22 @@ OWNED_DEEPSPEED_KEYS = {
     "gradient_clipping": "train.max_grad_norm",
     "bf16": "student.dtype",
     "fp16": "student.dtype (float16 loss scaling skips steps and is not offered)",
+}
+
+
+# Plainer words than pydantic's for what was expected.
+EXPECTED = {
+    "model_type": "must be a section of keys",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "int_type": "must be a whole number",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+    "list_type": "must be a list",
+    "dict_type": "must be a mapping",
 }
 
 
@@ -328,10 +344,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DistillConfi
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file. Name an existing YAML configuration.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as text: {error}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a directory. Name the YAML file in it.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not a text file. Name a YAML configuration.") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}). Name a readable YAML configuration.") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+        raise ConfigError(f"{path}: not valid YAML: {_yaml_fault(error)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of sections (teacher, student, data, ...), found {_shown(tree)}")
     return build_config(tree, overrides)
@@ -350,12 +370,15 @@ def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Dist
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key:
+    if not equals or not all(key.split(".")):
         raise ConfigError(f"{override!r} is not of the form key=value, for example schedule.t_start=0.3")
     try:
-        value = yaml.safe_load(text)
+        value = text if text.startswith(("{{", "{%")) else yaml.safe_load(text)  # Jinja is never YAML
     except yaml.YAMLError as error:
-        raise ConfigError(f"{key}: the value {text!r} is not valid YAML: {error}") from None
+        raise ConfigError(
+            f"{key}: the value {text!r} is not valid YAML ({_yaml_fault(error)}). "
+            f"If it is meant as text, put it into double quotes inside the shell's: '{key}=\"...\"'"
+        ) from None
     *sections, last = key.split(".")
     node = tree
     for section in sections:
@@ -368,16 +391,25 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 def _explain(problem: Any) -> str:
     """One line for one pydantic problem: dotted key, what is wrong, what was found, what to do."""
-    location = [str(part) for part in problem["loc"]]
+    # A part such as `list[str]` names the alternative of a union that was tried, and no key.
+    location = [str(part) for part in problem["loc"] if "[" not in str(part)]
     key, found = ".".join(location), _shown(problem["input"])
     if problem["type"] == "extra_forbidden":
         return f"{key}: unknown key (found {found}). {_nearest(location)}"
     if problem["type"] == "missing":
         return f"{key}: missing. Add it to the configuration."
-    message = problem["msg"].removeprefix("Value error, ")
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    message = EXPECTED.get(problem["type"], message)
     if problem["type"] == "value_error" and isinstance(problem["input"], dict):
-        return message if not key else f"{key}: {message}"
+        return message if key in message else f"{key}: {message}"
     return f"{key}: {message} (found {found})"
+
+
+def _yaml_fault(error: yaml.YAMLError) -> str:
+    """What is wrong with a YAML text, and where, in one line."""
+    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or " ".join(str(error).split())
+    mark = getattr(error, "problem_mark", None)
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else str(problem)
 
 
 def _nearest(location: list[str]) -> str:
@@ -386,7 +418,8 @@ def _nearest(location: list[str]) -> str:
     section, _, word = key.rpartition(".")
     sections = sorted({k.rpartition(".")[0] for k in known} - {""})
     elsewhere = [k for k in known if k.rpartition(".")[2] == word]
-    close = difflib.get_close_matches(key, known if section else [*known, *sections], n=1, cutoff=0.6)
+    here = {k.rpartition(".")[2]: k for k in [*known, *sections] if k.rpartition(".")[0] == section}
+    close = [here[match] for match in difflib.get_close_matches(word, here, n=1, cutoff=0.6)]
     similar = [k for k in known if difflib.get_close_matches(word, [k.rpartition(".")[2]], cutoff=0.8)]
     if suggestions := elsewhere or close or similar:
         return f"Did you mean {suggestions[0]}?"

@@ -19,7 +19,9 @@ def resolve(config_device: Literal["auto", "cpu", "cuda"], cluster_has_gpus: boo
 
 
 def torch_device(kind: str, local_rank: int = 0) -> torch.device:
-    """This process's device. Ray shows each actor only its own GPUs, so `local_rank` is 0 inside actors.
+    """This process's device, made the current one.
+
+    Ray shows an actor only its own GPUs, so that `local_rank` is 0 there; Ray Train shows a worker all of its node's.
 
     Raises ClusterError if torch sees no such GPU.
     """
@@ -30,6 +32,7 @@ def torch_device(kind: str, local_rank: int = 0) -> torch.device:
             f"device: cuda needs GPU {local_rank} in this process, but torch {torch.__version__} sees "
             f"{torch.cuda.device_count()}; install a CUDA build of torch on every GPU node, or set device: cpu"
         )
+    torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
 

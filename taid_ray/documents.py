@@ -15,6 +15,7 @@ from taid_ray.errors import DataError
 Documents: TypeAlias = Dataset | IterableDataset
 
 READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+BLANK_BYTES = 1 << 10
 LARGE_FILES = 50 << 20  # bytes; preparing less takes no time worth a progress bar
 
 
@@ -45,7 +46,7 @@ def load_documents(name: str, subset: str | None, split: str, streaming: bool, k
     if path.exists() or name.startswith((".", "/", "~")) or path.suffix.lower() in READERS:
         files = _local_files(path, source)
         size = sum(file.stat().st_size for file in files)
-        if not size:
+        if not size or (size < BLANK_BYTES and not any(file.read_bytes().strip() for file in files)):
             raise _empty(source)
         reader = READERS[files[0].suffix.lower()]
         arguments: dict[str, Any] = {"path": reader, "data_files": {"train": [str(f) for f in files]}, "split": "train"}
@@ -129,6 +130,11 @@ def _explained(source: str, what: str) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:
+        if datasets.config.HF_HUB_OFFLINE and isinstance(error, ConnectionError):
+            raise DataError(
+                f"{source} cannot be loaded from the hub, which does not answer, and is not in the cache. "
+                f"Name a local file or directory ({', '.join(READERS)})."
+            ) from None
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__

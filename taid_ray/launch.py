@@ -1,7 +1,13 @@
 """The driver: prepares a run, starts its parts on the cluster, follows them, and takes everything down again."""
 
 import os
+import shutil
+import signal
+import tempfile
+import threading
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +18,11 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from taid_ray.cluster import Demand, check_capacity, cluster_has_gpus, demand_of, ray_cluster
+from taid_ray.cluster import Demand, check_capacity, check_object_store, cluster_has_gpus, demand_of, ray_cluster
 from taid_ray.config import DistillConfig
 from taid_ray.device import collective_backend, resolve
 from taid_ray.errors import ConfigError, TaidRayError
-from taid_ray.metrics import CONFIG_FILE
+from taid_ray.metrics import CONFIG_FILE, METRICS_FILE
 from taid_ray.preflight import Job, Plan, prepare
 from taid_ray.progress import ProgressView
 from taid_ray.schedule import adaptive_is_linear
@@ -55,8 +61,10 @@ def distill(config: DistillConfig) -> RunResult:
             device = resolve(config.device, cluster_has_gpus())
             demand = demand_of(config, device)
             check_capacity(demand)
-            write_config(config)
-            summary = run_on_cluster(config, plan, demand, view)
+            if config.teacher.mode == "pool":
+                check_object_store(plan.payload_bytes, config.teacher.window, demand.workers)
+            with run_directory(config):
+                summary = run_on_cluster(config, plan, demand, view)
     return RunResult(config.run_dir, summary)
 
 
@@ -86,9 +94,24 @@ def run_on_cluster(config: DistillConfig, plan: Plan, demand: Demand, view: Prog
             ),
         )
         try:
-            return trainer.fit().return_value
+            with own_interrupt():
+                return trainer.fit().return_value
         except TrainingFailedError as error:
             raise cause_of(error) from error
+
+
+@contextmanager
+def own_interrupt() -> Iterator[None]:
+    """Ctrl-C stays a KeyboardInterrupt. Ray Train leaves a handler behind that stops the workers and ends the process."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGINT, handler)
 
 
 def start_worker(arguments: dict[str, Any]) -> dict[str, Any] | None:
@@ -147,12 +170,21 @@ def with_absolute_paths(config: DistillConfig) -> DistillConfig:
 
 
 def check_run_dir_is_new(run_dir: Path) -> None:
-    """Raises ConfigError if `run_dir` holds another run, or anything else."""
+    """Raises ConfigError if `run_dir` holds another run, or anything else, or if it cannot be made."""
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"out: {run_dir} is a file; name a directory that does not exist yet")
     if run_dir.exists() and any(run_dir.iterdir()):
         held = "another run" if (run_dir / CONFIG_FILE).exists() else "other files"
         raise ConfigError(f"out: {run_dir} already holds {held}; choose another directory with --out, or remove it")
+    existing = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".taid-probe-", dir=existing):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"out: {run_dir} cannot be made, because nothing can be written to {existing} ({error.strerror}); "
+            "choose another directory with --out"
+        ) from None
 
 
 def write_config(config: DistillConfig) -> None:
@@ -160,6 +192,19 @@ def write_config(config: DistillConfig) -> None:
     config.run_dir.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     (config.run_dir / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def run_directory(config: DistillConfig) -> Iterator[None]:
+    """Makes the run directory; removes it again if the run ends before its first step by what a user can put right."""
+    write_config(config)
+    try:
+        yield
+    except (TaidRayError, KeyboardInterrupt):
+        metrics = config.run_dir / METRICS_FILE
+        if not metrics.exists() or not metrics.stat().st_size:
+            shutil.rmtree(config.run_dir, ignore_errors=True)
+        raise
 
 
 def cause_of(error: BaseException) -> BaseException:

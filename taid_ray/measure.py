@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,12 +15,11 @@ from taid_ray.data import validation_rows
 from taid_ray.device import resolve, torch_device
 from taid_ray.documents import open_documents, read_blocks
 from taid_ray.encoding import Encoder
-from taid_ray.errors import ConfigError
+from taid_ray.errors import ConfigError, DataError
 from taid_ray.metrics import perplexity
-from taid_ray.models import check_packing, head_of, hidden_states, load_causal_lm, load_model_config
+from taid_ray.models import check_packing, head_of, hidden_states, load_causal_lm
 from taid_ray.packing import Sample
-from taid_ray.preflight import context_length, run_tokenizer, shared_vocabulary
-from taid_ray.student_model import student_model_config
+from taid_ray.preflight import check_models, context_length, model_configs, run_tokenizer, shared_vocabulary
 from taid_ray.teacher_model import TeacherModel
 from taid_ray.vocabulary import check_ids
 
@@ -46,19 +46,19 @@ def evaluate_model(model: str, teacher: str, data: str, overrides: Sequence[str]
     Raises a TaidRayError for everything a user can put right.
     """
     config = _config(model, teacher, data, overrides)
-    teacher_config = load_model_config(
-        teacher, config.teacher.revision, config.teacher.trust_remote_code, key="--teacher"
-    )
-    student_config = student_model_config(config)
+    if rouge:
+        check_rouge(config)
+    teacher_config, student_config = model_configs(config)
     if not any(override.startswith("data.sequence_length=") for override in overrides):
         longest = min(context_length(teacher_config, student_config), config.data.sequence_length)
         config = _config(model, teacher, data, [*overrides, f"data.sequence_length={longest}"])
+    check_models(config, teacher_config, student_config)
     device = torch_device(resolve("auto", torch.cuda.is_available()))
     tokenizer = run_tokenizer(config)
     vocabulary = shared_vocabulary(config, teacher_config, student_config)
     rows = validation_rows(config.data, tokenizer)
     check_ids(rows, vocabulary.num_shared, tokenizer.get_vocab())
-    student = load_causal_lm(model, config.student.revision, dtype="auto", device=device, key="MODEL").to(device)
+    student = load_causal_lm(model, config.student.revision, device=device, key="student.model").to(device)
     if config.data.pack:
         check_packing(student)
     teacher_model = TeacherModel(config.teacher, vocabulary.num_shared, device)
@@ -69,7 +69,7 @@ def evaluate_model(model: str, teacher: str, data: str, overrides: Sequence[str]
     scores: list[float | None] = [None, None]
     if rouge:
         samples = _conversations(config, tokenizer)
-        generating = (student, load_causal_lm(teacher, config.teacher.revision, dtype="auto", device=device).to(device))
+        generating = (student, load_causal_lm(teacher, config.teacher.revision, device=device).to(device))
         scores = [rouge_l(each, tokenizer, samples, device) for each in generating]
     student_ce, teacher_ce, kl, tokens = sums.tolist()
     return Measurement(student_ce / tokens, teacher_ce / tokens, kl / tokens, int(tokens), *scores)
@@ -120,25 +120,31 @@ def _score(student: Any, teacher: TeacherModel, batch: Batch, num_shared: int, d
     return torch.tensor([float(figure) for figure in figures], dtype=torch.float64)
 
 
-def _conversations(config: DistillConfig, tokenizer: Any) -> list[Sample]:
+def check_rouge(config: DistillConfig) -> None:
+    """Raises ConfigError if the data have no responses, or the package rouge-score is missing."""
     if config.data.format == "text":
         raise ConfigError("--rouge needs prompts and responses; set format=chat or format=prompt_response (found text)")
-    source = f"data.valid: {config.data.valid}"
-    blocks = read_blocks(open_documents(config.data, "valid"), config.data, source, 0, ROUGE_ROWS)
-    first_row, columns = next(blocks)
-    return Encoder(config.data, tokenizer, source).encode(columns, first_row)
+    if find_spec("rouge_score") is None:
+        raise ConfigError("--rouge needs the package rouge-score; run `pip install 'taid-ray[eval]'`")
+
+
+def _conversations(config: DistillConfig, tokenizer: Any) -> list[Sample]:
+    # Whatever carries loss, it is responses that are generated.
+    data = config.data.model_copy(update={"loss_on": "response"})
+    source = f"data.valid: {data.valid}"
+    size = min(ROUGE_ROWS, data.valid_documents)
+    first_row, columns = next(read_blocks(open_documents(data, "valid"), data, source, 0, size))
+    samples = Encoder(data, tokenizer, source).encode(columns, first_row)
+    if not samples:
+        raise DataError(f"{source}: none of the first {size} rows fits into data.sequence_length; make it larger")
+    return samples
 
 
 @torch.no_grad()
 def rouge_l(model: Any, tokenizer: Any, samples: Sequence[Sample], device: torch.device) -> float:
-    """Mean ROUGE-L F1 of greedy generations against each sample's first response.
+    """Mean ROUGE-L F1 of greedy generations against each sample's first response. Needs the package rouge-score."""
+    from rouge_score.rouge_scorer import RougeScorer
 
-    Raises ConfigError if the package rouge-score is missing.
-    """
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError:
-        raise ConfigError("--rouge needs the package rouge-score; run `pip install 'taid-ray[eval]'`") from None
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     total = 0.0
     for sample in samples:

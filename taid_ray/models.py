@@ -1,5 +1,6 @@
 """Loading Hugging Face causal language models, and taking them apart into body (hidden states) and head."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -47,8 +48,8 @@ def load_model_config(name: str, revision: str | None = None, trust_remote_code:
     """
     from transformers import AutoConfig
 
-    with _explained(key, name):
-        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    with _explained(key, name, "configuration") as source:
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer(
@@ -57,8 +58,60 @@ def load_tokenizer(
     """The tokenizer of a model. Raises ModelError if there is none."""
     from transformers import AutoTokenizer
 
-    with _explained(key, name):
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    with _explained(key, name, "tokenizer") as source:
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def check_causal_lm(model_config: Any, key: str) -> None:
+    """Raises ModelError if transformers has no causal language model for this config."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    own_code = "AutoModelForCausalLM" in (getattr(model_config, "auto_map", None) or {})
+    if not own_code and type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(f"{key}: a {model_config.model_type} model is no causal language model. Choose another one.")
+
+
+def check_divisible(model_config: Any, shards: int, key: str) -> None:
+    """Raises ModelError if the model's attention heads cannot be dealt out evenly to `shards` processes."""
+    text = model_config.get_text_config()
+    for field in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(text, field, None) or shards
+        if heads % shards:
+            raise ModelError(
+                f"{_section(key)}.shards = {shards} does not divide the model's {field} = {heads}; "
+                "choose a number that does"
+            )
+
+
+def check_weights(name: str, key: str) -> None:
+    """Raises ModelError unless a local model directory holds all its weights, by the headers of its safetensors files.
+
+    Says nothing about a model of the hub, whose downloads the hub's client checks.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    directory = Path(name).expanduser()
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if not directory.is_dir() or any(directory.glob("pytorch_model*.bin")):
+        return
+    again = "Download or save the model again."
+    if not single.is_file() and not index.is_file():
+        raise ModelError(f"{key}: {name} holds no weights (model.safetensors). {again}")
+    file, missing = index, []
+    try:
+        wanted = ["model.safetensors"]
+        if not single.is_file():
+            wanted = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            missing = [part for part in wanted if not (directory / part).is_file()]
+        for file in [directory / part for part in wanted if part not in missing]:
+            with safe_open(file, framework="pt"):
+                pass
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ModelError(f"{key}: {file} is damaged or only half there ({_one_line(error)}). {again}") from None
+    if missing:
+        raise ModelError(
+            f"{key}: {name} lacks {len(missing)} of {len(wanted)} weight files, for example {missing[0]}. {again}"
+        )
 
 
 def load_causal_lm(
@@ -89,17 +142,22 @@ def load_causal_lm(
     if shards > 1:
         from transformers.distributed import DistributedConfig
 
-        _check_divisible(load_model_config(name, revision, trust_remote_code, key=key), shards, key)
+        check_divisible(load_model_config(name, revision, trust_remote_code, key=key), shards, key)
         options["distributed_config"] = DistributedConfig(tp_size=shards, tp_plan="auto")
     elif device is not None and (device.type != "cpu" or quantization):
         options["device_map"] = {"": device}
-    with _explained(key, name):
+    with _explained(key, name, "model") as source:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, trust_remote_code=trust_remote_code, output_loading_info=True, **options
+            source,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with a message of our own
+            **options,
         )
     model, loading = loaded
     if loading["missing_keys"] or loading["mismatched_keys"]:
-        absent = sorted(str(k) for k in [*loading["missing_keys"], *loading["mismatched_keys"]])
+        absent = sorted([*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])])
         raise ModelError(
             f"{key} = {name}: the checkpoint has no weights that fit {len(absent)} parameters of "
             f"{type(model).__name__} ({', '.join(absent[:3])} ...); name a complete causal language model"
@@ -107,40 +165,52 @@ def load_causal_lm(
     return model.eval()
 
 
-def _check_divisible(config: Any, shards: int, key: str) -> None:
-    text = config.get_text_config()
-    for field in ("num_attention_heads", "num_key_value_heads"):
-        heads = getattr(text, field, None) or shards
-        if heads % shards:
-            raise ModelError(
-                f"{_section(key)}.shards = {shards} does not divide the model's {field} = {heads}; "
-                "choose a number that does"
-            )
-
-
 @contextmanager
-def _explained(key: str, name: str) -> Iterator[None]:
-    """Turns whatever transformers raises while loading `name` into one ModelError that names the key."""
+def _explained(key: str, name: str, what: str) -> Iterator[str]:
+    """Yields what transformers is to load, and turns whatever it raises into one ModelError that names the key.
+
+    Its warnings are silenced meanwhile: what matters of them is checked here.
+    """
+    from transformers.utils import logging
+
     path = Path(name).expanduser()
     looks_local = name.startswith(("/", ".", "~")) or name.count("/") > 1
+    if path.is_file():
+        raise ModelError(f"{key}: {name} is a file. Give the directory of a Hugging Face model.")
     if looks_local and not path.is_dir():
         raise ModelError(f"{key}: no such directory (found {name!r}). Give a model directory or a hub name.")
     if path.is_dir() and not (path / "config.json").is_file():
         raise ModelError(f"{key}: {name} has no config.json. Give the directory of a Hugging Face model.")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
-        yield
+        yield str(path) if path.is_dir() else name
     except Exception as error:  # transformers and what it calls raise many types here; all mean "cannot be loaded"
-        raise ModelError(f"{key} = {name} cannot be loaded. {_remedy(_section(key), error)}") from error
+        remedy = _remedy(_section(key), error, path.is_dir(), what)
+        raise ModelError(f"{key} = {name}: the {what} cannot be loaded. {remedy}") from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _section(key: str) -> str:
     return key.rpartition(".")[0] or key
 
 
-def _remedy(section: str, error: Exception) -> str:
-    text = " ".join(str(error).split())
-    shown = f"({type(error).__name__}: {text[:300]})"
-    lower = text.lower()
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+
+
+def _remedy(section: str, error: Exception, is_local: bool, what: str) -> str:
+    from huggingface_hub import is_offline_mode
+
+    shown = f"({_one_line(error)})"
+    lower = " ".join(str(error).split()).lower()
+    if not is_local and is_offline_mode() and isinstance(error, OSError):
+        return "The hub cannot be reached from here, and it is not in the cache. Give the directory of a model."
+    if "backend tokenizer" in lower:
+        return "It has no tokenizer.json; save its tokenizer there."
+    if is_local and (what == "tokenizer" or isinstance(error, OSError)) and not isinstance(error, ImportError):
+        return f"Its files are missing or damaged; download or save the model again. {shown}"
     if isinstance(error, OSError):
         return f"Give an existing model directory, or a hub name this machine can reach or has in its cache. {shown}"
     if isinstance(error, ImportError):

@@ -7,8 +7,9 @@ from typing import Any
 from taid_ray.config import DistillConfig
 from taid_ray.data import TrainingData, check_data
 from taid_ray.errors import ConfigError
-from taid_ray.models import load_model_config, load_tokenizer
-from taid_ray.student_model import student_model_config
+from taid_ray.hub import offline_if_unreachable
+from taid_ray.models import check_causal_lm, check_divisible, check_weights, load_model_config, load_tokenizer
+from taid_ray.student_model import check_student, student_model_config
 from taid_ray.vocabulary import Vocabulary, align, check_ids
 
 
@@ -20,6 +21,8 @@ class Plan:
     vocabulary: Vocabulary
     resize_rows: int | None
     """Rows the student's embedding is resized to, or None."""
+    payload_bytes: int
+    """Of one request to the teacher, at most."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +44,8 @@ def prepare(config: DistillConfig) -> Plan:
 
     Raises ConfigError, ModelError or DataError.
     """
-    teacher_config = load_model_config(
-        config.teacher.model,
-        revision=config.teacher.revision,
-        trust_remote_code=config.teacher.trust_remote_code,
-        key="teacher.model",
-    )
-    student_config = student_model_config(config)
-    length, longest = config.data.sequence_length, context_length(teacher_config, student_config)
-    if length > longest:
-        raise ConfigError(
-            f"data.sequence_length: {length} is longer than the context of teacher or student; "
-            f"set it to at most {longest}"
-        )
+    teacher_config, student_config = model_configs(config)
+    check_models(config, teacher_config, student_config)
     tokenizer = run_tokenizer(config)
     vocabulary = shared_vocabulary(config, teacher_config, student_config)
     check_data(config.data, tokenizer)
@@ -64,7 +56,46 @@ def prepare(config: DistillConfig) -> Plan:
         total_steps=config.train.steps or steps_of_epochs(config, data),
         vocabulary=vocabulary,
         resize_rows=vocabulary.student_rows if vocabulary.student_rows > rows else None,
+        payload_bytes=largest_payload(config, teacher_config, vocabulary),
     )
+
+
+def largest_payload(config: DistillConfig, teacher_config: Any, vocabulary: Vocabulary) -> int:
+    """Bytes of the teacher's answer to a micro-batch in which every position carries loss."""
+    text, positions = teacher_config.get_text_config(), config.train.micro_batch_size * config.data.sequence_length
+    width = text.hidden_size if config.teacher.payload == "hidden" else vocabulary.num_shared
+    kept = config.teacher.dtype if config.teacher.dtype != "auto" else str(text.dtype).removeprefix("torch.")
+    return int(positions * width * (2 if kept in ("bfloat16", "float16") else 4))
+
+
+def model_configs(config: DistillConfig) -> tuple[Any, Any]:
+    """The transformers configs of teacher and student."""
+    teacher = config.teacher
+    offline_if_unreachable([teacher.model, config.student.model, config.data.train, config.data.valid])
+    return (
+        load_model_config(teacher.model, teacher.revision, teacher.trust_remote_code, key="teacher.model"),
+        student_model_config(config),
+    )
+
+
+def check_models(config: DistillConfig, teacher_config: Any, student_config: Any) -> None:
+    """Checks what can be known about both models without loading weights. Raises ConfigError or ModelError."""
+    teacher, student = config.teacher, config.student
+    check_causal_lm(teacher_config, "teacher.model")
+    check_divisible(teacher_config, teacher.shards, "teacher.model")
+    check_weights(teacher.model, "teacher.model")
+    if student.model is not None:
+        check_causal_lm(student_config, "student.model")
+        if student.init == "pretrained":
+            check_weights(student.model, "student.model")
+    check_student(config, student_config)
+    length = config.data.sequence_length
+    for name, longest in (("teacher", context_length(teacher_config)), ("student", context_length(student_config))):
+        if length > longest:
+            raise ConfigError(
+                f"data.sequence_length: {length} is longer than the {name}'s context of {longest} tokens; "
+                f"set it to at most {context_length(teacher_config, student_config)}"
+            )
 
 
 def context_length(*model_configs: Any) -> int:

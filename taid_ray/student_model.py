@@ -1,9 +1,11 @@
 """Where the student's weights come from (loaded, new, or cut out of the teacher) and how they leave (merged)."""
 
 import copy
+import warnings
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from taid_ray.config import DistillConfig, LoraConfig
@@ -54,10 +56,38 @@ def student_model_config(config: DistillConfig) -> Any:
                 raise ConfigError(
                     f"student.architecture.{key}: {type(result).__name__} has no such field (found {value!r})"
                 )
-            setattr(result, key, value)
+            try:
+                setattr(result, key, value)
+            except (TypeError, ValueError, StrictDataclassError) as error:
+                raise ConfigError(
+                    f"student.architecture.{key}: not a value that {type(result).__name__} takes (found {value!r}); "
+                    f"{error.__cause__ or error}"
+                ) from None
     if student.init == "cut":
         _keep_layers(result, student.layers or [])
     return result
+
+
+def check_student(config: DistillConfig, model_config: Any) -> None:
+    """Builds a student of new shape, or with adapters, without its weights, to see that it can be built.
+
+    Raises ConfigError or ModelError.
+    """
+    student = config.student
+    if student.init != "scratch" and student.lora is None:
+        return
+    with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+        try:
+            if student.architecture and hasattr(model_config, "validate"):
+                model_config.validate()
+            model = from_architecture(model_config, student.attention, 0, student.trust_remote_code)
+        except (TypeError, ValueError, LookupError, RuntimeError, ArithmeticError, StrictDataclassError) as error:
+            raise ConfigError(
+                f"student.architecture: no {type(model_config).__name__} model can be built with {student.architecture} "
+                f"({' '.join(str(error).split())[:200]})"
+            ) from None
+        if student.lora is not None:
+            add_lora(model, student.lora, 0)
 
 
 def _keep_layers(model_config: Any, layers: list[int]) -> None:
@@ -131,8 +161,8 @@ def resize_with_mean(model: Any, num_rows: int) -> None:
 def add_lora(model: Any, lora: LoraConfig, seed: int) -> Any:
     """Wraps `model` with adapters (in place, through peft); only they train. The same on every rank.
 
-    Raises ModelError if peft is not installed, or for an adapter on a head that is tied to the embedding (merging it would
-    change the embedding too).
+    Raises ConfigError if there are no such modules, ModelError if peft is not installed, or for an adapter on a head that
+    is tied to the embedding (merging it would change the embedding too).
     """
     try:
         from peft import LoraConfig as PeftConfig
@@ -150,7 +180,13 @@ def add_lora(model: Any, lora: LoraConfig, seed: int) -> Any:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        adapted = get_peft_model(model, settings)
+        try:
+            adapted = get_peft_model(model, settings)
+        except ValueError as error:
+            raise ConfigError(
+                f"student.lora.target_modules: {type(model).__name__} takes no adapters there (found "
+                f"{lora.target_modules!r}): {' '.join(str(error).split())[:200]}"
+            ) from None
     head = model.get_output_embeddings()
     if hasattr(head, "lora_A") and head.base_layer.weight is model.get_input_embeddings().weight:
         raise ModelError(

@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
+
 from taid_ray.aggregate import LossSums, StepResult
 from taid_ray.config import TrainConfig
 from taid_ray.metrics import StepMetrics
@@ -39,18 +41,19 @@ def train_loop(
         step, t = last.step + 1, last.t
         work = stream.next_step()
 
-        kl = entropy = sft = 0.0
+        kl = entropy = sft = torch.zeros((), dtype=torch.float64, device=student.device)
         payload_bytes = tokens = 0
         for i in range(len(work.batches)):
             batch, teacher_output = stream.collect()
             loss_sum, parts = student.forward(batch, teacher_output, teacher_head, t)
-            kl, entropy, sft = kl + float(parts.kl), entropy + float(parts.entropy), sft + float(parts.sft)
+            kl, entropy, sft = kl + parts.kl, entropy + parts.entropy, sft + parts.sft
             tokens += batch.num_loss_tokens
             payload_bytes += teacher_output.num_bytes
             if i == len(work.batches) - 1:
                 # This travels while the last backward pass computes, so nobody waits for the scheduler.
                 waited = stream.wait_s - waited_before
-                scheduler.submit(step, LossSums(kl, entropy, sft, tokens, waited, payload_bytes))
+                kl_sum, entropy_sum, sft_sum = torch.stack((kl, entropy, sft)).tolist()
+                scheduler.submit(step, LossSums(kl_sum, entropy_sum, sft_sum, tokens, waited, payload_bytes))
             # One denominator, the global batch's: the gradient is the same however the batch is split.
             student.backward(loss_sum / work.num_loss_tokens)
         lr = learning_rate(step - 1, config, total_steps)

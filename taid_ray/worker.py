@@ -12,6 +12,7 @@ import torch
 from taid_ray.actors.pool import PoolTeacher
 from taid_ray.actors.scheduler import SchedulerClient
 from taid_ray.batch import Row
+from taid_ray.chat import chat_template
 from taid_ray.config import DistillConfig
 from taid_ray.data import Cursor, TrainingData, validation_rows
 from taid_ray.device import torch_device
@@ -85,6 +86,8 @@ def run_worker(job: Job) -> dict[str, Any] | None:
     summary = record.summary(plan, teacher.info(), int(teacher_tokens), student.num_parameters)
     if log is not None:
         log.close()
+        if config.data.format != "text":
+            tokenizer.chat_template = chat_template(config.data.chat_template, tokenizer)
         tokenizer.save_pretrained(config.run_dir / "model")
         write_model_card(config.run_dir, config, summary)
         write_plots(config.run_dir)

@@ -124,10 +124,10 @@ def test_only_a_newer_attempt_begins(attempt: int) -> None:
 
 def test_an_attempt_may_go_back_in_steps() -> None:
     aggregator = begun()
-    results = [step(aggregator, n, [4.0 / n] * WORLD) for n in range(1, 6)]
+    results = [step(aggregator, n, [2.0**-n] * WORLD) for n in range(1, 6)]
     aggregator.begin(2, 2, results[1])
     assert aggregator.result == results[1] and aggregator.schedule.state_dict() == results[1].schedule
-    again = [step(aggregator, n, [4.0 / n] * 2, attempt=2) for n in (3, 4, 5)]
+    again = [step(aggregator, n, [2.0**-n] * 2, attempt=2) for n in (3, 4, 5)]
     assert [r.schedule for r in again] == [r.schedule for r in results[2:]]
     with pytest.raises(StaleReportError):
         aggregator.report(1, 6, 0, sums(1.0))

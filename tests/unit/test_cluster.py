@@ -159,5 +159,5 @@ def test_an_address_that_ray_cannot_find_is_explained(monkeypatch: pytest.Monkey
         raise ConnectionError("Could not find any running Ray instance.")
 
     monkeypatch.setattr(cluster.ray, "init", nothing_runs)
-    with pytest.raises(ClusterError, match="RAY_ADDRESS = auto: .*Could not find"):
+    with pytest.raises(ClusterError, match=r"RAY_ADDRESS = auto: .*Could not find"):
         cluster.join_cluster("auto")

@@ -17,7 +17,7 @@ LAYERS = {
     "P": WITHOUT_TORCH | {"batch", "chunked", "losses", "packing", "wire"},
     # 1: one process. No ray.
     "1": {
-        "chat", "data", "device", "documents", "encoding", "evaluate", "example", "measure", "metrics", "models",
+        "chat", "data", "device", "documents", "encoding", "evaluate", "example", "hub", "measure", "metrics", "models",
         "preflight", "progress", "report", "stream", "student", "student_model", "teacher_model", "train", "vocabulary", "world",
     },
     # R: Ray glue and entry points.

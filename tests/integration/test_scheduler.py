@@ -1,0 +1,287 @@
+"""The TAID scheduler as a real actor: two ranks, killed at any moment, and the same t bit for bit."""
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import pytest
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError
+
+from taid_ray.actors import scheduler
+from taid_ray.actors.scheduler import SchedulerClient, start_scheduler
+from taid_ray.aggregate import LossAggregator, LossSums, StaleReportError, StepResult
+from taid_ray.config import ScheduleConfig
+from taid_ray.errors import ClusterError, NonFiniteLossError, TeacherError
+from taid_ray.schedule import TAIDSchedule
+
+STEPS = 6
+CONFIG = ScheduleConfig(t_start=0.2, alpha=0.3, beta=0.5)  # t depends on every loss before it
+ANSWER_S = 30.0
+# A rank's sums differ in size, so that the order of adding them shows in the last bits.
+SUMS = [
+    [
+        LossSums(1 / 3 + 7.7 / step, 0.1 * step, 0.7, 10 + step, 0.5, 100),
+        LossSums(3e3 / 7 / step, 1 / 3, 0.1, 977 - step),
+    ]
+    for step in range(1, STEPS + 1)
+]
+
+
+def undisturbed(steps: int = STEPS) -> list[StepResult]:
+    """The same reports given to an aggregator in this process."""
+    schedule = TAIDSchedule(CONFIG.t_start, CONFIG.t_end, CONFIG.alpha, CONFIG.beta, STEPS, CONFIG.mode)
+    aggregator = LossAggregator(schedule, CONFIG.signal)
+    aggregator.begin(1, 2, None)
+    results = []
+    for step, sums in enumerate(SUMS[:steps], 1):
+        assert aggregator.report(1, step, 0, sums[0]) is None
+        result = aggregator.report(1, step, 1, sums[1])
+        assert result is not None
+        results.append(result)
+    return results
+
+
+@pytest.fixture
+def actor(ray_cluster: str) -> Iterator[Any]:
+    handle = start_scheduler(f"scheduler-{time.time_ns()}", CONFIG, STEPS)
+    yield handle
+    ray.kill(handle, no_restart=True)
+
+
+@contextmanager
+def ranks(actor: Any, result: StepResult | None = None) -> Iterator[list[SchedulerClient]]:
+    """Two clients that have joined a new attempt, as two workers do."""
+    clients = [SchedulerClient(actor, rank) for rank in (0, 1)]
+    attempt, start = clients[0].begin(2, result)
+    assert [clients[0].join(attempt, 2, start), clients[1].join(attempt, 2, None)] == [start, start]
+    try:
+        yield clients
+    finally:
+        for client in clients:
+            client.close()
+
+
+def in_thread(function: Any, *arguments: Any) -> "Future[Any]":
+    with_thread = ThreadPoolExecutor(1)
+    future = with_thread.submit(function, *arguments)
+    with_thread.shutdown(wait=False)
+    return future
+
+
+def collect(clients: list[SchedulerClient], step: int) -> list[StepResult]:
+    waiting = [in_thread(client.collect, step) for client in clients]
+    return [future.result(ANSWER_S) for future in waiting]
+
+
+def kill(actor: Any) -> None:
+    """What a dying process does: everything in the actor is lost, and Ray starts it anew. Returns once it is dead."""
+    with suppress(ActorDiedError, ActorUnavailableError):
+        ray.get(actor.note.remote("alive"), timeout=ANSWER_S)
+        ray.kill(actor, no_restart=False)
+        while "alive" in ray.get(actor.progress.remote(0), timeout=ANSWER_S)[0]:
+            time.sleep(0.01)
+
+
+def until_it_is_back(actor: Any) -> None:
+    while True:
+        with suppress(ActorDiedError, ActorUnavailableError):
+            ray.get(actor.progress.remote(0), timeout=ANSWER_S)
+            return
+        time.sleep(0.05)
+
+
+def until_it_has_arrived(actor: Any) -> None:
+    """Until the actor has taken in what this process has sent (an async actor may take calls in another order)."""
+    ray.get(actor.progress.remote(0), timeout=ANSWER_S)
+    time.sleep(0.2)
+
+
+@pytest.fixture
+def quick_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "HEARTBEAT_S", 0.1)
+
+
+@pytest.fixture
+def no_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but reports bring a restarted actor back."""
+    monkeypatch.setattr(scheduler, "HEARTBEAT_S", 1000.0)
+
+
+def test_both_ranks_get_what_an_aggregator_here_gets(actor: Any) -> None:
+    found = []
+    with ranks(actor) as clients:
+        for step, sums in enumerate(SUMS, 1):
+            for client in clients[:: 1 if step % 2 else -1]:  # either rank may be first
+                client.submit(step, sums[clients.index(client)])
+            found.append(collect(clients, step))
+    assert [first for first, _ in found] == undisturbed() == [second for _, second in found]
+    ts = [first.t for first, _ in found]
+    assert ts == sorted(ts) and ts[0] == 0.2 and ts[-1] > 0.5
+
+
+def test_killed_at_chosen_moments(actor: Any, quick_heartbeat: None) -> None:
+    """Before any report of a step, after one rank's, and when only one rank has the answer."""
+    found: list[list[StepResult]] = []
+    with ranks(actor) as clients:
+        for step, sums in enumerate(SUMS, 1):
+            if step == 3:
+                kill(actor)
+            clients[0].submit(step, sums[0])
+            if step == 4:
+                until_it_has_arrived(actor)
+                kill(actor)
+            clients[1].submit(step, sums[1])
+            if step == 5:
+                first = clients[0].collect(step)
+                kill(actor)
+                # Rank 1's answer is lost and it reports again. Rank 0 says nothing but heartbeats, as in a collective.
+                clients[1]._pending = (step, sums[1], clients[1]._send(step, sums[1]))
+                found.append([first, in_thread(clients[1].collect, step).result(ANSWER_S)])
+            else:
+                found.append(collect(clients, step))
+    assert [first for first, _ in found] == undisturbed() == [second for _, second in found]
+
+
+def test_the_next_report_brings_the_state_back_as_well(actor: Any, no_heartbeat: None) -> None:
+    """Only rank 0 knows step 2 when the actor dies; its report of step 3 answers rank 1's repeated one of step 2."""
+    with ranks(actor) as clients:
+        for step in (1, 2):
+            for client, sums in zip(clients, SUMS[step - 1], strict=True):
+                client.submit(step, sums)
+            found = collect(clients[: 3 - step], step)
+        kill(actor)
+        clients[1]._pending = (2, SUMS[1][1], clients[1]._send(2, SUMS[1][1]))
+        second = in_thread(clients[1].collect, 2)
+        time.sleep(0.3)
+        assert not second.done()
+        clients[0].submit(3, SUMS[2][0])
+        assert second.result(ANSWER_S) == found[0] == undisturbed()[1]
+        clients[1].submit(3, SUMS[2][1])
+        assert collect(clients, 3) == [undisturbed()[2]] * 2
+
+
+def test_killed_at_random_moments(actor: Any, quick_heartbeat: None) -> None:
+    done = threading.Event()
+
+    def kill_now_and_then() -> int:
+        kills = 0
+        while not done.wait(0.4 + 0.3 * kills):
+            kill(actor)
+            kills += 1
+        return kills
+
+    def train(client: SchedulerClient, rank: int) -> list[StepResult]:
+        results = []
+        for step, sums in enumerate(SUMS, 1):
+            time.sleep(0.05 * ((step + rank) % 3))
+            client.submit(step, sums[rank])
+            time.sleep(0.2)
+            results.append(client.collect(step))
+        return results
+
+    with ranks(actor) as clients:
+        killer = in_thread(kill_now_and_then)
+        trained = [in_thread(train, client, rank) for rank, client in enumerate(clients)]
+        found = [future.result(60) for future in trained]
+        done.set()
+        assert killer.result(ANSWER_S) >= 2
+    assert found == [undisturbed(), undisturbed()]
+
+
+def test_a_new_attempt_starts_from_its_checkpoint_and_the_dead_one_is_refused(actor: Any) -> None:
+    with ranks(actor) as old:
+        for step in (1, 2, 3):
+            for client, sums in zip(old, SUMS[step - 1], strict=True):
+                client.submit(step, sums)
+            results = collect(old, step)
+        old[1].submit(4, LossSums(1e9, 0.0, 0.0, 1))  # waits for rank 0, which is dead
+        with ranks(actor, undisturbed()[0]) as new:  # back to the checkpoint after step 1
+            with pytest.raises(StaleReportError, match="refused"):
+                old[1].collect(4)
+            for number in (2, 4):  # late, whatever step it is about
+                old[0].submit(number, LossSums(1e9, 0.0, 0.0, 1))
+                with pytest.raises(StaleReportError, match="refused"):
+                    old[0].collect(number)
+            for step in (2, 3):
+                for client, sums in zip(new, SUMS[step - 1], strict=True):
+                    client.submit(step, sums)
+                assert collect(new, step) == [undisturbed()[step - 1]] * 2
+    assert results == [undisturbed()[2]] * 2
+    with ranks(actor) as fresh:  # and without a checkpoint from the beginning
+        for client, sums in zip(fresh, SUMS[0], strict=True):
+            client.submit(1, sums)
+        assert collect(fresh, 1) == [undisturbed()[0]] * 2
+
+
+def test_a_loss_that_is_not_finite_reaches_every_rank(actor: Any) -> None:
+    with ranks(actor) as clients:
+        clients[0].submit(1, SUMS[0][0])
+        until_it_has_arrived(actor)  # rank 0 is already waiting inside the actor
+        clients[1].submit(1, LossSums(float("nan"), 0.0, 0.0, 5))
+        for client in clients:
+            with pytest.raises(NonFiniteLossError, match=r"step 1 is nan; t stays 0\.2"):
+                client.collect(1)
+    with ranks(actor) as clients:  # the next attempt knows nothing of it
+        for client, sums in zip(clients, SUMS[0], strict=True):
+            client.submit(1, sums)
+        assert collect(clients, 1) == [undisturbed()[0]] * 2
+
+
+def test_no_answer_before_the_deadline(actor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ranks(actor) as clients:
+        monkeypatch.setattr(scheduler, "ANSWER_DEADLINE_S", 0.5)
+        clients[0].submit(1, SUMS[0][0])
+        with pytest.raises(ClusterError, match="no answer for step 1 within 0 s; another student worker"):
+            clients[0].collect(1)
+
+
+def test_an_actor_that_is_gone_for_good(actor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ranks(actor) as clients:
+        ray.kill(actor, no_restart=True)
+        monkeypatch.setattr(scheduler, "ANSWER_DEADLINE_S", 0.5)
+        clients[0].submit(1, SUMS[0][0])
+        with pytest.raises(ClusterError, match="scheduler"):
+            clients[0].collect(1)
+
+
+def test_waiting_for_the_pool(actor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    clients = [SchedulerClient(actor, rank) for rank in (0, 1)]
+    waiting = [in_thread(client.wait_for_pool) for client in clients]
+    until_it_has_arrived(actor)
+    assert not any(future.done() for future in waiting)
+    kill(actor)  # the waiting goes on at the restarted actor
+    until_it_is_back(actor)
+    ray.get(actor.set_pool.remote(TeacherError("teacher.model: broken")), timeout=ANSWER_S)
+    for future in waiting:
+        with pytest.raises(TeacherError, match=r"teacher\.model: broken"):
+            future.result(ANSWER_S)
+    ray.get(actor.set_pool.remote(None), timeout=ANSWER_S)
+    SchedulerClient(actor, 1).wait_for_pool()
+
+
+def test_notes_and_metrics_reach_the_driver_across_a_restart(actor: Any) -> None:
+    def say(note: str) -> None:
+        ray.get(actor.note.remote(note), timeout=ANSWER_S)
+
+    def progress(seen: int) -> tuple[list[str], dict[str, Any]]:
+        found: tuple[list[str], dict[str, Any]] = ray.get(actor.progress.remote(seen), timeout=ANSWER_S)
+        return found
+
+    client = SchedulerClient(actor, 0)
+    client.note("one")
+    client.publish({"step": 3})
+    until_it_has_arrived(actor)
+    say("two")
+    assert progress(0) == (["one", "two"], {"step": 3})
+    assert progress(1) == (["two"], {"step": 3})
+    kill(actor)
+    until_it_is_back(actor)
+    assert progress(2) == ([], {})
+    say("three")
+    assert progress(2)[0] == ["three"]
+    say("four")
+    assert progress(3)[0] == ["four"]
