@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 SILENCE_S = 4.0
 FIGURES_S = 3.0  # below SILENCE_S, so that while steps go on their figures are shown and not what is being waited for
@@ -35,7 +35,6 @@ class ProgressView:
                 SpinnerColumn(),
                 TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
-                MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TextColumn("{task.fields[figures]}", markup=False),
                 console=self.console,
@@ -60,7 +59,7 @@ class ProgressView:
             self._activity, self._activity_since = message, time.monotonic()
             self._print(message)
             if self._bar is not None:
-                self._bar.update(self._task, description=message)
+                self._bar.update(self._task, description=message, figures="")
 
     def wait_for(self, activity: str) -> None:
         """Shows something as the current activity, without a line of its own unless it takes long."""
@@ -71,18 +70,24 @@ class ProgressView:
 
     def step(self, metrics: dict[str, Any], total_steps: int) -> None:
         """The newest line of metrics; printed at most once every few seconds where there is no bar."""
-        left = (total_steps - metrics["step"]) * metrics["step_s"]
-        figures = f"t {metrics['t']:.3f}  loss {metrics['loss']:.3f}  kl {metrics['kl']:.3f}  {left:.0f} s left"
+        left = f"{(total_steps - metrics['step']) * metrics['step_s']:.0f} s left"
+        numbers = f"t {metrics['t']:.3f}  loss {metrics['loss']:.3f}  kl {metrics['kl']:.3f}"
+        figures = f"step {metrics['step']}/{total_steps}  {numbers}  {left}"
         with self._lock:
             following = min(metrics["step"] + 1, total_steps)
             self._activity, self._activity_since = f"step {following} of {total_steps}", time.monotonic()
             if self._bar is not None:
+                # One more than the steps, for validating and saving: rich freezes a bar that is full.
                 self._bar.update(
-                    self._task, description="training", total=total_steps, completed=metrics["step"], figures=figures
+                    self._task,
+                    description="training",
+                    total=total_steps + 1,
+                    completed=metrics["step"],
+                    figures=figures,
                 )
             elif time.monotonic() - self._last_figures >= FIGURES_S or metrics["step"] == total_steps:
                 self._last_figures = time.monotonic()
-                self._print(f"step {metrics['step']}/{total_steps}  {figures}")
+                self._print(figures)
 
     def _print(self, message: str) -> None:
         self._last_line = time.monotonic()

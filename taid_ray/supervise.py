@@ -1,5 +1,6 @@
 """What the driver does beside waiting: keeping the teacher pool, and telling the terminal what the workers do."""
 
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -120,3 +121,17 @@ def followed(scheduler: Any, plan: Plan, view: ProgressView) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+
+
+@contextmanager
+def own_interrupt() -> Iterator[None]:
+    """Ctrl-C stays a KeyboardInterrupt. Ray Train leaves a handler behind that stops the workers and ends the process."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGINT, handler)

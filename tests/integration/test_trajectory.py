@@ -17,8 +17,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from taid_ray.actors.pool import start_pool, stop_pool
 from taid_ray.actors.scheduler import start_scheduler
 from taid_ray.config import DistillConfig, build_config
-from taid_ray.launch import start_worker, write_config
+from taid_ray.launch import start_worker
 from taid_ray.preflight import Job, prepare
+from taid_ray.run_dir import write_config
 from tests.reference import reference_run
 
 BUNDLE = Path(__file__).parents[2] / "taid_ray" / "quickstart"

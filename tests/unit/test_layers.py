@@ -18,7 +18,8 @@ LAYERS = {
     # 1: one process. No ray.
     "1": {
         "chat", "data", "device", "documents", "encoding", "evaluate", "example", "hub", "measure", "metrics", "models",
-        "preflight", "progress", "report", "stream", "student", "student_model", "teacher_model", "train", "vocabulary", "world",
+        "preflight", "progress", "report", "run_dir", "stream", "student", "student_model", "teacher_model", "train",
+        "vocabulary", "world",
     },
     # R: Ray glue and entry points.
     "R": {"__init__", "actors", "checkpoint", "cli", "cluster", "supervise", "launch", "worker"},
