@@ -5,14 +5,13 @@ STAMP := $(VENV)/.installed
 LOG := $(VENV)/install.log
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint soak clean
+.PHONY: help install quickstart test lint clean
 
 help:
 	@echo "make install     create $(VENV) and install taid-ray with its development tools"
 	@echo "make quickstart  distil the bundled model on a local Ray (installs first if needed)"
-	@echo "make test        all tests but the soak tests"
+	@echo "make test        all tests"
 	@echo "make lint        ruff and mypy"
-	@echo "make soak        the long tests"
 	@echo "make clean       remove $(VENV) and caches (runs/ stays)"
 
 # `$(WATCH) command` runs the command into the log and says every 3 s how far it is, so that the terminal never falls
@@ -40,15 +39,12 @@ quickstart: install
 	@$(BIN)/taid-ray quickstart
 
 test: install
-	$(BIN)/python -m pytest -m "not soak" --durations=10
+	$(BIN)/python -m pytest --durations=10
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-
-soak: install
-	$(BIN)/python -m pytest -m soak --timeout=3600
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -28,10 +28,12 @@ def ray_cluster() -> Iterator[None]:
     if joins:
         join_cluster(os.environ["RAY_ADDRESS"])
     else:
-        # Both roles get a resource of their own, as nodes of a real cluster should (see cluster/README.md).
+        # Both roles get a resource of their own, as nodes of a real cluster should.
         roles = {STUDENT_RESOURCE: 1000, TEACHER_RESOURCE: 1000}
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        context = ray.init(address="local", num_cpus=cores, resources=roles, logging_level="ERROR", log_to_driver=False)
+        context = ray.init(
+            address="local", num_cpus=max(2, cores), resources=roles, logging_level="ERROR", log_to_driver=False
+        )
         # Ray's own helpers look for a cluster by this variable; a second cluster on this machine would confuse them.
         os.environ["RAY_ADDRESS"] = context.address_info["gcs_address"]
     try:

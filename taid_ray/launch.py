@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from taid_ray.cluster import Demand, check_capacity, check_object_store, cluster_has_gpus, demand_of, ray_cluster
 from taid_ray.config import DistillConfig
 from taid_ray.device import collective_backend, resolve
-from taid_ray.errors import TaidRayError
+from taid_ray.errors import ClusterError, TaidRayError
 from taid_ray.preflight import Job, Plan, prepare
 from taid_ray.progress import ProgressView
 from taid_ray.run_dir import check_run_dir_is_new, run_directory, with_absolute_paths
@@ -69,7 +69,7 @@ def run_on_cluster(config: DistillConfig, plan: Plan, demand: Demand, view: Prog
         followed(scheduler, plan, view),
     ):
         view.say(f"starting {demand.workers} student worker(s)")
-        job = Job(config, plan, demand.device, scheduler, pool)
+        job = Job(config, plan, demand.device, scheduler.actor, pool)
         trainer = TorchTrainer(
             start_worker,
             train_loop_config={"job": job},
@@ -82,12 +82,18 @@ def run_on_cluster(config: DistillConfig, plan: Plan, demand: Demand, view: Prog
             run_config=RunConfig(
                 name=run_id,
                 storage_path=str(config.run_dir / "checkpoints"),
-                failure_config=FailureConfig(max_failures=0, controller_failure_limit=3),
+                # Without checkpoints to resume from, any restart would begin again at step 1.
+                failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=3),
             ),
         )
         try:
             with own_interrupt():
                 return trainer.fit().return_value
+        except ControllerError as error:
+            raise ClusterError(
+                f"Ray Train could not start {demand.workers} student worker(s): {str(error).splitlines()[-1]}; "
+                "see `ray status` for what holds the cluster's resources"
+            ) from error
         except TrainingFailedError as error:
             raise cause_of(error) from error
 
@@ -118,7 +124,7 @@ def warn_about_schedule(config: DistillConfig, plan: Plan, view: ProgressView) -
     """Says so when the adaptive rule cannot leave its linear floor."""
     schedule = config.schedule
     t_start, t_end, steps = schedule.t_start, schedule.t_end, plan.total_steps
-    adaptive = config.loss.name == "taid" and schedule.mode == "adaptive"
+    adaptive = config.loss.name == "taid" and schedule.mode == "adaptive" and t_start < t_end
     if adaptive and adaptive_is_linear(t_start, t_end, schedule.alpha, steps):
         enough = 2 * (t_end - t_start) / ((1 - t_start) * steps)
         view.say(

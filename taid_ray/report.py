@@ -57,7 +57,7 @@ def result_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def write_plots(run_dir: Path) -> None:
-    """RUN/report/training.png: the loss and its parts, t with its floor, learning rate and gradient norm by step."""
+    """RUN/report/training.png: the loss and its parts, t, gradient norm and learning rate by step."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -101,8 +101,8 @@ def write_model_card(run_dir: Path, config: DistillConfig, summary: dict[str, An
     }[student.init]
     # Local paths say where files lay on one machine; their names are enough for a reader.
     loss: str = config.loss.name
-    if config.loss.sft_weight:
-        loss += f" + {config.loss.sft_weight} x cross-entropy on labels"
+    if weight := config.loss.sft_weight:
+        loss = f"{1 - weight:g} x {loss} + {weight:g} x cross-entropy on the labels"
     shown_schedule = "none: compares with the teacher itself throughout (t = 1)"
     if taid:
         shown_schedule = (

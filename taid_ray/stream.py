@@ -1,17 +1,21 @@
 """From global batches to this rank's micro-batches, with the teacher already working on the next ones."""
 
+import queue
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
-from typing import Any
+from typing import Any, TypeVar
 
 from taid_ray.batch import Batch, Row, collate
 from taid_ray.data import Cursor
 from taid_ray.teacher_model import TeacherClient, TeacherOutput
 from taid_ray.world import World
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,29 @@ def step_batches(
         own = split_evenly(rows, world.size)[world.rank]
         batches = [collate(part) for part in split_evenly(own, accumulation)]
         yield StepBatches(batches, sum(row.num_loss_tokens for row in rows), cursor)
+
+
+def read_ahead(items: Iterator[T], depth: int) -> Iterator[T]:
+    """The same items in the same order, made by a thread up to `depth` ahead of their use. Errors arrive in their place."""
+    made: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=depth)
+
+    def make() -> None:
+        try:
+            for item in items:
+                made.put((item, None))
+        except BaseException as error:  # handed over, to be raised where the item is missed
+            made.put((None, error))
+        else:
+            made.put((None, StopIteration()))
+
+    threading.Thread(target=make, name="taid-read-ahead", daemon=True).start()
+    while True:
+        item, error = made.get()
+        if isinstance(error, StopIteration):
+            return
+        if error is not None:
+            raise error
+        yield item  # type: ignore[misc]
 
 
 class Prefetcher:

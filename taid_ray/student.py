@@ -4,6 +4,7 @@ Body and loss both run inside `engine(...)`, the loss inside the head module's o
 only place where the head's weight is whole (outside it has shape (0,), and tied heads would train silently wrong).
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from taid_ray.batch import Batch
 from taid_ray.chunked import LogitTransform, LossParts, Scores, chunked_loss, chunked_scores
 from taid_ray.config import DistillConfig
+from taid_ray.errors import NonFiniteLossError
 from taid_ray.models import Head, head_of, hidden_states
 from taid_ray.student_model import add_lora, merged_model
 from taid_ray.teacher_model import TeacherOutput
@@ -123,11 +125,14 @@ class Student:
         self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> float:
-        """One optimizer step. Returns the global gradient norm before clipping."""
+        """One optimizer step. Returns the global gradient norm before clipping.
+
+        Raises NonFiniteLossError if that is not finite: DeepSpeed would drop the step and go on.
+        """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self.engine.step()
-        return self.grad_norm if self.clips_itself else float(self.engine.get_global_grad_norm())
+        return self.grad_norm if self.clips_itself else finite_norm(float(self.engine.get_global_grad_norm()))
 
     def save(self, directory: Path) -> None:
         """Writes a Hugging Face model directory on rank 0 (adapters merged). Collective under ZeRO-3."""
@@ -174,7 +179,7 @@ class Student:
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         limit = self.config.train.max_grad_norm or float("inf")
-        self.grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        self.grad_norm = finite_norm(float(torch.nn.utils.clip_grad_norm_(parameters, limit)))
 
     def _gathered_state(self) -> dict[str, Tensor]:
         """All parameters and saved buffers of the trained model, whole, on rank 0's CPU; {} elsewhere."""
@@ -186,6 +191,16 @@ class Student:
                 if self.world.is_main:
                     state[name] = parameter.detach().cpu().clone()
         return state if self.world.is_main else {}
+
+
+def finite_norm(grad_norm: float) -> float:
+    """The norm itself. Raises NonFiniteLossError, on every rank alike, if it is NaN or infinite."""
+    if not math.isfinite(grad_norm):
+        raise NonFiniteLossError(
+            f"the gradient norm became {grad_norm}, so this step was not taken; lower train.learning_rate, set "
+            "train.max_grad_norm, or look for damaged rows in the data"
+        )
+    return grad_norm
 
 
 def deepspeed_config(config: DistillConfig) -> dict[str, Any]:

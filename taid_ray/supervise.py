@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import ray
-
 from taid_ray.actors.lease import keep_lease
 from taid_ray.actors.pool import start_pool, stop_pool
-from taid_ray.actors.scheduler import start_scheduler
+from taid_ray.actors.scheduler import SchedulerOwner
 from taid_ray.cluster import Demand
 from taid_ray.config import DistillConfig, ScheduleConfig
+from taid_ray.errors import TaidRayError, TeacherError
 from taid_ray.preflight import Plan
 from taid_ray.progress import ProgressView
 
@@ -26,13 +25,13 @@ class _CancelledError(Exception):
 
 
 @contextmanager
-def scheduler_actor(config: DistillConfig, plan: Plan, name: str) -> Iterator[Any]:
+def scheduler_actor(config: DistillConfig, plan: Plan, name: str) -> Iterator[SchedulerOwner]:
     """The run's TAID scheduler actor, ended with the run."""
-    actor = start_scheduler(name, effective_schedule(config), plan.total_steps)
+    owner = SchedulerOwner(name, effective_schedule(config), plan.total_steps)
     try:
-        yield actor
+        yield owner
     finally:
-        ray.kill(actor, no_restart=True)
+        owner.close()
 
 
 def effective_schedule(config: DistillConfig) -> ScheduleConfig:
@@ -44,7 +43,7 @@ def effective_schedule(config: DistillConfig) -> ScheduleConfig:
 
 @contextmanager
 def teacher_pool(
-    config: DistillConfig, plan: Plan, demand: Demand, name: str, scheduler: Any, view: ProgressView
+    config: DistillConfig, plan: Plan, demand: Demand, name: str, scheduler: SchedulerOwner, view: ProgressView
 ) -> Iterator[str]:
     """Starts the teacher pool in the background, keeps its lease, and removes it at the end.
 
@@ -69,15 +68,17 @@ def teacher_pool(
             stop_renewing.append(keep_lease(name))
             view.say(f"teacher pool is ready ({info.num_parameters:,} parameters, {info.dtype})")
             if info.dropped_mass:
-                lost = f"{info.dropped_mass:.2g} of the teacher's probability"
+                lost = f"{info.dropped_mass:.2g} of the teacher's probability on the probe"
                 view.say(f"note: {lost} lies outside the shared vocabulary")
         except _CancelledError:
             return
-        except Exception as problem:
-            # Whatever went wrong, the workers wait for word of it and must not wait in vain.
+        except TaidRayError as problem:
             error = problem
+        except Exception as problem:
+            # Whatever went wrong, the workers wait for word of it; this one may not even pickle.
+            error = TeacherError(f"the teacher pool could not be started: {type(problem).__name__}: {problem}")
         while not over.is_set():  # said again and again, because a restarted scheduler actor has forgotten it
-            scheduler.set_pool.remote(error)
+            scheduler.set_pool(error)
             over.wait(RETELL_S)
 
     stop_renewing: list[Any] = []
@@ -95,7 +96,7 @@ def teacher_pool(
 
 
 @contextmanager
-def followed(scheduler: Any, plan: Plan, view: ProgressView) -> Iterator[None]:
+def followed(scheduler: SchedulerOwner, plan: Plan, view: ProgressView) -> Iterator[None]:
     """Shows on the terminal what the scheduler actor hears from the workers."""
     done = threading.Event()
 
@@ -103,10 +104,7 @@ def followed(scheduler: Any, plan: Plan, view: ProgressView) -> Iterator[None]:
         seen, shown, last = 0, 0, False
         while not last:
             last = done.wait(POLL_S)  # once more after the end, for what was said last
-            try:
-                notes, metrics = ray.get(scheduler.progress.remote(seen), timeout=10)
-            except ray.exceptions.RayError:
-                continue  # it is being restarted, or the run is over
+            notes, metrics = scheduler.progress(seen)
             seen += len(notes)
             if metrics and metrics["step"] > shown:
                 shown = metrics["step"]

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import time
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -63,10 +62,6 @@ class TeacherInfo:
 class TeacherClient(Protocol):
     """A teacher as a student worker sees it. Requests are pure: any of them may be computed again."""
 
-    teacher_wait_s: float
-    """Total time spent waiting in `collect`."""
-    payload_bytes: int
-    """Total size of all answers."""
     tokens: int
     """Total positions the teacher was asked to compute (rows x length)."""
 
@@ -212,18 +207,14 @@ class LocalTeacher:
 
     def __init__(self, config: TeacherConfig, num_shared: int, device: torch.device):
         self._model, self._kind = TeacherModel(config, num_shared, device), config.payload
-        self.teacher_wait_s = 0.0
-        self.payload_bytes = self.tokens = 0
+        self.tokens = 0
 
     def submit(self, batch: Batch) -> Batch:
         return batch
 
     def collect(self, request: Batch) -> TeacherOutput:
-        start = time.perf_counter()
         output = TeacherOutput(self._model.score(request.inputs, request.loss_positions), self._kind)
         check_finite(output.values, output.kind)
-        self.teacher_wait_s += time.perf_counter() - start
-        self.payload_bytes += output.num_bytes
         self.tokens += request.inputs["input_ids"].numel() if request.num_loss_tokens else 0
         return output
 

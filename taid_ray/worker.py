@@ -19,16 +19,18 @@ from taid_ray.device import torch_device
 from taid_ray.errors import ClusterError, ModelError
 from taid_ray.evaluate import Evaluation, evaluate
 from taid_ray.metrics import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, MetricLog, StepMetrics, write_json
-from taid_ray.models import check_packing
+from taid_ray.models import check_packing, head_of, self_test
 from taid_ray.preflight import Job, Plan, run_tokenizer
 from taid_ray.report import write_model_card, write_plots
-from taid_ray.stream import Prefetcher, num_micro_batches, step_batches
+from taid_ray.stream import Prefetcher, num_micro_batches, read_ahead, step_batches
 from taid_ray.student import Student
 from taid_ray.student_model import build_student
 from taid_ray.teacher_model import LocalTeacher, TeacherClient, TeacherInfo
 from taid_ray.train import train_loop
 from taid_ray.vocabulary import check_ids
 from taid_ray.world import World
+
+READ_AHEAD_STEPS = 8
 
 
 def run_worker(job: Job) -> dict[str, Any] | None:
@@ -37,13 +39,17 @@ def run_worker(job: Job) -> dict[str, Any] | None:
     device = torch_device(job.device, int(os.environ["LOCAL_RANK"]))
     scheduler = SchedulerClient(job.scheduler, world.rank)
     note = scheduler.note if world.is_main else _ignore
-    check_run_dir(config.run_dir)
+    check_run_dir(config.run_dir, world.rank)
+    torch.manual_seed(config.train.seed + world.rank)
 
     note("student: building the model")
     model = build_student(config, plan.resize_rows)
-    note("student: starting DeepSpeed")
+    self_test(model, head_of(model))
     if config.data.pack:
         check_packing(model)
+    if uses_dropout(model, config):
+        note("note: the student uses dropout, so its trajectory depends on the number of workers and micro-batches")
+    note("student: starting DeepSpeed")
     student = Student(config, model, plan.vocabulary.num_shared, world, device)
     tokenizer = run_tokenizer(config)
 
@@ -74,8 +80,9 @@ def run_worker(job: Job) -> dict[str, Any] | None:
     record, log = Record(), MetricLog(config.run_dir / METRICS_FILE) if world.is_main else None
     validate(0)
     accumulation = num_micro_batches(config.train.batch_size, config.train.micro_batch_size, world.size)
-    batches = step_batches(training_batches(config, plan, tokenizer), world, accumulation)
-    stream = Prefetcher(batches, teacher, config.teacher.window)
+    data = TrainingData(config.data, tokenizer, config.train.seed, config.train.batch_size)
+    rows = read_ahead(training_batches(data, plan, tokenizer), READ_AHEAD_STEPS)
+    stream = Prefetcher(step_batches(rows, world, accumulation), teacher, config.teacher.window)
     note("training")
     train_loop(config.train, plan.total_steps, student, teacher_head, scheduler, stream, last, on_step)
     validate(plan.total_steps)
@@ -83,23 +90,25 @@ def run_worker(job: Job) -> dict[str, Any] | None:
     note("saving the model")
     student.save(config.run_dir / "model")
     (teacher_tokens,) = world.sum([teacher.tokens])
-    summary = record.summary(plan, teacher.info(), int(teacher_tokens), student.num_parameters)
+    summary = record.summary(plan, teacher.info(), int(teacher_tokens), student.num_parameters) | {
+        "dropped_documents": data.counts.dropped,
+        "truncated_documents": data.counts.truncated,
+    }
     if log is not None:
         log.close()
         if config.data.format != "text":
             tokenizer.chat_template = chat_template(config.data.chat_template, tokenizer)
         tokenizer.save_pretrained(config.run_dir / "model")
+        write_json(config.run_dir / SUMMARY_FILE, summary)
         write_model_card(config.run_dir, config, summary)
         write_plots(config.run_dir)
-        write_json(config.run_dir / SUMMARY_FILE, summary)
     teacher.close()
     scheduler.close()
     return summary if world.is_main else None
 
 
-def training_batches(config: DistillConfig, plan: Plan, tokenizer: Any) -> Iterator[tuple[list[Row], Cursor]]:
+def training_batches(data: TrainingData, plan: Plan, tokenizer: Any) -> Iterator[tuple[list[Row], Cursor]]:
     """The run's global batches, each checked to hold shared ids only; ends with the last step."""
-    data = TrainingData(config.data, tokenizer, config.train.seed, config.train.batch_size)
     tokens = tokenizer.get_vocab()
     for _, (rows, cursor) in zip(range(plan.total_steps), data.batches(), strict=False):
         check_ids(rows, plan.vocabulary.num_shared, tokens)
@@ -113,15 +122,24 @@ def connect_teacher(job: Job, scheduler: SchedulerClient, device: torch.device) 
         teacher = LocalTeacher(job.config.teacher, job.plan.vocabulary.num_shared, device)
     else:
         scheduler.wait_for_pool()
-        teacher = PoolTeacher(job.pool, job.config.teacher)
+        teacher = PoolTeacher(job.pool, job.config.teacher, scheduler.note)
     if job.config.data.pack and teacher.info().packing_error:
         raise ModelError(f"teacher.model: {teacher.info().packing_error}")
     return teacher
 
 
-def check_run_dir(run_dir: Path) -> None:
+def uses_dropout(model: Any, config: DistillConfig) -> bool:
+    """Whether training draws random numbers, by the model's config and the adapters'."""
+    values = model.config.get_text_config().to_dict()
+    rates = [value for key, value in values.items() if ("dropout" in key or "pdrop" in key)]
+    return any(isinstance(rate, float) and rate > 0 for rate in rates) or bool(
+        config.student.lora and config.student.lora.dropout
+    )
+
+
+def check_run_dir(run_dir: Path, rank: int) -> None:
     """Raises ClusterError if this node does not see the driver's run directory, or may not write there."""
-    probe = run_dir / f".probe-{os.getpid()}"
+    probe = run_dir / f".probe-{rank}"
     if not (run_dir / CONFIG_FILE).exists():
         raise ClusterError(
             f"out: the run directory {run_dir}, made by the driver, does not exist on node {os.uname().nodename}; "

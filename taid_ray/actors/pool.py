@@ -35,7 +35,7 @@ PIECE_BYTES = 64 * 2**20
 POLL_S = 0.5
 BUILDING = threading.Lock()  # Serve cannot describe two deployments in two threads at a time
 RETRY_PAUSE_S = 1.0
-NOTICE_S = 30.0
+NOTICE_S = 15.0
 WHERE_TO_LOOK = "see `ray status`, `serve status` and /tmp/ray/session_latest/logs/serve on the cluster's head node"
 
 # A replica, a shard or a node was lost, or the answer with it. Requests are pure, so they are simply sent again.
@@ -168,13 +168,12 @@ class BatchRequest:
 class PoolTeacher:
     """A TeacherClient of a running pool, for one student worker. Keeps the pool's lease while it exists."""
 
-    def __init__(self, app_name: str, config: TeacherConfig):
-        """Raises TeacherError if there is no such pool."""
-        self._app_name, self._config = app_name, config
+    def __init__(self, app_name: str, config: TeacherConfig, notify: Callable[[str], None] = logger.warning):
+        """`notify` is told of long waits and lost requests. Raises TeacherError if there is no such pool."""
+        self._app_name, self._config, self._notify = app_name, config, notify
         self._stop_renewing = keep_lease(app_name)
         self._handle = serve.get_app_handle(app_name)
-        self.teacher_wait_s = 0.0
-        self.payload_bytes = self.tokens = 0
+        self.tokens = 0
         self._info: TeacherInfo | None = None
 
     def submit(self, batch: Batch) -> BatchRequest:
@@ -191,21 +190,18 @@ class PoolTeacher:
 
         Raises TeacherError after config.timeout_s, or for an answer of the wrong kind.
         """
-        info, start = self.info(), time.perf_counter()
+        info = self.info()
         width = info.hidden_size if info.payload == "hidden" else info.num_shared
         dtype, shape = getattr(torch, info.dtype), (request.num_positions, width)
         if request.request is None:
             return TeacherOutput(torch.empty(shape, dtype=dtype), info.payload)
         values = unpack(self._answer(request.request))
-        self.teacher_wait_s += time.perf_counter() - start
         if values.shape != shape or values.dtype != dtype:
             raise TeacherError(
                 f"the teacher pool {self._app_name} answered with {tuple(values.shape)} {values.dtype}, expected {shape} "
                 f"{dtype}; restart the run with the same taid-ray on all nodes"
             )
-        output = TeacherOutput(values, info.payload)
-        self.payload_bytes += output.num_bytes
-        return output
+        return TeacherOutput(values, info.payload)
 
     def info(self) -> TeacherInfo:
         """Asks the pool once."""
@@ -262,13 +258,13 @@ class PoolTeacher:
                 return request.response.result(timeout_s=min(NOTICE_S, self._config.timeout_s - waited))
             except LOST as error:
                 lost = error
-                logger.warning("teacher pool %s: %s; sending the request again", self._app_name, _first_line(error))
+                self._notify(f"the teacher pool lost a request ({_first_line(error)}); sending it again")
                 time.sleep(RETRY_PAUSE_S)
                 request.response = request.send()
             except RayTaskError as error:
                 raise self._refused(error) from error
             except TimeoutError:
-                logger.warning("teacher pool %s: still waiting after %.0f s", self._app_name, time.monotonic() - start)
+                self._notify(f"still waiting for the teacher pool after {time.monotonic() - start:.0f} s")
             self._require_lease()
         found = f"; last failure: {_first_line(lost)}" if lost else ""
         raise TeacherError(

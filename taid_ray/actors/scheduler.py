@@ -117,11 +117,28 @@ class SchedulerActor:
         await self._changed.wait()
 
 
-def start_scheduler(name: str, config: ScheduleConfig, total_steps: int) -> ActorHandle:
-    """Owned by the driver: it ends with the run. Restarted by Ray without limit if its process dies."""
-    actor = ray.remote(SchedulerActor)
-    options = actor.options(name=name, namespace=NAMESPACE, num_cpus=0, max_restarts=-1, max_concurrency=10_000)
-    return options.remote(config, total_steps)
+class SchedulerOwner:
+    """The driver's side: starts the actor, hears from it what the workers say, and ends it."""
+
+    def __init__(self, name: str, config: ScheduleConfig, total_steps: int):
+        """Restarted by Ray without limit if its process dies."""
+        actor = ray.remote(SchedulerActor)
+        options = actor.options(name=name, namespace=NAMESPACE, num_cpus=0, max_restarts=-1, max_concurrency=10_000)
+        self.actor: ActorHandle = options.remote(config, total_steps)
+
+    def set_pool(self, error: Exception | None) -> None:
+        """Tells the workers that the teacher pool is up, or why it is not. A restarted actor must be told again."""
+        self.actor.set_pool.remote(error)
+
+    def progress(self, notes_seen: int) -> tuple[list[str], dict[str, Any]]:
+        """Notes after the first `notes_seen`, and the newest metrics; nothing while the actor is being restarted."""
+        try:
+            return ray.get(self.actor.progress.remote(notes_seen), timeout=10)
+        except RayError:
+            return [], {}
+
+    def close(self) -> None:
+        ray.kill(self.actor, no_restart=True)
 
 
 class SchedulerClient:

@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from taid_ray.actors import scheduler
-from taid_ray.actors.scheduler import SchedulerClient, start_scheduler
+from taid_ray.actors.scheduler import SchedulerClient, SchedulerOwner
 from taid_ray.aggregate import LossAggregator, LossSums, StaleReportError, StepResult
 from taid_ray.config import ScheduleConfig
 from taid_ray.errors import ClusterError, NonFiniteLossError, TeacherError
@@ -47,7 +47,7 @@ def undisturbed(steps: int = STEPS) -> list[StepResult]:
 
 @pytest.fixture
 def actor(ray_cluster: str) -> Iterator[Any]:
-    handle = start_scheduler(f"scheduler-{time.time_ns()}", CONFIG, STEPS)
+    handle = SchedulerOwner(f"scheduler-{time.time_ns()}", CONFIG, STEPS).actor
     yield handle
     ray.kill(handle, no_restart=True)
 
@@ -98,6 +98,11 @@ def until_it_has_arrived(actor: Any) -> None:
     """Until the actor has taken in what this process has sent (an async actor may take calls in another order)."""
     ray.get(actor.progress.remote(0), timeout=ANSWER_S)
     time.sleep(0.2)
+
+
+@pytest.fixture(autouse=True)
+def early_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "ANSWER_DEADLINE_S", ANSWER_S)
 
 
 @pytest.fixture
@@ -192,13 +197,18 @@ def test_killed_at_random_moments(actor: Any, quick_heartbeat: None) -> None:
     assert found == [undisturbed(), undisturbed()]
 
 
-def test_a_new_attempt_starts_from_its_checkpoint_and_the_dead_one_is_refused(actor: Any) -> None:
+@pytest.mark.parametrize("killed_between", [False, True])
+def test_a_new_attempt_starts_from_its_checkpoint_and_the_dead_one_is_refused(
+    actor: Any, no_heartbeat: None, killed_between: bool
+) -> None:
     with ranks(actor) as old:
         for step in (1, 2, 3):
             for client, sums in zip(old, SUMS[step - 1], strict=True):
                 client.submit(step, sums)
             results = collect(old, step)
         old[1].submit(4, LossSums(1e9, 0.0, 0.0, 1))  # waits for rank 0, which is dead
+        if killed_between:
+            kill(actor)
         with ranks(actor, undisturbed()[0]) as new:  # back to the checkpoint after step 1
             with pytest.raises(StaleReportError, match="refused"):
                 old[1].collect(4)
@@ -251,6 +261,8 @@ def test_an_actor_that_is_gone_for_good(actor: Any, monkeypatch: pytest.MonkeyPa
 def test_waiting_for_the_pool(actor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     clients = [SchedulerClient(actor, rank) for rank in (0, 1)]
     waiting = [in_thread(client.wait_for_pool) for client in clients]
+    until_it_has_arrived(actor)
+    clients[0].begin(2, None)  # wakes everybody inside the actor, but is no word about the pool
     until_it_has_arrived(actor)
     assert not any(future.done() for future in waiting)
     kill(actor)  # the waiting goes on at the restarted actor

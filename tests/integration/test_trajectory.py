@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from taid_ray.actors.pool import start_pool, stop_pool
-from taid_ray.actors.scheduler import start_scheduler
+from taid_ray.actors.scheduler import SchedulerOwner
 from taid_ray.config import DistillConfig, build_config
 from taid_ray.launch import start_worker
 from taid_ray.preflight import Job, prepare
@@ -111,9 +110,9 @@ def runs(request: pytest.FixtureRequest, pools: dict[str, str]) -> dict[tuple[st
         write_config(config)
         plan = prepare(config)
         name = f"scheduler-{workers}-{pool}-{stage}-{micro}"
-        schedulers.append(start_scheduler(name, config.schedule, plan.total_steps))
-        ray.get(schedulers[-1].set_pool.remote(None))
-        jobs.append(Job(config, plan, "cpu", schedulers[-1], pools.get(pool, "")))
+        schedulers.append(SchedulerOwner(name, config.schedule, plan.total_steps))
+        schedulers[-1].set_pool(None)
+        jobs.append(Job(config, plan, "cpu", schedulers[-1].actor, pools.get(pool, "")))
     TorchTrainer(
         run_jobs,
         train_loop_config={"jobs": jobs},

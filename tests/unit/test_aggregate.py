@@ -238,14 +238,15 @@ class Run:
                     action(rank)
 
 
-event = st.tuples(st.sampled_from(["send", "send", "answer", "answer", "heartbeat", "kill"]), st.integers(0, WORLD - 1))
+actions = ["send"] * 6 + ["answer"] * 3 + ["heartbeat", "kill"]  # so that steps end, and not everybody hears of it
+event = st.tuples(st.sampled_from(actions), st.integers(0, WORLD - 1))
 positive = st.builds(LossSums, st.floats(1e-3, 1e3), st.floats(0, 10), st.just(0.0), st.integers(1, 999))
 
 
 @settings(max_examples=300, deadline=None)
 @given(
     st.lists(st.lists(positive, min_size=WORLD, max_size=WORLD), min_size=STEPS, max_size=STEPS),
-    st.lists(event, max_size=80),
+    st.lists(event, min_size=60, max_size=60) | st.lists(event, max_size=60),
 )
 def test_killed_at_any_moment_every_rank_sees_the_same_bits(
     losses: list[list[LossSums]], events: list[tuple[str, int]]

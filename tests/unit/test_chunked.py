@@ -68,13 +68,13 @@ class Case:
 
 
 def assert_same(case: Case, chunked: Tensor, plain: Tensor, tolerance: float = 1e-6) -> None:
-    """Values and gradients agree relative to their largest entry."""
+    """Values and gradients agree relative to their norm: single entries of two float32 sums may differ by a few ulp more."""
     factor = 1.7  # an incoming gradient other than 1
     got = [chunked, *torch.autograd.grad(factor * chunked, case.trained)]
     expected = [plain, *torch.autograd.grad(factor * plain, case.trained)]
     for a, b in zip(got, expected, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
-        assert (a.double() - b.double()).abs().max() <= tolerance * b.double().abs().max()
+        assert (a.double() - b.double()).norm() <= tolerance * b.double().norm()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -146,7 +146,7 @@ def test_tied_head() -> None:
     case.hidden, case.head = table[ids].tanh(), table
     (got,) = torch.autograd.grad(case.chunked(), table, retain_graph=True)
     (expected,) = torch.autograd.grad(case.plain(), table)
-    assert (got - expected).abs().max() <= 1e-6 * expected.abs().max()
+    assert (got - expected).norm() <= 1e-6 * expected.norm()
 
 
 def test_gradient_is_the_derivative() -> None:

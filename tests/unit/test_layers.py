@@ -22,7 +22,7 @@ LAYERS = {
         "vocabulary", "world",
     },
     # R: Ray glue and entry points.
-    "R": {"__init__", "actors", "checkpoint", "cli", "cluster", "supervise", "launch", "worker"},
+    "R": {"__init__", "actors", "cli", "cluster", "supervise", "launch", "worker"},
 }  # fmt: skip
 ORDER = "P1R"
 FORBIDDEN = {"P": {"ray", "deepspeed", "transformers", "datasets", "peft"}, "1": {"ray"}, "R": set()}

@@ -79,7 +79,7 @@ def test_card_keeps_hub_names(tmp_path: Path) -> None:
 
 def test_card_of_another_loss_does_not_claim_taid(tmp_path: Path) -> None:
     text = card(tmp_path, loss={"name": "reverse_kl", "sft_weight": 0.25})
-    assert "| loss | reverse_kl + 0.25 x cross-entropy on labels |" in text
+    assert "| loss | 0.75 x reverse_kl + 0.25 x cross-entropy on the labels |" in text
     assert "TAID" not in text and "tags: [distillation]" in text
     assert "adaptive" not in text and "t = 1" in text
 

@@ -1,3 +1,4 @@
+import time
 from collections.abc import Iterator
 from math import ceil
 from typing import Any
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from taid_ray.batch import NO_LABEL, Batch, Row, collate
 from taid_ray.data import Cursor
-from taid_ray.stream import Prefetcher, StepBatches, num_micro_batches, split_evenly, step_batches
+from taid_ray.stream import Prefetcher, StepBatches, num_micro_batches, read_ahead, split_evenly, step_batches
 from taid_ray.teacher_model import TeacherOutput
 from taid_ray.world import World
 
@@ -156,3 +157,39 @@ def test_an_error_in_the_data_comes_out() -> None:
     stream.next_step()
     with pytest.raises(ValueError, match="bad row"):
         stream.collect()
+
+
+@given(st.lists(st.integers() | st.none(), max_size=20), st.integers(1, 5))
+def test_read_ahead_changes_nothing(items: list[Any], depth: int) -> None:
+    assert list(read_ahead(iter(items), depth)) == items
+
+
+def test_read_ahead_works_while_nobody_takes_but_not_without_limit() -> None:
+    made: list[int] = []
+
+    def make() -> Iterator[int]:
+        for number in range(100):
+            made.append(number)
+            yield number
+
+    items = read_ahead(make(), 2)
+    assert next(items) == 0
+    deadline = time.monotonic() + 10
+    while len(made) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert made == [0, 1, 2, 3]  # one taken, two waiting, one ready to join them
+    assert list(items) == list(range(1, 100))
+
+
+def test_read_ahead_raises_an_error_in_its_place() -> None:
+    def make() -> Iterator[int]:
+        yield 1
+        yield 2
+        raise ValueError("bad row")
+
+    items = read_ahead(make(), 8)
+    time.sleep(0.1)
+    assert [next(items), next(items)] == [1, 2]
+    with pytest.raises(ValueError, match="bad row"):
+        next(items)

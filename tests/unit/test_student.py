@@ -11,12 +11,16 @@ import torch
 import torch.distributed as dist
 
 from taid_ray.aggregate import LossAggregator, LossSums, StepResult
+from taid_ray.batch import NO_LABEL, Row, collate
+from taid_ray.chunked import LogitTransform
 from taid_ray.config import DistillConfig, build_config
-from taid_ray.errors import ModelError
+from taid_ray.errors import ModelError, NonFiniteLossError
 from taid_ray.launch import use_deepspeed_on
 from taid_ray.metrics import StepMetrics
+from taid_ray.models import Head
 from taid_ray.preflight import prepare, run_tokenizer
 from taid_ray.schedule import TAIDSchedule
+from taid_ray.teacher_model import TeacherOutput
 from tests.reference import reference_run
 
 BUNDLE = Path(__file__).parents[2] / "taid_ray" / "quickstart"
@@ -83,6 +87,7 @@ def config_for(student: dict[str, Any], **train: Any) -> DistillConfig:
 
 def train(config: DistillConfig) -> tuple[list[StepMetrics], Any]:
     """Runs the product's loop in this process. Returns its metrics and the student."""
+    from taid_ray.data import TrainingData
     from taid_ray.stream import Prefetcher, num_micro_batches, step_batches
     from taid_ray.student import Student
     from taid_ray.student_model import build_student
@@ -96,7 +101,9 @@ def train(config: DistillConfig) -> tuple[list[StepMetrics], Any]:
     teacher = LocalTeacher(config.teacher, plan.vocabulary.num_shared, device)
     scheduler = LocalScheduler(config, plan.total_steps)
     accumulation = num_micro_batches(config.train.batch_size, config.train.micro_batch_size, 1)
-    batches = step_batches(training_batches(config, plan, run_tokenizer(config)), world, accumulation)
+    tokenizer = run_tokenizer(config)
+    data = TrainingData(config.data, tokenizer, config.train.seed, config.train.batch_size)
+    batches = step_batches(training_batches(data, plan, tokenizer), world, accumulation)
     lines: list[StepMetrics] = []
     start = scheduler.aggregator.result
     stream = Prefetcher(batches, teacher, config.teacher.window)
@@ -189,3 +196,23 @@ def test_a_saved_model_is_the_trained_one(stage: int, tmp_path: Path) -> None:
         torch.testing.assert_close(parameter.data, state[name], rtol=0, atol=0)
     before = dict(build_student(config_for(TIED), None).named_parameters())
     assert any(not torch.equal(parameter, before[name]) for name, parameter in loaded.named_parameters())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_gradient_that_is_not_finite_stops_the_run(stage: int) -> None:
+    """DeepSpeed would drop the step and go on (ZeRO 1 to 3), or write NaN weights (ZeRO 0)."""
+    from taid_ray.student import Student
+    from taid_ray.student_model import build_student
+    from taid_ray.world import World
+
+    config = config_for(TIED | {"zero_stage": stage})
+    student = Student(config, build_student(config, None), 512, World(), torch.device("cpu"))
+    batch = collate([Row([1, 2, 3], [0, 1, 2], [2, 3, NO_LABEL])])
+    head = Head(torch.randn(512, 64), None, LogitTransform())
+    loss, _ = student.forward(batch, TeacherOutput(torch.randn(2, 64), "hidden"), head, 0.5)
+    student.backward(loss * float("inf"))
+    before = {name: tensor.clone() for name, tensor in student._gathered_state().items()}
+    with pytest.raises(NonFiniteLossError, match="gradient norm"):
+        student.step(1e-3)
+    for name, tensor in student._gathered_state().items():
+        assert torch.equal(tensor, before[name]), name

@@ -11,7 +11,7 @@ from taid_ray.errors import ConfigError, ModelError
 from taid_ray.student_model import add_lora, build_student, merged_model, resize_with_mean, student_model_config
 
 VOCAB = 61
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
     "max_position_embeddings": 64, "initializer_range": 0.3,
 }  # fmt: skip
@@ -22,7 +22,11 @@ STACKS = {"llama": "model.layers", "tied": "model.layers", "qwen2": "model.layer
 def architectures() -> dict[str, Callable[[], Any]]:
     import transformers as hf
 
-    sliding = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2}  # layers 2 and 3 slide
+    sliding: dict[str, Any] = {
+        "use_sliding_window": True,
+        "sliding_window": 3,
+        "max_window_layers": 2,
+    }  # layers 2 and 3 slide
     return {
         "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, num_key_value_heads=2)),
         "tied": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, tie_word_embeddings=True)),
@@ -243,6 +247,7 @@ def test_only_adapters_train_and_start_as_nothing(saved: Callable[[str], Path]) 
     trainable = {name for name, parameter in first.named_parameters() if parameter.requires_grad}
     assert trainable and all("lora_" in name for name in trainable)
     assert not any("lm_head" in name for name in trainable)
+    assert first.get_submodule("model.model.layers.0.self_attn.q_proj").scaling == {"default": 12.0 / 3}
     assert torch.equal(logits(first), logits(load(saved("llama"))))
     assert same(first.state_dict(), second.state_dict())  # the same on every rank
     other = add_lora(build_student(chosen, None), chosen.student.lora, seed=5)
