@@ -25,7 +25,8 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Dotted key=value pairs, for example schedule.t_start=0.3.")
 ]
 DataKeys = Annotated[
-    list[str] | None, typer.Argument(help="Keys of the data section, for example sequence_length=512.")
+    list[str] | None,
+    typer.Argument(help="Keys of the data section (sequence_length=512), or dotted ones (teacher.dtype=bfloat16)."),
 ]
 Out = Annotated[str | None, typer.Option(help="Run directory (default: the config's `out`, else runs/NAME).")]
 
@@ -35,7 +36,7 @@ def train(
     config: Annotated[Path, typer.Argument(help="YAML configuration.")], overrides: Overrides = None, out: Out = None
 ) -> None:
     """Distil as a configuration says. The run directory then holds the model, metrics and plots."""
-    run(load_config(config, [*(overrides or []), *([f"out={out}"] if out else [])]))
+    run(load_config(config, overrides or [], {} if out is None else {"out": out}))
 
 
 @app.command()
@@ -59,9 +60,9 @@ def evaluate(
     """Measure a model on data: cross-entropy, perplexity and KL to the teacher."""
     from taid_ray.measure import evaluate_model, measurement_table
 
-    keys = [override if "." in override.partition("=")[0] else f"data.{override}" for override in overrides or []]
     with named_as_arguments():
-        Console().print(measurement_table(evaluate_model(model, teacher, data, keys, rouge)))
+        found = evaluate_model(model, teacher, data, [dotted(override) for override in overrides or []], rouge)
+    Console().print(measurement_table(found))
 
 
 @app.command()
@@ -85,6 +86,12 @@ def run(config: DistillConfig) -> None:
     console.print(
         "  model/ (Hugging Face)  summary.json  metrics.jsonl  report/training.png  config.yaml", highlight=False
     )
+
+
+def dotted(override: str) -> str:
+    """A key of `eval` without a section belongs to `data`."""
+    key = override.partition("=")[0]
+    return override if "." in key or key == "device" else f"data.{override}"
 
 
 @contextmanager

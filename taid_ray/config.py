@@ -5,14 +5,22 @@ model or a cluster is refused here, with the dotted key, the value found and the
 """
 
 import copy
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from taid_ray.config_text import apply_override, explain, read_tree, set_key
 from taid_ray.errors import ConfigError
 
 
@@ -22,6 +30,13 @@ def _number(value: Any) -> Any:
     return value
 
 
+def _not_blank(value: str) -> str:
+    if not value.strip():
+        raise ValueError("must not be empty")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_not_blank)]
 Int = Annotated[int, BeforeValidator(_number)]
 Float = Annotated[float, BeforeValidator(_number)]
 PositiveInt = Annotated[Int, Field(ge=1)]
@@ -33,33 +48,24 @@ BelowOne = Annotated[Float, Field(ge=0, lt=1)]
 LossName = Literal["taid", "forward_kl", "reverse_kl", "js", "tvd", "skew_forward_kl", "skew_reverse_kl"]
 WEIGHTED_LOSSES = ("js", "skew_forward_kl", "skew_reverse_kl")
 
-# taid-ray sets these DeepSpeed keys itself; a second value for any of them would change the trajectory silently.
+# taid-ray sets these DeepSpeed keys itself; a second value for any of them would change the trajectory silently, or be
+# ignored. What to set instead:
 OWNED_DEEPSPEED_KEYS = {
     "train_batch_size": "train.batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
     "gradient_accumulation_steps": "train.micro_batch_size",
     "managed_gradient_accumulation": "nothing: the training loop owns the step",
     "optimizer": "train.learning_rate and its neighbours",
+    "zero_allow_untested_optimizer": "nothing: the optimizer is always torch's AdamW",
+    "zero_force_ds_cpu_optimizer": "nothing: the optimizer is always torch's AdamW",
     "scheduler": "train.lr_schedule",
     "gradient_clipping": "train.max_grad_norm",
     "bf16": "student.dtype",
+    "bfloat16": "student.dtype",
     "fp16": "student.dtype (float16 loss scaling skips steps and is not offered)",
-}
-
-
-# Plainer words than pydantic's for what was expected.
-EXPECTED = {
-    "model_type": "must be a section of keys",
-    "int_parsing": "must be a whole number",
-    "int_from_float": "must be a whole number",
-    "int_type": "must be a whole number",
-    "float_parsing": "must be a number",
-    "float_type": "must be a number",
-    "bool_parsing": "must be true or false",
-    "bool_type": "must be true or false",
-    "string_type": "must be text",
-    "list_type": "must be a list",
-    "dict_type": "must be a mapping",
+    "amp": "student.dtype",
+    "data_types": "nothing: gradients are summed in float32",
+    "steps_per_print": "nothing: taid-ray reports progress itself",
 }
 
 
@@ -68,7 +74,7 @@ class Section(BaseModel):
 
 
 class TeacherConfig(Section):
-    model: str
+    model: Name
     """Hub name or local directory of the teacher."""
     revision: str | None = None
     """Hub revision of the teacher."""
@@ -110,9 +116,16 @@ class LoraConfig(Section):
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
     """Module names that get an adapter; `all-linear` leaves the head out."""
 
+    @field_validator("target_modules")
+    @classmethod
+    def _some_modules(cls, value: str | list[str]) -> str | list[str]:
+        if not value:
+            raise ValueError("must not be empty; name modules, or write all-linear")
+        return value
+
 
 class StudentConfig(Section):
-    model: str | None = None
+    model: Name | None = None
     """Hub name or local directory. May be left out with `init: cut` or `init: scratch` (the teacher's is used)."""
     revision: str | None = None
     """Hub revision of the student."""
@@ -146,10 +159,16 @@ class StudentConfig(Section):
     @field_validator("deepspeed")
     @classmethod
     def _owned_keys(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for key, instead in OWNED_DEEPSPEED_KEYS.items():
+        unknown = dict.fromkeys(
+            (key for key in value if key.startswith("train_")), "train.batch_size or its neighbours"
+        )
+        for key, instead in (unknown | OWNED_DEEPSPEED_KEYS).items():
             if key in value:
-                raise ValueError(f"the DeepSpeed key {key!r} is set by taid-ray; remove it and set {instead}")
-        if "stage" in value.get("zero_optimization", {}):
+                raise ValueError(f"the DeepSpeed key {key!r} is set by taid-ray; remove it. Set instead: {instead}")
+        zero = value.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            raise ValueError(f"the DeepSpeed key 'zero_optimization' must be a mapping (found {zero!r})")
+        if "stage" in zero:
             raise ValueError("the DeepSpeed key 'zero_optimization.stage' is set by taid-ray; set student.zero_stage")
         return value
 
@@ -163,6 +182,12 @@ class StudentConfig(Section):
             raise ValueError(
                 f"student.model is {self.model!r}, but init: cut takes its weights from the teacher; remove it"
             )
+        for key in ("revision", "trust_remote_code"):
+            if getattr(self, key) and not self.model:
+                raise ValueError(
+                    f"student.{key} is {getattr(self, key)!r}, but only goes with student.model (found init: {self.init} "
+                    f"of the teacher); remove it, or set teacher.{key}"
+                )
         if self.init != "cut" and self.layers is not None:
             raise ValueError(f"student.layers only goes with init: cut (found init: {self.init})")
         if self.init != "scratch" and self.architecture:
@@ -172,13 +197,18 @@ class StudentConfig(Section):
                 "student.zero_stage: 0 with student.dtype: bfloat16 has no float32 master weights in DeepSpeed; "
                 "set student.zero_stage: 1 (the same on one worker) or student.dtype: float32"
             )
+        if self.zero_stage < 2 and self.deepspeed.get("zero_optimization", {}).get("overlap_comm"):
+            raise ValueError(
+                "student.deepspeed: zero_optimization.overlap_comm needs student.zero_stage: 2 or 3 (found "
+                f"{self.zero_stage}); remove it"
+            )
         return self
 
 
 class DataConfig(Section):
-    train: str
+    train: Name
     """Hub name of a dataset, or a local json / jsonl / parquet / csv / txt file or directory of such files."""
-    valid: str | None = None
+    valid: Name | None = None
     """Validation data, given like `train`. Without it the first `valid_documents` documents of `train` are held out."""
     subset: str | None = None
     """Configuration name of a hub dataset."""
@@ -194,7 +224,7 @@ class DataConfig(Section):
     """Column of the documents (`format: text`)."""
     messages_column: str = "messages"
     """Column of the message lists, each message with `role` and `content` (`format: chat`)."""
-    prompt_columns: list[str] = ["prompt"]
+    prompt_columns: Annotated[list[str], Field(min_length=1)] = ["prompt"]
     """Columns joined by a blank line into the prompt, empty ones left out (`format: prompt_response`)."""
     response_column: str = "response"
     """Column of the response (`format: prompt_response`)."""
@@ -297,8 +327,8 @@ class DistillConfig(Section):
 
     name: str = "distill"
     """Name of the run, used in logs and for the teacher pool."""
-    out: str | None = None
-    """Run directory, on a file system that every node sees. Default: runs/NAME."""
+    out: Name | None = None
+    """Run directory, on a file system that every node sees; `~` is the home directory. Default: runs/NAME."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where models run; `auto` takes GPUs if the cluster has any."""
     teacher: TeacherConfig
@@ -311,8 +341,23 @@ class DistillConfig(Section):
     @field_validator("name")
     @classmethod
     def _plain_name(cls, value: str) -> str:
-        if not value or any(not (c.isascii() and (c.isalnum() or c in "-_.")) for c in value):
+        if any(not (c.isascii() and (c.isalnum() or c in "-_.")) for c in value):
             raise ValueError("use letters, digits, '-', '_' and '.' only")
+        if not value.strip("."):  # `runs/..` is no run directory
+            raise ValueError("must not be dots only")
+        return value
+
+    @field_validator("out")
+    @classmethod
+    def _directory(cls, value: str | None) -> str | None:
+        if value is not None and "://" in value:
+            raise ValueError(
+                "remote storage is not offered yet; name a directory on a file system that every node sees"
+            )
+        try:
+            Path(value or "").expanduser()
+        except RuntimeError:
+            raise ValueError("there is no such home directory; write the path without '~'") from None
         return value
 
     @model_validator(mode="after")
@@ -331,100 +376,35 @@ class DistillConfig(Section):
     @property
     def run_dir(self) -> Path:
         """Absolute path of the run directory."""
-        return Path(self.out or f"runs/{self.name}").absolute()
+        return Path(self.out or f"runs/{self.name}").expanduser().absolute()
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DistillConfig:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None
+) -> DistillConfig:
     """Reads a YAML file, applies dotted `key=value` overrides (values are YAML) and validates the result.
 
-    Raises ConfigError, naming the file or the dotted key.
+    values: dotted keys with values to take literally, set last. Raises ConfigError, naming the file or the dotted key.
     """
-    path = Path(path)
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file. Name an existing YAML configuration.") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path}: is a directory. Name the YAML file in it.") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is not a text file. Name a YAML configuration.") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}). Name a readable YAML configuration.") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {_yaml_fault(error)}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected a mapping of sections (teacher, student, data, ...), found {_shown(tree)}")
-    return build_config(tree, overrides)
+    return build_config(read_tree(path), overrides, values)
 
 
-def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> DistillConfig:
-    """Validates a nested mapping under dotted overrides. Raises ConfigError with one line per problem."""
+def build_config(
+    tree: Mapping[str, Any], overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None
+) -> DistillConfig:
+    """Validates a nested mapping under overrides and values as in `load_config`.
+
+    Raises ConfigError with one line per problem.
+    """
     merged = copy.deepcopy(dict(tree))
     for override in overrides:
-        _apply_override(merged, override)
+        apply_override(merged, override)
+    for key, value in (values or {}).items():
+        set_key(merged, key, value)
     try:
         return DistillConfig.model_validate(merged)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from None
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not all(key.split(".")):
-        raise ConfigError(f"{override!r} is not of the form key=value, for example schedule.t_start=0.3")
-    try:
-        value = text if text.startswith(("{{", "{%")) else yaml.safe_load(text)  # Jinja is never YAML
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"{key}: the value {text!r} is not valid YAML ({_yaml_fault(error)}). "
-            f"If it is meant as text, put it into double quotes inside the shell's: '{key}=\"...\"'"
-        ) from None
-    *sections, last = key.split(".")
-    node = tree
-    for section in sections:
-        child = node.setdefault(section, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"{key}: {section!r} is a value ({_shown(child)}), not a section")
-        node = child
-    node[last] = value
-
-
-def _explain(problem: Any) -> str:
-    """One line for one pydantic problem: dotted key, what is wrong, what was found, what to do."""
-    # A part such as `list[str]` names the alternative of a union that was tried, and no key.
-    location = [str(part) for part in problem["loc"] if "[" not in str(part)]
-    key, found = ".".join(location), _shown(problem["input"])
-    if problem["type"] == "extra_forbidden":
-        return f"{key}: unknown key (found {found}). {_nearest(location)}"
-    if problem["type"] == "missing":
-        return f"{key}: missing. Add it to the configuration."
-    message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    message = EXPECTED.get(problem["type"], message)
-    if problem["type"] == "value_error" and isinstance(problem["input"], dict):
-        return message if key in message else f"{key}: {message}"
-    return f"{key}: {message} (found {found})"
-
-
-def _yaml_fault(error: yaml.YAMLError) -> str:
-    """What is wrong with a YAML text, and where, in one line."""
-    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or " ".join(str(error).split())
-    mark = getattr(error, "problem_mark", None)
-    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else str(problem)
-
-
-def _nearest(location: list[str]) -> str:
-    """Suggests the known key or section closest to an unknown one: the same word in another section comes first."""
-    known, key = sorted(known_keys()), ".".join(location)
-    section, _, word = key.rpartition(".")
-    sections = sorted({k.rpartition(".")[0] for k in known} - {""})
-    elsewhere = [k for k in known if k.rpartition(".")[2] == word]
-    here = {k.rpartition(".")[2]: k for k in [*known, *sections] if k.rpartition(".")[0] == section}
-    close = [here[match] for match in difflib.get_close_matches(word, here, n=1, cutoff=0.6)]
-    similar = [k for k in known if difflib.get_close_matches(word, [k.rpartition(".")[2]], cutoff=0.8)]
-    if suggestions := elsewhere or close or similar:
-        return f"Did you mean {suggestions[0]}?"
-    siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == section]
-    return f"Known keys here: {', '.join(siblings if section else [*siblings, *sections])}."
+        raise ConfigError("\n".join(explain(problem, known_keys()) for problem in error.errors())) from None
 
 
 def known_keys(section: type[Section] = DistillConfig, prefix: str = "") -> dict[str, str]:
@@ -436,8 +416,3 @@ def known_keys(section: type[Section] = DistillConfig, prefix: str = "") -> dict
         ]
         keys |= known_keys(nested[0], f"{prefix}{name}.") if nested else {f"{prefix}{name}": field.description or ""}
     return keys
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

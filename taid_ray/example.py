@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from taid_ray.config import DistillConfig, load_config
+from taid_ray.config import DistillConfig, build_config
+from taid_ray.config_text import read_tree, set_key
 from taid_ray.models import load_causal_lm, load_tokenizer
 from taid_ray.student_model import build_student
 
@@ -20,16 +21,12 @@ NEW_TOKENS = 96
 
 def quickstart_config(overrides: Sequence[str], out: str | None) -> DistillConfig:
     """The shipped configuration with the package's own files, in a new run directory."""
-    return load_config(
-        BUNDLE.parent / "configs" / "quickstart.yaml",
-        [
-            f"teacher.model={BUNDLE / 'stories260k'}",
-            f"data.train={BUNDLE / 'tinystories_train.jsonl'}",
-            f"data.valid={BUNDLE / 'tinystories_valid.jsonl'}",
-            f"out={out or time.strftime('runs/quickstart-%Y%m%d-%H%M%S')}",
-            *overrides,
-        ],
-    )
+    tree = read_tree(BUNDLE.parent / "configs" / "quickstart.yaml")
+    set_key(tree, "teacher.model", str(BUNDLE / "stories260k"))
+    set_key(tree, "data.train", str(BUNDLE / "tinystories_train.jsonl"))
+    set_key(tree, "data.valid", str(BUNDLE / "tinystories_valid.jsonl"))
+    set_key(tree, "out", time.strftime("runs/quickstart-%Y%m%d-%H%M%S"))
+    return build_config(tree, overrides, {} if out is None else {"out": out})
 
 
 def show_samples(config: DistillConfig, console: Console) -> None:

@@ -2,18 +2,20 @@
 
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 CONNECT_TIMEOUT_S = 3.0
+OFFLINE = "HF_HUB_OFFLINE"
 
 
 def offline_if_unreachable(names: Iterable[str | None]) -> None:
     """If a name is nothing local and the hub does not answer, the cache alone serves this process and those it starts.
 
-    A loader then says at once that it has not found a name there.
+    A loader then says at once that it has not found a name there. `connection_restored` ends it.
     """
     from huggingface_hub import constants
 
@@ -26,8 +28,29 @@ def offline_if_unreachable(names: Iterable[str | None]) -> None:
     try:
         socket.create_connection((address.hostname or "", port), CONNECT_TIMEOUT_S).close()
     except OSError:
-        import datasets
+        _set_offline("1", True, True)
 
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        constants.HF_HUB_OFFLINE = True
-        datasets.config.HF_HUB_OFFLINE = True
+
+@contextmanager
+def connection_restored() -> Iterator[None]:
+    """At its end the hub is tried again, or not, as at its beginning: one silence must not last for the whole process."""
+    import datasets
+    from huggingface_hub import constants
+
+    before = os.environ.get(OFFLINE), constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    try:
+        yield
+    finally:
+        _set_offline(*before)
+
+
+def _set_offline(variable: str | None, hub: bool, data: bool) -> None:
+    """For processes started from now on, for huggingface_hub with transformers, and for datasets."""
+    import datasets
+    from huggingface_hub import constants
+
+    os.environ.pop(OFFLINE, None)
+    if variable is not None:
+        os.environ[OFFLINE] = variable
+    constants.HF_HUB_OFFLINE = hub
+    datasets.config.HF_HUB_OFFLINE = data

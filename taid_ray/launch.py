@@ -14,6 +14,7 @@ from taid_ray.cluster import Demand, check_capacity, check_object_store, cluster
 from taid_ray.config import DistillConfig
 from taid_ray.device import collective_backend, resolve
 from taid_ray.errors import ClusterError, TaidRayError
+from taid_ray.hub import connection_restored
 from taid_ray.preflight import Job, Plan, prepare
 from taid_ray.progress import ProgressView
 from taid_ray.run_dir import check_run_dir_is_new, run_directory, with_absolute_paths
@@ -44,9 +45,14 @@ def distill(config: DistillConfig) -> RunResult:
     """
     check_run_dir_is_new(config.run_dir)
     config = with_absolute_paths(config)
-    with ProgressView() as view:
+    with connection_restored(), ProgressView() as view:
         view.say("checking models and data")
         plan = prepare(config)
+        if plan.data.dropped or plan.data.truncated:
+            view.say(
+                f"note: of the first block of {config.data.block_documents} documents {plan.data.dropped} were dropped and "
+                f"{plan.data.truncated} truncated (data.overlong: {config.data.overlong})"
+            )
         warn_about_schedule(config, plan, view)
         view.say("connecting to Ray" if ray.is_initialized() or os.environ.get("RAY_ADDRESS") else "starting Ray here")
         with ray_cluster():

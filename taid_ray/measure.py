@@ -10,21 +10,28 @@ from rich.table import Table
 
 from taid_ray.batch import Batch, collate
 from taid_ray.chunked import chunked_scores
-from taid_ray.config import DistillConfig, build_config
+from taid_ray.config import DataConfig, DistillConfig, build_config
 from taid_ray.data import validation_rows
 from taid_ray.device import resolve, torch_device
 from taid_ray.documents import open_documents, read_blocks
 from taid_ray.encoding import Encoder
-from taid_ray.errors import ConfigError, DataError
+from taid_ray.errors import ConfigError, DataError, ModelError
+from taid_ray.hub import connection_restored
 from taid_ray.metrics import perplexity
-from taid_ray.models import check_packing, head_of, hidden_states, load_causal_lm
+from taid_ray.models import Head, check_packing, head_of, hidden_states, load_causal_lm, self_test
 from taid_ray.packing import Sample
 from taid_ray.preflight import check_models, context_length, model_configs, run_tokenizer, shared_vocabulary
-from taid_ray.teacher_model import TeacherModel
+from taid_ray.teacher_model import TeacherModel, check_finite
 from taid_ray.vocabulary import check_ids
 
 ROUGE_ROWS, ROUGE_NEW_TOKENS = 64, 128
 BATCH_ROWS = 8
+# Keys that change a measurement, by section; the others are about training.
+USED_KEYS = {
+    "teacher": {"model", "revision", "dtype", "quantization", "attention", "trust_remote_code", "max_tokens"},
+    "student": {"model", "revision", "dtype", "attention", "trust_remote_code"},
+    "data": set(DataConfig.model_fields) - {"train", "split", "block_documents"},
+}
 
 
 @dataclass(frozen=True)
@@ -42,37 +49,70 @@ class Measurement:
 def evaluate_model(model: str, teacher: str, data: str, overrides: Sequence[str], rouge: bool) -> Measurement:
     """Scores `model` and `teacher` on at most data.valid_documents documents.
 
-    overrides: dotted keys of teacher, student and data sections. data.sequence_length defaults to what both models hold.
-    Raises a TaidRayError for everything a user can put right.
+    overrides: dotted keys of teacher, student and data sections. data.sequence_length defaults to what both models hold,
+    student.dtype to the checkpoint's own. Raises a TaidRayError for everything a user can put right.
     """
     config = _config(model, teacher, data, overrides)
+    check_used(overrides)
     if rouge:
         check_rouge(config)
+    with connection_restored():
+        return _measure(config, rouge)
+
+
+def _measure(config: DistillConfig, rouge: bool) -> Measurement:
     teacher_config, student_config = model_configs(config)
-    if not any(override.startswith("data.sequence_length=") for override in overrides):
+    if "sequence_length" not in config.data.model_fields_set:
         longest = min(context_length(teacher_config, student_config), config.data.sequence_length)
-        config = _config(model, teacher, data, [*overrides, f"data.sequence_length={longest}"])
+        config = config.model_copy(update={"data": config.data.model_copy(update={"sequence_length": longest})})
     check_models(config, teacher_config, student_config)
-    device = torch_device(resolve("auto", torch.cuda.is_available()))
+    device = torch_device(resolve(config.device, torch.cuda.is_available()))
     tokenizer = run_tokenizer(config)
     vocabulary = shared_vocabulary(config, teacher_config, student_config)
     rows = validation_rows(config.data, tokenizer)
     check_ids(rows, vocabulary.num_shared, tokenizer.get_vocab())
-    student = load_causal_lm(model, config.student.revision, device=device, key="student.model").to(device)
-    if config.data.pack:
-        check_packing(student)
-    teacher_model = TeacherModel(config.teacher, vocabulary.num_shared, device)
+    student, head = load_student(config, device)
+    teacher = load_teacher(config, vocabulary.num_shared, device)
     sums = torch.zeros(4, dtype=torch.float64)
     for start in range(0, len(rows), BATCH_ROWS):
         batch = collate(rows[start : start + BATCH_ROWS])
-        sums += _score(student, teacher_model, batch, vocabulary.num_shared, device)
+        sums += _score(student, head.rows(vocabulary.num_shared), teacher, batch, device)
     scores: list[float | None] = [None, None]
     if rouge:
         samples = _conversations(config, tokenizer)
-        generating = (student, load_causal_lm(teacher, config.teacher.revision, device=device).to(device))
-        scores = [rouge_l(each, tokenizer, samples, device) for each in generating]
+        scores = [rouge_l(each, tokenizer, samples, device) for each in (student, teacher.model)]
     student_ce, teacher_ce, kl, tokens = sums.tolist()
     return Measurement(student_ce / tokens, teacher_ce / tokens, kl / tokens, int(tokens), *scores)
+
+
+def load_student(config: DistillConfig, device: torch.device) -> tuple[Any, Head]:
+    """The model to measure and its head, tested like a student of a run."""
+    student = config.student
+    model = load_causal_lm(
+        str(student.model),
+        revision=student.revision,
+        dtype=student.dtype if "dtype" in student.model_fields_set else "auto",
+        attention=student.attention,
+        trust_remote_code=student.trust_remote_code,
+        device=device,
+        key="student.model",
+    ).to(device)
+    try:
+        head = head_of(model)
+        self_test(model, head)
+        if config.data.pack:
+            check_packing(model)
+    except ModelError as error:
+        raise ModelError(f"student.model: {error}") from None
+    return model, head
+
+
+def load_teacher(config: DistillConfig, num_shared: int, device: torch.device) -> TeacherModel:
+    """The teacher. Raises ModelError if it cannot be given the rows that the student is given."""
+    teacher = TeacherModel(config.teacher, num_shared, device)
+    if config.data.pack and (error := teacher.info().packing_error):
+        raise ModelError(f"teacher.model: {error}")
+    return teacher
 
 
 def measurement_table(found: Measurement) -> Table:
@@ -92,7 +132,7 @@ def measurement_table(found: Measurement) -> Table:
 
 def _config(model: str, teacher: str, data: str, overrides: Sequence[str]) -> DistillConfig:
     tree = {
-        "teacher": {"model": teacher, "mode": "local"},
+        "teacher": {"model": teacher},
         "student": {"model": model},
         "data": {"train": data, "valid": data},
         "train": {"steps": 1},
@@ -100,15 +140,27 @@ def _config(model: str, teacher: str, data: str, overrides: Sequence[str]) -> Di
     return build_config(tree, overrides)
 
 
+def check_used(overrides: Sequence[str]) -> None:
+    """Raises ConfigError for a key that would change nothing."""
+    for override in overrides:
+        key = override.partition("=")[0]
+        section, _, rest = key.partition(".")
+        if rest.partition(".")[0] not in USED_KEYS.get(section, set()) and key != "device":
+            used = [f"{section}.{name}" for name in sorted(USED_KEYS.get(section, ()))] or [f"{s}.*" for s in USED_KEYS]
+            raise ConfigError(f"{key}: eval makes no use of this key; leave it out. It uses {', '.join(used)}")
+
+
 @torch.no_grad()
-def _score(student: Any, teacher: TeacherModel, batch: Batch, num_shared: int, device: torch.device) -> torch.Tensor:
+def _score(student: Any, head: Head, teacher: TeacherModel, batch: Batch, device: torch.device) -> torch.Tensor:
+    """Sums over the batch's loss positions, [student's cross-entropy, teacher's, KL, positions]."""
     inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
     hidden = hidden_states(student, inputs).flatten(0, 1)[batch.loss_positions.to(device)]
-    head, teacher_head = head_of(student).rows(num_shared), teacher.head().to(device)
+    teacher_hidden, teacher_head = teacher.score(batch.inputs, batch.loss_positions), teacher.head().to(device)
+    check_finite(teacher_hidden, "hidden")
     scores = chunked_scores(
         hidden,
         head.weight,
-        teacher.score(batch.inputs, batch.loss_positions),
+        teacher_hidden,
         teacher_head.weight,
         labels=batch.labels.to(device),
         student_bias=head.bias,

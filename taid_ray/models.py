@@ -62,6 +62,17 @@ def load_tokenizer(
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
 
 
+def load_generation_config(name: str, revision: str | None, model_config: Any) -> Any:
+    """The generation settings of a model; where it has none of its own, those that its config implies."""
+    from transformers import GenerationConfig
+
+    path = Path(name).expanduser()
+    try:
+        return GenerationConfig.from_pretrained(str(path) if path.is_dir() else name, revision=revision or "main")
+    except OSError:
+        return GenerationConfig.from_model_config(model_config)
+
+
 def check_causal_lm(model_config: Any, key: str) -> None:
     """Raises ModelError if transformers has no causal language model for this config."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING

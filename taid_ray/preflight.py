@@ -4,13 +4,25 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from taid_ray.config import DistillConfig
-from taid_ray.data import TrainingData, check_data
+from taid_ray.config import DataConfig, DistillConfig
+from taid_ray.data import TrainingData, validation_rows
 from taid_ray.errors import ConfigError
 from taid_ray.hub import offline_if_unreachable
 from taid_ray.models import check_causal_lm, check_divisible, check_weights, load_model_config, load_tokenizer
-from taid_ray.student_model import check_student, student_model_config
+from taid_ray.student_model import check_student, has_teacher_tokenizer, student_model_config
 from taid_ray.vocabulary import Vocabulary, align, check_ids
+
+
+@dataclass(frozen=True)
+class DataCheck:
+    """What became of the first block of training documents, and of the validation documents."""
+
+    rows: int
+    dropped: int
+    """Documents of the first block that gave no row (see `encoding.Counts`)."""
+    truncated: int
+    """Documents of the first block that were shortened."""
+    valid_rows: int
 
 
 @dataclass(frozen=True)
@@ -19,10 +31,9 @@ class Plan:
 
     total_steps: int
     vocabulary: Vocabulary
-    resize_rows: int | None
-    """Rows the student's embedding is resized to, or None."""
     payload_bytes: int
     """Of one request to the teacher, at most."""
+    data: DataCheck
 
 
 @dataclass(frozen=True)
@@ -48,16 +59,27 @@ def prepare(config: DistillConfig) -> Plan:
     check_models(config, teacher_config, student_config)
     tokenizer = run_tokenizer(config)
     vocabulary = shared_vocabulary(config, teacher_config, student_config)
-    check_data(config.data, tokenizer)
     data = TrainingData(config.data, tokenizer, config.train.seed, config.train.batch_size)
-    check_ids(data.first_block(), vocabulary.num_shared, tokenizer.get_vocab())
-    rows = student_config.get_text_config().vocab_size
+    checked = check_data(config.data, data, tokenizer, vocabulary.num_shared)
     return Plan(
         total_steps=config.train.steps or steps_of_epochs(config, data),
         vocabulary=vocabulary,
-        resize_rows=vocabulary.student_rows if vocabulary.student_rows > rows else None,
         payload_bytes=largest_payload(config, teacher_config, vocabulary),
+        data=checked,
     )
+
+
+def check_data(config: DataConfig, data: TrainingData, tokenizer: Any, num_shared: int) -> DataCheck:
+    """Encodes the first block and the validation rows, so that almost every DataError comes early."""
+    tokens = tokenizer.get_vocab()
+    rows = data.first_block()
+    dropped, truncated = data.counts.dropped, data.counts.truncated
+    check_ids(rows, num_shared, tokens)
+    valid_rows = validation_rows(config, tokenizer)
+    check_ids(valid_rows, num_shared, tokens)
+    if not rows:
+        next(data.batches())  # raises unless a later block has some
+    return DataCheck(len(rows), dropped, truncated, len(valid_rows))
 
 
 def largest_payload(config: DistillConfig, teacher_config: Any, vocabulary: Vocabulary) -> int:
@@ -106,10 +128,8 @@ def context_length(*model_configs: Any) -> int:
 
 def run_tokenizer(config: DistillConfig) -> Any:
     """The tokenizer of data and of RUN/model: the student's own, or the teacher's where the student has none."""
-    student, teacher = config.student, config.teacher
-    if student.model is None or student.resize_to_teacher:
-        return load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code, key="teacher.model")
-    return load_tokenizer(student.model, student.revision, student.trust_remote_code, key="student.model")
+    source, key = (config.teacher, "teacher") if has_teacher_tokenizer(config) else (config.student, "student")
+    return load_tokenizer(str(source.model), source.revision, source.trust_remote_code, key=f"{key}.model")
 
 
 def shared_vocabulary(config: DistillConfig, teacher_config: Any, student_config: Any) -> Vocabulary:
@@ -133,6 +153,16 @@ def shared_vocabulary(config: DistillConfig, teacher_config: Any, student_config
 
 
 def steps_of_epochs(config: DistillConfig, data: TrainingData) -> int:
-    """Optimizer steps of `train.epochs` passes; whole global batches only, at least one."""
-    assert config.train.epochs is not None
-    return max(1, int(config.train.epochs * data.rows_per_epoch() / config.train.batch_size))
+    """Optimizer steps of `train.epochs` passes; whole global batches only, at least one.
+
+    Raises ConfigError if the warm-up is longer.
+    """
+    train = config.train
+    assert train.epochs is not None
+    steps = max(1, int(train.epochs * data.rows_per_epoch() / train.batch_size))
+    if train.warmup_steps > steps:
+        raise ConfigError(
+            f"train.warmup_steps = {train.warmup_steps} exceeds the {steps} steps of train.epochs = {train.epochs:g}; "
+            "set fewer warm-up steps or more epochs"
+        )
+    return steps

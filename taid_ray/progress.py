@@ -24,6 +24,7 @@ class ProgressView:
         self._started = time.monotonic()
         self._last_line = self._last_figures = self._started
         self._activity, self._activity_since = "starting", self._started
+        self._step_s: float | None = None
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._bar: Progress | None = None
@@ -70,7 +71,8 @@ class ProgressView:
 
     def step(self, metrics: dict[str, Any], total_steps: int) -> None:
         """The newest line of metrics; printed at most once every few seconds where there is no bar."""
-        left = f"{(total_steps - metrics['step']) * metrics['step_s']:.0f} s left"
+        self._step_s = metrics["step_s"] if self._step_s is None else 0.9 * self._step_s + 0.1 * metrics["step_s"]
+        left = f"{(total_steps - metrics['step']) * self._step_s:.0f} s left"
         numbers = f"t {metrics['t']:.3f}  loss {metrics['loss']:.3f}  kl {metrics['kl']:.3f}"
         figures = f"step {metrics['step']}/{total_steps}  {numbers}  {left}"
         with self._lock:

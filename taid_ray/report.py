@@ -85,7 +85,8 @@ def write_plots(run_dir: Path) -> None:
     rate.set_ylabel("learning rate")
     for axis in (loss, schedule, optimizer):
         axis.grid(alpha=0.3)
-        axis.legend(loc="best")
+    loss.legend(loc="best")
+    optimizer.legend(handles=[*optimizer.lines, *rate.lines], loc="best")
     (run_dir / "report").mkdir(exist_ok=True)
     figure.savefig(run_dir / "report" / "training.png", dpi=110)
     plt.close(figure)

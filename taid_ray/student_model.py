@@ -8,15 +8,18 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
-from taid_ray.config import DistillConfig, LoraConfig
+from taid_ray.config import DistillConfig, LoraConfig, StudentConfig, TeacherConfig
 from taid_ray.errors import ConfigError, ModelError
-from taid_ray.models import load_causal_lm, load_model_config
+from taid_ray.models import load_causal_lm, load_generation_config, load_model_config
+from taid_ray.vocabulary import Vocabulary
+
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def build_student(config: DistillConfig, num_rows: int | None) -> Any:
+def build_student(config: DistillConfig, vocabulary: Vocabulary | None) -> Any:
     """The student before training, float32 on CPU. A pure function of the config, so every rank builds the same.
 
-    num_rows: resize the embedding to this many rows (`student.resize_to_teacher`), None to leave it.
+    vocabulary: what `student.resize_to_teacher` goes by; without it the embedding is left as it is.
     """
     student = config.student
     match student.init:
@@ -31,25 +34,41 @@ def build_student(config: DistillConfig, num_rows: int | None) -> Any:
             )
         case "scratch":
             model = from_architecture(
-                student_model_config(config), student.attention, config.train.seed, student.trust_remote_code
+                student_model_config(config), student.attention, config.train.seed, origin(config).trust_remote_code
             )
         case "cut":
             model = cut_layers(config)
-    if num_rows is not None:
-        resize_with_mean(model, num_rows)
+    if vocabulary is not None and student.resize_to_teacher:
+        resize_with_mean(model, vocabulary)
+    if has_teacher_tokenizer(config):
+        take_token_ids(model, config)
     return model
+
+
+def origin(config: DistillConfig) -> StudentConfig | TeacherConfig:
+    """The section whose model, revision and code the student's architecture comes from."""
+    return config.teacher if config.student.model is None else config.student
+
+
+def has_teacher_tokenizer(config: DistillConfig) -> bool:
+    """Whether data are encoded, and the student is saved, with the teacher's tokenizer."""
+    return config.student.model is None or config.student.resize_to_teacher
+
+
+def _architecture(config: DistillConfig) -> Any:
+    """The transformers config that the student's is made from."""
+    source = origin(config)
+    return load_model_config(
+        str(source.model),
+        revision=source.revision,
+        trust_remote_code=source.trust_remote_code,
+        key="teacher.model" if source is config.teacher else "student.model",
+    )
 
 
 def student_model_config(config: DistillConfig) -> Any:
     """The transformers config of the student as it will be built (before any resize)."""
-    student, teacher = config.student, config.teacher
-    own = student.model is not None
-    result = load_model_config(
-        str(student.model) if own else teacher.model,
-        revision=student.revision if own else teacher.revision,
-        trust_remote_code=student.trust_remote_code if own else teacher.trust_remote_code,
-        key="student.model" if own else "teacher.model",
-    )
+    student, result = config.student, _architecture(config)
     if student.init == "scratch":
         for key, value in student.architecture.items():
             if not hasattr(result, key):
@@ -64,42 +83,91 @@ def student_model_config(config: DistillConfig) -> Any:
                     f"{error.__cause__ or error}"
                 ) from None
     if student.init == "cut":
-        _keep_layers(result, student.layers or [])
+        _keep_layers(result.get_text_config(), student.layers or [])
     return result
 
 
 def check_student(config: DistillConfig, model_config: Any) -> None:
-    """Builds a student of new shape, or with adapters, without its weights, to see that it can be built.
+    """Builds a student of other shape, or with adapters, without its weights, to see that it can be built.
 
     Raises ConfigError or ModelError.
     """
-    student = config.student
-    if student.init != "scratch" and student.lora is None:
+    student, remote_code = config.student, origin(config).trust_remote_code
+    if student.init == "pretrained" and student.lora is None:
         return
+    key, value = (
+        ("student.layers", student.layers) if student.init == "cut" else ("student.architecture", student.architecture)
+    )
     with torch.device("meta"), warnings.catch_warnings(action="ignore"):
         try:
             if student.architecture and hasattr(model_config, "validate"):
                 model_config.validate()
-            model = from_architecture(model_config, student.attention, 0, student.trust_remote_code)
+            model = from_architecture(model_config, student.attention, 0, remote_code)
         except (TypeError, ValueError, LookupError, RuntimeError, ArithmeticError, StrictDataclassError) as error:
             raise ConfigError(
-                f"student.architecture: no {type(model_config).__name__} model can be built with {student.architecture} "
+                f"{key}: no {type(model_config).__name__} model can be built with {value} "
                 f"({' '.join(str(error).split())[:200]})"
             ) from None
+        if student.init == "cut":
+            teacher = from_architecture(_architecture(config), student.attention, 0, remote_code)
+            _kept_state(teacher, model, student.layers or [])
         if student.lora is not None:
             add_lora(model, student.lora, 0)
 
 
 def _keep_layers(model_config: Any, layers: list[int]) -> None:
-    """Cuts num_hidden_layers, and every per-layer list of a transformers config, down to `layers` in place."""
+    """Cuts num_hidden_layers, and every per-layer list of a transformers (text) config, down to `layers` in place.
+
+    Raises ConfigError for a layer that is not there, ModelError if the config cannot describe these layers alone.
+    """
     depth = model_config.num_hidden_layers
     wrong = [layer for layer in layers if layer >= depth]
     if wrong:
         raise ConfigError(f"student.layers: the teacher has layers 0 to {depth - 1} (found {wrong}); leave those out")
-    for key, value in list(vars(model_config).items()):
-        if isinstance(value, list) and len(value) == depth and key.startswith("layer"):
-            setattr(model_config, key, [value[layer] for layer in layers])
-    model_config.num_hidden_layers = len(layers)
+    if layers == list(range(depth)):
+        return
+    if getattr(model_config, "is_heterogeneous", False):
+        raise _not_cuttable(model_config, "its per_layer_config is by number of layer")
+    changed: dict[str, Any] = {"num_hidden_layers": len(layers)}
+    for key, value in vars(model_config).items():
+        if not isinstance(value, list | tuple) or key.startswith("_"):
+            continue
+        if "token" in key or key in ("architectures", "bad_words_ids"):
+            continue
+        numbers = _numbers_layers(key, list(value), depth)
+        if numbers and len(value) < depth:
+            raise _not_cuttable(model_config, f"its {key} numbers layers ({list(value)})")
+        if numbers:
+            changed[key] = type(value)(range(len(layers)))
+        elif len(value) == depth:
+            changed[key] = type(value)(value[layer] for layer in layers)
+    try:
+        for key, value in changed.items():
+            setattr(model_config, key, value)
+        # as RUN/model/config.json will be read
+        again = type(model_config).from_dict(model_config.to_dict())
+        lost = [key for key, value in changed.items() if getattr(again, key) != value]
+    except (TypeError, ValueError, LookupError, RuntimeError, StrictDataclassError) as error:
+        raise _not_cuttable(model_config, " ".join(str(error).split())[:200]) from None
+    if lost:
+        raise _not_cuttable(model_config, f"its {lost[0]} is derived from other fields")
+
+
+def _numbers_layers(key: str, value: list[Any], depth: int) -> bool:
+    """Whether a list of a config names layers by their numbers, instead of saying one thing about each.
+
+    A list as long as the model is one such only if it counts all layers (0, 1 alone may as well be two flags).
+    """
+    named = "layer" in key or key.endswith(("idxs", "indices", "indexes"))
+    ascending = all(type(x) is int and 0 <= x < depth for x in value) and value == sorted(set(value))
+    return named and ascending and len(value) > 0 and (len(value) < depth or depth > 2)
+
+
+def _not_cuttable(model_config: Any, why: str) -> ModelError:
+    return ModelError(
+        f"teacher.model: {type(model_config).__name__} cannot describe a model of only some of the teacher's layers: "
+        f"{why}; set student.init to pretrained or scratch"
+    )
 
 
 def from_architecture(model_config: Any, attention: str, seed: int, trust_remote_code: bool = False) -> Any:
@@ -123,22 +191,38 @@ def cut_layers(config: DistillConfig) -> Any:
         trust_remote_code=config.teacher.trust_remote_code,
         key="teacher.model",
     )
-    student = from_architecture(student_model_config(config), config.student.attention, config.train.seed)
-    stack, state = _layer_stack(teacher), teacher.state_dict()
-    kept = {name: tensor for name, tensor in state.items() if not name.startswith(f"{stack}.")}
-    for new, old in enumerate(config.student.layers or []):
-        prefix = f"{stack}.{old}."
-        kept |= {f"{stack}.{new}.{name[len(prefix) :]}": state[name] for name in state if name.startswith(prefix)}
-    student.load_state_dict(kept)
+    student = from_architecture(
+        student_model_config(config), config.student.attention, config.train.seed, config.teacher.trust_remote_code
+    )
+    student.load_state_dict(_kept_state(teacher, student, config.student.layers or []))
     student.generation_config = teacher.generation_config
     return student
+
+
+def _kept_state(teacher: Any, student: Any, layers: list[int]) -> dict[str, Tensor]:
+    """The teacher's state with its `layers` only, numbered anew. Raises ModelError unless it fits the student."""
+    stack, state = _layer_stack(teacher), teacher.state_dict()
+    kept = {name: tensor for name, tensor in state.items() if not name.startswith(f"{stack}.")}
+    for new, old in enumerate(layers):
+        prefix = f"{stack}.{old}."
+        kept |= {f"{stack}.{new}.{name[len(prefix) :]}": state[name] for name in state if name.startswith(prefix)}
+    have, need = ({(name, tensor.shape) for name, tensor in each.items()} for each in (kept, student.state_dict()))
+    if have != need:
+        names = sorted({name for name, _ in have ^ need})
+        raise ModelError(
+            f"student.layers: {layers} gives no {type(student).__name__}, whose layers differ by their place "
+            f"({len(names)} parameters do not fit, for example {names[0]}); choose other layers, or set student.init to "
+            "pretrained or scratch"
+        )
+    return kept
 
 
 def _layer_stack(model: Any) -> str:
     """Name of the ModuleList that holds the decoder layers."""
     depth = model.config.get_text_config().num_hidden_layers
+    decoder = set(model.get_decoder().modules())  # an image encoder may be as deep
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
+        if isinstance(module, nn.ModuleList) and len(module) == depth and module in decoder:
             return name
     raise ModelError(
         f"teacher.model: {type(model).__name__} keeps its {depth} layers in no single list, so student.init: cut cannot "
@@ -146,16 +230,42 @@ def _layer_stack(model: Any) -> str:
     )
 
 
-def resize_with_mean(model: Any, num_rows: int) -> None:
-    """Gives input embedding and head `num_rows` rows; new ones are the mean of the old (no random numbers)."""
+def resize_with_mean(model: Any, vocabulary: Vocabulary) -> None:
+    """Gives input embedding and head a row for each of the teacher's ids (no random numbers).
+
+    Rows of ids that the student lacks, be they appended or padding so far, become the mean of those that both know.
+    """
     old_rows = model.get_input_embeddings().weight.shape[0]
-    model.resize_token_embeddings(num_rows, mean_resizing=False)
+    if vocabulary.student_rows > old_rows:
+        model.resize_token_embeddings(vocabulary.student_rows, mean_resizing=False)
+    known = vocabulary.known_ids()
+    new = sorted({*vocabulary.new_ids, *range(old_rows, vocabulary.student_rows)})
+    if not new:
+        return
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    found = [getattr(module, name, None) for module in modules for name in ("weight", "bias")]
     with torch.no_grad():
-        for module in {model.get_input_embeddings(), model.get_output_embeddings()}:
-            if num_rows > old_rows:
-                module.weight[old_rows:] = module.weight[:old_rows].mean(0)
-                if getattr(module, "bias", None) is not None:
-                    module.bias[old_rows:] = module.bias[:old_rows].mean(0)
+        for tensor in {id(tensor): tensor for tensor in found if tensor is not None}.values():  # tied ones once
+            tensor[new] = tensor[known].mean(0)
+
+
+def take_token_ids(model: Any, config: DistillConfig) -> None:
+    """Gives the model the teacher's bos, eos and pad ids, by which its tokenizer's texts begin and end."""
+    teacher, rows = config.teacher, model.get_input_embeddings().weight.shape[0]
+    teacher_config = load_model_config(teacher.model, teacher.revision, teacher.trust_remote_code, key="teacher.model")
+    generation = load_generation_config(teacher.model, teacher.revision, teacher_config)
+    text = model.config.get_text_config()
+    for key in TOKEN_IDS:
+        if key in config.student.architecture:
+            continue
+        value = getattr(teacher_config.get_text_config(), key, None)
+        generated = getattr(generation, key, None)
+        if key == "pad_token_id":  # an embedding cannot be built with one that has no row
+            value, generated = (pad if pad is not None and 0 <= pad < rows else None for pad in (value, generated))
+        for each in (text, *([model.config] if hasattr(model.config, key) else [])):
+            setattr(each, key, value)
+        if model.generation_config is not None:
+            setattr(model.generation_config, key, value if generated is None else generated)
 
 
 def add_lora(model: Any, lora: LoraConfig, seed: int) -> Any:
@@ -203,13 +313,14 @@ def merged_model(config: DistillConfig, source: Any, state: dict[str, Tensor]) -
     """
     student = config.student
     model = from_architecture(
-        copy.deepcopy(source.config), student.attention, config.train.seed, student.trust_remote_code
+        copy.deepcopy(source.config), student.attention, config.train.seed, origin(config).trust_remote_code
     )
     model.generation_config = source.generation_config
     lora = config.student.lora
     trained = add_lora(model, lora, config.train.seed) if lora else model
     missing, unexpected = trained.load_state_dict(state, strict=False)
-    tied = {f"{prefix}{key}" for prefix in ("", "base_model.model.") for key in (model._tied_weights_keys or ())}
+    keys = (model._tied_weights_keys or ()) if model.config.get_text_config().tie_word_embeddings else ()
+    tied = {f"{prefix}{key}" for prefix in ("", "base_model.model.") for key in keys}
     assert not unexpected and not set(missing) - tied, (missing, unexpected)
     merged = trained.merge_and_unload() if lora else model
     return merged.to(getattr(torch, config.student.dtype))

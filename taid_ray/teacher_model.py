@@ -117,6 +117,11 @@ class TeacherModel:
         if leader:
             self._info = self._describe(answer, logits, packing_error)
 
+    @property
+    def model(self) -> Any:
+        """The transformers model, for what scoring does not offer (text generation)."""
+        return self._model
+
     @torch.no_grad()  # not inference_mode: its tensors may not be saved for a student's backward pass
     def score(self, inputs: dict[str, Tensor], loss_positions: Tensor) -> Tensor:
         """[N, H] hidden states or [N, num_shared] logits at the loss positions, on the teacher's device.

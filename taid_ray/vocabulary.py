@@ -20,10 +20,15 @@ class Vocabulary:
     """Both heads are cut to rows [0, num_shared), and data may hold only these ids."""
     new_ids: tuple[int, ...]
     """Ids that only the teacher has, ascending. With `resize_to_teacher` they lie below num_shared, otherwise not."""
-    student_only_ids: tuple[int, ...]
-    """Ids that only the student has, ascending."""
+    unshared_ids: tuple[int, ...]
+    """Ids below num_shared that not both tokenizers name, ascending: gaps, and with `resize_to_teacher` the new ids."""
     student_rows: int
     """Rows that the student's embedding and head need: more than they have only with `resize_to_teacher`."""
+
+    def known_ids(self) -> list[int]:
+        """Ids that both models have, ascending."""
+        unshared = set(self.unshared_ids)
+        return [index for index in range(self.num_shared) if index not in unshared]
 
 
 def align(
@@ -48,11 +53,13 @@ def align(
     _refuse_conflicts(teacher, student)
     if not shared:
         raise ModelError("teacher and student share no token ids. Choose a student of the teacher's family.")
-    teacher_only, student_only = sorted(teacher.keys() - shared), sorted(student.keys() - shared)
     num_shared = 1 + (max(teacher) if resize_to_teacher else max(shared))
     if not resize_to_teacher:
         _refuse_holes(teacher, student, num_shared)
-    return Vocabulary(num_shared, tuple(teacher_only), tuple(student_only), max(student_rows, num_shared))
+    unshared = (index for index in range(num_shared) if index not in shared)
+    return Vocabulary(
+        num_shared, tuple(sorted(teacher.keys() - shared)), tuple(unshared), max(student_rows, num_shared)
+    )
 
 
 def check_ids(rows: Iterable[Row], num_shared: int, tokens: Mapping[str, int] | None = None) -> None:

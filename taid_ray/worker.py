@@ -18,6 +18,7 @@ from taid_ray.data import Cursor, TrainingData, validation_rows
 from taid_ray.device import torch_device
 from taid_ray.errors import ClusterError, ModelError
 from taid_ray.evaluate import Evaluation, evaluate
+from taid_ray.hub import offline_if_unreachable
 from taid_ray.metrics import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, MetricLog, StepMetrics, write_json
 from taid_ray.models import check_packing, head_of, self_test
 from taid_ray.preflight import Job, Plan, run_tokenizer
@@ -40,10 +41,11 @@ def run_worker(job: Job) -> dict[str, Any] | None:
     scheduler = SchedulerClient(job.scheduler, world.rank)
     note = scheduler.note if world.is_main else _ignore
     check_run_dir(config.run_dir, world.rank)
+    offline_if_unreachable([config.teacher.model, config.student.model, config.data.train, config.data.valid])
     torch.manual_seed(config.train.seed + world.rank)
 
     note("student: building the model")
-    model = build_student(config, plan.resize_rows)
+    model = build_student(config, plan.vocabulary)
     self_test(model, head_of(model))
     if config.data.pack:
         check_packing(model)

@@ -58,11 +58,21 @@ class Lease:
         return self._probe_digests
 
     def _watch(self) -> None:
-        while self.idle_s() < self._idle_timeout_s:
+        removed = False
+        while not removed:
             time.sleep(min(1.0, self._idle_timeout_s / 4))
-        logger.warning("teacher pool %s: no client for %.0f s, removing it", self._app_name, self._idle_timeout_s)
-        serve.delete(self._app_name)
+            if self.idle_s() > self._idle_timeout_s:
+                removed = self._remove()
         ray.kill(ray.get_runtime_context().current_actor)
+
+    def _remove(self) -> bool:
+        logger.warning("teacher pool %s: no client for %.0f s, removing it", self._app_name, self._idle_timeout_s)
+        try:
+            serve.delete(self._app_name)
+        except Exception as error:  # Serve's controller may be restarting; giving up would hold the GPUs for ever
+            logger.warning("teacher pool %s: could not be removed (%s), trying again", self._app_name, error)
+            return False
+        return True
 
 
 def create_lease(app_name: str, idle_timeout_s: float) -> ActorHandle:

@@ -20,6 +20,7 @@ from taid_ray.actors.lease import find_lease
 from taid_ray.config import TeacherConfig
 from taid_ray.device import collective_backend, torch_device
 from taid_ray.errors import TaidRayError, TeacherError
+from taid_ray.hub import offline_if_unreachable
 from taid_ray.teacher_model import TeacherInfo, TeacherModel, check_finite
 from taid_ray.wire import Packed, pack, unpack
 
@@ -150,6 +151,7 @@ def load_shard(
         torch.distributed.init_process_group(
             collective_backend(device_kind), store=store, rank=rank, world_size=config.shards, timeout=GROUP_TIMEOUT
         )
+    offline_if_unreachable([config.model])
     return TeacherModel(config, num_shared, torch_device(device_kind), leader=rank == 0)
 
 

@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import ray
 import yaml
+from huggingface_hub import constants
 
-from taid_ray import cli, hub, launch
+from taid_ray import cli, example, hub, launch
 
 ROOT = Path(__file__).parents[2]
 BUNDLE = ROOT / "taid_ray" / "quickstart"
@@ -50,8 +52,13 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "override without value": (["train.steps"], ["'train.steps'", "key=value", "schedule.t_start=0.3"]),
     "override without key": (["=3"], ["'=3'", "key=value"]),
     "override with empty part": (["train..steps=3"], ["'train..steps=3'", "key=value"]),
+    "key twice": (["train={steps: 1, steps: 2}"], ["train: ", "the key 'steps' stands there a second time"]),
+    "revision of no model": (["student.revision=v1"], ["student.revision is 'v1'", "teacher.revision"]),
+    "DeepSpeed section as value": (["student.deepspeed={zero_optimization: 3}"], ["student.deepspeed", "must be a mapping"]),
     "override not YAML": (["train.steps=[1"], ["train.steps", "'[1'", "not valid YAML", "double quotes"]),
     # the run directory
+    "out is empty": (["--out", ""], ["out: must not be empty"]),
+    "out is remote": (["--out", "s3://bucket/run"], ["out: remote storage is not offered yet", "s3://bucket/run"]),
     "out is a file": (["--out", "BAD/file"], ["out: ", "file is a file", "directory"]),
     "out below a file": (["--out", "BAD/file/run"], ["out: ", "file/run cannot be made", "--out"]),
     "out not writable": (["--out", "/proc/run"], ["out: /proc/run cannot be made", "nothing can be written to /proc"]),
@@ -122,9 +129,14 @@ EVAL_CASES: dict[str, tuple[list[str], list[str]]] = {
     "no teacher": ([str(STORIES), "--teacher", "/nowhere"], ["--teacher: no such directory", "'/nowhere'"]),
     "half a model": (["BAD/half", "--teacher", str(STORIES)], ["MODEL", "half/model.safetensors is damaged"]),
     "other weights": (["BAD/wide", "--teacher", str(STORIES)], ["MODEL", "no weights that fit 47 parameters"]),
+    "other logits": (["BAD/scaled", "--teacher", str(STORIES)], ["MODEL: the logits of LlamaForCausalLM, rebuilt"]),
     "rouge of text": ([str(STORIES), "--teacher", str(STORIES), "--rouge"], ["--rouge", "format=prompt_response", "text"]),
     "no data": ([str(STORIES), "--teacher", str(STORIES), "--data", "absent.jsonl"], ["--data: absent.jsonl", "no such"]),
     "unknown key": ([str(STORIES), "--teacher", str(STORIES), "sequence_lenght=9"], ["data.sequence_length?"]),
+    "unused key": ([str(STORIES), "--teacher", str(STORIES), "student.lora={}"], ["student.lora: eval makes no use"]),
+    "split": ([str(STORIES), "--teacher", str(STORIES), "split=test"], ["data.split: eval", "data.valid_split"]),
+    "payload": ([str(STORIES), "--teacher", str(STORIES), "teacher.payload=logits"], ["teacher.payload: eval makes no use"]),
+    "not on the hub": (["some/model", "--teacher", str(STORIES)], ["MODEL = some/model", "hub cannot be reached"]),
     "context": ([str(STORIES), "--teacher", str(STORIES), "sequence_length=900"], ["900", "at most 512"]),
 }  # fmt: skip
 
@@ -168,6 +180,7 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model("t5", model_type="t5", architectures=["T5ForConditionalGeneration"])
     model("short", max_position_embeddings=32)
     model("wide", hidden_size=128)
+    model("scaled", logits_scaling=2.0)  # a Llama's forward knows nothing of it
     tokenizer = json.loads((STORIES / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     moved = [token for token, index in vocabulary.items() if 300 <= index < 304]
@@ -192,7 +205,6 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An own working directory with config.yaml, in which nothing may appear; neither Ray nor a hub can be reached."""
-    from huggingface_hub import constants
 
     def away(*_: Any) -> None:
         raise OSError("no network in this test")
@@ -256,6 +268,27 @@ def test_eval_names_its_arguments(case: str, bad: Path, call: Callable[..., tupl
     data = [] if "--data" in arguments else ["--data", str(BUNDLE / "tinystories_valid.jsonl")]
     message = refused(call, "eval", *(a.replace("BAD", str(bad)) for a in arguments), *data, "valid_documents=4")
     assert [part for part in expected if part not in message] == [], message
+    assert not constants.HF_HUB_OFFLINE  # the next measurement tries the hub again
+
+
+def test_an_unreachable_hub_is_not_left_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    def state() -> tuple[Any, ...]:
+        return os.environ.get("HF_HUB_OFFLINE"), constants.is_offline_mode(), datasets.config.HF_HUB_OFFLINE
+
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    with hub.connection_restored():
+        hub.offline_if_unreachable([None, str(STORIES)])
+        assert state() == (None, False, False)
+        with pytest.raises(ZeroDivisionError), hub.connection_restored():
+            hub.offline_if_unreachable(["some/model"])
+            assert state() == ("1", True, True)
+            1 / 0  # noqa: B018
+        assert state() == (None, False, False)
+        hub.offline_if_unreachable(["some/model"])
+        with hub.connection_restored():
+            hub.offline_if_unreachable(["some/model"])
+        assert state() == ("1", True, True)
+    assert state() == (None, False, False)
 
 
 @pytest.mark.parametrize(
@@ -330,3 +363,27 @@ def test_arguments_come_in_any_order(
     assert call("train", *arguments) == (0, "")
     (config,) = seen
     assert (config.train.steps, config.schedule.t_start, config.run_dir.name) == (7, 0.3, "there")
+
+
+@pytest.mark.parametrize("command", [["train", "config.yaml"], ["quickstart"]])
+@pytest.mark.parametrize("name", ["run #1", "a: b", "[x", "007", "null"])
+def test_the_run_directory_is_taken_as_it_is_written(
+    name: str, command: list[str], call: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(cli, "run", seen.append)
+    monkeypatch.setattr(example, "show_samples", lambda *_: None)
+    assert call(*command, "--out", name, "train.steps=70") == (0, "")
+    assert (seen[0].run_dir, seen[0].train.steps) == (Path(name).absolute(), 70)
+
+
+def test_the_package_may_lie_anywhere(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    bundle = tmp_path_factory.mktemp("a #1: [b") / "quickstart"
+    shutil.copytree(BUNDLE.parent / "configs", bundle.parent / "configs")
+    monkeypatch.setattr(example, "BUNDLE", bundle)
+    config = example.quickstart_config(["data.valid=mine.jsonl"], None)
+    assert config.teacher.model == str(bundle / "stories260k")
+    assert (config.data.train, config.data.valid) == (str(bundle / "tinystories_train.jsonl"), "mine.jsonl")
+    assert config.run_dir.parent == Path("runs").absolute()

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from taid_ray.config import DistillConfig, build_config, known_keys, load_config
+from taid_ray.config_text import read_tree
 from taid_ray.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +28,7 @@ MINIMAL: dict[str, Any] = {
     "data": {"train": "corpus.jsonl"},
     "train": {"steps": 10},
 }
+CUT: dict[str, Any] = {"init": "cut", "layers": [0]}
 
 
 def tree_with(**values: Any) -> dict[str, Any]:
@@ -159,6 +161,45 @@ def test_the_last_override_wins_and_a_value_may_hold_equals_signs(minimal_file: 
     assert (config.train.steps, config.data.text_column) == (6, "a=b")
 
 
+def test_values_are_taken_literally_and_win(minimal_file: Path) -> None:
+    config = load_config(minimal_file, ["out=other", "train.steps=7"], {"out": "run #1: [a", "data.train": "a: b"})
+    assert (config.run_dir, config.data.train) == (Path("run #1: [a").absolute(), "a: b")
+    assert (config.train.steps, config.teacher.model) == (7, "big")
+
+
+def test_the_run_directory_may_lie_at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert build_config(tree_with(out="~/runs/a")).run_dir == tmp_path / "runs" / "a"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "train:\n  steps: 3\n  epochs: 1\n  steps: 4\n",
+            "line 4, column 3: the key 'steps' stands there a second time",
+        ),
+        ("name: a\ntrain: {steps: 1}\nname: b\n", "line 3, column 1: the key 'name'"),
+        ("train: {steps: 1, steps: 2}\n", "line 1, column 19: the key 'steps'"),
+        ("name: 2025-02-30\n", "day"),  # YAML takes it for a date
+    ],
+)
+def test_what_yaml_would_take_silently_is_refused(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"^{path}: not valid YAML: ") as caught:
+        load_config(path)
+    assert expected in str(caught.value)
+
+
+def test_merged_mappings_may_repeat_a_key(tmp_path: Path) -> None:
+    """`<<` is there to be overwritten, also twice over."""
+    path = tmp_path / "run.yaml"
+    base = "a: &a {steps: 1, batch_size: 2}\nb: &b\n  <<: *a\n  steps: 3\ntrain:\n  <<: *b\n  batch_size: 4\n"
+    path.write_text(base, encoding="utf-8")
+    assert read_tree(path)["train"] == {"steps": 3, "batch_size": 4}
+
+
 def test_configs_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         build_config(MINIMAL).train.steps = 3  # type: ignore[misc]
@@ -194,6 +235,8 @@ def test_missing_directory_and_binary_files_are_named(tmp_path: Path) -> None:
         ("=3", ["'=3'", "key=value"]),
         ("train.steps=[1", ["train.steps", "'[1'"]),
         ("train.steps.more=1", ["train.steps.more", "10", "not a section"]),
+        ("train={steps: 1, steps: 2}", ["train: ", "'steps' stands there a second time"]),
+        ("name=2025-02-30", ["name: ", "'2025-02-30'", "double quotes"]),
         ("train.stepps=1", ["train.stepps", "found 1", "train.steps"]),
     ],
 )
@@ -258,6 +301,18 @@ def test_unknown_keys_get_the_nearest_known_one(values: dict[str, Any], expected
         ("loss.weight", 1.5),
         ("name", "a name/with slash"),
         ("name", ""),
+        ("name", ".."),
+        # nothing where something is needed
+        ("teacher.model", ""),
+        ("student.model", " "),
+        ("data.train", ""),
+        ("data.valid", ""),
+        ("data.prompt_columns", []),
+        ("student.lora.target_modules", []),
+        ("out", ""),
+        # not a directory here
+        ("out", "s3://bucket/run"),
+        ("out", "~nobody-of-this-name/run"),
     ],
 )
 def test_wrong_values_are_refused_with_key_and_value(key: str, value: Any) -> None:
@@ -293,6 +348,17 @@ def test_every_problem_is_reported_at_once() -> None:
         ({"student__init": "cut", "student__model": None}, ["student.layers", "cut"]),
         ({"student__init": "cut", "student__layers": [0]}, ["student.model", "'small'", "cut"]),
         ({"student__layers": [0]}, ["student.layers", "cut", "pretrained"]),
+        ({"student": CUT | {"revision": "v2"}}, ["student.revision", "'v2'", "teacher.revision"]),
+        ({"student": {"init": "scratch", "revision": "v2"}}, ["student.revision", "'v2'", "teacher.revision"]),
+        ({"student": {"init": "scratch", "trust_remote_code": True}}, ["student.trust_remote_code", "scratch"]),
+        (
+            {"student": CUT | {"trust_remote_code": True}},
+            ["student.trust_remote_code", "cut", "teacher.trust_remote_code"],
+        ),
+        (
+            {"student__zero_stage": 1, "student__deepspeed": {"zero_optimization": {"overlap_comm": True}}},
+            ["student.deepspeed", "overlap_comm", "student.zero_stage: 2", "found 1"],
+        ),
         ({"student__architecture": {"num_hidden_layers": 2}}, ["student.architecture", "scratch", "pretrained"]),
         ({"teacher__mode": "local", "teacher__replicas": 2}, ["teacher.mode", "local", "replicas: 2", "pool"]),
         ({"teacher__mode": "local", "teacher__shards": 3}, ["teacher.mode", "local", "shards: 3", "pool"]),
@@ -312,6 +378,14 @@ def test_contradictions_name_both_sides(values: dict[str, Any], expected: list[s
         ({"fp16": {"enabled": True}}, "student.dtype"),
         ({"gradient_accumulation_steps": 2}, "train.micro_batch_size"),
         ({"zero_optimization": {"stage": 3}}, "student.zero_stage"),
+        ({"amp": {"enabled": True}}, "student.dtype"),
+        ({"bfloat16": {"enabled": True}}, "student.dtype"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "nothing: "),
+        ({"zero_force_ds_cpu_optimizer": True}, "nothing: "),
+        ({"zero_allow_untested_optimizer": False}, "nothing: "),
+        ({"steps_per_print": 1}, "nothing: "),
+        ({"train_micro_batch_size_per_gpu": 1}, "train.micro_batch_size"),
+        ({"train_steps": 1}, "train.batch_size"),
     ],
 )
 def test_deepspeed_keys_that_taid_ray_owns_are_refused(raw: dict[str, Any], instead: str) -> None:
@@ -319,8 +393,20 @@ def test_deepspeed_keys_that_taid_ray_owns_are_refused(raw: dict[str, Any], inst
     assert all(part in message for part in ("student.deepspeed", next(iter(raw)), instead)), message
 
 
+@pytest.mark.parametrize("value", [3, None, [1]])
+def test_deepspeeds_own_section_must_be_a_mapping(value: Any) -> None:
+    message = refusal(tree_with(student__deepspeed={"zero_optimization": value}))
+    assert all(
+        part in message for part in ("student.deepspeed: ", "'zero_optimization' must be a mapping", repr(value))
+    )
+    assert refusal(tree_with(student__deepspeed=None)).startswith("student.deepspeed: must be a mapping (found None)")
+
+
 def test_other_deepspeed_keys_pass_through() -> None:
-    raw = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}, "wall_clock_breakdown": True}
+    raw = {
+        "zero_optimization": {"offload_optimizer": {"device": "cpu"}, "overlap_comm": True},
+        "wall_clock_breakdown": True,
+    }
     assert build_config(tree_with(student__deepspeed=raw)).student.deepspeed == raw
 
 

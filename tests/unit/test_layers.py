@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "taid_ray"
 
 # Modules and subpackages directly under taid_ray/. List a new one here, as low as its imports allow.
-WITHOUT_TORCH = {"aggregate", "config", "errors", "schedule"}
+WITHOUT_TORCH = {"aggregate", "config", "config_text", "errors", "schedule"}
 LAYERS = {
     # P: pure. torch at most.
     "P": WITHOUT_TORCH | {"batch", "chunked", "losses", "packing", "wire"},

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from taid_ray import cli
+from taid_ray import cli, measure, teacher_model
+from taid_ray.errors import ConfigError, ModelError
 from taid_ray.measure import evaluate_model, rouge_l
 from taid_ray.models import load_causal_lm, load_tokenizer
 from taid_ray.packing import Sample
@@ -73,6 +74,57 @@ def test_figures_equal_a_plain_computation_from_logits(other: str, overrides: li
     assert found.teacher_cross_entropy == pytest.approx(teacher_cross_entropy / tokens, abs=1e-5)
     assert found.kl == pytest.approx(kl / tokens, abs=1e-5)
     assert found.kl > 0.01
+
+
+def test_keys_of_the_model_have_an_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each model is loaded once, as its section says."""
+    loaded: dict[str, dict[str, Any]] = {}
+
+    def load(name: str, **options: Any) -> Any:
+        assert options["key"] not in loaded
+        loaded[options["key"]] = options
+        return load_causal_lm(name, **options | {"trust_remote_code": False})
+
+    monkeypatch.setattr(measure, "load_causal_lm", load)
+    monkeypatch.setattr(teacher_model, "load_causal_lm", load)
+    keys = ["student.dtype=bfloat16", "student.attention=eager", "student.trust_remote_code=true", "device=cpu"]
+    documents = f"data.valid_documents={DOCUMENTS}"
+    found = evaluate_model(STORIES, STORIES, VALID, [*keys, "teacher.attention=eager", documents], rouge=False)
+    chosen = [(loaded[key]["dtype"], loaded[key]["attention"]) for key in ("student.model", "teacher.model")]
+    assert chosen == [("bfloat16", "eager"), ("auto", "eager")]
+    assert (loaded["student.model"]["trust_remote_code"], loaded["teacher.model"]["trust_remote_code"]) == (True, False)
+    assert 1e-6 < found.kl < 1e-2  # what bfloat16 costs
+
+
+def test_rouge_loads_no_model_again(pairs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    teachers = []
+
+    def load(name: str, **options: Any) -> Any:
+        teachers.append(options["dtype"])
+        return load_causal_lm(name, **options)
+
+    monkeypatch.setattr(teacher_model, "load_causal_lm", load)
+    generating = []
+    monkeypatch.setattr(measure, "rouge_l", lambda model, *_: generating.append(model.dtype) or 0.5)
+    keys = ["teacher.dtype=bfloat16", "data.format=prompt_response", "data.valid_documents=2"]
+    assert evaluate_model(STORIES, STORIES, pairs, keys, rouge=True).teacher_rouge_l == 0.5
+    assert (teachers, generating) == (["bfloat16"], [torch.float32, torch.bfloat16])
+
+
+def test_a_teacher_that_cannot_pack_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher_model, "_packing_error", lambda model: "documents see each other")
+    documents = f"data.valid_documents={DOCUMENTS}"
+    with pytest.raises(ModelError, match=r"teacher\.model: documents see each other"):
+        evaluate_model(STORIES, STORIES, VALID, [documents], rouge=False)
+    assert evaluate_model(STORIES, STORIES, VALID, [documents, "data.pack=false"], rouge=False).tokens
+
+
+@pytest.mark.parametrize(
+    "key", ["teacher.payload=logits", "student.lora={}", "data.split=test", "loss.name=js", "out=a"]
+)
+def test_keys_without_a_use_are_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match="makes no use"):
+        evaluate_model(STORIES, STORIES, VALID, [key], rouge=False)
 
 
 class Parrot:

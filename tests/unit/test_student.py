@@ -97,7 +97,7 @@ def train(config: DistillConfig) -> tuple[list[StepMetrics], Any]:
     from taid_ray.world import World
 
     plan, world, device = prepare(config), World(), torch.device("cpu")
-    student = Student(config, build_student(config, plan.resize_rows), plan.vocabulary.num_shared, world, device)
+    student = Student(config, build_student(config, plan.vocabulary), plan.vocabulary.num_shared, world, device)
     teacher = LocalTeacher(config.teacher, plan.vocabulary.num_shared, device)
     scheduler = LocalScheduler(config, plan.total_steps)
     accumulation = num_micro_batches(config.train.batch_size, config.train.micro_batch_size, 1)

@@ -1,0 +1,141 @@
+"""The configuration as text: YAML files, dotted `key=value` overrides, and what is said about a mistake in them."""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from taid_ray.errors import ConfigError
+
+# Plainer words than pydantic's for what was expected.
+EXPECTED = {
+    "model_type": "must be a section of keys",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "int_type": "must be a whole number",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+    "list_type": "must be a list",
+    "dict_type": "must be a mapping",
+    "too_short": "must not be empty",
+}
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping, of which PyYAML would silently take the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if (first := lines.get((key.tag, key.value))) is not None:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r} stands there a second time (first in line {first}); remove one",
+                    problem_mark=key.start_mark,
+                )
+            lines[key.tag, key.value] = key.start_mark.line + 1
+        return node
+
+
+def parse_yaml(text: str) -> Any:
+    """The plain Python value of a YAML text. Raises YAMLError."""
+    try:
+        return yaml.load(text, UniqueKeyLoader)
+    except ValueError as error:  # for example a date such as 2025-02-30
+        raise yaml.YAMLError(str(error)) from error
+
+
+def read_tree(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ConfigError, naming the file, if there is none."""
+    path = Path(path)
+    try:
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file. Name an existing YAML configuration.") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a directory. Name the YAML file in it.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not a text file. Name a YAML configuration.") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}). Name a readable YAML configuration.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {_fault(error)}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections (teacher, student, data, ...), found {_shown(tree)}")
+    return tree
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Sets what a dotted `key=value` says, its value read as YAML. Raises ConfigError if it cannot be read."""
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"{override!r} is not of the form key=value, for example schedule.t_start=0.3")
+    try:
+        value = text if text.startswith(("{{", "{%")) else parse_yaml(text)  # Jinja is never YAML
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"{key}: the value {text!r} is not valid YAML ({_fault(error)}). "
+            f"If it is meant as text, put it into double quotes inside the shell's: '{key}=\"...\"'"
+        ) from None
+    set_key(tree, key, value)
+
+
+def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Sets a dotted key and makes the sections on the way. Raises ConfigError if one of them is a value."""
+    *sections, last = key.split(".")
+    node = tree
+    for section in sections:
+        child = node.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{key}: {section!r} is a value ({_shown(child)}), not a section")
+        node = child
+    node[last] = value
+
+
+def explain(problem: Any, known_keys: Iterable[str]) -> str:
+    """One line for one pydantic problem: dotted key, what is wrong, what was found, what to do."""
+    # A part such as `list[str]` names the alternative of a union that was tried, and no key.
+    location = [str(part) for part in problem["loc"] if "[" not in str(part)]
+    key, found = ".".join(location), _shown(problem["input"])
+    if problem["type"] == "extra_forbidden":
+        return f"{key}: unknown key (found {found}). {_nearest(location, sorted(known_keys))}"
+    if problem["type"] == "missing":
+        return f"{key}: missing. Add it to the configuration."
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    message = EXPECTED.get(problem["type"], message)
+    if problem["type"] == "value_error" and isinstance(problem["input"], dict):
+        return message if key in message else f"{key}: {message}"
+    return f"{key}: {message} (found {found})"
+
+
+def _nearest(location: list[str], known: list[str]) -> str:
+    """Suggests the known key or section closest to an unknown one: the same word in another section comes first."""
+    section, _, word = ".".join(location).rpartition(".")
+    sections = sorted({k.rpartition(".")[0] for k in known} - {""})
+    elsewhere = [k for k in known if k.rpartition(".")[2] == word]
+    here = {k.rpartition(".")[2]: k for k in [*known, *sections] if k.rpartition(".")[0] == section}
+    close = [here[match] for match in difflib.get_close_matches(word, here, n=1, cutoff=0.6)]
+    similar = [k for k in known if difflib.get_close_matches(word, [k.rpartition(".")[2]], cutoff=0.8)]
+    if suggestions := elsewhere or close or similar:
+        return f"Did you mean {suggestions[0]}?"
+    siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == section]
+    return f"Known keys here: {', '.join(siblings if section else [*siblings, *sections])}."
+
+
+def _fault(error: yaml.YAMLError) -> str:
+    """What is wrong with a YAML text, and where, in one line."""
+    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or " ".join(str(error).split())
+    mark = getattr(error, "problem_mark", None)
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else str(problem)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
