@@ -138,36 +138,6 @@ def validation_rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> l
     return to_rows(samples, config.sequence_length, config.pack)
 
 
-@dataclass(frozen=True)
-class DataCheck:
-    """What `check_data` found. `documents` and `valid_rows` apart, it is about the first block."""
-
-    documents: int | None
-    """Documents in `data.train`, held-out ones included; None for a stream."""
-    rows: int
-    loss_tokens: int
-    dropped: int
-    truncated: int
-    valid_rows: int
-
-
-def check_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> DataCheck:
-    """Opens the data and encodes the first block and the validation rows, so that every DataError comes early."""
-    training = TrainingData(config, tokenizer, seed=0, batch_size=1)
-    rows = training.first_block()
-    check = DataCheck(
-        documents=training.num_documents,
-        rows=len(rows),
-        loss_tokens=sum(row.num_loss_tokens for row in rows),
-        dropped=training.counts.dropped,
-        truncated=training.counts.truncated,
-        valid_rows=len(validation_rows(config, tokenizer)),
-    )
-    if not rows:
-        next(training.batches())  # raises unless a later block has some
-    return check
-
-
 def _nothing_to_learn(source: str, counts: Counts) -> DataError:
     return DataError(
         f"{source} has no loss position: none of {counts.documents} documents gave a sample ({counts.dropped} were "

@@ -13,6 +13,7 @@ from taid_ray.errors import ConfigError, ModelError
 from taid_ray.models import load_causal_lm, load_generation_config, load_model_config
 from taid_ray.vocabulary import Vocabulary
 
+SAMPLING_VALUES = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -306,6 +307,15 @@ def add_lora(model: Any, lora: LoraConfig, seed: int) -> Any:
     return adapted
 
 
+def without_idle_sampling(generation_config: Any) -> Any:
+    """A copy that transformers agrees to save: some checkpoints name sampling values that their greedy decoding ignores."""
+    result = copy.deepcopy(generation_config)
+    if result is not None and not result.do_sample:
+        for key in SAMPLING_VALUES:
+            setattr(result, key, None)
+    return result
+
+
 def merged_model(config: DistillConfig, source: Any, state: dict[str, Tensor]) -> Any:
     """A plain transformers model on CPU with the trained weights `state`, adapters merged, in the student's dtype.
 
@@ -315,7 +325,7 @@ def merged_model(config: DistillConfig, source: Any, state: dict[str, Tensor]) -
     model = from_architecture(
         copy.deepcopy(source.config), student.attention, config.train.seed, origin(config).trust_remote_code
     )
-    model.generation_config = source.generation_config
+    model.generation_config = without_idle_sampling(source.generation_config)
     lora = config.student.lora
     trained = add_lora(model, lora, config.train.seed) if lora else model
     missing, unexpected = trained.load_state_dict(state, strict=False)

@@ -103,7 +103,6 @@ def test_answers_equal_the_local_teacher(
         assert found.kind == expected.kind and found.values.dtype == torch.float32
         torch.testing.assert_close(found.values, expected.values, atol=1e-5, rtol=1e-5)
     assert client.tokens == local.tokens == sum(b.inputs["input_ids"].numel() for b in batches() if b.num_loss_tokens)
-    assert client.payload_bytes == local.payload_bytes and client.teacher_wait_s > 0
     head, expected_head = client.head(), local.head()
     assert torch.equal(head.weight, expected_head.weight) and head.transform == expected_head.transform
     assert client.info() == pools[name] and pools[name].packing_error is None

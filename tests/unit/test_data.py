@@ -1,6 +1,7 @@
 """Data: what is read, what becomes of it as tokens and loss positions, and the one order of rows."""
 
 import json
+import sys
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from taid_ray.batch import NO_LABEL, Row
 from taid_ray.chat import inside
 from taid_ray.config import DataConfig
-from taid_ray.data import Cursor, TrainingData, check_data, validation_rows
+from taid_ray.data import Cursor, TrainingData, validation_rows
 from taid_ray.errors import DataError
+from taid_ray.preflight import DataCheck
+from taid_ray.preflight import check_data as check_opened_data
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared/data"
@@ -48,6 +51,10 @@ def build_tokenizer(bos: bool = False, template: str | None = None) -> PreTraine
     if bos:
         model.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token="</s>", chat_template=template)
+
+
+def check_data(config: DataConfig, tokenizer: Any) -> DataCheck:
+    return check_opened_data(config, TrainingData(config, tokenizer, 0, 1), tokenizer, sys.maxsize)
 
 
 @pytest.fixture(autouse=True)
@@ -165,7 +172,7 @@ def test_streaming_gives_the_same_batches(tmp_path: Path, tokenizer: Any, suffix
     assert first == second
     assert validation_rows(plain, tokenizer) == validation_rows(streamed, tokenizer)
     assert len(texts_of(all_training_rows(plain, tokenizer), tokenizer)) == 26
-    assert check_data(streamed, tokenizer).documents is None
+    assert TrainingData(streamed, tokenizer, 0, 1).num_documents is None
 
 
 def test_a_directory_is_read_in_order_of_names(tmp_path: Path, tokenizer: Any) -> None:
@@ -272,7 +279,7 @@ def test_overlong_rows(tmp_path: Path, tokenizer: Any) -> None:
         validation_rows(config, tokenizer)
     extra = {"valid": config.train, "pack": False}
     found = check_data(config.model_copy(update=extra | {"overlong": "drop"}), tokenizer)
-    assert (found.documents, found.rows, found.dropped, found.truncated, found.valid_rows) == (4, 2, 2, 0, 2)
+    assert (found.rows, found.dropped, found.truncated, found.valid_rows) == (2, 2, 0, 2)
     found = check_data(config.model_copy(update=extra | {"overlong": "truncate"}), tokenizer)
     assert (found.rows, found.dropped, found.truncated) == (3, 1, 1)
 
@@ -410,10 +417,11 @@ def test_real_instructions(name: str, templated: bool) -> None:
     for document, row in zip(first, validation_rows(config, real), strict=True):
         if len(row.input_ids) < 512:
             assert learnt(row, real) == document["output"] + end
-    found = check_data(config.model_copy(update={"pack": True}), real)
-    assert found.documents == 4277
-    assert found.rows * 512 * 0.9 > found.loss_tokens > 0
-    assert found.rows < 256
+    training = TrainingData(config.model_copy(update={"pack": True}), real, 0, 1)
+    rows = training.first_block()
+    assert training.num_documents == 4277
+    assert len(rows) * 512 * 0.9 > sum(row.num_loss_tokens for row in rows) > 0
+    assert len(rows) < 256
 
 
 @needs_shared

@@ -521,3 +521,16 @@ def test_an_incomplete_state_is_not_saved(saved: Callable[[str], Path]) -> None:
     del state["model.norm.weight"]
     with pytest.raises(AssertionError, match=r"model\.norm\.weight"):
         merged_model(chosen, trained, state)
+
+
+def test_sampling_values_that_greedy_decoding_ignores_do_not_spoil_the_save(
+    saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """transformers loads such a checkpoint but refuses to save it: that must not come up after days of training."""
+    from transformers import AutoModelForCausalLM
+
+    cut = config(saved("llama"), init="cut", layers=[0])
+    trained = build_student(cut, None)
+    trained.generation_config.temperature, trained.generation_config.do_sample = 0.6, False
+    merged_model(cut, trained, dict(trained.state_dict())).save_pretrained(tmp_path / "model")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").generation_config.do_sample is False
