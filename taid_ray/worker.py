@@ -16,6 +16,7 @@ from taid_ray.chat import chat_template
 from taid_ray.config import DistillConfig
 from taid_ray.data import Cursor, TrainingData, validation_rows
 from taid_ray.device import torch_device
+from taid_ray.encoding import Counts
 from taid_ray.errors import ClusterError, ModelError
 from taid_ray.evaluate import Evaluation, evaluate
 from taid_ray.hub import offline_if_unreachable
@@ -45,7 +46,7 @@ def run_worker(job: Job) -> dict[str, Any] | None:
     torch.manual_seed(config.train.seed + world.rank)
 
     note("student: building the model")
-    model = build_student(config, plan.vocabulary)
+    model = build_student(config, plan.vocabulary).eval()
     self_test(model, head_of(model))
     if config.data.pack:
         check_packing(model)
@@ -92,21 +93,23 @@ def run_worker(job: Job) -> dict[str, Any] | None:
     note("saving the model")
     student.save(config.run_dir / "model")
     (teacher_tokens,) = world.sum([teacher.tokens])
-    summary = record.summary(plan, teacher.info(), int(teacher_tokens), student.num_parameters) | {
-        "dropped_documents": data.counts.dropped,
-        "truncated_documents": data.counts.truncated,
-    }
+    summary = record.summary(plan, teacher.info(), int(teacher_tokens), student.num_parameters, data.counts)
     if log is not None:
         log.close()
-        if config.data.format != "text":
-            tokenizer.chat_template = chat_template(config.data.chat_template, tokenizer)
-        tokenizer.save_pretrained(config.run_dir / "model")
-        write_json(config.run_dir / SUMMARY_FILE, summary)
-        write_model_card(config.run_dir, config, summary)
-        write_plots(config.run_dir)
+        leave_results(config, summary, tokenizer)
     teacher.close()
     scheduler.close()
     return summary if world.is_main else None
+
+
+def leave_results(config: DistillConfig, summary: dict[str, Any], tokenizer: Any) -> None:
+    """Puts tokenizer, summary, model card and plots beside the saved model; what cannot be made again comes first."""
+    write_json(config.run_dir / SUMMARY_FILE, summary)
+    if config.data.format != "text":
+        tokenizer.chat_template = chat_template(config.data.chat_template, tokenizer)
+    tokenizer.save_pretrained(config.run_dir / "model")
+    write_model_card(config.run_dir, config, summary)
+    write_plots(config.run_dir)
 
 
 def training_batches(data: TrainingData, plan: Plan, tokenizer: Any) -> Iterator[tuple[list[Row], Cursor]]:
@@ -168,8 +171,10 @@ class Record:
         self.tokens += metrics.tokens
         self.payload_bytes += metrics.payload_bytes
 
-    def summary(self, plan: Plan, teacher: TeacherInfo, teacher_tokens: int, parameters: int) -> dict[str, Any]:
-        """The content of summary.json. teacher_tokens: over all workers; parameters: the student's."""
+    def summary(
+        self, plan: Plan, teacher: TeacherInfo, teacher_tokens: int, parameters: int, counts: Counts
+    ) -> dict[str, Any]:
+        """The content of summary.json. teacher_tokens: over all workers; parameters: the student's; counts: of the data."""
         first, final = self.validations[0], self.validations[plan.total_steps]
         assert self.last is not None
 
@@ -189,6 +194,8 @@ class Record:
             "teacher_tokens": teacher_tokens,
             "payload_bytes": self.payload_bytes,
             "dropped_teacher_mass": teacher.dropped_mass,
+            "dropped_documents": counts.dropped,
+            "truncated_documents": counts.truncated,
             "restarts": 0,  # a run ends with its first failure until it can resume from checkpoints
         }
 
