@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,13 @@ from taid_ray.config import DistillConfig, load_config
 from taid_ray.errors import TaidRayError
 
 INTERRUPTED = 130
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"taid-ray {version('taid-ray')}")
+        raise typer.Exit
+
 
 app = typer.Typer(
     help="Distil a large language model into a small one with TAID, on a Ray cluster.",
@@ -29,6 +37,13 @@ DataKeys = Annotated[
     typer.Argument(help="Keys of the data section (sequence_length=512), or dotted ones (teacher.dtype=bfloat16)."),
 ]
 Out = Annotated[str | None, typer.Option(help="Run directory (default: the config's `out`, else runs/NAME).")]
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """Distil a large language model into a small one with TAID, on a Ray cluster."""
 
 
 @app.command()
@@ -68,19 +83,27 @@ def evaluate(
 @app.command()
 def check(config: Annotated[Path, typer.Argument(help="YAML configuration.")], overrides: Overrides = None) -> None:
     """Check a configuration, its models and its data, without starting anything."""
-    from taid_ray.preflight import prepare
+    from taid_ray.preflight import notes, prepare
 
-    plan = prepare(load_config(config, overrides or []))
-    Console().print(f"ok: {plan.total_steps} optimizer steps, {plan.vocabulary.num_shared} shared token ids")
+    loaded = load_config(config, overrides or [])
+    plan = prepare(loaded)
+    console = Console()
+    console.print(f"ok: {plan.total_steps} optimizer steps, {plan.vocabulary.num_shared} shared token ids")
+    for note in notes(loaded, plan):
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
 
 
 def run(config: DistillConfig) -> None:
     """Distils and prints where everything is."""
+    from taid_ray.run_dir import check_run_dir_is_new
+
+    check_run_dir_is_new(config.run_dir)
+    console = Console()
+    console.print("loading Ray, torch and transformers", highlight=False)
     from taid_ray.launch import distill
     from taid_ray.report import result_table
 
     result = distill(config)
-    console = Console()
     console.print(result_table(result.summary))
     console.print(f"run directory: {result.path}", soft_wrap=True, highlight=False)
     console.print(

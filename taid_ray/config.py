@@ -263,11 +263,11 @@ class LossConfig(Section):
 
 class ScheduleConfig(Section):
     mode: Literal["adaptive", "linear", "constant"] = "adaptive"
-    """`adaptive`: the paper's rule. `linear`: t_start to t_end over the run. `constant`: t stays t_start."""
+    """`adaptive`: the paper's rule. `linear`: from t_start towards t_end. `constant`: t stays t_start."""
     t_start: Unit = 0.4
     """Interpolation at the first step (the paper: 0.4 for Phi-3, 0.2 for its other pairs)."""
     t_end: Unit = 1.0
-    """Interpolation at the end; 1 is the teacher itself."""
+    """Where t moves to; 1 is the teacher itself. As in the published code the last step uses the value of two steps before."""
     alpha: Unit = 5e-4
     """Step size of the adaptive rule. What matters is alpha times the number of steps."""
     beta: Unit = 0.99

@@ -15,10 +15,9 @@ from taid_ray.config import DistillConfig
 from taid_ray.device import collective_backend, resolve
 from taid_ray.errors import ClusterError, TaidRayError
 from taid_ray.hub import connection_restored
-from taid_ray.preflight import Job, Plan, prepare
+from taid_ray.preflight import Job, Plan, notes, prepare
 from taid_ray.progress import ProgressView
 from taid_ray.run_dir import check_run_dir_is_new, run_directory, with_absolute_paths
-from taid_ray.schedule import adaptive_is_linear
 from taid_ray.supervise import followed, own_interrupt, scheduler_actor, teacher_pool
 
 
@@ -48,12 +47,8 @@ def distill(config: DistillConfig) -> RunResult:
     with connection_restored(), ProgressView() as view:
         view.say("checking models and data")
         plan = prepare(config)
-        if plan.data.dropped or plan.data.truncated:
-            view.say(
-                f"note: of the first block of {config.data.block_documents} documents {plan.data.dropped} were dropped and "
-                f"{plan.data.truncated} truncated (data.overlong: {config.data.overlong})"
-            )
-        warn_about_schedule(config, plan, view)
+        for note in notes(config, plan):
+            view.say(f"note: {note}")
         view.say("connecting to Ray" if ray.is_initialized() or os.environ.get("RAY_ADDRESS") else "starting Ray here")
         with ray_cluster():
             device = resolve(config.device, cluster_has_gpus())
@@ -93,7 +88,7 @@ def run_on_cluster(config: DistillConfig, plan: Plan, demand: Demand, view: Prog
             ),
         )
         try:
-            with own_interrupt():
+            with own_interrupt(view):
                 return trainer.fit().return_value
         except ControllerError as error:
             raise ClusterError(
@@ -124,19 +119,6 @@ def use_deepspeed_on(device: str) -> None:
 
     if device == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def warn_about_schedule(config: DistillConfig, plan: Plan, view: ProgressView) -> None:
-    """Says so when the adaptive rule cannot leave its linear floor."""
-    schedule = config.schedule
-    t_start, t_end, steps = schedule.t_start, schedule.t_end, plan.total_steps
-    adaptive = config.loss.name == "taid" and schedule.mode == "adaptive" and t_start < t_end
-    if adaptive and adaptive_is_linear(t_start, t_end, schedule.alpha, steps):
-        enough = 2 * (t_end - t_start) / ((1 - t_start) * steps)
-        view.say(
-            f"note: with schedule.alpha {schedule.alpha:g} and {steps} steps, adaptive t stays on its linear floor; "
-            f"from about {enough:.2g} on it would leave it"
-        )
 
 
 def cause_of(error: BaseException) -> BaseException:

@@ -42,6 +42,7 @@ class Measurement:
     teacher_cross_entropy: float
     kl: float
     tokens: int
+    sequence_length: int
     rouge_l: float | None
     teacher_rouge_l: float | None
 
@@ -82,7 +83,8 @@ def _measure(config: DistillConfig, rouge: bool) -> Measurement:
         samples = _conversations(config, tokenizer)
         scores = [rouge_l(each, tokenizer, samples, device) for each in (student, teacher.model)]
     student_ce, teacher_ce, kl, tokens = sums.tolist()
-    return Measurement(student_ce / tokens, teacher_ce / tokens, kl / tokens, int(tokens), *scores)
+    length = config.data.sequence_length
+    return Measurement(student_ce / tokens, teacher_ce / tokens, kl / tokens, int(tokens), length, *scores)
 
 
 def load_student(config: DistillConfig, device: torch.device) -> tuple[Any, Head]:
@@ -117,13 +119,19 @@ def load_teacher(config: DistillConfig, num_shared: int, device: torch.device) -
 
 def measurement_table(found: Measurement) -> Table:
     """One row for the model, one for its teacher."""
-    table = Table(title=f"{found.tokens:,} tokens")
-    for column in ("", "cross-entropy", "perplexity", "KL to the teacher", "ROUGE-L"):
+    table = Table(title=f"{found.tokens:,} tokens, in rows of at most {found.sequence_length}")
+    for column in (
+        "",
+        "cross-entropy",
+        "perplexity",
+        "KL to the teacher",
+        *(["ROUGE-L"] if found.rouge_l is not None else []),
+    ):
         table.add_column(column, justify="right" if column else "left")
 
     def row(name: str, cross_entropy: float, kl: str, rouge: float | None) -> None:
-        shown = "-" if rouge is None else f"{rouge:.4f}"
-        table.add_row(name, f"{cross_entropy:.4f}", f"{perplexity(cross_entropy):.2f}", kl, shown)
+        shown = [] if rouge is None else [f"{rouge:.4f}"]
+        table.add_row(name, f"{cross_entropy:.4f}", f"{perplexity(cross_entropy):.2f}", kl, *shown)
 
     row("model", found.cross_entropy, f"{found.kl:.4f}", found.rouge_l)
     row("teacher", found.teacher_cross_entropy, "-", found.teacher_rouge_l)

@@ -9,6 +9,7 @@ from taid_ray.data import TrainingData, validation_rows
 from taid_ray.errors import ConfigError
 from taid_ray.hub import offline_if_unreachable
 from taid_ray.models import check_causal_lm, check_divisible, check_weights, load_model_config, load_tokenizer
+from taid_ray.schedule import adaptive_is_linear
 from taid_ray.student_model import check_student, has_teacher_tokenizer, student_model_config
 from taid_ray.vocabulary import Vocabulary, align, check_ids
 
@@ -67,6 +68,26 @@ def prepare(config: DistillConfig) -> Plan:
         payload_bytes=largest_payload(config, teacher_config, vocabulary),
         data=checked,
     )
+
+
+def notes(config: DistillConfig, plan: Plan) -> list[str]:
+    """What is allowed, but perhaps not meant: documents lost, and a schedule whose adaptive part does nothing."""
+    found, schedule = [], config.schedule
+    if plan.data.dropped or plan.data.truncated:
+        found.append(
+            f"of the first {config.data.block_documents} documents, {plan.data.dropped} are left out (empty, too long, or "
+            f"nothing left of the response) and {plan.data.truncated} are cut short (data.overlong: {config.data.overlong}); "
+            "a larger data.sequence_length keeps more"
+        )
+    t_start, t_end, steps = schedule.t_start, schedule.t_end, plan.total_steps
+    adaptive = config.loss.name == "taid" and schedule.mode == "adaptive" and t_start < t_end
+    if adaptive and adaptive_is_linear(t_start, t_end, schedule.alpha, steps):
+        enough = 2 * (t_end - t_start) / ((1 - t_start) * steps)
+        found.append(
+            f"with schedule.alpha {schedule.alpha:g} and {steps} steps, adaptive t stays on its linear floor; "
+            f"from about {enough:.2g} on it would leave it"
+        )
+    return found
 
 
 def check_data(config: DataConfig, data: TrainingData, tokenizer: Any, num_shared: int) -> DataCheck:

@@ -107,15 +107,20 @@ def write_model_card(run_dir: Path, config: DistillConfig, summary: dict[str, An
     shown_schedule = "none: compares with the teacher itself throughout (t = 1)"
     if taid:
         shown_schedule = (
-            f"{schedule.mode}, t {schedule.t_start} to {schedule.t_end}, alpha {schedule.alpha}, "
-            f"beta {schedule.beta}, signal {schedule.signal}"
+            f"{schedule.mode}, t {schedule.t_start} to {schedule.t_end} ({summary['t']:.3f} in the last step)"
         )
+        if schedule.mode == "adaptive":
+            shown_schedule += f", alpha {schedule.alpha}, beta {schedule.beta}, signal {schedule.signal}"
+    trained = "all"
+    if student.lora:
+        trained = f"LoRA adapters (rank {student.lora.rank}, alpha {student.lora.alpha:g}), merged"
     facts = {
         "teacher": f"`{shown_name(config.teacher.model)}`",
         "student before": origin,
         "data": f"`{shown_name(data.train)}` ({data.format}, {data.sequence_length} tokens per row)",
         "loss": loss,
         "schedule": shown_schedule,
+        "weights trained": trained,
         "training": f"{summary['steps']} steps of {config.train.batch_size} rows, {summary['tokens']:,} loss tokens, "
         f"peak learning rate {config.train.learning_rate}",
     }

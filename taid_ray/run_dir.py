@@ -10,7 +10,7 @@ import yaml
 
 from taid_ray.config import DistillConfig
 from taid_ray.errors import ConfigError, TaidRayError
-from taid_ray.metrics import CONFIG_FILE, METRICS_FILE
+from taid_ray.metrics import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
 
 
 def with_absolute_paths(config: DistillConfig) -> DistillConfig:
@@ -38,7 +38,10 @@ def check_run_dir_is_new(run_dir: Path) -> None:
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"out: {run_dir} is a file; name a directory that does not exist yet")
     if run_dir.exists() and any(run_dir.iterdir()):
-        held = "another run" if (run_dir / CONFIG_FILE).exists() else "other files"
+        held = "other files"
+        if (run_dir / CONFIG_FILE).exists():
+            finished = (run_dir / SUMMARY_FILE).exists()
+            held = "another run" if finished else "another run, which did not finish and cannot be resumed yet"
         raise ConfigError(f"out: {run_dir} already holds {held}; choose another directory with --out, or remove it")
     existing = next(path for path in (run_dir, *run_dir.parents) if path.exists())
     try:

@@ -1,6 +1,7 @@
 """What the driver does beside waiting: keeping the teacher pool, and telling the terminal what the workers do."""
 
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -122,14 +123,33 @@ def followed(scheduler: SchedulerOwner, plan: Plan, view: ProgressView) -> Itera
 
 
 @contextmanager
-def own_interrupt() -> Iterator[None]:
-    """Ctrl-C stays a KeyboardInterrupt. Ray Train leaves a handler behind that stops the workers and ends the process."""
-    in_main_thread = threading.current_thread() is threading.main_thread()
+def own_interrupt(view: ProgressView) -> Iterator[None]:
+    """Ctrl-C is acknowledged at once and stays a KeyboardInterrupt.
+
+    Ray Train leaves a handler behind that stops the workers, which takes some seconds, and ends the process.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     handler = signal.getsignal(signal.SIGINT)
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    # A byte for every signal, whichever handler Ray Train puts in the place of ours.
+    before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=_acknowledge, args=(receiver, view), name="taid-interrupt", daemon=True).start()
     try:
         yield
     except SystemExit:
         raise KeyboardInterrupt from None
     finally:
-        if in_main_thread:
-            signal.signal(signal.SIGINT, handler)
+        signal.set_wakeup_fd(before)
+        sender.close()
+        signal.signal(signal.SIGINT, handler)
+
+
+def _acknowledge(receiver: socket.socket, view: ProgressView) -> None:
+    with receiver:
+        while received := receiver.recv(1):
+            if received[0] == signal.SIGINT:
+                view.say("interrupted; stopping the workers, which takes some seconds")
+                return

@@ -194,6 +194,7 @@ class Record:
             "teacher_tokens": teacher_tokens,
             "payload_bytes": self.payload_bytes,
             "dropped_teacher_mass": teacher.dropped_mass,
+            "documents_read": counts.documents,
             "dropped_documents": counts.dropped,
             "truncated_documents": counts.truncated,
             "restarts": 0,  # a run ends with its first failure until it can resume from checkpoints

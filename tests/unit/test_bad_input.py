@@ -338,7 +338,8 @@ def test_the_console_entry() -> None:
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "taid_ray.cli", "train", "config.yaml", "data.train=absent.jsonl"]
     found = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
-    assert (found.returncode, found.stdout.splitlines()) == (2, ["[   0.0s] checking models and data"])
+    said = ["loading Ray, torch and transformers", "[   0.0s] checking models and data"]
+    assert (found.returncode, found.stdout.splitlines()) == (2, said)
     assert found.stderr == (
         "error: data.train: absent.jsonl: no such file or directory. "
         "Name an existing one (.json, .jsonl, .parquet, .csv, .txt) or a hub dataset.\n"

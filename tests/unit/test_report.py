@@ -12,6 +12,7 @@ from taid_ray.report import result_rows, result_table, shown_name, write_model_c
 
 SUMMARY: dict[str, Any] = {
     "steps": 250,
+    "t": 0.9952,
     "tokens": 1_023_750,
     "teacher": {"cross_entropy": 1.6, "parameters": 262_080},
     "before": {"cross_entropy": 6.5523, "kl": 4.9, "parameters": 136_512},
@@ -46,7 +47,7 @@ def test_card_names_teacher_data_schedule_and_results(tmp_path: Path) -> None:
         "| student before | layers [0, 4] of the teacher |",
         "| data | `stories.jsonl` (text, 256 tokens per row) |",
         "| loss | taid |",
-        "adaptive, t 0.25 to 1.0, alpha 0.003, beta 0.99, signal kl",
+        "adaptive, t 0.25 to 1.0 (0.995 in the last step), alpha 0.003, beta 0.99, signal kl",
         "250 steps of 16 rows, 1,023,750 loss tokens, peak learning rate 0.002",
         "| student after | 2.2500 | 9.49 | 0.7123 | 136,512 |",
         "| student before | 6.5523 | 700.85 | 4.9000 | 136,512 |",
