@@ -140,6 +140,15 @@ def test_max_grad_norm_0_does_not_clip(stage: int, expected: dict[str, Any]) -> 
     assert_follows(lines, expected["no clipping"])
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_raw_deepspeed_configuration_reaches_the_engine(stage: int, expected: dict[str, Any]) -> None:
+    """Optimizer state offloaded to the CPU changes where it lies and nothing else."""
+    offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    lines, student = train(config_for(TIED | {"zero_stage": stage, "deepspeed": offload}))
+    assert_follows(lines, expected["tied"])
+    assert student.engine.zero_offload_optimizer().device == "cpu"
+
+
 @pytest.mark.parametrize("stage", [1, 3])
 def test_gradient_checkpointing_changes_nothing(stage: int, expected: dict[str, Any]) -> None:
     lines, _ = train(config_for(TIED | {"zero_stage": stage, "gradient_checkpointing": True}))
