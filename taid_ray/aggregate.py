@@ -5,7 +5,7 @@ order, the schedule moves once, and the result is the same for everybody. Nothin
 transport, the single-process loop uses it as it is.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from taid_ray.errors import TaidRayError
@@ -46,9 +46,6 @@ class StepResult:
     @property
     def t(self) -> float:
         return float(self.schedule["t"])
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class StaleReportError(TaidRayError, RuntimeError):

@@ -15,10 +15,10 @@ from taid_ray.data import validation_rows
 from taid_ray.device import resolve, torch_device
 from taid_ray.documents import open_documents, read_blocks
 from taid_ray.encoding import Encoder
-from taid_ray.errors import ConfigError, DataError, ModelError
+from taid_ray.errors import ConfigError, DataError
 from taid_ray.hub import connection_restored
 from taid_ray.metrics import perplexity
-from taid_ray.models import Head, check_packing, head_of, hidden_states, load_causal_lm, self_test
+from taid_ray.models import Head, hidden_states, load_causal_lm, tested_head
 from taid_ray.packing import Sample
 from taid_ray.preflight import check_models, context_length, model_configs, run_tokenizer, shared_vocabulary
 from taid_ray.teacher_model import TeacherModel, check_finite
@@ -99,21 +99,14 @@ def load_student(config: DistillConfig, device: torch.device) -> tuple[Any, Head
         device=device,
         key="student.model",
     ).to(device)
-    try:
-        head = head_of(model)
-        self_test(model, head)
-        if config.data.pack:
-            check_packing(model)
-    except ModelError as error:
-        raise ModelError(f"student.model: {error}") from None
-    return model, head
+    return model, tested_head(model, "student.model", config.data.pack)
 
 
 def load_teacher(config: DistillConfig, num_shared: int, device: torch.device) -> TeacherModel:
     """The teacher. Raises ModelError if it cannot be given the rows that the student is given."""
     teacher = TeacherModel(config.teacher, num_shared, device)
-    if config.data.pack and (error := teacher.info().packing_error):
-        raise ModelError(f"teacher.model: {error}")
+    if config.data.pack:
+        teacher.info().require_packing()
     return teacher
 
 

@@ -331,6 +331,21 @@ def check_packing(model: Any) -> None:
         )
 
 
+def tested_head(model: Any, key: str, packed: bool) -> Head:
+    """The head of a model that passes `self_test` and, if rows will be packed, `check_packing`.
+
+    Expects a model in eval mode. Raises ModelError that begins with `key`, the configuration key of the model.
+    """
+    try:
+        head = head_of(model)
+        self_test(model, head)
+        if packed:
+            check_packing(model)
+    except ModelError as error:
+        raise ModelError(f"{key}: {error}") from None
+    return head
+
+
 def _relative_difference(found: Tensor, expected: Tensor) -> float:
     found, expected = found.float(), expected.float()
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))

@@ -58,6 +58,11 @@ class TeacherInfo:
     packing_error: str | None
     """Why packed rows must not be sent to this teacher; None if they may."""
 
+    def require_packing(self) -> None:
+        """Raises ModelError if packed rows must not be sent to this teacher."""
+        if self.packing_error:
+            raise ModelError(f"teacher.model: {self.packing_error}")
+
 
 class TeacherClient(Protocol):
     """A teacher as a student worker sees it. Requests are pure: any of them may be computed again."""

@@ -17,11 +17,11 @@ from taid_ray.config import DistillConfig
 from taid_ray.data import Cursor, TrainingData, validation_rows
 from taid_ray.device import torch_device
 from taid_ray.encoding import Counts
-from taid_ray.errors import ClusterError, ModelError
+from taid_ray.errors import ClusterError
 from taid_ray.evaluate import Evaluation, evaluate
 from taid_ray.hub import offline_if_unreachable
 from taid_ray.metrics import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, MetricLog, StepMetrics, write_json
-from taid_ray.models import check_packing, head_of, self_test
+from taid_ray.models import tested_head
 from taid_ray.preflight import Job, Plan, run_tokenizer
 from taid_ray.report import write_model_card, write_plots
 from taid_ray.stream import Prefetcher, num_micro_batches, read_ahead, step_batches
@@ -47,9 +47,7 @@ def run_worker(job: Job) -> dict[str, Any] | None:
 
     note("student: building the model")
     model = build_student(config, plan.vocabulary).eval()
-    self_test(model, head_of(model))
-    if config.data.pack:
-        check_packing(model)
+    tested_head(model, "student.model", config.data.pack)
     if uses_dropout(model, config):
         note("note: the student uses dropout, so its trajectory depends on the number of workers and micro-batches")
     note("student: starting DeepSpeed")
@@ -128,8 +126,8 @@ def connect_teacher(job: Job, scheduler: SchedulerClient, device: torch.device) 
     else:
         scheduler.wait_for_pool()
         teacher = PoolTeacher(job.pool, job.config.teacher, scheduler.note)
-    if job.config.data.pack and teacher.info().packing_error:
-        raise ModelError(f"teacher.model: {teacher.info().packing_error}")
+    if job.config.data.pack:
+        teacher.info().require_packing()
     return teacher
 
 

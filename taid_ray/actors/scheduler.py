@@ -31,7 +31,6 @@ class SchedulerActor:
     def __init__(self, config: ScheduleConfig, total_steps: int):
         schedule = TAIDSchedule(config.t_start, config.t_end, config.alpha, config.beta, total_steps, config.mode)
         self.aggregator = LossAggregator(schedule, config.signal)
-        self.total_steps = total_steps
         self._changed = asyncio.Event()
         self._failure: Exception | None = None
         self._notes: list[str] = []
