@@ -2,16 +2,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BENCH_STAMP := $(VENV)/.installed-bench
+BENCHMARKS := loss payload overlap scheduler step scale_out
 LOG := $(VENV)/install.log
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint clean
+.PHONY: help install quickstart test lint bench clean
 
 help:
 	@echo "make install     create $(VENV) and install taid-ray with its development tools"
 	@echo "make quickstart  distil the bundled model on a local Ray (installs first if needed)"
 	@echo "make test        all tests"
 	@echo "make lint        ruff and mypy"
+	@echo "make bench       all benchmarks, or one: make bench ONLY=loss (see benchmarks/README.md)"
 	@echo "make clean       remove $(VENV) and caches (runs/ stays)"
 
 # `$(WATCH) command` runs the command into the log and says every 3 s how far it is, so that the terminal never falls
@@ -46,6 +49,17 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# One after another, each in a process of its own; a failure does not keep the others from running.
+bench: $(BENCH_STAMP)
+	@failed=; for name in $(or $(ONLY),$(BENCHMARKS)); do echo "== $$name"; \
+	$(BIN)/python -m benchmarks.$$name || failed="$$failed $$name"; done; \
+	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+
+$(BENCH_STAMP): $(STAMP)
+	@echo "Installing what the benchmarks compare with ..."
+	@$(WATCH) $(BIN)/python -m pip install -c constraints.txt -e '.[bench]'
+	@touch $@
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find taid_ray tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find taid_ray tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -26,6 +26,8 @@ class LossSums:
     teacher_wait_s: float = 0.0
     """Time this rank stood still for teacher outputs."""
     payload_bytes: int = 0
+    teacher_compute_s: float = 0.0
+    """Time the teacher computed for this rank."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ class StepResult:
     sft: float = 0.0
     tokens: int = 0
     teacher_wait_s: float = 0.0
+    """The longest of any rank."""
     payload_bytes: int = 0
+    teacher_compute_s: float = 0.0
 
     @property
     def t(self) -> float:
@@ -117,6 +121,7 @@ class LossAggregator:
             tokens,
             max(r.teacher_wait_s for r in reports),
             sum(r.payload_bytes for r in reports),
+            sum(r.teacher_compute_s for r in reports),
         )
         return self.result
 

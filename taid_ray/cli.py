@@ -1,5 +1,6 @@
 """The `taid-ray` command. Exit code 0: done, 2: what the user can put right (one message), 130: Ctrl-C, 1: anything else."""
 
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ import typer
 from rich.console import Console
 
 from taid_ray.config import DistillConfig, load_config
-from taid_ray.errors import TaidRayError
+from taid_ray.errors import ConfigError, TaidRayError
 
 INTERRUPTED = 130
 
@@ -91,6 +92,25 @@ def check(config: Annotated[Path, typer.Argument(help="YAML configuration.")], o
     console.print(f"ok: {plan.total_steps} optimizer steps, {plan.vocabulary.num_shared} shared token ids")
     for note in notes(loaded, plan):
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def scale(
+    run: Annotated[Path, typer.Argument(help="Directory of a live run.")],
+    teacher: Annotated[int, typer.Option(help="Replicas of the teacher to have from now on.")],
+) -> None:
+    """Give the teacher pool of a live run another number of replicas. No batch is lost or repeated."""
+    if teacher < 1:
+        raise ConfigError(f"--teacher: a pool needs at least one replica (found {teacher})")
+    from taid_ray.live_file import AUTH_MODE, live_pool
+
+    live = live_pool(run)
+    if live.auth_mode is not None:
+        os.environ.setdefault(AUTH_MODE, live.auth_mode)  # Ray reads it when it is imported
+    from taid_ray.actors.live import scale_teacher
+
+    console = Console()
+    scale_teacher(run, live, teacher, lambda message: console.print(message, highlight=False, soft_wrap=True))
 
 
 def run(config: DistillConfig) -> None:

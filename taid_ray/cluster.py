@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from taid_ray.config import DistillConfig
+from taid_ray.config import DistillConfig, TeacherConfig
 from taid_ray.errors import ClusterError
 
 STUDENT_RESOURCE, TEACHER_RESOURCE = "taid_student", "taid_teacher"
@@ -45,13 +45,13 @@ def ray_cluster() -> Iterator[None]:
 
 
 def join_cluster(address: str) -> None:
-    """Connects to the cluster that RAY_ADDRESS names. Raises ClusterError if nothing answers there."""
+    """Connects to the cluster at `address`, which RAY_ADDRESS names. Raises ClusterError if nothing answers there."""
     try:
         host, _, port = address.rpartition("://")[2].rpartition(":")
         if port.isdigit():  # else a word such as `auto`
             # Ray itself would try for minutes, and then end the process.
             socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
-        ray.init(logging_level="ERROR", log_to_driver=False)
+        ray.init(address=address, logging_level="ERROR", log_to_driver=False)
     except OSError as error:
         raise ClusterError(
             f"RAY_ADDRESS = {address}: no Ray cluster answers there ({' '.join(str(error).split())}); "
@@ -67,6 +67,8 @@ class Demand:
     workers: int
     worker_cpus: float
     replicas: int
+    """That the run starts with, and always has."""
+    max_replicas: int
     shards: int
     shard_cpus: float
     student_role: bool
@@ -78,6 +80,10 @@ class Demand:
 
     def shard_resources(self) -> dict[str, float]:
         return self._resources(self.shard_cpus, TEACHER_RESOURCE if self.teacher_role else None)
+
+    def replica_resources(self) -> dict[str, float]:
+        """Of all shards, which share a node."""
+        return {key: value * self.shards for key, value in self.shard_resources().items()}
 
     def _resources(self, cpus: float, role: str | None) -> dict[str, float]:
         resources = {"CPU": cpus}
@@ -98,7 +104,8 @@ def demand_of(config: DistillConfig, device: str) -> Demand:
         device=device,
         workers=config.student.workers,
         worker_cpus=config.student.cpus_per_worker,
-        replicas=config.teacher.replicas if pooled else 0,
+        replicas=config.teacher.replicas.min if pooled else 0,
+        max_replicas=config.teacher.replicas.max if pooled else 0,
         shards=config.teacher.shards,
         shard_cpus=config.teacher.cpus_per_shard,
         student_role=offered.get(STUDENT_RESOURCE, 0) > 0,
@@ -111,8 +118,8 @@ def check_capacity(demand: Demand, nodes: list[dict[str, Any]] | None = None) ->
 
     A replica's shards share a node.
     """
-    alive = [node["Resources"] for node in (nodes if nodes is not None else ray.nodes()) if node["Alive"]]
-    replica = {key: value * demand.shards for key, value in demand.shard_resources().items()}
+    alive = _alive(nodes)
+    replica = demand.replica_resources()
     room = workers_beside(alive, replica, demand.worker_resources(), demand.replicas)
     if room[-1] >= demand.workers:
         return
@@ -121,31 +128,61 @@ def check_capacity(demand: Demand, nodes: list[dict[str, Any]] | None = None) ->
         key, found = "teacher.shards", f"only {most} of the replicas ({_shown(replica)} on one node each) find a place"
     else:
         key, found = "student.workers", f"only {room[-1]} of the workers find a place beside the teacher"
-    existing = [f"{count} x ({shown})" for shown, count in Counter(map(_shown, alive)).items()]
     raise ClusterError(
         f"the cluster cannot hold this run: asked for {demand.replicas} teacher replica(s) x {demand.shards} shard(s) of "
         f"{_shown(demand.shard_resources())} and {demand.workers} student worker(s) of "
-        f"{_shown(demand.worker_resources())}; the nodes have {', '.join(existing) or 'nothing'}, and {found}. "
+        f"{_shown(demand.worker_resources())}; the nodes have {_existing(alive)}, and {found}. "
         f"Lower {key}, teacher.replicas or the CPUs of each (student.cpus_per_worker, teacher.cpus_per_shard), or add nodes."
     )
 
 
+def capacity_note(demand: Demand, nodes: list[dict[str, Any]] | None = None) -> str | None:
+    """What to tell the user if the pool cannot grow to its largest number of replicas on these nodes."""
+    most = most_replicas(demand, demand.max_replicas, nodes)
+    if most >= demand.max_replicas:
+        return None
+    return (
+        f"teacher.replicas.max = {demand.max_replicas}, but the cluster has room for {most} beside "
+        f"{demand.workers} student worker(s), unless it grows; the nodes have {_existing(_alive(nodes))}"
+    )
+
+
+def check_scale(demand: Demand, replicas: int, nodes: list[dict[str, Any]] | None = None) -> None:
+    """Raises ClusterError if the cluster's nodes could not hold so many replicas beside the run's workers."""
+    most = most_replicas(demand, replicas, nodes)
+    if most < replicas:
+        raise ClusterError(
+            f"--teacher {replicas}: the cluster has room for {most} replica(s) of {demand.shards} shard(s) x "
+            f"{_shown(demand.shard_resources())} beside {demand.workers} student worker(s) of "
+            f"{_shown(demand.worker_resources())}; the nodes have {_existing(_alive(nodes))}. Ask for fewer, or add nodes."
+        )
+
+
+def most_replicas(demand: Demand, limit: int, nodes: list[dict[str, Any]] | None = None) -> int:
+    """The most replicas, up to `limit`, that fit beside the run's workers on the cluster's nodes, all free."""
+    alive, replica = _alive(nodes), demand.replica_resources()
+    limit = min(limit, sum(_times(replica, node) for node in alive))
+    room = workers_beside(alive, replica, demand.worker_resources(), limit)
+    return max((count for count, workers in enumerate(room) if workers >= demand.workers), default=0)
+
+
 def check_object_store(
-    payload_bytes: int, window: int, workers: int, nodes: list[dict[str, Any]] | None = None
+    payload_bytes: int, teacher: TeacherConfig, workers: int, nodes: list[dict[str, Any]] | None = None
 ) -> None:
     """Raises ClusterError if the teacher's answers in flight would fill more than half of the nodes' object stores.
 
     payload_bytes: of one answer, at most. Spread evenly at best, so what is refused here could not have worked.
     """
-    alive = [node["Resources"] for node in (nodes if nodes is not None else ray.nodes()) if node["Alive"]]
-    room = sum(node.get("object_store_memory", 0) for node in alive) / 2
-    needed = payload_bytes * window * workers
+    room = sum(node.get("object_store_memory", 0) for node in _alive(nodes)) / 2
+    window_bytes = min(teacher.window * payload_bytes, max(teacher.window_mib * 2**20, payload_bytes))
+    needed = window_bytes * workers
     if needed > room:
         raise ClusterError(
-            f"teacher.window: {window} answers of up to {payload_bytes / 2**20:.0f} MiB for each of {workers} student "
-            f"worker(s) need {needed / 2**20:.0f} MiB, more than half of the cluster's object store "
-            f"({room / 2**20:.0f} MiB). Lower teacher.window or train.micro_batch_size, choose teacher.payload: hidden, or "
-            "start Ray with more --object-store-memory."
+            f"teacher.window: {teacher.window} answers of up to {payload_bytes / 2**20:.0f} MiB, in all at most "
+            f"teacher.window_mib: {teacher.window_mib}, for each of {workers} student worker(s) need "
+            f"{needed / 2**20:.0f} MiB, more than half of the cluster's object store ({room / 2**20:.0f} MiB). Lower "
+            "teacher.window, teacher.window_mib or train.micro_batch_size, choose a smaller teacher.payload, or start Ray "
+            "with more --object-store-memory."
         )
 
 
@@ -168,6 +205,11 @@ def workers_beside(
     return best
 
 
+def _alive(nodes: list[dict[str, Any]] | None) -> list[dict[str, float]]:
+    """What each node that lives has in all; of the connected cluster unless given."""
+    return [node["Resources"] for node in (nodes if nodes is not None else ray.nodes()) if node["Alive"]]
+
+
 def _times(needs: dict[str, float], free: dict[str, float]) -> int:
     """How often `needs` fits into `free`. Ray counts in units of 1e-4, so rounding errors must not decide."""
     return min(int((free.get(key, 0) + 1e-6) / amount) for key, amount in needs.items())
@@ -176,3 +218,8 @@ def _times(needs: dict[str, float], free: dict[str, float]) -> int:
 def _shown(resources: dict[str, float]) -> str:
     kinds = [k for k in ("CPU", "GPU", STUDENT_RESOURCE, TEACHER_RESOURCE) if resources.get(k)]
     return " + ".join(f"{resources[kind]:g} {kind}" for kind in kinds) or "nothing"
+
+
+def _existing(nodes: list[dict[str, float]]) -> str:
+    kinds = [f"{count} x ({shown})" for shown, count in Counter(map(_shown, nodes)).items()]
+    return ", ".join(kinds) or "nothing"

@@ -17,6 +17,7 @@ from pydantic import (
     Field,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -46,6 +47,8 @@ NonNegative = Annotated[Float, Field(ge=0)]
 Unit = Annotated[Float, Field(ge=0, le=1)]
 BelowOne = Annotated[Float, Field(ge=0, lt=1)]
 LossName = Literal["taid", "forward_kl", "reverse_kl", "js", "tvd", "skew_forward_kl", "skew_reverse_kl"]
+Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"]
+Payload = Literal["hidden", "hidden_int8", "hidden_fp8", "topk", "logits"]
 WEIGHTED_LOSSES = ("js", "skew_forward_kl", "skew_reverse_kl")
 
 # taid-ray sets these DeepSpeed keys itself; a second value for any of them would change the trajectory silently, or be
@@ -73,6 +76,38 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+class ReplicaRange(Section):
+    """`teacher.replicas`: a whole number stands for a range of that number only."""
+
+    min: PositiveInt
+    """Fewest copies; the pool starts with these."""
+    max: PositiveInt
+    """Most copies; the pool adds some while requests queue up, and drops them when they are idle."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_number(cls, value: Any) -> Any:
+        if isinstance(value, dict | ReplicaRange):
+            return value
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError("must be a whole number of at least 1, or {min: A, max: B}")
+        return {"min": value, "max": value}
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ReplicaRange":
+        if self.min > self.max:
+            raise ValueError(f"teacher.replicas.min = {self.min} is above teacher.replicas.max = {self.max}; lower min")
+        return self
+
+    @model_serializer
+    def _as_number(self) -> int | dict[str, int]:
+        return self.min if self.min == self.max else {"min": self.min, "max": self.max}
+
+    @property
+    def fixed(self) -> bool:
+        return self.min == self.max
+
+
 class TeacherConfig(Section):
     model: Name
     """Hub name or local directory of the teacher."""
@@ -82,24 +117,32 @@ class TeacherConfig(Section):
     """Precision of the teacher's weights and of what it sends; `auto` takes the checkpoint's own."""
     quantization: dict[str, Any] = {}
     """Passed to transformers as `quantization_config` (for example `{quant_method: bitsandbytes, load_in_4bit: true}`)."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention implementation of the teacher."""
+    attention: Attention = "sdpa"
+    """Attention implementation of the teacher; the flash ones need the package flash-attn and a GPU."""
     trust_remote_code: bool = False
     """Run Python code that ships with the teacher's checkpoint."""
     mode: Literal["pool", "local"] = "pool"
     """`pool`: Ray actors of its own. `local`: inside every student worker (small teachers, debugging)."""
-    replicas: PositiveInt = 1
-    """Whole copies of the teacher in the pool."""
+    replicas: ReplicaRange = ReplicaRange(min=1, max=1)
+    """Whole copies of the teacher in the pool: a number, or `{min: 1, max: 4}` to follow the load."""
     shards: PositiveInt = 1
     """Processes (GPUs) that share one replica by tensor parallelism."""
     cpus_per_shard: Positive = 1.0
     """CPUs reserved for each shard."""
-    payload: Literal["hidden", "logits"] = "hidden"
-    """`hidden`: final hidden states, logits are rebuilt at the student (exact). `logits`: whole vocabulary on the wire."""
+    payload: Payload = "hidden"
+    """What the teacher sends per loss position. Exact: `hidden` (final hidden states; logits are rebuilt at the student),
+    `logits` (whole vocabulary). Approximate: `hidden_int8`, `hidden_fp8` (a scale per token), `topk` (the likeliest ids)."""
+    topk: PositiveInt = 64
+    """Ids sent per loss position with `payload: topk`; the mass of all others is sent as one number."""
     max_tokens: PositiveInt = 16384
-    """Tokens (rows x length) a replica computes in one forward pass; longer requests are split in order."""
+    """Tokens (rows x length) a replica computes in one forward pass; longer requests are split, rows of like length
+    together."""
     window: PositiveInt = 4
     """Requests each student worker keeps in flight ahead of the step that consumes them."""
+    window_mib: PositiveInt = 1024
+    """Memory (MiB) that the answers of these requests may take; fewer are in flight where this is reached first."""
+    hedge_after: NonNegative = 5.0
+    """Send a request to another replica too once it takes so many times as long as usual; 0 never does."""
     timeout_s: Positive = 600.0
     """Seconds to wait for the pool to start, or for one answer, before the run stops with an error."""
     idle_timeout_s: Positive = 600.0
@@ -139,8 +182,8 @@ class StudentConfig(Section):
     """Add mean-initialised rows for token ids only the teacher has, and save the teacher's tokenizer."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute precision. With bfloat16 DeepSpeed keeps float32 master weights."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention implementation of the student."""
+    attention: Attention = "sdpa"
+    """Attention implementation of the student; the flash ones need the package flash-attn and a GPU."""
     trust_remote_code: bool = False
     """Run Python code that ships with the student's checkpoint."""
     workers: PositiveInt = 1
@@ -192,6 +235,11 @@ class StudentConfig(Section):
             raise ValueError(f"student.layers only goes with init: cut (found init: {self.init})")
         if self.init != "scratch" and self.architecture:
             raise ValueError(f"student.architecture only goes with init: scratch (found init: {self.init})")
+        if self.dtype == "float32" and "flash" in self.attention:
+            raise ValueError(
+                f"student.attention: {self.attention} computes in bfloat16 only (found student.dtype: float32); set "
+                "student.dtype: bfloat16 or student.attention: sdpa"
+            )
         if self.dtype == "bfloat16" and self.zero_stage == 0:
             raise ValueError(
                 "student.zero_stage: 0 with student.dtype: bfloat16 has no float32 master weights in DeepSpeed; "
@@ -251,8 +299,9 @@ class LossConfig(Section):
     """Mixing weight of `js` (the teacher's), `skew_forward_kl` and `skew_reverse_kl`; their default is 0.1."""
     sft_weight: Unit = 0.0
     """Share of plain cross-entropy on the labels: loss = (1 - sft_weight) * divergence + sft_weight * cross-entropy."""
-    chunk_tokens: PositiveInt = 1024
-    """Loss positions whose logits exist at the same time."""
+    memory_mib: PositiveInt | None = None
+    """Memory (MiB) for the logits that exist at the same time, which sets how many positions share a matmul. Default: 128
+    on a CPU, 2048 on a GPU."""
 
     @model_validator(mode="after")
     def _weight_fits(self) -> "LossConfig":
@@ -362,9 +411,9 @@ class DistillConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "DistillConfig":
-        if self.teacher.mode == "local" and (self.teacher.replicas, self.teacher.shards) != (1, 1):
+        if self.teacher.mode == "local" and (self.teacher.replicas.max, self.teacher.shards) != (1, 1):
             raise ValueError(
-                f"teacher.mode: local has one replica and one shard (found replicas: {self.teacher.replicas}, "
+                f"teacher.mode: local has one replica and one shard (found replicas: {self.teacher.replicas.max}, "
                 f"shards: {self.teacher.shards}); set teacher.mode: pool"
             )
         if self.data.streaming and self.train.epochs is not None:

@@ -39,3 +39,8 @@ def torch_device(kind: str, local_rank: int = 0) -> torch.device:
 def collective_backend(kind: str) -> str:
     """Backend of torch.distributed. On GPUs gloo carries CPU tensors beside nccl, for control values."""
     return "gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl"
+
+
+def loss_memory_mib(device: torch.device) -> int:
+    """Default of `loss.memory_mib`: caches favour small chunks on a CPU, matmuls need large ones on a GPU."""
+    return 128 if device.type == "cpu" else 2048

@@ -25,7 +25,7 @@ class Evaluation:
 def evaluate(
     student: Student,
     teacher: TeacherClient,
-    teacher_head: Head,
+    teacher_head: Head | None,
     rows: Sequence[Row],
     world: World,
     micro_batch_size: int,

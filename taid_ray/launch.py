@@ -10,7 +10,16 @@ import ray
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from taid_ray.cluster import Demand, check_capacity, check_object_store, cluster_has_gpus, demand_of, ray_cluster
+from taid_ray.actors.live import announced
+from taid_ray.cluster import (
+    Demand,
+    capacity_note,
+    check_capacity,
+    check_object_store,
+    cluster_has_gpus,
+    demand_of,
+    ray_cluster,
+)
 from taid_ray.config import DistillConfig
 from taid_ray.device import collective_backend, resolve
 from taid_ray.errors import ClusterError, TaidRayError
@@ -55,7 +64,9 @@ def distill(config: DistillConfig) -> RunResult:
             demand = demand_of(config, device)
             check_capacity(demand)
             if config.teacher.mode == "pool":
-                check_object_store(plan.payload_bytes, config.teacher.window, demand.workers)
+                check_object_store(plan.payload_bytes, config.teacher, demand.workers)
+            if room := capacity_note(demand):
+                view.say(f"note: {room}")
             with run_directory(config):
                 summary = run_on_cluster(config, plan, demand, view)
     return RunResult(config.run_dir, summary)
@@ -67,6 +78,7 @@ def run_on_cluster(config: DistillConfig, plan: Plan, demand: Demand, view: Prog
     with (
         scheduler_actor(config, plan, f"taid-scheduler-{run_id}") as scheduler,
         teacher_pool(config, plan, demand, f"taid-teacher-{run_id}", scheduler, view) as pool,
+        announced(config.run_dir, pool),
         followed(scheduler, plan, view),
     ):
         view.say(f"starting {demand.workers} student worker(s)")

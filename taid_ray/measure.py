@@ -9,10 +9,10 @@ import torch
 from rich.table import Table
 
 from taid_ray.batch import Batch, collate
-from taid_ray.chunked import chunked_scores
+from taid_ray.chunked import Projection, chunk_tokens_for, chunked_scores
 from taid_ray.config import DataConfig, DistillConfig, build_config
 from taid_ray.data import validation_rows
-from taid_ray.device import resolve, torch_device
+from taid_ray.device import loss_memory_mib, resolve, torch_device
 from taid_ray.documents import open_documents, read_blocks
 from taid_ray.encoding import Encoder
 from taid_ray.errors import ConfigError, DataError
@@ -20,8 +20,9 @@ from taid_ray.hub import connection_restored
 from taid_ray.metrics import perplexity
 from taid_ray.models import Head, hidden_states, load_causal_lm, tested_head
 from taid_ray.packing import Sample
+from taid_ray.payload import TeacherOutput
 from taid_ray.preflight import check_models, context_length, model_configs, run_tokenizer, shared_vocabulary
-from taid_ray.teacher_model import TeacherModel, check_finite
+from taid_ray.teacher_model import TeacherModel
 from taid_ray.vocabulary import check_ids
 
 ROUGE_ROWS, ROUGE_NEW_TOKENS = 64, 128
@@ -156,18 +157,13 @@ def _score(student: Any, head: Head, teacher: TeacherModel, batch: Batch, device
     """Sums over the batch's loss positions, [student's cross-entropy, teacher's, KL, positions]."""
     inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
     hidden = hidden_states(student, inputs).flatten(0, 1)[batch.loss_positions.to(device)]
-    teacher_hidden, teacher_head = teacher.score(batch.inputs, batch.loss_positions), teacher.head().to(device)
-    check_finite(teacher_hidden, "hidden")
+    answer = teacher.score(batch.inputs, batch.loss_positions, batch.labels)
+    teacher.info().check_output(answer, batch.num_loss_tokens)
     scores = chunked_scores(
-        hidden,
-        head.weight,
-        teacher_hidden,
-        teacher_head.weight,
-        labels=batch.labels.to(device),
-        student_bias=head.bias,
-        teacher_bias=teacher_head.bias,
-        student_transform=head.transform,
-        teacher_transform=teacher_head.transform,
+        Projection(hidden, head.weight, head.bias, head.transform),
+        TeacherOutput("hidden", answer).target(teacher.head().to(device)),
+        batch.labels.to(device),
+        chunk_tokens=chunk_tokens_for(head.weight.shape[0], loss_memory_mib(device) * 2**20),
     )
     figures = (scores.student_ce, scores.teacher_ce, scores.kl, batch.num_loss_tokens)
     return torch.tensor([float(figure) for figure in figures], dtype=torch.float64)

@@ -34,6 +34,20 @@ class StepMetrics:
     step_s: float
     teacher_wait_s: float
     """Longest time any worker stood still for the teacher in this step."""
+    data_s: float
+    """This and the following times are rank 0's; with `teacher_wait_s` they make up `step_s`, but for bookkeeping. Here:
+    reading the next batches and sending them to the teacher."""
+    forward_s: float
+    """Without the loss."""
+    loss_s: float
+    """Heads, divergence, and the gradients that are formed with it."""
+    backward_s: float
+    optimizer_s: float
+    """With the reduction of the gradients that is left over."""
+    schedule_wait_s: float
+    """Waiting for the next t after the optimizer."""
+    teacher_compute_s: float
+    """Seconds of computation that all teacher replicas spent on this step."""
     payload_bytes: int
     samples_seen: int
 

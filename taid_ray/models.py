@@ -139,9 +139,10 @@ def load_causal_lm(
 ) -> Any:
     """A causal language model in eval mode, on CPU unless `device` says otherwise.
 
-    shards > 1: this process's part of a tensor-parallel model; all `shards` processes of an initialised process group
-    must call it together. Raises ModelError if there is no such model, its architecture or a setting is not supported,
-    or the checkpoint lacks weights.
+    attention: as transformers names it; the flash ones need the package flash-attn and a GPU. shards > 1: this process's
+    part of a tensor-parallel model; all `shards` processes of an initialised process group must call it together.
+    Raises ModelError if there is no such model, its architecture or a setting is not supported, or the checkpoint lacks
+    weights.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -157,7 +158,7 @@ def load_causal_lm(
         options["distributed_config"] = DistributedConfig(tp_size=shards, tp_plan="auto")
     elif device is not None and (device.type != "cpu" or quantization):
         options["device_map"] = {"": device}
-    with _explained(key, name, "model") as source:
+    with _explained(key, name, "model") as source, explained_attention(attention, _section(key)):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             revision=revision,
@@ -196,11 +197,30 @@ def _explained(key: str, name: str, what: str) -> Iterator[str]:
     logging.set_verbosity_error()
     try:
         yield str(path) if path.is_dir() else name
+    except ModelError:
+        raise
     except Exception as error:  # transformers and what it calls raise many types here; all mean "cannot be loaded"
         remedy = _remedy(_section(key), error, path.is_dir(), what)
         raise ModelError(f"{key} = {name}: the {what} cannot be loaded. {remedy}") from error
     finally:
         logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def explained_attention(attention: str, section: str) -> Iterator[None]:
+    """Turns what transformers raises where a flash attention cannot be had into a ModelError.
+
+    section: teacher or student, whose configuration asks for this attention.
+    """
+    try:
+        yield
+    except (ImportError, ValueError) as error:
+        if "flash" not in attention or "flash" not in str(error).lower():
+            raise
+        raise ModelError(
+            f"{section}.attention = {attention} cannot be used on this machine; set {section}.attention: sdpa, or install "
+            f"flash attention on all machines of the {section} ({_one_line(error)})"
+        ) from error
 
 
 def _section(key: str) -> str:
@@ -240,9 +260,20 @@ def _remedy(section: str, error: Exception, is_local: bool, what: str) -> str:
 def hidden_states(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     """[B, T, H]: what the head of a causal language model is applied to (after the final norm).
 
-    No attention mask is passed: with restarting position_ids and no cache, transformers keeps packed documents apart.
+    inputs: [B, T] each. No attention mask is passed: with restarting position_ids and no cache, transformers keeps
+    packed documents apart.
     """
-    return model.base_model(**inputs, use_cache=False)[0]
+    rows, length = inputs["input_ids"].shape
+    if _is_flash(model):
+        # transformers' flash attention looks for packed documents only in inputs of one row, and would mix them silently
+        # in others (its `_is_packed_sequence`). So all rows become one; their position_ids keep them apart.
+        inputs = {name: tensor.reshape(1, -1) for name, tensor in inputs.items()}
+    hidden: Tensor = model.base_model(**inputs, use_cache=False)[0]
+    return hidden.reshape(rows, length, -1)
+
+
+def _is_flash(model: Any) -> bool:
+    return "flash" in (getattr(model.config, "_attn_implementation", None) or "")
 
 
 def head_of(model: Any) -> Head:
@@ -292,6 +323,11 @@ def self_test(model: Any, head: Head) -> Tensor:
     """
     inputs = probe_inputs(head.weight.shape[0], head.weight.device)
     name = type(model).__name__
+    if _is_flash(model) and head.weight.dtype == torch.float32:
+        raise ModelError(
+            f"flash attention computes in bfloat16 or float16 only (found {name} in float32); set dtype: bfloat16, or "
+            "attention: sdpa"
+        )
     try:
         hidden = hidden_states(model, inputs)
         own = _whole(model(**inputs, use_cache=False).logits)
@@ -314,10 +350,10 @@ def check_packing(model: Any) -> None:
     Expects a model in eval mode. Collective for a tensor-parallel model. Raises ModelError if they do.
     """
     table = model.get_input_embeddings().weight
-    ids = probe_inputs(table.shape[0], table.device)["input_ids"][:1]
+    ids = probe_inputs(table.shape[0], table.device)["input_ids"]  # two rows: some code packs single ones only
     cut = PROBE_LENGTH // 2 - 1
     parts = [ids[:, :cut], ids[:, cut:]]
-    positions = [torch.arange(part.shape[1], device=ids.device)[None] for part in parts]
+    positions = [torch.arange(part.shape[1], device=ids.device).expand(PROBE_ROWS, -1) for part in parts]
     packed = hidden_states(model, {"input_ids": ids, "position_ids": torch.cat(positions, 1)})
     alone = [
         hidden_states(model, {"input_ids": part, "position_ids": position})
@@ -338,12 +374,27 @@ def tested_head(model: Any, key: str, packed: bool) -> Head:
     """
     try:
         head = head_of(model)
-        self_test(model, head)
-        if packed:
-            check_packing(model)
+        with _attention_that_runs(model, head.weight.device):
+            self_test(model, head)
+            if packed:
+                check_packing(model)
     except ModelError as error:
         raise ModelError(f"{key}: {error}") from None
     return head
+
+
+@contextmanager
+def _attention_that_runs(model: Any, device: torch.device) -> Iterator[None]:
+    """For a model that is to use flash attention but does not lie on a GPU yet: sdpa, meanwhile."""
+    chosen = getattr(model.config, "_attn_implementation", None)
+    replaced = _is_flash(model) and device.type == "cpu"
+    if replaced:
+        model.config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        if replaced:
+            model.config._attn_implementation = chosen
 
 
 def _relative_difference(found: Tensor, expected: Tensor) -> float:

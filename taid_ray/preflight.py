@@ -9,6 +9,7 @@ from taid_ray.data import TrainingData, validation_rows
 from taid_ray.errors import ConfigError
 from taid_ray.hub import offline_if_unreachable
 from taid_ray.models import check_causal_lm, check_divisible, check_weights, load_model_config, load_tokenizer
+from taid_ray.payload import bytes_per_token, check_topk
 from taid_ray.schedule import adaptive_is_linear
 from taid_ray.student_model import check_student, has_teacher_tokenizer, student_model_config
 from taid_ray.vocabulary import Vocabulary, align, check_ids
@@ -60,6 +61,8 @@ def prepare(config: DistillConfig) -> Plan:
     check_models(config, teacher_config, student_config)
     tokenizer = run_tokenizer(config)
     vocabulary = shared_vocabulary(config, teacher_config, student_config)
+    if config.teacher.payload == "topk":
+        check_topk(config.teacher.topk, vocabulary.num_shared)
     data = TrainingData(config.data, tokenizer, config.train.seed, config.train.batch_size)
     checked = check_data(config.data, data, tokenizer, vocabulary.num_shared)
     return Plan(
@@ -105,10 +108,11 @@ def check_data(config: DataConfig, data: TrainingData, tokenizer: Any, num_share
 
 def largest_payload(config: DistillConfig, teacher_config: Any, vocabulary: Vocabulary) -> int:
     """Bytes of the teacher's answer to a micro-batch in which every position carries loss."""
-    text, positions = teacher_config.get_text_config(), config.train.micro_batch_size * config.data.sequence_length
-    width = text.hidden_size if config.teacher.payload == "hidden" else vocabulary.num_shared
-    kept = config.teacher.dtype if config.teacher.dtype != "auto" else str(text.dtype).removeprefix("torch.")
-    return int(positions * width * (2 if kept in ("bfloat16", "float16") else 4))
+    text, teacher = teacher_config.get_text_config(), config.teacher
+    kept = teacher.dtype if teacher.dtype != "auto" else str(text.dtype).removeprefix("torch.")
+    itemsize = 2 if kept in ("bfloat16", "float16") else 4
+    per_token = bytes_per_token(teacher.payload, text.hidden_size, vocabulary.num_shared, teacher.topk, itemsize)
+    return config.train.micro_batch_size * config.data.sequence_length * per_token
 
 
 def model_configs(config: DistillConfig) -> tuple[Any, Any]:

@@ -2,17 +2,19 @@
 
 import queue
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
+from time import perf_counter
 from typing import Any, TypeVar
 
 from taid_ray.batch import Batch, Row, collate
+from taid_ray.clock import PhaseClock
 from taid_ray.data import Cursor
-from taid_ray.teacher_model import TeacherClient, TeacherOutput
+from taid_ray.payload import TeacherOutput
+from taid_ray.teacher_model import TeacherClient
 from taid_ray.world import World
 
 T = TypeVar("T")
@@ -76,31 +78,38 @@ def read_ahead(items: Iterator[T], depth: int) -> Iterator[T]:
 class Prefetcher:
     """Hands out steps, and their micro-batches with the teacher's outputs, in order.
 
-    Up to `window` requests are at the teacher at any time, across step boundaries. They depend on neither t nor the
-    student, so reading ahead changes nothing.
+    At any time up to `window` requests, of answers of at most `window_bytes` together, are at the teacher or wait here,
+    across step boundaries; one always is. They depend on neither t nor the student, so reading ahead changes nothing.
     """
 
-    def __init__(self, steps: Iterator[StepBatches], teacher: TeacherClient, window: int):
-        self._steps, self._teacher, self._window = steps, teacher, window
+    def __init__(
+        self, steps: Iterator[StepBatches], teacher: TeacherClient, window: int, window_bytes: int, clock: PhaseClock
+    ):
+        self._steps, self._teacher, self._clock = steps, teacher, clock
+        self._window, self._window_tokens = window, window_bytes // teacher.info().bytes_per_token
         self._announced: deque[StepBatches] = deque()
         self._unsent: deque[Batch] = deque()
         self._in_flight: deque[tuple[Batch, Any]] = deque()
+        self._tokens_in_flight = 0
         self.wait_s = 0.0
-        """Total time `collect` has stood still."""
+        """Total time `collect` has stood still for the teacher."""
         self._fill()
 
     def next_step(self) -> StepBatches:
         """Raises StopIteration after the last step."""
         if not self._announced:
-            self._read()
+            with self._clock.phase("data"):
+                self._read()
         return self._announced.popleft()
 
     def collect(self) -> tuple[Batch, TeacherOutput]:
-        """The next micro-batch of the step handed out last."""
+        """The next micro-batch of the step handed out last. Sends the requests that now find room before it returns."""
         batch, request = self._in_flight.popleft()
-        start = time.perf_counter()
-        output = self._teacher.collect(request)
-        self.wait_s += time.perf_counter() - start
+        start = perf_counter()
+        with self._clock.phase("teacher_wait"):
+            output = self._teacher.collect(request)
+        self.wait_s += perf_counter() - start
+        self._tokens_in_flight -= batch.num_loss_tokens
         self._fill()
         return batch, output
 
@@ -110,11 +119,16 @@ class Prefetcher:
         self._unsent.extend(step.batches)
 
     def _fill(self) -> None:
-        while len(self._in_flight) < self._window:
-            if not self._unsent:
-                try:
-                    self._read()
-                except StopIteration:
+        with self._clock.phase("data"):
+            while len(self._in_flight) < self._window:
+                if not self._unsent:
+                    try:
+                        self._read()
+                    except StopIteration:
+                        return
+                tokens = self._unsent[0].num_loss_tokens
+                if self._in_flight and self._tokens_in_flight + tokens > self._window_tokens:
                     return
-            batch = self._unsent.popleft()
-            self._in_flight.append((batch, self._teacher.submit(batch)))
+                batch = self._unsent.popleft()
+                self._in_flight.append((batch, self._teacher.submit(batch)))
+                self._tokens_in_flight += tokens

@@ -6,7 +6,6 @@ only place where the head's weight is whole (outside it has shape (0,), and tied
 
 import math
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from taid_ray.batch import Batch
-from taid_ray.chunked import LogitTransform, LossParts, Scores, chunked_loss, chunked_scores
+from taid_ray.chunked import (
+    LogitTransform,
+    LossParts,
+    Projection,
+    Scores,
+    Target,
+    chunk_tokens_for,
+    chunked_loss,
+    chunked_scores,
+)
+from taid_ray.clock import PhaseClock
 from taid_ray.config import DistillConfig
+from taid_ray.device import loss_memory_mib
 from taid_ray.errors import NonFiniteLossError
 from taid_ray.models import Head, head_of, hidden_states
+from taid_ray.payload import TeacherOutput
 from taid_ray.student_model import add_lora, merged_model
-from taid_ray.teacher_model import TeacherOutput
 from taid_ray.world import World
 
 HeadFunction = Callable[[Tensor, Tensor, Tensor | None], Any]
@@ -62,12 +72,22 @@ def let_head_run_functions(head: Any) -> None:
 
 
 class Student:
-    def __init__(self, config: DistillConfig, model: Any, num_shared: int, world: World, device: torch.device):
+    def __init__(
+        self,
+        config: DistillConfig,
+        model: Any,
+        num_shared: int,
+        world: World,
+        device: torch.device,
+        clock: PhaseClock,
+    ):
         """Wraps `model` (on CPU, float32). All ranks must pass identical weights.
 
         num_shared: vocabulary ids that teacher and student share; the loss sees these rows of the head only.
+        clock: told of the time the loss takes.
         """
         self.world, self.config, self.num_shared, self.device = world, config, num_shared, device
+        self.clock = clock
         self.transform: LogitTransform = head_of(model).transform
         self.causal_lm = model
         self.num_parameters = int(model.num_parameters())
@@ -86,6 +106,8 @@ class Student:
         if self.clips_itself:
             # ZeRO 0 hands clipping to a helper that keeps no norm; this hook runs after the gradients are reduced.
             optimizer.register_step_pre_hook(self._clip)
+        memory_mib = config.loss.memory_mib or loss_memory_mib(device)
+        self.chunk_tokens = chunk_tokens_for(num_shared, memory_mib * 2**20)
         self.engine, *_ = deepspeed.initialize(
             model=Distiller(self.trained, model).to(device),
             optimizer=optimizer,
@@ -93,30 +115,44 @@ class Student:
         )
 
     def forward(
-        self, batch: Batch, teacher_output: TeacherOutput, teacher_head: Head, t: float
+        self, batch: Batch, teacher_output: TeacherOutput, teacher_head: Head | None, t: float
     ) -> tuple[Tensor, LossParts]:
-        """The loss summed over this micro-batch's loss positions, and its detached parts."""
+        """The loss summed over this micro-batch's loss positions, and its detached parts.
+
+        teacher_head: None where the teacher's payload carries probabilities.
+        """
         loss = self.config.loss
-        function = partial(
-            self._chunked,
-            chunked_loss,
-            batch,
-            teacher_output,
-            teacher_head,
-            name=loss.name,
-            t=t,
-            sft_weight=loss.sft_weight,
-            weight=loss.weight,
-            return_parts=True,
-        )
-        total, parts = self._run(batch, function)
+        teacher, labels = self._target(batch, teacher_output, teacher_head)
+
+        def compute(hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> tuple[Tensor, LossParts]:
+            with self.clock.phase("loss"):
+                return chunked_loss(
+                    loss.name,
+                    self._projection(hidden, head_weight, head_bias),
+                    teacher,
+                    # A tensor, so that its changing value recompiles nothing; on the CPU, so that no device waits for it.
+                    t=torch.tensor(t, dtype=torch.float64),
+                    labels=labels,
+                    sft_weight=loss.sft_weight,
+                    weight=loss.weight,
+                    chunk_tokens=self.chunk_tokens,
+                    return_parts=True,
+                )
+
+        total, parts = self._run(batch, compute)
         return total, parts
 
     @torch.no_grad()
-    def score(self, batch: Batch, teacher_output: TeacherOutput, teacher_head: Head) -> Scores:
+    def score(self, batch: Batch, teacher_output: TeacherOutput, teacher_head: Head | None) -> Scores:
         """Validation sums of this micro-batch. Collective under ZeRO-3: every rank must call it equally often."""
+        teacher, labels = self._target(batch, teacher_output, teacher_head)
+
+        def compute(hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> Scores:
+            student = self._projection(hidden, head_weight, head_bias)
+            return chunked_scores(student, teacher, labels, chunk_tokens=self.chunk_tokens)
+
         self.engine.eval()
-        scores: Scores = self._run(batch, partial(self._chunked, chunked_scores, batch, teacher_output, teacher_head))
+        scores: Scores = self._run(batch, compute)
         self.engine.train()
         return scores
 
@@ -145,36 +181,17 @@ class Student:
         inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.inputs.items()}
         return self.engine(inputs, batch.loss_positions.to(self.device), function)
 
-    def _chunked(
-        self,
-        function: Callable[..., Any],
-        batch: Batch,
-        teacher_output: TeacherOutput,
-        teacher_head: Head,
-        hidden: Tensor,
-        head_weight: Tensor,
-        head_bias: Tensor | None,
-        name: str = "",
-        **options: Any,
-    ) -> Any:
-        """Calls chunked_loss or chunked_scores with both sides cut to the shared vocabulary."""
-        whole = head_weight.shape[0] == self.num_shared
-        rebuilt = teacher_output.kind == "hidden"
-        leading = (name,) if name else ()
-        return function(
-            *leading,
-            hidden,
-            head_weight if whole else head_weight[: self.num_shared],
-            teacher_output.values.to(self.device, non_blocking=True),
-            teacher_head.weight if rebuilt else None,
-            labels=batch.labels.to(self.device),
-            student_bias=head_bias if head_bias is None or whole else head_bias[: self.num_shared],
-            teacher_bias=teacher_head.bias if rebuilt else None,
-            student_transform=self.transform,
-            teacher_transform=teacher_head.transform if rebuilt else LogitTransform(),
-            chunk_tokens=self.config.loss.chunk_tokens,
-            **options,
-        )
+    def _target(self, batch: Batch, teacher_output: TeacherOutput, teacher_head: Head | None) -> tuple[Target, Tensor]:
+        """The teacher's side of the loss, and the labels, on this device."""
+        labels = batch.labels.to(self.device, non_blocking=True)
+        return teacher_output.to(self.device).target(teacher_head), labels
+
+    def _projection(self, hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> Projection:
+        """The student's side of the loss, cut to the shared vocabulary."""
+        if head_weight.shape[0] > self.num_shared:
+            head_weight = head_weight[: self.num_shared]
+            head_bias = None if head_bias is None else head_bias[: self.num_shared]
+        return Projection(hidden, head_weight, head_bias, self.transform)
 
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]

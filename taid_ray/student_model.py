@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from taid_ray.config import DistillConfig, LoraConfig, StudentConfig, TeacherConfig
 from taid_ray.errors import ConfigError, ModelError
-from taid_ray.models import load_causal_lm, load_generation_config, load_model_config
+from taid_ray.models import explained_attention, load_causal_lm, load_generation_config, load_model_config
 from taid_ray.vocabulary import Vocabulary
 
 SAMPLING_VALUES = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -34,9 +34,10 @@ def build_student(config: DistillConfig, vocabulary: Vocabulary | None) -> Any:
                 key="student.model",
             )
         case "scratch":
-            model = from_architecture(
-                student_model_config(config), student.attention, config.train.seed, origin(config).trust_remote_code
-            )
+            with explained_attention(student.attention, "student"):
+                model = from_architecture(
+                    student_model_config(config), student.attention, config.train.seed, origin(config).trust_remote_code
+                )
         case "cut":
             model = cut_layers(config)
     if vocabulary is not None and student.resize_to_teacher:
@@ -103,14 +104,16 @@ def check_student(config: DistillConfig, model_config: Any) -> None:
         try:
             if student.architecture and hasattr(model_config, "validate"):
                 model_config.validate()
-            model = from_architecture(model_config, student.attention, 0, remote_code)
+            # Flash attention need not be installed where nothing is computed, for example on the driver.
+            attention = "eager" if "flash" in student.attention else student.attention
+            model = from_architecture(model_config, attention, 0, remote_code)
         except (TypeError, ValueError, LookupError, RuntimeError, ArithmeticError, StrictDataclassError) as error:
             raise ConfigError(
                 f"{key}: no {type(model_config).__name__} model can be built with {value} "
                 f"({' '.join(str(error).split())[:200]})"
             ) from None
         if student.init == "cut":
-            teacher = from_architecture(_architecture(config), student.attention, 0, remote_code)
+            teacher = from_architecture(_architecture(config), attention, 0, remote_code)
             _kept_state(teacher, model, student.layers or [])
         if student.lora is not None:
             add_lora(model, student.lora, 0)
@@ -188,13 +191,14 @@ def cut_layers(config: DistillConfig) -> Any:
         config.teacher.model,
         revision=config.teacher.revision,
         dtype="float32",
-        attention=config.student.attention,
+        attention="eager",  # only its weights are used
         trust_remote_code=config.teacher.trust_remote_code,
         key="teacher.model",
     )
-    student = from_architecture(
-        student_model_config(config), config.student.attention, config.train.seed, config.teacher.trust_remote_code
-    )
+    with explained_attention(config.student.attention, "student"):
+        student = from_architecture(
+            student_model_config(config), config.student.attention, config.train.seed, config.teacher.trust_remote_code
+        )
     student.load_state_dict(_kept_state(teacher, student, config.student.layers or []))
     student.generation_config = teacher.generation_config
     return student
@@ -321,9 +325,8 @@ def merged_model(config: DistillConfig, source: Any, state: dict[str, Tensor]) -
 
     source: the model that was trained, for its config; its own weights may be partitioned.
     """
-    student = config.student
     model = from_architecture(
-        copy.deepcopy(source.config), student.attention, config.train.seed, origin(config).trust_remote_code
+        copy.deepcopy(source.config), "eager", config.train.seed, origin(config).trust_remote_code
     )
     model.generation_config = without_idle_sampling(source.generation_config)
     lora = config.student.lora

@@ -4,11 +4,14 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
 from taid_ray.actors.lease import keep_lease
-from taid_ray.actors.pool import start_pool, stop_pool
+from taid_ray.actors.pool import PoolWatch, start_pool, stop_pool
 from taid_ray.actors.scheduler import SchedulerOwner
 from taid_ray.cluster import Demand
 from taid_ray.config import DistillConfig, ScheduleConfig
@@ -53,7 +56,8 @@ def teacher_pool(
     if config.teacher.mode == "local":
         yield name
         return
-    view.say(f"starting the teacher pool: {demand.replicas} replica(s) x {demand.shards} shard(s)")
+    up_to = f" (up to {demand.max_replicas})" if demand.max_replicas > demand.replicas else ""
+    view.say(f"starting the teacher pool: {demand.replicas} replica(s){up_to} x {demand.shards} shard(s)")
     over = threading.Event()
 
     def go_on(waiting_for: str) -> None:
@@ -78,9 +82,12 @@ def teacher_pool(
         except Exception as problem:
             # Whatever went wrong, the workers wait for word of it; this one may not even pickle.
             error = TeacherError(f"the teacher pool could not be started: {type(problem).__name__}: {problem}")
-        while not over.is_set():  # said again and again, because a restarted scheduler actor has forgotten it
-            scheduler.set_pool(error)
-            over.wait(RETELL_S)
+        watch = PoolWatch(name)
+        scheduler.set_pool(error)
+        while not over.wait(RETELL_S):
+            scheduler.set_pool(error)  # again and again, because a restarted scheduler actor has forgotten it
+            if error is None:
+                _show_news(watch, view)
 
     stop_renewing: list[Any] = []
     starter = threading.Thread(target=start, name="taid-start-pool", daemon=True)
@@ -94,6 +101,12 @@ def teacher_pool(
         for stop in stop_renewing:
             stop()
         stop_pool(name)
+
+
+def _show_news(watch: PoolWatch, view: ProgressView) -> None:
+    with suppress(RayError, RayServeException):  # Serve or the pool's lease is being restarted, or removed
+        for line in watch.news():
+            view.say(line)
 
 
 @contextmanager

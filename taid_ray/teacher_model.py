@@ -2,34 +2,34 @@
 
 import hashlib
 import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from taid_ray.batch import Batch
 from taid_ray.chunked import LogitTransform
-from taid_ray.config import TeacherConfig
+from taid_ray.config import Payload, TeacherConfig
 from taid_ray.errors import ModelError, TeacherError
 from taid_ray.models import Head, check_packing, head_of, hidden_states, load_causal_lm, probe_inputs, self_test
+from taid_ray.payload import (
+    PayloadFormat,
+    TeacherOutput,
+    bytes_per_token,
+    check_output,
+    check_topk,
+    encode,
+    measured_error,
+    needs_head,
+)
 from taid_ray.wire import pack
 
-LOGIT_ROWS = 1024
-"""Positions whose float32 logits exist at once with payload `logits`."""
-
-
-@dataclass(frozen=True)
-class TeacherOutput:
-    """The teacher's answer for the N loss positions of a batch."""
-
-    values: Tensor
-    """[N, H] hidden states or [N, num_shared] logits, in the teacher's dtype."""
-    kind: Literal["hidden", "logits"]
-
-    @property
-    def num_bytes(self) -> int:
-        return self.values.numel() * self.values.element_size()
+PADDING_LIMIT = 256
+"""Padding (positions) one forward pass may hold. A pass of fewer positions than this costs a GPU about as much as one
+with these many, because it spends its time on reading the weights; so more padding than this is worth a second pass."""
 
 
 @dataclass(frozen=True)
@@ -37,20 +37,25 @@ class TeacherInfo:
     """What identifies a loaded teacher. Equal for all replicas of a pool, `probe_digest` possibly excepted."""
 
     fingerprint: str
-    """SHA-256 of architecture, precision, shared rows, payload and a sample of all weights (of one shard, if split)."""
+    """SHA-256 of architecture, precision, shared rows, payload, top-k and a sample of all weights (of one shard, if
+    split)."""
     probe_digest: str
-    """SHA-256 of the bits of the hidden states on a fixed probe; differs between kinds of hardware."""
+    """SHA-256 of the bits of the answer to a fixed probe; differs between kinds of hardware."""
     head_digest: str
     """SHA-256 of the head's shared rows (and bias)."""
     dtype: str
-    """Of the hidden states and logits it sends, for example bfloat16."""
+    """Of its hidden states and logits, for example bfloat16."""
     hidden_size: int
     num_parameters: int
     vocab_rows: int
     """Rows of the whole head."""
     num_shared: int
     """Rows that are used: the ids shared with the student."""
-    payload: Literal["hidden", "logits"]
+    payload: Payload
+    topk: int
+    """Ids per loss position of payload topk."""
+    bytes_per_token: int
+    """Bytes of an answer per loss position."""
     transform: LogitTransform
     has_bias: bool
     dropped_mass: float
@@ -62,6 +67,18 @@ class TeacherInfo:
         """Raises ModelError if packed rows must not be sent to this teacher."""
         if self.packing_error:
             raise ModelError(f"teacher.model: {self.packing_error}")
+
+    def check_output(self, tensors: Mapping[str, Tensor], num_positions: int) -> None:
+        """Raises TeacherError unless these may be this teacher's answer for so many loss positions."""
+        check_output(tensors, self._format, num_positions)
+
+    def empty_output(self, device: torch.device) -> TeacherOutput:
+        """The answer for no loss positions."""
+        return self._format.empty(device)
+
+    @property
+    def _format(self) -> PayloadFormat:
+        return PayloadFormat(self.payload, self.hidden_size, self.num_shared, self.topk, getattr(torch, self.dtype))
 
 
 class TeacherClient(Protocol):
@@ -75,6 +92,9 @@ class TeacherClient(Protocol):
 
     def collect(self, request: Any) -> TeacherOutput:
         """Waits for the answer. Raises TeacherError if there is none."""
+
+    def payload_error(self, batch: Batch) -> float:
+        """What the payload loses on a batch, see TeacherModel.payload_error."""
 
     def head(self) -> Head:
         """The head's shared rows."""
@@ -91,8 +111,10 @@ class TeacherModel:
         """Loads and tests the model. With config.shards > 1 all processes of the group construct it together.
 
         leader: False for the shards whose answers nobody reads; they keep no whole head.
-        Raises ModelError if the model cannot be used, TeacherError if it is not deterministic.
+        Raises ConfigError or ModelError if the model cannot be used so, TeacherError if it is not deterministic.
         """
+        if config.payload == "topk":
+            check_topk(config.topk, num_shared)
         self._config, self._device = config, device
         self._model = load_causal_lm(
             config.model,
@@ -106,16 +128,16 @@ class TeacherModel:
             key="teacher.model",
         ).requires_grad_(False)
         whole = head_of(self._model)
-        self._vocab_rows, self._dtype = whole.weight.shape[0], whole.weight.dtype
+        self._vocab_rows, self._num_shared, self._dtype = whole.weight.shape[0], num_shared, whole.weight.dtype
         if num_shared > self._vocab_rows:
             raise ModelError(
                 f"teacher.model = {config.model} has {self._vocab_rows} vocabulary rows, fewer than the {num_shared} ids "
                 "it is to share with the student; choose a teacher that was trained with this tokenizer"
             )
-        self._width = whole.weight.shape[1] if config.payload == "hidden" or not leader else num_shared
+        self._hidden_size = whole.weight.shape[1]
         logits = self_test(self._model, whole)
         self._head: Head | None = whole.rows(num_shared) if leader else None
-        if self._head is not None and config.shards > 1 and config.payload == "hidden":
+        if self._head is not None and config.shards > 1 and needs_head(config.payload):
             self._head = self._head.to(torch.device("cpu"))  # a gathered copy that is only sent away
         answer = self._check_deterministic()
         packing_error = _packing_error(self._model)
@@ -127,28 +149,30 @@ class TeacherModel:
         """The transformers model, for what scoring does not offer (text generation)."""
         return self._model
 
-    @torch.no_grad()  # not inference_mode: its tensors may not be saved for a student's backward pass
-    def score(self, inputs: dict[str, Tensor], loss_positions: Tensor) -> Tensor:
-        """[N, H] hidden states or [N, num_shared] logits at the loss positions, on the teacher's device.
+    def score(self, inputs: dict[str, Tensor], loss_positions: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The payload's tensors (see payload) at the loss positions, on the teacher's device; {} but for the leader.
 
         inputs: [B, T] each, padded on the right with continuing position_ids. loss_positions: [N], ascending, into
-        B * T. Rows are split in order by config.max_tokens, a function of this request alone, so that the same request
-        always gives the same bits. Collective for a tensor-parallel teacher. Raises TeacherError for impossible ids.
+        B * T. labels: [N], the ids they predict, which only payload topk looks at. What is computed together is a
+        function of this request alone, so that the same request always gives the same bits. Collective for a
+        tensor-parallel teacher. Raises TeacherError for impossible ids.
+        """
+        self.check_request(inputs, loss_positions, labels)
+        hidden = self._hidden(inputs, loss_positions)
+        if self._head is None:
+            return {}
+        return encode(self._config.payload, hidden, self._head, labels.to(self._device), self._config.topk)
+
+    def payload_error(self, inputs: dict[str, Tensor], loss_positions: Tensor) -> float:
+        """What the payload loses on average over the loss positions, see payload.measured_error; 0.0 if exact.
+
+        Arguments, errors as in `score`. Of the leader, while the other shards of a tensor-parallel teacher `score`.
         """
         self.check_request(inputs, loss_positions)
-        rows, length = inputs["input_ids"].shape
-        step = max(1, self._config.max_tokens // length)
-        parts = [torch.empty(0, self._width, dtype=self._dtype, device=self._device)]
-        for start in range(0, rows, step):
-            first, last = start * length, min(start + step, rows) * length
-            chosen = loss_positions[(loss_positions >= first) & (loss_positions < last)] - first
-            if len(chosen):
-                chunk = {name: tensor[start : start + step].to(self._device) for name, tensor in inputs.items()}
-                hidden = hidden_states(self._model, chunk).flatten(0, 1)[chosen.to(self._device)]
-                parts.append(self._payload(hidden))
-        return torch.cat(parts)
+        hidden, config = self._hidden(inputs, loss_positions), self._config
+        return measured_error(config.payload, hidden, self.head().to(self._device), config.topk)
 
-    def check_request(self, inputs: dict[str, Tensor], loss_positions: Tensor) -> None:
+    def check_request(self, inputs: dict[str, Tensor], loss_positions: Tensor, labels: Tensor | None = None) -> None:
         """Raises TeacherError for ids or positions that do not exist: on a GPU they would take the process down."""
         ids = inputs["input_ids"]
         if ids.ndim != 2 or not ids.numel():
@@ -164,6 +188,8 @@ class TeacherModel:
             raise TeacherError(
                 f"loss positions must lie in 0 to {ids.numel() - 1} (found up to {int(loss_positions.max())})"
             )
+        if labels is not None:
+            self._check_labels(labels, len(loss_positions))
 
     def head(self) -> Head:
         """The head's first num_shared rows. Of the leader only."""
@@ -174,37 +200,65 @@ class TeacherModel:
         """Of the leader only."""
         return self._info
 
-    def _payload(self, hidden: Tensor) -> Tensor:
-        if self._config.payload == "hidden" or self._head is None:
-            return hidden
-        return torch.cat([self._head.logits(part).to(self._dtype) for part in hidden.split(LOGIT_ROWS)])
+    def _check_labels(self, labels: Tensor, num_positions: int) -> None:
+        if labels.shape != (num_positions,):
+            raise TeacherError(
+                f"a request must hold one label per loss position (found {tuple(labels.shape)} for {num_positions})"
+            )
+        if self._config.payload == "topk" and num_positions:
+            low, high = int(labels.min()), int(labels.max())
+            if low < 0 or high >= self._num_shared:
+                raise TeacherError(
+                    f"labels must lie in 0 to {self._num_shared - 1} (found {low} to {high}); check the tokenizer"
+                )
 
-    def _check_deterministic(self) -> Tensor:
+    @torch.no_grad()  # not inference_mode: its tensors may not be saved for a student's backward pass
+    def _hidden(self, inputs: dict[str, Tensor], loss_positions: Tensor) -> Tensor:
+        """[N, H] at the loss positions, in their order."""
+        rows, length = inputs["input_ids"].shape
+        row, column = loss_positions // length, loss_positions % length
+        # A causal model never looks beyond a row's last loss position.
+        used = torch.zeros(rows, dtype=torch.int64).scatter_reduce_(0, row, column + 1, "amax")
+        result = torch.empty(len(loss_positions), self._hidden_size, dtype=self._dtype, device=self._device)
+        for group in micro_batches(used.tolist(), self._config.max_tokens):
+            chosen, longest = torch.tensor(group), int(used[group[0]])
+            place = torch.full((rows,), -1).scatter_(0, chosen, torch.arange(len(group)))[row]
+            here = (place >= 0).nonzero().flatten()
+            cut = {name: tensor[chosen, :longest].to(self._device) for name, tensor in inputs.items()}
+            wanted = (place[here] * longest + column[here]).to(self._device)
+            result[here.to(self._device)] = hidden_states(self._model, cut).flatten(0, 1)[wanted]
+        return result
+
+    def _check_deterministic(self) -> dict[str, Tensor]:
         """Scores the probe twice and returns the answer. Raises TeacherError unless the bits are the same."""
         inputs = probe_inputs(self._vocab_rows, self._device)
-        positions = torch.arange(inputs["input_ids"].numel(), device=self._device)
-        first, second = self.score(inputs, positions), self.score(inputs, positions)
-        if not torch.equal(first, second):
-            raise TeacherError(
-                f"teacher.model = {self._config.model} is not deterministic: scoring the probe twice gave answers that "
-                f"differ by up to {float((first.float() - second.float()).abs().max()):.1e}; try teacher.attention: eager"
-            )
+        positions = torch.arange(inputs["input_ids"].numel())
+        first, second = (self.score(inputs, positions, torch.zeros_like(positions)) for _ in range(2))
+        for name in first:
+            if _digest(first[name]) != _digest(second[name]):
+                difference = float((first[name].float() - second[name].float()).abs().max())
+                raise TeacherError(
+                    f"teacher.model = {self._config.model} is not deterministic: scoring the probe twice gave {name} that "
+                    f"differ by up to {difference:.1e}; try teacher.attention: eager"
+                )
         return first
 
-    def _describe(self, answer: Tensor, logits: Tensor, packing_error: str | None) -> TeacherInfo:
+    def _describe(self, answer: dict[str, Tensor], logits: Tensor, packing_error: str | None) -> TeacherInfo:
         """logits: the model's own on the probe, all rows."""
         model, config, head = self._model, self._config, self.head()
-        num_shared = head.weight.shape[0]
+        num_shared, hidden_size = head.weight.shape
         return TeacherInfo(
-            fingerprint=_fingerprint(model, num_shared, config.payload),
-            probe_digest=_digest(answer),
+            fingerprint=_fingerprint(model, num_shared, config),
+            probe_digest=_digest(*answer.values()),
             head_digest=head_digest(head),
             dtype=str(self._dtype).removeprefix("torch."),
-            hidden_size=head.weight.shape[1],
+            hidden_size=hidden_size,
             num_parameters=model.num_parameters(),
             vocab_rows=self._vocab_rows,
             num_shared=num_shared,
             payload=config.payload,
+            topk=config.topk,
+            bytes_per_token=bytes_per_token(config.payload, hidden_size, num_shared, config.topk, self._dtype.itemsize),
             transform=head.transform,
             has_bias=head.bias is not None,
             dropped_mass=float(logits.float().softmax(-1)[..., num_shared:].sum(-1).mean()),
@@ -216,17 +270,21 @@ class LocalTeacher:
     """A TeacherClient in the same process. Computes when an answer is collected, so nothing is held in between."""
 
     def __init__(self, config: TeacherConfig, num_shared: int, device: torch.device):
-        self._model, self._kind = TeacherModel(config, num_shared, device), config.payload
+        self._model = TeacherModel(config, num_shared, device)
         self.tokens = 0
 
     def submit(self, batch: Batch) -> Batch:
         return batch
 
     def collect(self, request: Batch) -> TeacherOutput:
-        output = TeacherOutput(self._model.score(request.inputs, request.loss_positions), self._kind)
-        check_finite(output.values, output.kind)
+        info, start = self.info(), time.perf_counter()
+        tensors = self._model.score(request.inputs, request.loss_positions, request.labels)
+        info.check_output(tensors, request.num_loss_tokens)  # waits for a GPU, so the time below is all of it
         self.tokens += request.inputs["input_ids"].numel() if request.num_loss_tokens else 0
-        return output
+        return TeacherOutput(info.payload, tensors, time.perf_counter() - start)
+
+    def payload_error(self, batch: Batch) -> float:
+        return self._model.payload_error(batch.inputs, batch.loss_positions)
 
     def head(self) -> Head:
         return self._model.head()
@@ -238,14 +296,23 @@ class LocalTeacher:
         pass
 
 
-def check_finite(values: Tensor, kind: str) -> None:
-    """Raises TeacherError if an answer holds NaN or, but for logits of -inf, an infinity."""
-    fine = torch.isfinite(values) if kind == "hidden" else values < float("inf")
-    if not bool(fine.all()):
-        raise TeacherError(
-            f"the teacher's {kind} values are not finite at {int((~fine).any(-1).sum())} of {len(values)} positions; "
-            "set teacher.dtype to bfloat16 or float32, or check the checkpoint"
-        )
+def micro_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Groups of row numbers to compute together, longest row first, so that little is spent on padding.
+
+    lengths: of the part of each row that matters; rows of 0 are left out. A group's rows x longest is at most max_tokens
+    (unless it is one row), of which at most PADDING_LIMIT positions are padding.
+    """
+    group: list[int] = []
+    padding = 0
+    for row in sorted((row for row, length in enumerate(lengths) if length), key=lambda row: -lengths[row]):
+        longest = lengths[group[0]] if group else lengths[row]
+        padding += longest - lengths[row]
+        if group and ((len(group) + 1) * longest > max_tokens or padding > PADDING_LIMIT):
+            yield group
+            group, padding = [], 0
+        group.append(row)
+    if group:
+        yield group
 
 
 def head_digest(head: Head) -> str:
@@ -268,10 +335,11 @@ def _packing_error(model: Any) -> str | None:
     return None
 
 
-def _fingerprint(model: Any, num_shared: int, payload: str) -> str:
+def _fingerprint(model: Any, num_shared: int, teacher: TeacherConfig) -> str:
     """Hashes the model's config and four values of every parameter, of this process's part if it is sharded."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "distributed_config")}
-    result = hashlib.sha256(json.dumps([config, num_shared, payload], sort_keys=True, default=str).encode())
+    sent = [num_shared, teacher.payload, teacher.topk if teacher.payload == "topk" else None]
+    result = hashlib.sha256(json.dumps([config, *sent], sort_keys=True, default=str).encode())
     for name, parameter in model.named_parameters():
         local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
         flat = local.detach().flatten()

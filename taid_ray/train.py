@@ -1,18 +1,20 @@
 """The training loop. Every student worker runs `train_loop`, top to bottom; nothing in it knows about Ray."""
 
-import time
 from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
 from taid_ray.aggregate import LossSums, StepResult
+from taid_ray.clock import PhaseClock
 from taid_ray.config import TrainConfig
 from taid_ray.metrics import StepMetrics
 from taid_ray.models import Head
 from taid_ray.schedule import learning_rate
 from taid_ray.stream import Prefetcher
 from taid_ray.student import Student
+
+PHASES = ("data", "forward", "loss", "backward", "optimizer", "schedule_wait")
 
 
 class Scheduler(Protocol):
@@ -29,39 +31,51 @@ def train_loop(
     config: TrainConfig,
     total_steps: int,
     student: Student,
-    teacher_head: Head,
+    teacher_head: Head | None,
     scheduler: Scheduler,
     stream: Prefetcher,
     last: StepResult,
+    clock: PhaseClock,
     on_step: Callable[[StepMetrics], None],
 ) -> StepResult:
-    """Trains from `last.step` to `total_steps`. `on_step` runs on every rank after each step, with global figures."""
+    """Trains from `last.step` to `total_steps`. `on_step` runs on every rank after each step, with global figures.
+
+    clock: the one that student and stream use too, so that it knows where each step's time goes.
+    """
     while last.step < total_steps:
-        start, waited_before = time.perf_counter(), stream.wait_s
+        clock.lap()  # what lies between the steps, validation for example, is not part of any
+        waited_before = stream.wait_s
         step, t = last.step + 1, last.t
         work = stream.next_step()
 
         kl = entropy = sft = torch.zeros((), dtype=torch.float64, device=student.device)
         payload_bytes = tokens = 0
+        computed_s = 0.0
         for i in range(len(work.batches)):
             batch, teacher_output = stream.collect()
-            loss_sum, parts = student.forward(batch, teacher_output, teacher_head, t)
+            with clock.phase("forward"):
+                loss_sum, parts = student.forward(batch, teacher_output, teacher_head, t)
             kl, entropy, sft = kl + parts.kl, entropy + parts.entropy, sft + parts.sft
             tokens += batch.num_loss_tokens
             payload_bytes += teacher_output.num_bytes
+            computed_s += teacher_output.compute_s
             if i == len(work.batches) - 1:
                 # This travels while the last backward pass computes, so nobody waits for the scheduler.
                 waited = stream.wait_s - waited_before
                 kl_sum, entropy_sum, sft_sum = torch.stack((kl, entropy, sft)).tolist()
-                scheduler.submit(step, LossSums(kl_sum, entropy_sum, sft_sum, tokens, waited, payload_bytes))
-            # One denominator, the global batch's: the gradient is the same however the batch is split.
-            student.backward(loss_sum / work.num_loss_tokens)
+                sums = LossSums(kl_sum, entropy_sum, sft_sum, tokens, waited, payload_bytes, computed_s)
+                scheduler.submit(step, sums)
+            with clock.phase("backward"):
+                # One denominator, the global batch's: the gradient is the same however the batch is split.
+                student.backward(loss_sum / work.num_loss_tokens)
         lr = learning_rate(step - 1, config, total_steps)
-        grad_norm = student.step(lr)
-
-        result = scheduler.collect(step)
+        with clock.phase("optimizer"):
+            grad_norm = student.step(lr)
+        with clock.phase("schedule_wait"):
+            result = scheduler.collect(step)
         assert result.tokens == work.num_loss_tokens, "the ranks did not read the same global batch"
-        step_s = time.perf_counter() - start
+
+        seconds = clock.lap()
         on_step(
             StepMetrics(
                 step=step,
@@ -76,9 +90,11 @@ def train_loop(
                 lr=lr,
                 grad_norm=grad_norm,
                 tokens=result.tokens,
-                tokens_per_s=result.tokens / step_s,
-                step_s=step_s,
+                tokens_per_s=result.tokens / seconds["step"],
+                step_s=seconds["step"],
                 teacher_wait_s=result.teacher_wait_s,
+                **{f"{phase}_s": seconds.get(phase, 0.0) for phase in PHASES},
+                teacher_compute_s=result.teacher_compute_s,
                 payload_bytes=result.payload_bytes,
                 samples_seen=work.cursor.samples,
             )

@@ -2,17 +2,19 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from taid_ray.actors.pool import PoolTeacher
+from taid_ray.actors.client import PoolTeacher
 from taid_ray.actors.scheduler import SchedulerClient
-from taid_ray.batch import Row
+from taid_ray.batch import Row, collate
+from taid_ray.bottleneck import Usage, verdict
 from taid_ray.chat import chat_template
+from taid_ray.clock import PhaseClock
 from taid_ray.config import DistillConfig
 from taid_ray.data import Cursor, TrainingData, validation_rows
 from taid_ray.device import torch_device
@@ -22,6 +24,7 @@ from taid_ray.evaluate import Evaluation, evaluate
 from taid_ray.hub import offline_if_unreachable
 from taid_ray.metrics import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, MetricLog, StepMetrics, write_json
 from taid_ray.models import tested_head
+from taid_ray.payload import EXACT, needs_head
 from taid_ray.preflight import Job, Plan, run_tokenizer
 from taid_ray.report import write_model_card, write_plots
 from taid_ray.stream import Prefetcher, num_micro_batches, read_ahead, step_batches
@@ -33,6 +36,8 @@ from taid_ray.vocabulary import check_ids
 from taid_ray.world import World
 
 READ_AHEAD_STEPS = 8
+USAGE_STEPS = 100
+"""Steps over which is judged what holds the run back."""
 
 
 def run_worker(job: Job) -> dict[str, Any] | None:
@@ -51,17 +56,20 @@ def run_worker(job: Job) -> dict[str, Any] | None:
     if uses_dropout(model, config):
         note("note: the student uses dropout, so its trajectory depends on the number of workers and micro-batches")
     note("student: starting DeepSpeed")
-    student = Student(config, model, plan.vocabulary.num_shared, world, device)
+    clock = PhaseClock(device)
+    student = Student(config, model, plan.vocabulary.num_shared, world, device, clock)
     tokenizer = run_tokenizer(config)
 
     note("student is ready; waiting for the teacher")
     teacher = connect_teacher(job, scheduler, device)
-    teacher_head = teacher.head().to(device)
+    teacher_head = teacher.head().to(device) if needs_head(config.teacher.payload) else None
     attempt, last = scheduler.begin(world.size, None) if world.is_main else (0, None)
     last = scheduler.join(world.share(attempt), world.size, last)
 
     held_out = validation_rows(config.data, tokenizer)
     check_ids(held_out, plan.vocabulary.num_shared, tokenizer.get_vocab())
+
+    record = Record(measured_payload_error(config, teacher, held_out, note) if world.is_main else 0.0)
 
     def validate(step: int) -> None:
         note(f"validating on {len(held_out)} rows after step {step}")
@@ -74,18 +82,21 @@ def run_worker(job: Job) -> dict[str, Any] | None:
         if log is not None:
             log.write(metrics)
             scheduler.publish(asdict(metrics))
+            if isinstance(teacher, PoolTeacher):
+                say_what_holds_back(record, metrics, plan.total_steps, teacher, note)
         every = config.train.eval_every
         if every and metrics.step % every == 0 and metrics.step < plan.total_steps:
             validate(metrics.step)
 
-    record, log = Record(), MetricLog(config.run_dir / METRICS_FILE) if world.is_main else None
+    log = MetricLog(config.run_dir / METRICS_FILE) if world.is_main else None
     validate(0)
     accumulation = num_micro_batches(config.train.batch_size, config.train.micro_batch_size, world.size)
     data = TrainingData(config.data, tokenizer, config.train.seed, config.train.batch_size)
     rows = read_ahead(training_batches(data, plan, tokenizer), READ_AHEAD_STEPS)
-    stream = Prefetcher(step_batches(rows, world, accumulation), teacher, config.teacher.window)
+    batches = step_batches(rows, world, accumulation)
+    stream = Prefetcher(batches, teacher, config.teacher.window, config.teacher.window_mib * 2**20, clock)
     note("training")
-    train_loop(config.train, plan.total_steps, student, teacher_head, scheduler, stream, last, on_step)
+    train_loop(config.train, plan.total_steps, student, teacher_head, scheduler, stream, last, clock, on_step)
     validate(plan.total_steps)
 
     note("saving the model")
@@ -125,10 +136,40 @@ def connect_teacher(job: Job, scheduler: SchedulerClient, device: torch.device) 
         teacher = LocalTeacher(job.config.teacher, job.plan.vocabulary.num_shared, device)
     else:
         scheduler.wait_for_pool()
-        teacher = PoolTeacher(job.pool, job.config.teacher, scheduler.note)
+        teacher = PoolTeacher(job.pool, job.config.teacher, scheduler.note, device)
     if job.config.data.pack:
         teacher.info().require_packing()
     return teacher
+
+
+def measured_payload_error(
+    config: DistillConfig, teacher: TeacherClient, rows: Sequence[Row], note: Callable[[str], None]
+) -> float:
+    """What an approximate payload loses on the first validation rows, see TeacherModel.payload_error; says it."""
+    payload = config.teacher.payload
+    if payload in EXACT:
+        return 0.0
+    batch = collate(rows[: config.train.micro_batch_size])
+    error = teacher.payload_error(batch)
+    lost = "mass outside the top-k" if payload == "topk" else "KL to the exact teacher"
+    note(
+        f"teacher.payload {payload}: {lost} is {error:.2g} on average, on {batch.num_loss_tokens} validation positions"
+    )
+    return error
+
+
+def say_what_holds_back(
+    record: "Record", metrics: StepMetrics, total_steps: int, teacher: PoolTeacher, note: Callable[[str], None]
+) -> None:
+    """One line every USAGE_STEPS steps and after the last one: student, teacher or wire, and the replicas to have."""
+    if metrics.step == 1:  # waits for the first answers, which nothing could have asked for earlier
+        return
+    usage = record.usage
+    usage.add(metrics.step_s, metrics.teacher_wait_s, metrics.teacher_compute_s, metrics.payload_bytes)
+    if usage.steps == USAGE_STEPS or metrics.step == total_steps:
+        steps = f"steps {metrics.step - usage.steps + 1} to {metrics.step}"
+        note(f"{steps}: {verdict(usage, teacher.num_replicas())}")
+        record.usage = Usage()
 
 
 def uses_dropout(model: Any, config: DistillConfig) -> bool:
@@ -158,7 +199,9 @@ def check_run_dir(run_dir: Path, rank: int) -> None:
 class Record:
     """What the summary needs from the run."""
 
-    def __init__(self) -> None:
+    def __init__(self, payload_error: float) -> None:
+        self.payload_error = payload_error
+        self.usage = Usage()
         self.started = time.monotonic()
         self.validations: dict[int, Evaluation] = {}
         self.tokens = self.payload_bytes = 0
@@ -191,6 +234,7 @@ class Record:
             "wall_s": time.monotonic() - self.started,
             "teacher_tokens": teacher_tokens,
             "payload_bytes": self.payload_bytes,
+            "payload_error": self.payload_error,
             "dropped_teacher_mass": teacher.dropped_mass,
             "documents_read": counts.documents,
             "dropped_documents": counts.dropped,

@@ -1,7 +1,8 @@
 """A pool's lease: a detached actor that removes the pool when nobody has used it for a while.
 
 Serve applications outlive their driver. A driver that is killed cannot clean up, so its clients' heartbeats keep the
-pool alive instead. The replicas also leave here what the driver must hear about: who they are, or why they failed.
+pool alive instead. The replicas also leave here what the driver must hear about: who they are, or why they failed; and
+how much they have to do, from which the number of replicas follows unless somebody asked for one (see scaling).
 """
 
 import logging
@@ -13,6 +14,9 @@ import ray
 from ray import serve
 from ray.actor import ActorHandle
 
+from taid_ray.actors import scaling
+from taid_ray.actors.scaling import REPORT_S, Autoscaler
+from taid_ray.config import TeacherConfig
 from taid_ray.errors import TaidRayError, TeacherError
 from taid_ray.teacher_model import TeacherInfo
 
@@ -25,9 +29,13 @@ logger = logging.getLogger(__name__)
 class Lease:
     """Runs as a named actor, one per pool."""
 
-    def __init__(self, app_name: str, idle_timeout_s: float):
-        self._app_name, self._idle_timeout_s = app_name, idle_timeout_s
+    def __init__(self, app_name: str, idle_timeout_s: float, autoscaler: Autoscaler):
+        self._app_name, self._idle_timeout_s, self._autoscaler = app_name, idle_timeout_s, autoscaler
         self._renewed = time.monotonic()
+        self._loads: dict[str, tuple[float, float]] = {}
+        self._asked: int | None = None
+        self._replicas: int | None = None
+        self._over = False
         self._first: TeacherInfo | None = None
         self._probe_digests: set[str] = set()
         self._failure: TaidRayError | None = None
@@ -46,6 +54,10 @@ class Lease:
         self._probe_digests.add(info.probe_digest)
         return self._first
 
+    def first(self) -> TeacherInfo | None:
+        """What the pool's first replica registered."""
+        return self._first
+
     def report_failure(self, error: TaidRayError) -> None:
         """A replica could not start."""
         self._failure = error
@@ -56,6 +68,33 @@ class Lease:
     def probe_digests(self) -> set[str]:
         """More than one if replicas do not give identical bits."""
         return self._probe_digests
+
+    def report_load(self, replica: str, load: float) -> bool:
+        """A replica's mean number of requests since its last report. Returns whether the pool is being removed."""
+        self._loads[replica] = (time.monotonic(), load)
+        return self._over
+
+    def replicas(self, current: int) -> int:
+        """How many replicas the pool should have. current: how many Serve tries to reach now."""
+        if self._asked is None and not self._autoscaler.replicas.min <= current <= self._autoscaler.replicas.max:
+            self._asked = current  # this actor was restarted and has forgotten that somebody asked for them
+        if self._asked is None:
+            now = time.monotonic()
+            self._loads = {name: seen for name, seen in self._loads.items() if now - seen[0] < 3 * REPORT_S}
+            load = sum(load for _, load in self._loads.values())
+            self._replicas = self._autoscaler.decide(now, load, len(self._loads), current)
+        else:
+            self._replicas = self._asked
+        return self._replicas
+
+    def ask_for(self, replicas: int) -> int:
+        """From now on the pool has so many replicas, whatever the load. Returns how many it should have had."""
+        self._asked, before, self._failure = replicas, self._replicas, None
+        return before or self._autoscaler.replicas.min
+
+    def end(self) -> None:
+        """The pool is being removed, and nobody waits for what is still queued at its replicas."""
+        self._over = True
 
     def _watch(self) -> None:
         removed = False
@@ -75,23 +114,24 @@ class Lease:
         return True
 
 
-def create_lease(app_name: str, idle_timeout_s: float) -> ActorHandle:
+def create_lease(app_name: str, config: TeacherConfig) -> ActorHandle:
     """Starts the lease of a new pool. Raises ValueError if it exists."""
+    autoscaler = Autoscaler(config.replicas, scaling.UP_S, scaling.DOWN_S)
     # max_restarts: if its node dies, the pool must still be removed some day.
     options = {
-        "name": _name(app_name),
+        "name": lease_name(app_name),
         "namespace": NAMESPACE,
         "lifetime": "detached",
         "num_cpus": 0,
         "max_restarts": -1,
     }
-    return ray.remote(Lease).options(**options).remote(app_name, idle_timeout_s)
+    return ray.remote(Lease).options(**options).remote(app_name, config.idle_timeout_s, autoscaler)
 
 
 def find_lease(app_name: str) -> ActorHandle | None:
     """None if the pool is gone."""
     try:
-        return ray.get_actor(_name(app_name), namespace=NAMESPACE)
+        return ray.get_actor(lease_name(app_name), namespace=NAMESPACE)
     except ValueError:
         return None
 
@@ -124,5 +164,6 @@ def keep_lease(app_name: str) -> Callable[[], None]:
     return stopped.set
 
 
-def _name(app_name: str) -> str:
+def lease_name(app_name: str) -> str:
+    """Name of the actor."""
     return f"lease-{app_name}"

@@ -1,27 +1,32 @@
 """The teacher pool's replicas: a Serve deployment whose replicas are groups of tensor-parallel processes.
 
 The Serve replica is the leader, shard 0, and computes like the others; shards 1.. are its child actors, placed in its
-placement group and gone when it is gone. All shards get every request; the leader's hidden states are the answer.
+placement group and gone when it is gone. All shards get every request; the leader's payload is the answer.
 """
 
 import asyncio
 import os
 import socket
+import time
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import ray
 import torch
 from ray import serve
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
 from ray.serve.schema import LoggingConfig
 from torch.distributed import TCPStore
 
-from taid_ray.actors.lease import find_lease
+from taid_ray.actors.lease import NAMESPACE, find_lease, lease_name
+from taid_ray.actors.scaling import REPORT_S, LoadMeter, serve_scaling
 from taid_ray.config import TeacherConfig
 from taid_ray.device import collective_backend, torch_device
 from taid_ray.errors import TaidRayError, TeacherError
 from taid_ray.hub import offline_if_unreachable
-from taid_ray.teacher_model import TeacherInfo, TeacherModel, check_finite
+from taid_ray.teacher_model import TeacherInfo, TeacherModel
 from taid_ray.wire import Packed, pack, unpack
 
 DEPLOYMENT = "teacher"
@@ -30,13 +35,35 @@ LOOPBACK = "127.0.0.1"  # a replica's placement group lies on one node
 GROUP_TIMEOUT = timedelta(minutes=30)  # shards may finish loading a large model at very different times
 PING_TIMEOUT_S = 20.0
 FAILURE_PAUSE_S = 5.0
+DRAIN_S = 60.0
+"""A replica that is to go finishes what it has within this time; what is lost then is asked of another one again."""
+MAX_QUEUE = 1000
+"""Requests one replica takes; more than all windows of a large run."""
 
+T = TypeVar("T")
 HeadPiece = tuple[str, Packed, Packed | None]
 """Fingerprint of the teacher, some rows of the weight, the same of the bias."""
+Request = tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]
+"""Inputs, loss positions and labels."""
+
+
+class Answer(NamedTuple):
+    """A replica's answer to one request."""
+
+    payload: dict[str, Packed]
+    """See payload."""
+    compute_s: float
+    """Seconds of computation, without waiting for other requests."""
+    replica: str
+    """Identifies who computed it."""
 
 
 class ReplicaBrokenError(TeacherError):
     """A shard of this replica is lost; another replica, or this one's successor, can answer."""
+
+
+class AlreadyHereError(TeacherError):
+    """This replica is computing that very request, or has it in its queue; another one is to be asked."""
 
 
 class TeacherShard:
@@ -48,8 +75,9 @@ class TeacherShard:
 
         self._model = await asyncio.to_thread(work)
 
-    async def score(self, inputs: dict[str, Packed], loss_positions: Packed) -> None:
-        await asyncio.to_thread(_score, self._model, inputs, loss_positions)
+    async def score(self, inputs: dict[str, Packed], loss_positions: Packed, labels: Packed) -> None:
+        request = _unpacked(inputs, loss_positions, labels)
+        await asyncio.to_thread(self._model.score, *request)
 
     async def ping(self) -> None:
         pass
@@ -68,6 +96,9 @@ class TeacherReplica:
     ):
         """Loads the model on all shards. Raises ModelError or TeacherError, which also goes to the pool's lease."""
         self._one_at_a_time = asyncio.Lock()
+        self._here: set[str] = set()
+        self._load_meter = LoadMeter(time.monotonic())
+        self._name = serve.get_replica_context().replica_id.unique_id
         self._broken: str | None = None
         lease = await asyncio.to_thread(find_lease, app_name)
         shard = ray.remote(TeacherShard).options(**shard_options)
@@ -83,11 +114,41 @@ class TeacherReplica:
                 # The driver polls and removes the pool meanwhile; Serve would print a traceback and try again.
                 await asyncio.sleep(FAILURE_PAUSE_S)
             raise failure from error
+        if lease is not None:
+            self._reporting = asyncio.create_task(self._report_load(lease))
 
-    async def score(self, inputs: dict[str, Packed], loss_positions: Packed) -> Packed:
-        """The payload at the loss positions, as TeacherModel.score. Raises TeacherError, ReplicaBrokenError."""
-        # Shielded: if the caller gives up half-way, all shards must still finish together before the next batch.
-        return await asyncio.shield(self._score_in_turn(inputs, loss_positions))
+    async def score(self, inputs: dict[str, Packed], loss_positions: Packed, labels: Packed, request_id: str) -> Answer:
+        """The payload at the loss positions, as TeacherModel.score.
+
+        Raises AlreadyHereError at once if a request of that id is here, TeacherError, ReplicaBrokenError.
+        """
+        if request_id in self._here:
+            raise AlreadyHereError(f"replica {self._name} has this request already")
+        request = _unpacked(inputs, loss_positions, labels)
+
+        def compute() -> tuple[dict[str, torch.Tensor], float]:
+            return _timed(lambda: self._model.score(*request))
+
+        def share() -> list[ray.ObjectRef]:
+            return [shard.score.remote(inputs, loss_positions, labels) for shard in self._shards]
+
+        self._here.add(request_id)
+        try:
+            tensors, seconds = await self._in_turn(request, compute, share)
+        finally:
+            self._here.discard(request_id)
+        return Answer(await asyncio.to_thread(_packed, tensors), seconds, self._name)
+
+    async def payload_error(self, inputs: dict[str, Packed], loss_positions: Packed) -> float:
+        """What the payload loses on this request, as TeacherModel.payload_error; errors as in `score`."""
+        positions = unpack(loss_positions)
+        no_labels = torch.zeros_like(positions)
+        request = _unpacked(inputs, loss_positions, pack(no_labels))
+        return await self._in_turn(
+            request,
+            lambda: self._model.payload_error(request[0], positions),
+            lambda: [shard.score.remote(inputs, loss_positions, pack(no_labels)) for shard in self._shards],
+        )
 
     async def head_piece(self, start: int, stop: int) -> HeadPiece:
         """Rows start..stop of the shared head."""
@@ -115,23 +176,44 @@ class TeacherReplica:
         leader = asyncio.to_thread(load_shard, config, num_shared, device_kind, 0, store)
         return (await asyncio.gather(leader, *others))[0]  # the first failure of any shard ends the wait
 
-    async def _score_in_turn(self, inputs: dict[str, Packed], loss_positions: Packed) -> Packed:
-        async with self._one_at_a_time:
+    async def _in_turn(self, request: Request, compute: Callable[[], T], share: Callable[[], list[Any]]) -> T:
+        """What `compute` returns, after all earlier requests; `share` starts the other shards' part of it."""
+        self._load_meter.add(1, time.monotonic())
+        try:
+            # A caller that gives up while its request waits takes it out of the queue.
+            await self._one_at_a_time.acquire()
+            # Once started, all shards must finish together before the next batch, whether or not anybody listens.
+            return await asyncio.shield(asyncio.create_task(self._compute(request, compute, share)))
+        finally:
+            self._load_meter.add(-1, time.monotonic())
+
+    async def _compute(self, request: Request, compute: Callable[[], T], share: Callable[[], list[Any]]) -> T:
+        try:
             if self._broken is not None:
                 raise ReplicaBrokenError(self._broken)
             # Before any shard sees the request: an impossible one must not stop the group inside a collective.
-            tensors = {name: unpack(packed) for name, packed in inputs.items()}
-            self._model.check_request(tensors, unpack(loss_positions))
+            self._model.check_request(*request)
             try:
-                leader = asyncio.to_thread(_score, self._model, inputs, loss_positions)
-                others = [shard.score.remote(inputs, loss_positions) for shard in self._shards]
-                values = (await asyncio.gather(leader, *others))[0]
+                found: T = (await asyncio.gather(asyncio.to_thread(compute), *share()))[0]
             except Exception as error:
                 if not self._shards:
                     raise
                 self._broken = f"a shard failed on node {socket.gethostname()}: {type(error).__name__}: {error}"
                 raise ReplicaBrokenError(self._broken) from error
-        return await asyncio.to_thread(_checked_and_packed, values, self._model.info().payload)
+            return found
+        finally:
+            self._one_at_a_time.release()
+
+    async def _report_load(self, lease: ActorHandle) -> None:
+        """Tells the pool's lease how much there is to do here, until the pool is removed."""
+        while self._broken is None:
+            await asyncio.sleep(REPORT_S)
+            try:
+                over = await lease.report_load.remote(self._name, self._load_meter.read(time.monotonic()))
+            except RayActorError:  # it is being restarted
+                continue
+            if over:
+                self._broken = "the teacher pool is being removed"
 
     def _head_piece(self, start: int, stop: int) -> HeadPiece:
         head = self._model.head()
@@ -158,36 +240,44 @@ def load_shard(
 def teacher_app(
     config: TeacherConfig, num_shared: int, device_kind: str, app_name: str, use_role_resources: bool
 ) -> serve.Application:
-    """The Serve application of a pool: config.replicas groups of config.shards processes."""
+    """The Serve application of a pool: replicas that are groups of config.shards processes."""
     gpus = 1 if device_kind == "cuda" else 0
     role = {ROLE_RESOURCE: 1} if use_role_resources else {}
     bundle = {"CPU": config.cpus_per_shard} | ({"GPU": gpus} if gpus else {}) | role
     actor = {"num_cpus": config.cpus_per_shard, "num_gpus": gpus, "resources": role}
     deployment = serve.deployment(
         name=DEPLOYMENT,
-        num_replicas=config.replicas,
-        # One batch is computed at a time; the others wait here rather than in the callers' routers, which would poll.
-        max_ongoing_requests=16,
+        autoscaling_config=serve_scaling(config.replicas, lease_name(app_name), NAMESPACE),
+        # One batch is computed at a time. The others wait here: callers' routers would poll, up to half a second apart
+        # (100 requests of 7 ms took 11 s with 16 here).
+        max_ongoing_requests=MAX_QUEUE,
         ray_actor_options=actor,
         placement_group_bundles=[bundle] * config.shards,
         placement_group_strategy="STRICT_PACK",
         health_check_period_s=5,
         health_check_timeout_s=30,
         graceful_shutdown_wait_loop_s=0.2,
-        graceful_shutdown_timeout_s=5,
+        graceful_shutdown_timeout_s=DRAIN_S,
         max_constructor_retry_count=1,
         logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
     )(TeacherReplica)
     return deployment.bind(config, num_shared, device_kind, app_name, actor)
 
 
-def _score(model: TeacherModel, inputs: dict[str, Packed], loss_positions: Packed) -> torch.Tensor:
-    return model.score({name: unpack(packed) for name, packed in inputs.items()}, unpack(loss_positions))
+def _unpacked(inputs: dict[str, Packed], loss_positions: Packed, labels: Packed) -> Request:
+    return {name: unpack(packed) for name, packed in inputs.items()}, unpack(loss_positions), unpack(labels)
 
 
-def _checked_and_packed(values: torch.Tensor, kind: str) -> Packed:
-    check_finite(values, kind)
-    return pack(values)
+def _timed(compute: Callable[[], T]) -> tuple[T, float]:
+    start = time.perf_counter()
+    found = compute()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return found, time.perf_counter() - start
+
+
+def _packed(tensors: dict[str, torch.Tensor]) -> dict[str, Packed]:
+    return {name: pack(tensor) for name, tensor in tensors.items()}
 
 
 def _check_same(first: TeacherInfo, own: TeacherInfo) -> None:

@@ -1,12 +1,8 @@
 """The menu of losses: functions of student and teacher logits [N, V] with one float32 value per loss position."""
 
-from collections.abc import Callable
-
-import torch
-from torch import Tensor
-
-from taid_ray.errors import ConfigError
+from taid_ray.losses.buckets import TopK
 from taid_ray.losses.divergences import (
+    Divergence,
     entropy,
     forward_kl,
     js,
@@ -16,14 +12,17 @@ from taid_ray.losses.divergences import (
     skew_reverse_kl,
     tvd,
 )
+from taid_ray.losses.menu import divergence, log_target, target_entropy
 from taid_ray.losses.taid import taid, taid_target_entropy
 
 __all__ = [
     "Divergence",
+    "TopK",
     "divergence",
     "entropy",
     "forward_kl",
     "js",
+    "log_target",
     "reverse_kl",
     "sft",
     "skew_forward_kl",
@@ -33,50 +32,3 @@ __all__ = [
     "target_entropy",
     "tvd",
 ]
-
-Divergence = Callable[[Tensor, Tensor, float | Tensor], Tensor]
-"""(student_logits [N, V], teacher_logits [N, V], t) -> [N]"""
-
-_PLAIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "tvd": tvd}
-_WEIGHTED: dict[str, Callable[..., Tensor]] = {
-    "js": js,
-    "skew_forward_kl": skew_forward_kl,
-    "skew_reverse_kl": skew_reverse_kl,
-}
-_NAMES = ("taid", *_PLAIN, *_WEIGHTED)
-
-
-def divergence(name: str, weight: float | None = None) -> Divergence:
-    """The loss called `name`; all but taid ignore t. `weight` replaces the mixing weight of js and the skew losses.
-
-    Raises ConfigError for an unknown name, a weight outside [0, 1] or a weight for a loss that has none.
-    """
-    _check_name(name)
-    if weight is not None and name not in _WEIGHTED:
-        raise ConfigError(f"loss.weight = {weight} goes with {', '.join(_WEIGHTED)} only, not with {name}; remove it")
-    if weight is not None and not 0 <= weight <= 1:
-        raise ConfigError(f"loss.weight must lie within [0, 1], found {weight}")
-    if name == "taid":
-        return taid
-    loss: Callable[..., Tensor] = _PLAIN.get(name) or _WEIGHTED[name]
-    options = () if weight is None else (weight,)
-    return lambda student_logits, teacher_logits, t: loss(student_logits, teacher_logits, *options)
-
-
-def target_entropy(name: str) -> Divergence:
-    """What the loss `name` lacks to be the cross-entropy form of the published code, [N], without gradient.
-
-    That is the entropy of the target for taid, forward_kl and skew_forward_kl, and 0 for the others, which are the
-    same there. Raises ConfigError for an unknown name.
-    """
-    _check_name(name)
-    if name == "taid":
-        return taid_target_entropy
-    if name in ("forward_kl", "skew_forward_kl"):
-        return lambda student_logits, teacher_logits, t: entropy(teacher_logits.detach())
-    return lambda student_logits, teacher_logits, t: torch.zeros(len(teacher_logits), device=teacher_logits.device)
-
-
-def _check_name(name: str) -> None:
-    if name not in _NAMES:
-        raise ConfigError(f"loss.name = {name!r} is unknown; use one of {', '.join(_NAMES)}")

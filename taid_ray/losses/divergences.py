@@ -7,14 +7,19 @@ distribution and q the student's.
 Precision: everything after the logits is float32 (float64 for float64 logits), so bfloat16 logits are safe.
 Gradients: to the student only; the teacher's logits are detached.
 Masked vocabulary: a logit of -inf means probability 0, on either side, and each row needs one finite logit.
-0 * log 0 counts as 0. Where a KL meets p > 0 with q = 0 it is +inf, its true value. No gradient is ever NaN: terms
-that are infinite contribute no gradient through the probability in front of the logarithm.
+0 * log 0 counts as 0, also where a probability is too small to be represented. Where a KL meets p > 0 with q = 0 it is
++inf, its true value. No gradient is ever NaN: terms that are infinite contribute no gradient through the probability in
+front of the logarithm.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+Divergence = Callable[[Tensor, Tensor, float | Tensor], Tensor]
+"""(student_logits [N, V], teacher_logits [N, V], t) -> [N]; for log_target -> [N, V]"""
 
 # Stands in for log 0 inside a mixture: exp(-1e4) is exactly 0, and unlike -inf it has a derivative.
 _LOG_ZERO = -1e4
@@ -32,8 +37,8 @@ def log_probs(logits: Tensor) -> Tensor:
 
 def kl_from_log_probs(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) = sum_v p log(p / q) over the last dimension, from two [N, V] log-probabilities."""
-    gap = torch.where(log_p > -math.inf, log_p - log_q, 0.0)
     p = log_p.exp()
+    gap = torch.where(p > 0, log_p - log_q, 0.0)
     if p.requires_grad:  # an infinite gap would reach the logits as inf - inf
         p = torch.where(gap == math.inf, p.detach(), p)
     return (p * gap).sum(dim=-1)

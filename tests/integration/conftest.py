@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[2]
 # Before Ray is imported anywhere: worker processes inherit these.
 os.environ.update(
     RAY_AUTH_MODE="disabled",
+    RAY_ENABLE_AUTO_CONNECT="0",  # Serve's threads behind a handle outlive `ray.shutdown`, and would start another Ray
     RAY_USAGE_STATS_ENABLED="0",
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
     HF_HUB_OFFLINE="1",

@@ -135,7 +135,7 @@ def test_instructions_with_a_padded_152k_vocabulary(ray_cluster: str, tmp_path: 
                 "valid_documents": 16,
                 "block_documents": 64,
             },
-            "loss": {"sft_weight": 0.2, "chunk_tokens": 128},
+            "loss": {"sft_weight": 0.2, "memory_mib": 1},
             "train": {"steps": 3, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-2},
         }
     )

@@ -3,25 +3,30 @@
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import torch
 from ray import serve
 
+from taid_ray.actors.client import PoolTeacher
 from taid_ray.actors.lease import find_lease
-from taid_ray.actors.pool import PoolTeacher, start_pool, stop_pool
+from taid_ray.actors.pool import start_pool, stop_pool
+from taid_ray.actors.teacher import AlreadyHereError
 from taid_ray.batch import NO_LABEL, Batch, Row, collate
 from taid_ray.config import TeacherConfig
 from taid_ray.errors import ModelError, TeacherError
 from taid_ray.teacher_model import LocalTeacher, TeacherInfo
+from taid_ray.wire import pack
 
 VOCAB, SHARED = 96, 90
 IDLE_TIMEOUT_S = 12.0
 POOLS = {
-    "replicas": {"replicas": 2, "payload": "logits"},
+    "replicas": {"replicas": 2, "payload": "topk", "topk": 8},
     "shards": {"shards": 2, "payload": "hidden", "idle_timeout_s": IDLE_TIMEOUT_S},
 }
 
@@ -43,7 +48,9 @@ def teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(directory: Path, **values: Any) -> TeacherConfig:
-    return TeacherConfig(**{"model": str(directory), "max_tokens": 32, "timeout_s": 120, "cpus_per_shard": 1, **values})
+    return TeacherConfig(
+        **{"model": str(directory), "max_tokens": 32, "timeout_s": 120, "cpus_per_shard": 0.2, **values}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -94,14 +101,16 @@ def batches() -> list[Batch]:
 def test_answers_equal_the_local_teacher(
     name: str, connect: Callable[[str], PoolTeacher], pools: dict[str, TeacherInfo], teacher_dir: Path
 ) -> None:
-    values = {key: value for key, value in POOLS[name].items() if key == "payload"}
+    values = {key: value for key, value in POOLS[name].items() if key in ("payload", "topk")}
     local = LocalTeacher(config(teacher_dir, mode="local", **values), SHARED, torch.device("cpu"))
     client = connect(name)
     requests = [client.submit(batch) for batch in batches()]  # all in flight at once
     for batch, request in zip(batches(), requests, strict=True):
         found, expected = client.collect(request), local.collect(local.submit(batch))
-        assert found.kind == expected.kind and found.values.dtype == torch.float32
-        torch.testing.assert_close(found.values, expected.values, atol=1e-5, rtol=1e-5)
+        assert found.kind == expected.kind and (found.compute_s > 0) == bool(batch.num_loss_tokens)
+        torch.testing.assert_close(found.tensors, expected.tensors, atol=1e-5, rtol=1e-5)
+    assert client.payload_error(batches()[0]) == pytest.approx(local.payload_error(batches()[0]), abs=1e-5)
+    assert client.num_replicas() == POOLS[name].get("replicas", 1)
     assert client.tokens == local.tokens == sum(b.inputs["input_ids"].numel() for b in batches() if b.num_loss_tokens)
     head, expected_head = client.head(), local.head()
     assert torch.equal(head.weight, expected_head.weight) and head.transform == expected_head.transform
@@ -113,13 +122,56 @@ def test_replicas_are_the_same_teacher_and_an_impossible_request_is_explained(
 ) -> None:
     lease = find_lease("replicas")
     assert lease is not None and ray.get(lease.probe_digests.remote()) == {pools["replicas"].probe_digest}
-    local = LocalTeacher(config(teacher_dir, mode="local", payload="logits"), SHARED, torch.device("cpu"))
+    local = LocalTeacher(config(teacher_dir, mode="local", payload="topk", topk=8), SHARED, torch.device("cpu"))
     assert pools["replicas"].fingerprint == local.info().fingerprint
     client = connect("replicas")
     ids = torch.full((1, 4), VOCAB)
     wrong = Batch({"input_ids": ids, "position_ids": torch.arange(4)[None]}, torch.arange(3), ids[0, 1:])
     with pytest.raises(TeacherError, match=f"must lie in 0 to {VOCAB - 1}"):
         client.collect(client.submit(wrong))
+
+
+def test_a_frozen_replica_holds_nobody_up(
+    pools: dict[str, TeacherInfo], connect: Callable[[str], PoolTeacher], teacher_dir: Path
+) -> None:
+    client, notes = connect("replicas"), list[str]()
+    client._waiter._notify = notes.append
+    asked = [batch for batch in batches() if batch.num_loss_tokens]
+    expected = [client.collect(client.submit(batch)).tensors for batch in asked * 4]  # makes known what is usual
+    victim = replica_processes("replicas")[0]
+    victim.suspend()
+    try:
+        start = time.monotonic()
+        requests = [client.submit(batch) for batch in asked * 2]
+        found = [client.collect(request).tensors for request in requests]
+        assert time.monotonic() - start < 15.0
+        assert victim.status() == psutil.STATUS_STOPPED
+    finally:
+        victim.resume()
+    for got, wanted in zip(found, expected, strict=False):
+        torch.testing.assert_close(got, wanted, atol=0, rtol=0)
+    assert notes and all("asking another replica, too" in note for note in notes)
+
+
+def replica_processes(pool: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # it has ended
+            if f"ServeReplica:{pool}:teacher" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def test_a_replica_refuses_what_it_has_already(
+    pools: dict[str, TeacherInfo], connect: Callable[[str], PoolTeacher]
+) -> None:
+    connect("shards")
+    handle, rows = serve.get_app_handle("shards"), torch.zeros(64, 256, dtype=torch.int64)
+    arguments = ({"input_ids": pack(rows)}, pack(torch.arange(4)), pack(torch.zeros(4, dtype=torch.int64)))
+    first, second = (handle.score.remote(*arguments, "id") for _ in range(2))
+    with pytest.raises(AlreadyHereError):
+        second.result(timeout_s=60)
+    assert first.result(timeout_s=60).payload["hidden"][1] == (4, 32)
 
 
 def test_a_pool_in_use_is_not_replaced(connect: Callable[[str], PoolTeacher], teacher_dir: Path) -> None:

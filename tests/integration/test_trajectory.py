@@ -65,7 +65,7 @@ def config_for(pool: str, zero_stage: int, micro_batch_size: int, workers: int, 
             },
             # alpha far above the default, so that the adaptive rule and not the floor moves t
             "schedule": {"alpha": 1.0, "beta": 0.5},
-            "loss": {"chunk_tokens": 100},
+            "loss": {"memory_mib": 1},
             "train": {
                 "steps": STEPS,
                 "batch_size": 5,

@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taid_ray import cluster
-from taid_ray.cluster import Demand, check_capacity, demand_of, workers_beside
+from taid_ray.cluster import (
+    Demand,
+    capacity_note,
+    check_capacity,
+    check_scale,
+    demand_of,
+    most_replicas,
+    workers_beside,
+)
 from taid_ray.config import DistillConfig, build_config
 from taid_ray.errors import ClusterError
 
@@ -17,7 +25,7 @@ from taid_ray.errors import ClusterError
 def demand(**changes: Any) -> Demand:
     values: dict[str, Any] = {
         "device": "cpu", "workers": 1, "worker_cpus": 1.0, "replicas": 1, "shards": 1, "shard_cpus": 1.0,
-        "student_role": False, "teacher_role": False,
+        "student_role": False, "teacher_role": False, "max_replicas": changes.get("replicas", 1),
     }  # fmt: skip
     return Demand(**values | changes)
 
@@ -94,6 +102,30 @@ def test_dead_and_missing_nodes_hold_nothing() -> None:
         assert "the nodes have nothing" in refusal(demand(), nodes)
 
 
+def test_a_range_needs_room_for_its_smallest_number_only() -> None:
+    asked = demand(workers=2, max_replicas=5, shards=2)
+    nodes = [node(CPU=4), node(CPU=5)]
+    check_capacity(asked, nodes)
+    assert most_replicas(asked, 10**9, nodes) == 3
+    note = capacity_note(asked, nodes)
+    assert note and "teacher.replicas.max = 5, but the cluster has room for 3 beside 2 student worker(s)" in note
+    assert "1 x (4 CPU), 1 x (5 CPU)" in note
+    assert capacity_note(demand(workers=2, max_replicas=3, shards=2), nodes) is None
+    assert capacity_note(demand(replicas=0), nodes) is None
+
+
+def test_a_live_pool_grows_into_what_the_workers_leave() -> None:
+    asked, nodes = demand(workers=1, worker_cpus=2.0), [node(CPU=4)]
+    check_scale(asked, 2, nodes)
+    with pytest.raises(ClusterError) as caught:
+        check_scale(asked, 3, nodes)
+    message = str(caught.value)
+    assert "--teacher 3: the cluster has room for 2 replica(s) of 1 shard(s) x 1 CPU" in message
+    assert "beside 1 student worker(s) of 2 CPU; the nodes have 1 x (4 CPU). Ask for fewer" in message
+    with pytest.raises(ClusterError, match="room for 0 replica"):
+        check_scale(asked, 1, [])
+
+
 def brute_force(nodes: list[int], replica: int, worker: int, replicas: int) -> int:
     """Most workers beside exactly `replicas` replicas, from all ways to spread them; -1 if there is none."""
     best = -1
@@ -128,6 +160,9 @@ def test_demand_asks_for_roles_only_where_they_are_offered(monkeypatch: pytest.M
     assert (found.workers, found.replicas, found.shards) == (3, 2, 2)
     assert found.worker_resources() == {"CPU": 1.5, "taid_student": 1}
     assert found.shard_resources() == {"CPU": 2}
+    assert found.max_replicas == 2
+    ranged = demand_of(config(replicas={"min": 1, "max": 3}), "cpu")
+    assert (ranged.replicas, ranged.max_replicas) == (1, 3)
     gpu = demand_of(config(), "cuda")
     assert gpu.worker_resources() == {"CPU": 1.5, "GPU": 1, "taid_student": 1}
     assert gpu.shard_resources() == {"CPU": 2, "GPU": 1}
@@ -136,7 +171,7 @@ def test_demand_asks_for_roles_only_where_they_are_offered(monkeypatch: pytest.M
 def test_a_local_teacher_asks_for_no_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 8.0})
     found = demand_of(config(mode="local"), "cpu")
-    assert found.replicas == 0
+    assert found.replicas == found.max_replicas == 0
     check_capacity(found, [node(CPU=4.5)])
     refusal(found, [node(CPU=4.4)])
 

@@ -281,7 +281,7 @@ def test_unknown_keys_get_the_nearest_known_one(values: dict[str, Any], expected
         ("student.dtype", "float16"),
         ("schedule.mode", "cosine"),
         ("schedule.signal", "ce"),
-        ("teacher.payload", "topk"),
+        ("teacher.payload", "top-5"),
         # out of range
         ("schedule.t_start", -0.1),
         ("schedule.t_end", 1.5),
@@ -360,6 +360,10 @@ def test_every_problem_is_reported_at_once() -> None:
             ["student.deepspeed", "overlap_comm", "student.zero_stage: 2", "found 1"],
         ),
         ({"student__architecture": {"num_hidden_layers": 2}}, ["student.architecture", "scratch", "pretrained"]),
+        (
+            {"student__dtype": "float32", "student__attention": "flash_attention_2"},
+            ["student.attention", "flash_attention_2", "student.dtype: float32", "sdpa"],
+        ),
         ({"teacher__mode": "local", "teacher__replicas": 2}, ["teacher.mode", "local", "replicas: 2", "pool"]),
         ({"teacher__mode": "local", "teacher__shards": 3}, ["teacher.mode", "local", "shards: 3", "pool"]),
     ],
@@ -417,3 +421,34 @@ def test_long_values_are_shortened_in_messages() -> None:
 def test_schema_rejects_the_same_things_when_built_directly() -> None:
     with pytest.raises(ValueError, match="t_start"):
         DistillConfig.model_validate(tree_with(schedule__t_start=2))
+
+
+@pytest.mark.parametrize(
+    ("given", "low", "high", "shown"),
+    [(3, 3, 3, 3), ({"min": 1, "max": 4}, 1, 4, {"min": 1, "max": 4}), ({"min": 2, "max": 2}, 2, 2, 2)],
+)
+def test_replicas_are_a_number_or_a_range(given: Any, low: int, high: int, shown: Any) -> None:
+    config = build_config(tree_with(teacher__replicas=given))
+    assert (config.teacher.replicas.min, config.teacher.replicas.max) == (low, high)
+    assert config.teacher.replicas.fixed == (low == high)
+    assert config.model_dump()["teacher"]["replicas"] == shown
+    assert build_config(config.model_dump()) == config  # what RUN/config.yaml holds can be read again
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (0, ["teacher.replicas", "at least 1", "found 0"]),
+        (True, ["teacher.replicas", "whole number", "True"]),
+        ("two", ["teacher.replicas", "{min: A, max: B}", "'two'"]),
+        (1.5, ["teacher.replicas", "whole number", "1.5"]),
+        ({"min": 3, "max": 1}, ["teacher.replicas.min = 3", "teacher.replicas.max = 1"]),
+        ({"min": 1}, ["teacher.replicas.max", "missing"]),
+        ({"min": 0, "max": 1}, ["teacher.replicas.min", "found 0"]),
+        ({"min": 1, "max": 2, "mean": 1}, ["teacher.replicas.mean", "unknown key"]),
+    ],
+)
+def test_bad_replicas_are_refused(given: Any, expected: list[str]) -> None:
+    message = refusal(tree_with(teacher__replicas=given))
+    assert len(message.splitlines()) == 1
+    assert all(part in message for part in expected), message

@@ -11,15 +11,15 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "taid_ray"
 
 # Modules and subpackages directly under taid_ray/. List a new one here, as low as its imports allow.
-WITHOUT_TORCH = {"aggregate", "config", "config_text", "errors", "schedule"}
+WITHOUT_TORCH = {"aggregate", "bottleneck", "config", "config_text", "errors", "schedule"}
 LAYERS = {
     # P: pure. torch at most.
-    "P": WITHOUT_TORCH | {"batch", "chunked", "losses", "packing", "wire"},
+    "P": WITHOUT_TORCH | {"batch", "chunked", "clock", "losses", "packing", "wire"},
     # 1: one process. No ray.
     "1": {
-        "chat", "data", "device", "documents", "encoding", "evaluate", "example", "hub", "measure", "metrics", "models",
-        "preflight", "progress", "report", "run_dir", "stream", "student", "student_model", "teacher_model", "train",
-        "vocabulary", "world",
+        "chat", "data", "device", "documents", "encoding", "evaluate", "example", "hub", "live_file", "measure", "metrics",
+        "models", "payload", "preflight", "progress", "report", "run_dir", "stream", "student", "student_model",
+        "teacher_model", "train", "vocabulary", "world",
     },
     # R: Ray glue and entry points.
     "R": {"__init__", "actors", "cli", "cluster", "supervise", "launch", "worker"},

@@ -212,6 +212,14 @@ def test_taid_target_of_an_excluded_id() -> None:
     assert torch.allclose(gradient, student.softmax(-1) - target, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_probability_of_almost_nothing_is_none(name: str) -> None:
+    tiny, excluded = torch.tensor([[0.0, 1.0, -300.0]]), torch.tensor([[1.0, 0.0, -INF]])
+    for student, teacher in ((tiny, excluded), (excluded, tiny)):
+        values, gradient = value_and_gradient(name, student, teacher)
+        assert values.isfinite().all() and gradient.isfinite().all()
+
+
 def test_taid_without_a_shared_id_is_infinite() -> None:
     values, gradient = value_and_gradient("taid", torch.tensor([[1.0, -INF]]), torch.tensor([[-INF, 1.0]]))
     assert values.item() == INF and gradient.isfinite().all()

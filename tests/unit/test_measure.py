@@ -48,7 +48,8 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_model_measured_against_itself() -> None:
     found = evaluate_model(STORIES, STORIES, VALID, [f"data.valid_documents={DOCUMENTS}"], rouge=False)
     assert found.kl == pytest.approx(0, abs=1e-7)
-    assert found.cross_entropy == found.teacher_cross_entropy
+    # The teacher groups the rows in its own way, so the last bits differ.
+    assert found.cross_entropy == pytest.approx(found.teacher_cross_entropy, rel=1e-7)
     assert 1 < found.cross_entropy < 2
     assert found.rouge_l is None
 

@@ -113,6 +113,7 @@ def metrics(step: int) -> StepMetrics:
     return StepMetrics(
         step=step, epoch=0, t=0.4 + step / 100, momentum=0.0, loss=3.0 / step, kl=1.0 / step, entropy_pt=2.0 / step, sft=0.0,
         floor_active=False, lr=1e-3, grad_norm=0.5, tokens=100, tokens_per_s=50.0, step_s=2.0, teacher_wait_s=0.0,
+        data_s=0.1, forward_s=0.4, loss_s=0.5, backward_s=0.8, optimizer_s=0.1, schedule_wait_s=0.0, teacher_compute_s=0.9,
         payload_bytes=6400, samples_seen=step * 4,
     )  # fmt: skip
 
@@ -130,7 +131,8 @@ def test_metrics_lines_are_complete_at_once_and_read_back(tmp_path: Path) -> Non
     lines = read_metrics(path)
     assert [line["t"] for line in lines] == [metrics(step).t for step in (1, 2, 3)]
     documented = "step epoch t momentum loss kl entropy_pt floor_active lr grad_norm tokens tokens_per_s step_s"
-    assert set(lines[0]) >= set(f"{documented} teacher_wait_s payload_bytes samples_seen".split())
+    times = "data_s teacher_wait_s forward_s loss_s backward_s optimizer_s schedule_wait_s teacher_compute_s"
+    assert set(lines[0]) >= set(f"{documented} {times} payload_bytes samples_seen".split())
 
 
 def test_write_json_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:

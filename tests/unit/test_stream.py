@@ -1,6 +1,7 @@
 import time
 from collections.abc import Iterator
 from math import ceil
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taid_ray.batch import NO_LABEL, Batch, Row, collate
+from taid_ray.clock import PhaseClock
 from taid_ray.data import Cursor
+from taid_ray.payload import TeacherOutput
 from taid_ray.stream import Prefetcher, StepBatches, num_micro_batches, read_ahead, split_evenly, step_batches
-from taid_ray.teacher_model import TeacherOutput
 from taid_ray.world import World
 
 
@@ -85,13 +87,16 @@ class FakeTeacher:
     def collect(self, request: list[int]) -> TeacherOutput:
         self.log.append(("collect", request))
         self.in_flight.remove(request)
-        return TeacherOutput(torch.tensor(request), "hidden")
+        return TeacherOutput("hidden", {"hidden": torch.tensor(request)})
+
+    def info(self) -> Any:
+        return SimpleNamespace(bytes_per_token=10)
 
 
-def prefetcher(steps: int, accumulation: int, window: int) -> tuple[Prefetcher, FakeTeacher]:
+def prefetcher(steps: int, accumulation: int, window: int, window_bytes: int = 10**9) -> tuple[Prefetcher, FakeTeacher]:
     teacher: Any = FakeTeacher()
     batches = step_batches(global_batches(steps, 4), World(), accumulation)
-    return Prefetcher(batches, teacher, window), teacher
+    return Prefetcher(batches, teacher, window, window_bytes, PhaseClock(torch.device("cpu"))), teacher
 
 
 @settings(max_examples=100, deadline=None)
@@ -103,7 +108,7 @@ def test_prefetcher_hands_out_everything_in_order(steps: int, accumulation: int,
         assert work.cursor == cursor  # the position of the consumed step, however far ahead the reading is
         found = [stream.collect() for _ in work.batches]
         assert [batch for batch, _ in found] == work.batches
-        assert [output.values.tolist() for _, output in found] == [numbers(batch) for batch in work.batches]
+        assert [output.tensors["hidden"].tolist() for _, output in found] == [numbers(batch) for batch in work.batches]
         assert [n for batch, _ in found for n in numbers(batch)] == [r.input_ids[0] for r in rows]
         left = (steps - step) * accumulation
         assert len(teacher.in_flight) == min(window, left)  # always as far ahead as allowed
@@ -134,9 +139,20 @@ def test_a_request_is_sent_before_the_one_ahead_of_it_is_collected() -> None:
         assert position["submit", first + 4] < position["collect", first]
 
 
+@pytest.mark.parametrize("tokens, in_flight", [(1, 1), (13, 1), (14, 2), (19, 2), (20, 3), (100, 5)])
+def test_the_window_is_bounded_in_bytes_too(tokens: int, in_flight: int) -> None:
+    """Five requests of 7, 7, 6, 7 and 7 loss positions, 10 bytes each. One is always in flight, or nothing would move."""
+    stream, teacher = prefetcher(steps=5, accumulation=1, window=99, window_bytes=10 * tokens)
+    assert len(teacher.in_flight) == in_flight
+    for _ in range(5):
+        stream.next_step()
+        stream.collect()
+    assert not teacher.in_flight
+
+
 def test_wait_is_the_time_spent_in_collect(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([10.0, 10.5, 20.0, 23.0])
-    monkeypatch.setattr("taid_ray.stream.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("taid_ray.stream.perf_counter", lambda: next(clock))
     stream, _ = prefetcher(steps=2, accumulation=1, window=1)
     assert stream.wait_s == 0
     stream.next_step()
@@ -153,7 +169,7 @@ def test_an_error_in_the_data_comes_out() -> None:
         raise ValueError("bad row")
 
     teacher: Any = FakeTeacher()
-    stream = Prefetcher(broken(), teacher, 1)
+    stream = Prefetcher(broken(), teacher, 1, 10**9, PhaseClock(torch.device("cpu")))
     stream.next_step()
     with pytest.raises(ValueError, match="bad row"):
         stream.collect()

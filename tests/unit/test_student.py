@@ -13,14 +13,16 @@ import torch.distributed as dist
 from taid_ray.aggregate import LossAggregator, LossSums, StepResult
 from taid_ray.batch import NO_LABEL, Row, collate
 from taid_ray.chunked import LogitTransform
+from taid_ray.clock import PhaseClock
 from taid_ray.config import DistillConfig, build_config
 from taid_ray.errors import ModelError, NonFiniteLossError
+from taid_ray.example import quickstart_config
 from taid_ray.launch import use_deepspeed_on
 from taid_ray.metrics import StepMetrics
 from taid_ray.models import Head
+from taid_ray.payload import TeacherOutput, needs_head
 from taid_ray.preflight import prepare, run_tokenizer
 from taid_ray.schedule import TAIDSchedule
-from taid_ray.teacher_model import TeacherOutput
 from tests.reference import reference_run
 
 BUNDLE = Path(__file__).parents[2] / "taid_ray" / "quickstart"
@@ -97,7 +99,8 @@ def train(config: DistillConfig) -> tuple[list[StepMetrics], Any]:
     from taid_ray.world import World
 
     plan, world, device = prepare(config), World(), torch.device("cpu")
-    student = Student(config, build_student(config, plan.vocabulary), plan.vocabulary.num_shared, world, device)
+    clock = PhaseClock(device)
+    student = Student(config, build_student(config, plan.vocabulary), plan.vocabulary.num_shared, world, device, clock)
     teacher = LocalTeacher(config.teacher, plan.vocabulary.num_shared, device)
     scheduler = LocalScheduler(config, plan.total_steps)
     accumulation = num_micro_batches(config.train.batch_size, config.train.micro_batch_size, 1)
@@ -106,8 +109,9 @@ def train(config: DistillConfig) -> tuple[list[StepMetrics], Any]:
     batches = step_batches(training_batches(data, plan, tokenizer), world, accumulation)
     lines: list[StepMetrics] = []
     start = scheduler.aggregator.result
-    stream = Prefetcher(batches, teacher, config.teacher.window)
-    train_loop(config.train, plan.total_steps, student, teacher.head(), scheduler, stream, start, lines.append)
+    stream = Prefetcher(batches, teacher, config.teacher.window, config.teacher.window_mib * 2**20, clock)
+    head = teacher.head() if needs_head(config.teacher.payload) else None
+    train_loop(config.train, plan.total_steps, student, head, scheduler, stream, start, clock, lines.append)
     return lines, student
 
 
@@ -190,6 +194,51 @@ def test_bfloat16_stays_near_the_reference(stage: int, expected: dict[str, Any])
         assert line.loss == pytest.approx(reference["loss"], rel=5e-3), line.step
 
 
+@pytest.mark.timeout(240)
+def test_quantised_payloads_stay_near_the_exact_run() -> None:
+    """The beginning of the quickstart: t within 1e-3 and the loss within 1 % at every step."""
+    runs = {}
+    for payload in ("hidden", "hidden_int8", "hidden_fp8"):
+        config = quickstart_config(["teacher.mode=local", f"teacher.payload={payload}", "train.steps=25"], "unused")
+        runs[payload], _ = train(config)
+    exact = runs.pop("hidden")
+    for payload, lines in runs.items():
+        for line, expected in zip(lines, exact, strict=True):
+            assert line.t == pytest.approx(expected.t, abs=1e-3), (payload, line.step)
+            assert line.loss == pytest.approx(expected.loss, rel=1e-2), (payload, line.step)
+        assert [line.loss for line in lines] != [line.loss for line in exact]  # the payload did reach the loss
+
+
+@pytest.mark.parametrize("head", [TIED, UNTIED], ids=["tied", "untied"])
+def test_a_step_is_accounted_for(head: dict[str, Any]) -> None:
+    lines, _ = train(config_for(head))
+    for line in lines[1:]:
+        phases = (line.data_s, line.teacher_wait_s, line.forward_s, line.loss_s, line.backward_s, line.optimizer_s)
+        assert all(seconds > 0 for seconds in phases)
+        assert 0.9 * line.step_s <= sum(phases) + line.schedule_wait_s <= 1.01 * line.step_s
+        # A local teacher computes while the student waits, and at no other time.
+        assert 0 < line.teacher_compute_s <= line.teacher_wait_s
+
+
+@pytest.mark.parametrize(
+    "name", ["taid", "forward_kl", "reverse_kl", "js", "tvd", "skew_forward_kl", "skew_reverse_kl"]
+)
+def test_training_on_the_top_k_alone(name: str) -> None:
+    """Under ZeRO-3 and without the teacher's head the run follows the exact one where the top k leave little out."""
+    found = {}
+    for payload in ("hidden", "topk"):
+        config = config_for(TIED | {"zero_stage": 3}, steps=8)
+        tree = config.model_dump()
+        tree["teacher"] |= {"payload": payload, "topk": 256}
+        tree["loss"]["name"] = name
+        found[payload], _ = train(build_config(tree))
+    for exact, line in zip(found["hidden"], found["topk"], strict=True):
+        assert line.kl == pytest.approx(exact.kl, rel=0.02), line.step
+        assert line.loss == pytest.approx(exact.loss, rel=0.02), line.step
+        assert line.grad_norm == pytest.approx(exact.grad_norm, rel=0.05), line.step
+    assert len({line.kl for line in found["topk"]}) == 8
+
+
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_saved_model_is_the_trained_one(stage: int, tmp_path: Path) -> None:
     """The saved weights reproduce the training model's own next loss, and load with plain transformers."""
@@ -215,10 +264,11 @@ def test_a_gradient_that_is_not_finite_stops_the_run(stage: int) -> None:
     from taid_ray.world import World
 
     config = config_for(TIED | {"zero_stage": stage})
-    student = Student(config, build_student(config, None), 512, World(), torch.device("cpu"))
+    device = torch.device("cpu")
+    student = Student(config, build_student(config, None), 512, World(), device, PhaseClock(device))
     batch = collate([Row([1, 2, 3], [0, 1, 2], [2, 3, NO_LABEL])])
     head = Head(torch.randn(512, 64), None, LogitTransform())
-    loss, _ = student.forward(batch, TeacherOutput(torch.randn(2, 64), "hidden"), head, 0.5)
+    loss, _ = student.forward(batch, TeacherOutput("hidden", {"hidden": torch.randn(2, 64)}), head, 0.5)
     student.backward(loss * float("inf"))
     before = {name: tensor.clone() for name, tensor in student._gathered_state().items()}
     with pytest.raises(NonFiniteLossError, match="gradient norm"):

@@ -6,16 +6,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from taid_ray import device
+from taid_ray import device, models
 from taid_ray.batch import NO_LABEL, Batch, Row, collate
 from taid_ray.chunked import LogitTransform
 from taid_ray.config import TeacherConfig
-from taid_ray.errors import ClusterError, ModelError, TeacherError
-from taid_ray.models import Head, check_packing, head_of, hidden_states, load_causal_lm, load_tokenizer, self_test
-from taid_ray.teacher_model import LocalTeacher, TeacherModel, check_finite, head_digest
+from taid_ray.errors import ClusterError, ConfigError, ModelError, TeacherError
+from taid_ray.models import (
+    Head,
+    check_packing,
+    explained_attention,
+    head_of,
+    hidden_states,
+    load_causal_lm,
+    load_tokenizer,
+    self_test,
+)
+from taid_ray.payload import TeacherOutput, measured_error
+from taid_ray.teacher_model import PADDING_LIMIT, LocalTeacher, TeacherModel, head_digest, micro_batches
 
 VOCAB, SHARED = 61, 57
 CPU = torch.device("cpu")
+KINDS: list[Any] = ["hidden", "hidden_int8", "hidden_fp8", "topk", "logits"]
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -71,6 +82,19 @@ def batch(lengths: tuple[int, ...] = (9, 4, 7)) -> Batch:
     return collate([Row(row, list(range(len(row))), [*row[1:], NO_LABEL]) for row in ids])
 
 
+def score(teacher: TeacherModel, request: Batch) -> dict[str, Tensor]:
+    return teacher.score(request.inputs, request.loss_positions, request.labels)
+
+
+def forward_shapes(teacher: TeacherModel) -> list[torch.Size]:
+    """Fills with the shape of the input of every forward pass from now on."""
+    shapes: list[torch.Size] = []
+    teacher.model.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    return shapes
+
+
 def plain_logits(path: Path, batch: Batch) -> Tensor:
     """The ordinary way: each row alone, without padding, straight from transformers."""
     from transformers import AutoModelForCausalLM
@@ -91,47 +115,158 @@ def test_answers_equal_the_models_own_logits(name: str, payload: Any, saved: Cal
     path, request = saved(name), batch()
     attention = "eager" if name == "gemma2" else "sdpa"
     teacher = TeacherModel(config(path, payload=payload, attention=attention), SHARED, CPU)
-    values = teacher.score(request.inputs, request.loss_positions)
+    values = score(teacher, request)[payload]
     logits = teacher.head().logits(values) if payload == "hidden" else values
     assert values.shape == (len(request.labels), 32 if payload == "hidden" else SHARED)
     torch.testing.assert_close(logits, plain_logits(path, request), atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("max_tokens", [1, 9, 18, 26, 27])
+def test_topk_answers_equal_the_models_own_probabilities(saved: Callable[..., Path]) -> None:
+    path, request = saved("phi"), batch()
+    exact = plain_logits(path, request).log_softmax(-1)
+    found = score(TeacherModel(config(path, payload="topk", topk=5), SHARED, CPU), request)
+    ids = found["ids"].long()
+    assert torch.equal(ids, exact.topk(5).indices.sort(-1).values)
+    torch.testing.assert_close(found["log_probs"].float(), exact.gather(1, ids), atol=1e-3, rtol=5e-3)
+    own = exact.gather(1, request.labels[:, None])[:, 0]
+    torch.testing.assert_close(found["label_log_probs"], own, atol=2e-5, rtol=1e-5)
+    tail = exact.scatter(1, ids, float("-inf")).logsumexp(-1)
+    torch.testing.assert_close(found["log_tail"], tail, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 8, 16, 24, 27])
 def test_splitting_by_max_tokens_changes_nothing(max_tokens: int, saved: Callable[..., Path]) -> None:
     request = batch()
     whole = TeacherModel(config(saved("llama")), SHARED, CPU)
     split = TeacherModel(config(saved("llama"), max_tokens=max_tokens), SHARED, CPU)
-    calls: list[torch.Size] = []
-    split._model.base_model.register_forward_pre_hook(
-        lambda _, args, kwargs: calls.append(kwargs["input_ids"].shape), with_kwargs=True
-    )
-    found = split.score(request.inputs, request.loss_positions)
-    torch.testing.assert_close(found, whole.score(request.inputs, request.loss_positions), atol=1e-5, rtol=1e-5)
-    assert all(shape.numel() <= max(max_tokens, 9) for shape in calls) and sum(shape[0] for shape in calls) == 3
+    shapes = forward_shapes(split)
+    found = score(split, request)["hidden"]
+    torch.testing.assert_close(found, score(whole, request)["hidden"], atol=3e-6, rtol=1e-5)
+    assert all(shape.numel() <= max(max_tokens, 8) for shape in shapes) and sum(shape[0] for shape in shapes) == 3
+
+
+def ragged() -> Batch:
+    """Rows of 40 positions: packed, with loss at the end only, in the middle only, nowhere, and short ones."""
+    generator = torch.Generator().manual_seed(3)
+    rows = []
+    for length, carrying, cut in (
+        (40, range(39), 13), (3, range(2), 3), (40, range(5), 40), (40, (), 40), (12, (10,), 12), (5, range(4), 2),
+        (40, (17, 30), 20), (2, (0,), 2),
+    ):  # fmt: skip
+        ids = torch.randint(0, SHARED, (length,), generator=generator).tolist()
+        targets = [ids[i + 1] if i in carrying and i + 1 != cut else NO_LABEL for i in range(length)]
+        rows.append(Row(ids, [*range(cut), *range(length - cut)], targets))
+    return collate(rows)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma2"])
+def test_leaving_out_what_nobody_reads_changes_nothing(
+    name: str, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("taid_ray.teacher_model.PADDING_LIMIT", 10)
+    attention = "eager" if name == "gemma2" else "sdpa"
+    teacher, request = TeacherModel(config(saved(name), attention=attention, max_tokens=64), SHARED, CPU), ragged()
+    shapes = forward_shapes(teacher)
+    found = score(teacher, request)["hidden"]
+    computed = [tuple(shape) for shape in shapes]
+    with torch.no_grad():
+        whole = hidden_states(teacher.model, request.inputs).flatten(0, 1)[request.loss_positions]
+    torch.testing.assert_close(found, whole, atol=3e-6, rtol=1e-5)
+    assert torch.equal(found, score(teacher, request)["hidden"])
+    # The lengths that matter are 39, 2, 5, 0, 11, 4, 31, 1, so 93 positions do, of 8 x 40.
+    assert computed == [(1, 39), (1, 31), (2, 11), (3, 4)]
+    assert sum(rows * longest for rows, longest in computed) == 104 < 320
+
+
+def test_positions_in_any_order_get_their_own_answers(saved: Callable[..., Path]) -> None:
+    teacher, request = TeacherModel(config(saved("llama"), max_tokens=16), SHARED, CPU), ragged()
+    order = torch.randperm(request.num_loss_tokens, generator=torch.Generator().manual_seed(0))
+    found = teacher.score(request.inputs, request.loss_positions[order], request.labels[order])["hidden"]
+    assert torch.equal(found, score(teacher, request)["hidden"][order])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "max_tokens", "groups"),
+    [
+        ([], 100, []),
+        ([0, 0], 100, []),
+        ([7, 0, 7, 7], 14, [[0, 2], [3]]),
+        ([200, 300], 100, [[1], [0]]),
+        ([10, 512, 10, 500, 10], 10_000, [[1, 3], [0, 2, 4]]),
+        ([1] * 5, 3, [[0, 1, 2], [3, 4]]),
+    ],
+)
+def test_rows_of_similar_length_are_computed_together(
+    lengths: list[int], max_tokens: int, groups: list[list[int]]
+) -> None:
+    assert list(micro_batches(lengths, max_tokens)) == groups
+
+
+def test_micro_batches_keep_to_their_limits() -> None:
+    lengths = torch.randint(0, 2049, (500,), generator=torch.Generator().manual_seed(0)).tolist()
+    groups = list(micro_batches(lengths, 16384))
+    assert sorted(row for group in groups for row in group) == [row for row, length in enumerate(lengths) if length]
+    computed = [len(group) * max(lengths[row] for row in group) for group in groups]
+    padding = [total - sum(lengths[row] for row in group) for total, group in zip(computed, groups, strict=True)]
+    assert max(computed) <= 16384 and max(padding) <= PADDING_LIMIT
+    assert sum(computed) < 1.03 * sum(lengths)  # where whole rows would be 2.0 times as much
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_payload_is_the_same_bits_again_and_fits_its_description(kind: Any, saved: Callable[..., Path]) -> None:
+    request, settings = ragged(), config(saved("tied", torch.bfloat16), payload=kind, topk=5)
+    first, second = (LocalTeacher(settings, SHARED, CPU) for _ in range(2))
+    outputs = [teacher.collect(teacher.submit(request)) for teacher in (first, second, first)]
+    for name, tensor in outputs[0].tensors.items():
+        assert all(torch.equal(tensor, output.tensors[name]) for output in outputs[1:])
+    info = first.info()
+    assert info == second.info() and (info.payload, info.topk, info.dtype) == (kind, 5, "bfloat16")
+    assert outputs[0].kind == kind and outputs[0].compute_s > 0
+    assert outputs[0].num_bytes == request.num_loss_tokens * info.bytes_per_token
+    info.check_output(outputs[0].tensors, request.num_loss_tokens)
+    with pytest.raises(TeacherError, match=f"answered a {kind} request"):
+        info.check_output(outputs[0].tensors, request.num_loss_tokens + 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_payload_error_is_that_of_the_exact_hidden_states(kind: Any, saved: Callable[..., Path]) -> None:
+    request = ragged()
+    teacher = LocalTeacher(config(saved("llama"), payload=kind, topk=5), SHARED, CPU)
+    exact = score(TeacherModel(config(saved("llama")), SHARED, CPU), request)["hidden"]
+    error = teacher.payload_error(request)
+    assert error == pytest.approx(measured_error(kind, exact, teacher.head(), 5), rel=1e-5)
+    assert (error > 0) == (kind not in ("hidden", "logits"))
 
 
 @pytest.mark.parametrize("payload", ["hidden", "logits"])
 def test_bfloat16_stays_bfloat16(payload: Any, saved: Callable[..., Path]) -> None:
     path, request = saved("llama", torch.bfloat16), batch()
     teacher = LocalTeacher(config(path, payload=payload), SHARED, CPU)
-    output = teacher.collect(teacher.submit(request))
-    logits = teacher.head().logits(output.values) if payload == "hidden" else output.values.float()
-    assert output.values.dtype == torch.bfloat16 and teacher.info().dtype == "bfloat16"
-    assert output.num_bytes == output.values.numel() * 2
+    values = teacher.collect(teacher.submit(request)).tensors[payload]
+    logits = teacher.head().logits(values) if payload == "hidden" else values.float()
+    assert values.dtype == torch.bfloat16 and teacher.info().dtype == "bfloat16"
     torch.testing.assert_close(logits, plain_logits(path, request), atol=0.3, rtol=0.05)
 
 
-@pytest.mark.parametrize(("payload", "width"), [("hidden", 32), ("logits", SHARED)])
-def test_no_loss_positions_give_an_empty_answer(payload: Any, width: int, saved: Callable[..., Path]) -> None:
-    teacher = LocalTeacher(config(saved("llama"), payload=payload), SHARED, CPU)
-    output = teacher.collect(teacher.submit(collate([])))
-    assert output.values.shape == (0, width) and output.kind == payload and teacher.tokens == 0
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_loss_positions_give_an_empty_answer(kind: Any, saved: Callable[..., Path]) -> None:
+    teacher = LocalTeacher(config(saved("llama"), payload=kind, topk=5), SHARED, CPU)
+    output, empty = teacher.collect(teacher.submit(collate([]))), teacher.info().empty_output(CPU)
+    assert isinstance(output, TeacherOutput) and output.kind == empty.kind == kind
+    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in output.tensors.items()}
+    assert shapes == {name: (tensor.shape, tensor.dtype) for name, tensor in empty.tensors.items()}
+    assert teacher.tokens == output.num_bytes == 0 and teacher.payload_error(collate([])) == 0
+
+
+def test_shards_other_than_the_leader_compute_and_keep_nothing(saved: Callable[..., Path]) -> None:
+    shard = TeacherModel(config(saved("llama"), payload="topk", topk=5), SHARED, CPU, leader=False)
+    shapes = forward_shapes(shard)
+    assert score(shard, batch()) == {} and len(shapes) == 1
 
 
 def test_answers_can_feed_a_backward_pass_and_the_teacher_gets_no_gradient(saved: Callable[..., Path]) -> None:
-    teacher, request = TeacherModel(config(saved("llama")), SHARED, CPU), batch()
-    values = teacher.score(request.inputs, request.loss_positions)
+    teacher = TeacherModel(config(saved("llama")), SHARED, CPU)
+    values = score(teacher, batch())["hidden"]
     scale = torch.ones(32, requires_grad=True)
     teacher.head().logits(values * scale).sum().backward()
     assert scale.grad is not None and not any(p.requires_grad for p in teacher._model.parameters())
@@ -157,6 +292,16 @@ def test_info_identifies_the_teacher(saved: Callable[..., Path], tmp_path: Path)
     assert changed.fingerprint != info.fingerprint and changed.probe_digest != info.probe_digest
 
 
+def test_info_identifies_the_payload(saved: Callable[..., Path]) -> None:
+    settings = [{"payload": kind} for kind in KINDS if kind != "topk"]
+    settings += [{"payload": "topk", "topk": 5}, {"payload": "topk", "topk": 6}]
+    infos = [TeacherModel(config(saved("llama"), **values), SHARED, CPU).info() for values in settings]
+    assert len({info.fingerprint for info in infos}) == len({info.probe_digest for info in infos}) == 6
+    assert len({info.head_digest for info in infos}) == 1
+    assert TeacherModel(config(saved("llama"), topk=9), SHARED, CPU).info().fingerprint == infos[0].fingerprint
+    assert [info.bytes_per_token for info in infos] == [128, 36, 36, 4 * SHARED, 38, 44]
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma2"])
 def test_packed_documents_do_not_see_each_other(name: str, saved: Callable[..., Path]) -> None:
     model = load_causal_lm(str(saved(name)), attention="eager" if name == "gemma2" else "sdpa")
@@ -173,7 +318,7 @@ def test_packed_documents_do_not_see_each_other(name: str, saved: Callable[..., 
 def test_a_model_that_mixes_packed_documents_is_reported(saved: Callable[..., Path], monkeypatch: Any) -> None:
     model = load_causal_lm(str(saved("llama")))
     forward = model.base_model.forward
-    mixes = {"attention_mask": torch.ones(1, 16)}
+    mixes = {"attention_mask": torch.ones(2, 16)}
 
     def mixing(**inputs: Any) -> Any:
         return forward(**inputs, attention_mask=mixes["attention_mask"][:, : inputs["input_ids"].shape[1]])
@@ -204,20 +349,103 @@ def test_impossible_requests_are_refused(ids: Any, positions: Any, message: str,
     teacher = TeacherModel(config(saved("llama")), SHARED, CPU)
     tokens = torch.tensor(ids, dtype=torch.int64)
     with pytest.raises(TeacherError, match=message):
-        teacher.score({"input_ids": tokens, "position_ids": torch.zeros_like(tokens)}, torch.tensor(positions))
+        teacher.score(
+            {"input_ids": tokens, "position_ids": torch.zeros_like(tokens)},
+            torch.tensor(positions, dtype=torch.int64),
+            torch.tensor([0]),
+        )
 
 
-def test_values_that_are_not_finite_are_refused() -> None:
-    check_finite(torch.tensor([[0.0, float("-inf")]]), "logits")
-    check_finite(torch.empty(0, 4), "hidden")
-    for value, kind in (
-        (float("-inf"), "hidden"),
-        (float("nan"), "hidden"),
-        (float("nan"), "logits"),
-        (float("inf"), "logits"),
+def test_impossible_labels_are_refused(saved: Callable[..., Path]) -> None:
+    teacher, request = TeacherModel(config(saved("llama"), payload="topk", topk=5), SHARED, CPU), batch()
+    with pytest.raises(TeacherError, match="one label per loss position"):
+        teacher.score(request.inputs, request.loss_positions, request.labels[1:])
+    for label in (-1, SHARED):
+        labels = request.labels.clone()
+        labels[2] = label
+        with pytest.raises(TeacherError, match=f"labels must lie in 0 to {SHARED - 1}"):
+            teacher.score(request.inputs, request.loss_positions, labels)
+
+
+def test_a_topk_without_a_tail_is_refused(saved: Callable[..., Path]) -> None:
+    with pytest.raises(ConfigError, match=rf"teacher\.topk = {SHARED} must be below"):
+        TeacherModel(config(saved("llama"), payload="topk", topk=SHARED), SHARED, CPU)
+
+
+def test_values_that_are_not_finite_are_refused(saved: Callable[..., Path]) -> None:
+    teacher = LocalTeacher(config(saved("llama")), SHARED, CPU)
+    with torch.no_grad():
+        next(teacher._model.model.parameters())[3] = float("nan")  # the embedding of id 3
+    row = Row([1, 2, 3, 4], [0, 1, 2, 3], [2, 3, 4, NO_LABEL])
+    with pytest.raises(
+        TeacherError, match=r"hidden \(payload hidden\) are not finite at . of 3 positions; set teacher\.dtype"
     ):
-        with pytest.raises(TeacherError, match="1 of 2 positions"):
-            check_finite(torch.tensor([[0.0, value], [0.0, 1.0]]), kind)
+        teacher.collect(teacher.submit(collate([row])))
+
+
+def test_a_teacher_that_is_not_deterministic_is_refused(
+    saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def noisy(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        return hidden_states(model, inputs) + torch.randn(1) * 1e-6
+
+    monkeypatch.setattr("taid_ray.teacher_model.hidden_states", noisy)
+    for kind in ("hidden", "hidden_fp8", "topk"):
+        with pytest.raises(TeacherError, match="is not deterministic"):
+            TeacherModel(config(saved("llama"), payload=kind, topk=5), SHARED, CPU)
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3"])
+def test_flash_attention_that_is_not_installed_is_explained(attention: Any, saved: Callable[..., Path]) -> None:
+    with pytest.raises(
+        ModelError, match=rf"^teacher\.attention = {attention} cannot be used .* teacher\.attention: sdpa"
+    ):
+        TeacherModel(config(saved("llama", torch.bfloat16), attention=attention), SHARED, CPU)
+    with pytest.raises(
+        ModelError, match=rf"^student\.attention = {attention} cannot be used .* student\.attention: sdpa"
+    ):
+        load_causal_lm(str(saved("llama")), attention=attention, key="student.model")
+    with pytest.raises(ImportError, match="flash"), explained_attention("sdpa", "student"):
+        raise ImportError("another package lacks flash-attn")
+
+
+@pytest.fixture
+def flash_like(saved: Callable[..., Path]) -> Any:
+    """A bfloat16 model whose attention passes for transformers' flash attention: in inputs of one row it keeps packed
+    documents apart, otherwise it takes every row for one document."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
+        return sdpa_attention_forward(module, query, key, value, mask if len(query) == 1 else None, **options)
+
+    AttentionInterface.register("flash_like", attend)
+    AttentionMaskInterface.register("flash_like", sdpa_mask)
+    model = load_causal_lm(str(saved("llama", torch.bfloat16)))
+    model.config._attn_implementation = "flash_like"
+    return model
+
+
+def test_flash_attention_keeps_packed_rows_apart(flash_like: Any) -> None:
+    check_packing(flash_like)
+    head = head_of(flash_like)
+    self_test(flash_like, head)
+    inputs = ragged().inputs
+    with torch.no_grad():
+        found = hidden_states(flash_like, inputs)
+        mixed = flash_like.base_model(**inputs, use_cache=False)[0]  # what would happen without our care
+        flash_like.config._attn_implementation = "sdpa"
+        expected = hidden_states(flash_like, inputs)
+    torch.testing.assert_close(found, expected, atol=0.1, rtol=0.05)
+    assert float((mixed - expected).abs().max()) > 0.5
+
+
+def test_a_model_on_its_way_to_a_gpu_is_tested_with_an_attention_that_runs(flash_like: Any) -> None:
+    with pytest.raises(ModelError, match="bfloat16 or float16 only"):
+        self_test(flash_like.float(), head_of(flash_like))
+    assert models.tested_head(flash_like, "student.model", packed=True).weight.shape == (VOCAB, 32)
+    assert flash_like.config._attn_implementation == "flash_like"
 
 
 def test_a_vocabulary_that_is_too_small_is_refused(saved: Callable[..., Path]) -> None:

@@ -6,7 +6,13 @@ from taid_ray.errors import TeacherError
 from taid_ray.wire import pack, unpack
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool,
+        torch.int32, torch.int8, torch.float8_e4m3fn,
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("shape", [(3, 5), (0, 7), (4,), ()])
 def test_round_trip_keeps_bits_dtype_and_shape(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     tensor = (torch.randn(shape) * 10).to(dtype)

@@ -1,0 +1,67 @@
+"""Losses against a teacher that sent only its k likeliest ids: k buckets of one id and one of all the others.
+
+    student's buckets   q_1 .. q_k, Q = sum of the others' q            teacher's buckets   p_1 .. p_k, p_tail
+
+Every loss of the menu is an f-divergence, sum_v q f(p / q). Computed on the buckets it equals, in value and gradient,
+the same loss on the whole vocabulary against the teacher whose tail has the student's shape, p_tail * q_v / Q with the
+shape held fixed: p / q is one number on the whole tail. The cross-entropy form needs one term more, the entropy of the
+tail's shape (`tail_entropy`) times the target's tail mass. (shared/research/algorithms.md 3d, DESIGN 4b.)
+
+Softmax does not see a shift, so the logits [z_1 .. z_k, logsumexp of the others] are the student's buckets, and the
+functions of this package take them as they take logits of a whole vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Largest log of a tail's mass: rounding may bring it to 0, where no mass would be left for the k ids.
+_MAX_LOG_TAIL = -1e-7
+
+
+@dataclass(frozen=True)
+class TopK:
+    """What is known of the teacher's distributions at N loss positions."""
+
+    log_probs: Tensor
+    """[N, k], any float dtype: log-probabilities of the likeliest ids, perhaps rounded."""
+    ids: Tensor
+    """[N, k], integers below V, no id twice in a row."""
+    log_tail: Tensor
+    """[N] float32: log of the mass of all other ids; -inf for none."""
+    label_log_probs: Tensor
+    """[N] float32: log-probability of each position's label."""
+
+    def rows(self, rows: slice) -> "TopK":
+        return TopK(self.log_probs[rows], self.ids[rows], self.log_tail[rows], self.label_log_probs[rows])
+
+    def buckets(self, dtype: torch.dtype) -> Tensor:
+        """Log-probabilities [N, k + 1]. The tail stays as sent; the k ids, which may be rounded, share what it leaves."""
+        log_tail = self.log_tail.to(dtype).clamp(max=_MAX_LOG_TAIL).unsqueeze(-1)
+        log_rest = torch.log(-torch.expm1(log_tail))
+        return torch.cat([torch.log_softmax(self.log_probs.to(dtype), -1) + log_rest, log_tail], -1)
+
+
+def take_buckets(logits: Tensor, ids: Tensor) -> Tensor:
+    """Bucket logits [N, k + 1] of logits [N, V] and ids [N, k]. Leaves -inf at the ids: only the tail remains in logits."""
+    chosen = logits.gather(-1, ids)
+    logits.scatter_(-1, ids, -math.inf)
+    return torch.cat([chosen, logits.logsumexp(-1, keepdim=True)], -1)
+
+
+def tail_shares(tail: Tensor, buckets: Tensor) -> tuple[Tensor, Tensor]:
+    """Each id's share of the tail, q_v / Q [N, V], and the entropy [N] of these shares, from what `take_buckets` left.
+
+    Overwrites `tail`. Without a tail all shares and the entropy are 0.
+    """
+    log_mass = buckets[:, -1:]
+    tail.sub_(log_mass.masked_fill(log_mass == -math.inf, 0.0))
+    shares = tail.exp()
+    return shares, -tail.mul_(shares).nansum(-1)  # 0 * -inf counts as 0
+
+
+def spread(grad_buckets: Tensor, shares: Tensor, ids: Tensor) -> Tensor:
+    """Gradient [N, V] with respect to the logits, from that with respect to the bucket logits; overwrites `shares`."""
+    return shares.mul_(grad_buckets[:, -1:]).scatter_(-1, ids, grad_buckets[:, :-1])

@@ -1,0 +1,98 @@
+"""What is minimised, on a block of loss positions: values, and the gradient with respect to the student's logits."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from taid_ray.losses.buckets import TopK, spread, tail_shares, take_buckets
+from taid_ray.losses.closed_form import pull
+from taid_ray.losses.divergences import entropy_from_log_probs, sft
+from taid_ray.losses.menu import divergence, log_target
+from taid_ray.losses.taid import mix
+
+Evaluation = tuple[Tensor, Tensor | None]
+"""Values [3, N] (divergence, entropy of its target, cross-entropy on the labels), gradient [N, V] if there is one."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """(1 - sft_weight) * divergence + sft_weight * cross-entropy on the labels. `name` and `weight` as in divergence."""
+
+    name: str
+    t: Tensor
+    """0-dim, dtype and device of the logits."""
+    sft_weight: float = 0.0
+    weight: float | None = None
+
+    def __call__(self, logits: Tensor, teacher: Tensor | TopK, labels: Tensor | None, learn: bool) -> Evaluation:
+        """Evaluates N positions. Without labels their cross-entropy is 0; without `learn` there is no gradient.
+
+        logits [N, V] are the student's in at least float32; they are overwritten. teacher: logits [N, V], or a TopK of N
+        positions, which are not.
+        """
+        if isinstance(teacher, TopK):
+            return self._on_buckets(logits, teacher, labels, learn)
+        if self.name in ("taid", "forward_kl"):
+            return self._in_closed_form(logits, teacher, labels, learn)
+        return self._by_autograd(logits, teacher, labels, learn)
+
+    def total(self, kl: Tensor, ce: Tensor) -> Tensor:
+        """The weighted sum of both parts. A share of 0 drops its term: 0 * inf would be NaN."""
+        terms = [share * term for share, term in ((1 - self.sft_weight, kl), (self.sft_weight, ce)) if share > 0]
+        return sum(terms, start=torch.zeros_like(kl))
+
+    def _in_closed_form(self, logits: Tensor, teacher: Tensor, labels: Tensor | None, learn: bool) -> Evaluation:
+        label_logits = _at(logits, labels)
+        kl, entropy, normaliser, target = pull(logits, mix(logits, teacher, self.t) if self.name == "taid" else teacher)
+        ce = torch.zeros_like(kl) if label_logits is None else normaliser - label_logits
+        if labels is not None and self.sft_weight > 0:  # (1 - w) (q - p) + w (q - onehot)
+            _subtract_at(logits.add_(target, alpha=self.sft_weight), labels, self.sft_weight)
+        return torch.stack([kl, entropy, ce]), logits if learn else None
+
+    def _by_autograd(self, logits: Tensor, teacher: Tensor, labels: Tensor | None, learn: bool) -> Evaluation:
+        # The entropy comes first: its temporaries are gone before the graph of the divergence grows.
+        target = log_target(self.name)
+        entropy = entropy_from_log_probs(target(logits, teacher, self.t)) if target else logits.new_zeros(len(logits))
+        logits.requires_grad_(learn)
+        with torch.set_grad_enabled(learn):
+            ce = torch.zeros_like(entropy) if labels is None else sft(logits, labels)
+            return self._differentiate(logits, teacher, entropy, ce)
+
+    def _on_buckets(self, logits: Tensor, teacher: TopK, labels: Tensor | None, learn: bool) -> Evaluation:
+        label_logits = _at(logits, labels)
+        ids, teacher_buckets = teacher.ids.long(), teacher.buckets(logits.dtype)
+        buckets = take_buckets(logits, ids)
+        shares, tail_entropy = tail_shares(logits, buckets)
+        target = log_target(self.name)
+        entropy = torch.zeros_like(tail_entropy)
+        if target:
+            log_p = target(buckets, teacher_buckets, self.t)
+            entropy = entropy_from_log_probs(log_p) + log_p[:, -1].exp() * tail_entropy
+        buckets.requires_grad_(learn)
+        with torch.set_grad_enabled(learn):
+            ce = torch.zeros_like(entropy) if label_logits is None else buckets.logsumexp(-1) - label_logits
+            values, gradient = self._differentiate(buckets, teacher_buckets, entropy, ce)
+        if gradient is None:
+            return values, None
+        gradient = spread(gradient, shares, ids)
+        if labels is not None and self.sft_weight > 0:  # of the label's own logit, which is outside the buckets' graph
+            _subtract_at(gradient, labels, self.sft_weight)
+        return values, gradient
+
+    def _differentiate(self, leaf: Tensor, teacher: Tensor, entropy: Tensor, ce: Tensor) -> Evaluation:
+        kl = divergence(self.name, self.weight)(leaf, teacher, self.t)
+        values = torch.stack([kl.detach(), entropy, ce.detach()])
+        if not leaf.requires_grad:
+            return values, None
+        return values, torch.autograd.grad(self.total(kl.sum(), ce.sum()), leaf)[0]
+
+
+def _at(logits: Tensor, labels: Tensor | None) -> Tensor | None:
+    """The labels' own logits [N]."""
+    return None if labels is None else logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def _subtract_at(gradient: Tensor, labels: Tensor, amount: float) -> None:
+    """Subtracts `amount` at the labels [N] of gradient [N, V]."""
+    gradient.scatter_add_(-1, labels.unsqueeze(-1), gradient.new_full((len(labels), 1), -amount))

@@ -1,0 +1,190 @@
+"""Pools that change their number of replicas, by hand and by load, while requests are under way."""
+
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from taid_ray.actors import live, scaling
+from taid_ray.actors.client import PoolTeacher, replica_states
+from taid_ray.actors.live import announced, scale_teacher
+from taid_ray.actors.pool import PoolWatch, start_pool, stop_pool
+from taid_ray.batch import Batch, Row, collate
+from taid_ray.config import DistillConfig, build_config
+from taid_ray.errors import ClusterError, TeacherError
+from taid_ray.live_file import LIVE_FILE, live_pool
+from taid_ray.run_dir import write_config
+from tests.integration.test_pool import replica_processes
+
+VOCAB = 96
+WINDOW = 8
+BATCHES = 6
+POOLS: dict[str, Any] = {"by-hand": 1, "by-load": {"min": 1, "max": 2}}
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, DistillConfig]:
+    """A run for each pool, with a teacher of its own."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def run(name: str) -> DistillConfig:
+        directory = tmp_path_factory.mktemp(name)
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+        LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, **sizes)).save_pretrained(directory / "teacher")
+        teacher = {
+            "model": str(directory / "teacher"),
+            "cpus_per_shard": 0.2,
+            "replicas": POOLS[name],
+            "timeout_s": 120,
+        }
+        tree = {"out": str(directory / "run"), "teacher": teacher, "student": {"model": "s", "cpus_per_worker": 0.2}}
+        config = build_config(tree | {"data": {"train": "d"}, "train": {"steps": 1}})
+        write_config(config)
+        return config
+
+    return {name: run(name) for name in POOLS}
+
+
+@pytest.fixture(scope="module")
+def pools(ray_cluster: str, configs: dict[str, DistillConfig]) -> Iterator[None]:
+    """Both pools, started side by side, that judge their load within short times."""
+
+    def start(name: str) -> None:
+        start_pool(configs[name].teacher, VOCAB, "cpu", name, use_role_resources=True)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(scaling, "UP_S", 2.0)
+    patch.setattr(scaling, "DOWN_S", 5.0)
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(start, POOLS))
+    patch.undo()
+    yield
+    for name in POOLS:
+        stop_pool(name)
+
+
+class Worker:
+    """A student worker that only asks: WINDOW requests are always under way, until it is told to stop."""
+
+    def __init__(self, name: str, config: DistillConfig):
+        self.teacher, self.notes = PoolTeacher(name, config.teacher, self._note), list[str]()
+        self.batches = [batch(seed) for seed in range(BATCHES)]
+        self.expected = [
+            self.teacher.collect(self.teacher.submit(one)).tensors["hidden"].clone() for one in self.batches
+        ]
+        self.submitted = self.right = 0
+        self._stop = threading.Event()
+        self._thread = ThreadPoolExecutor(1).submit(self._ask)
+
+    def stop(self) -> None:
+        """Raises what went wrong meanwhile."""
+        self._stop.set()
+        self._thread.result(timeout=60)
+        self.teacher.close()
+
+    def lost(self) -> list[str]:
+        """What was said of requests that had to be sent again (on a busy machine some may only be late)."""
+        return [note for note in self.notes if "lost" in note]
+
+    def _ask(self) -> None:
+        window: deque[Any] = deque()
+        while window or not self._stop.is_set():
+            while len(window) < WINDOW and not self._stop.is_set():
+                window.append(self.teacher.submit(self.batches[self.submitted % BATCHES]))
+                self.submitted += 1
+            found = self.teacher.collect(window.popleft()).tensors["hidden"]
+            assert torch.equal(found, self.expected[self.right % BATCHES]), f"answer {self.right} is another one"
+            self.right += 1
+
+    def _note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+def batch(seed: int) -> Batch:
+    """A request that takes some 10 ms, of another size for every seed."""
+    generator, length = torch.Generator().manual_seed(seed), 80 + 5 * seed
+    ids = torch.randint(0, VOCAB, (16, length), generator=generator).tolist()
+    return collate([Row(row, list(range(length)), [*row[1:], 0]) for row in ids])
+
+
+def seconds_until(fulfilled: Callable[[], bool], limit: float = 60.0) -> float:
+    start = time.monotonic()
+    while not fulfilled():
+        assert time.monotonic() < start + limit
+        time.sleep(0.1)
+    return time.monotonic() - start
+
+
+def test_by_hand_under_load_no_answer_is_lost(pools: None, configs: dict[str, DistillConfig]) -> None:
+    config, said = configs["by-hand"], list[str]()
+    watch = PoolWatch("by-hand")
+    assert watch.news() == []
+    worker = Worker("by-hand", config)
+    with announced(config.run_dir, "by-hand"):
+        scale_teacher(config.run_dir, live_pool(config.run_dir), 3, said.append)
+        assert worker.teacher.num_replicas() == 3
+        assert watch.news() == ["teacher pool: 3 replica(s) run, 1 before"]
+        before = worker.right
+        seconds_until(lambda: worker.right > before + 5 * WINDOW)
+        scale_teacher(config.run_dir, live_pool(config.run_dir), 1, said.append)
+        before = worker.right
+        seconds_until(lambda: worker.right > before + 5 * WINDOW)
+    worker.stop()
+    assert worker.right == worker.submitted > 10 * WINDOW
+    assert not worker.lost()
+    assert "3 replica(s) run, after" in " ".join(said) and "1 replica(s) run, after" in said[-1]
+    assert not (config.run_dir / LIVE_FILE).exists()
+
+
+def test_by_hand_beyond_the_cluster_or_a_lost_model(
+    ray_cluster: str, pools: None, configs: dict[str, DistillConfig]
+) -> None:
+    config = configs["by-hand"]
+    with announced(config.run_dir, "by-hand"):
+        with pytest.raises(ClusterError, match=r"--teacher 30: .*room for 8 replica\(s\) of 1 shard\(s\) x 0.2 CPU"):
+            scale_teacher(config.run_dir, live_pool(config.run_dir), 30, print)
+        shutil.move(config.teacher.model, config.teacher.model + "-away")
+        with pytest.raises(TeacherError, match=r"could not start, so the pool stays as it was: .*no such directory"):
+            scale_teacher(config.run_dir, live_pool(config.run_dir), 2, print)
+        shutil.move(config.teacher.model + "-away", config.teacher.model)
+        seconds_until(lambda: replica_states("by-hand") == {"RUNNING": 1})
+
+
+def test_by_hand_past_its_deadline(
+    pools: None, configs: dict[str, DistillConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What others hold counts as there, so it is waited for."""
+    config = configs["by-hand"]
+    hurried = config.model_copy(
+        update={"out": str(tmp_path), "teacher": config.teacher.model_copy(update={"timeout_s": 0.5})}
+    )
+    write_config(hurried)
+    monkeypatch.setattr(live, "POLL_S", 0.1)
+    with (
+        announced(tmp_path, "by-hand"),
+        pytest.raises(TeacherError, match=r"has 1 of 2 replicas after \d s"),
+    ):
+        scale_teacher(tmp_path, live_pool(tmp_path), 2, print)
+
+
+def test_by_load_and_when_a_replica_is_killed(pools: None, configs: dict[str, DistillConfig]) -> None:
+    worker = Worker("by-load", configs["by-load"])
+    seconds_until(lambda: worker.teacher.num_replicas() == 2)
+    before = worker.right
+    seconds_until(lambda: worker.right > before + 5 * WINDOW)
+    assert not worker.lost()
+    replica_processes("by-load")[0].kill()
+    seconds_until(lambda: bool(worker.lost()))
+    before = worker.right
+    seconds_until(lambda: worker.right > before + 5 * WINDOW)
+    worker.stop()
+    assert worker.right == worker.submitted
+    assert seconds_until(lambda: replica_states("by-load") == {"RUNNING": 1}) > 2.0

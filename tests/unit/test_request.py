@@ -1,0 +1,207 @@
+"""When requests to a pool are sent again, and which answer wins. No Ray runs."""
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError, RayTaskError
+
+from taid_ray.actors import request as module
+from taid_ray.actors.request import Hedge, Patience, Request, Waiter
+from taid_ray.actors.teacher import AlreadyHereError, Answer
+from taid_ray.config import TeacherConfig
+from taid_ray.errors import TeacherError
+
+
+def patience(multiple: float, waits: list[tuple[float, float, str]]) -> Patience:
+    """After answers of (time since the one before, compute_s, replica), all submitted long before; the last at 1000."""
+    found, now = Patience(multiple), 1000.0 - sum(wait for wait, _, _ in waits)
+    found._last = now
+    for wait, compute_s, replica in waits:
+        now += wait
+        found.answered(0.0, now, Answer({}, compute_s, replica))
+    return found
+
+
+TWO = [(2.0, 2.0, "a"), (2.0, 2.0, "b")] * 4
+
+
+def test_a_request_is_late_after_a_multiple_of_the_median_since_it_could_have_been_served() -> None:
+    found = patience(5.0, TWO)
+    assert found.limit_s == 10.0
+    assert found.hedge(submitted=3.0).at == pytest.approx(1010.0)  # the replicas were busy until 1000
+    assert found.hedge(submitted=1004.0).at == pytest.approx(1014.0)
+    assert patience(5.0, [*TWO, (500.0, 2.0, "a")]).limit_s == 10.0  # one straggler does not change what is usual
+
+
+@pytest.mark.parametrize(
+    ("multiple", "waits"),
+    [
+        (5.0, TWO[:7]),  # too few answers
+        (5.0, [(2.0, 2.0, "a")] * 64),  # only one replica
+        (5.0, TWO + [(2.0, 2.0, "a")] * 64),  # only one of late
+        (0.0, TWO),  # switched off
+    ],
+)
+def test_nothing_is_late_while_too_little_is_known(multiple: float, waits: list[tuple[float, float, str]]) -> None:
+    assert math.isinf(patience(multiple, waits).hedge(0.0).at)
+
+
+def test_nothing_is_late_within_a_second() -> None:
+    assert patience(5.0, [(0.01, 0.01, "a"), (0.01, 0.01, "b")] * 8).limit_s == 1.0
+
+
+def test_answers_that_come_in_groups_do_not_make_the_others_late() -> None:
+    """Eight replicas of 10 s each: seven of eight answers are there at once."""
+    waits = [(0.0 if place else 10.0, 10.0, str(place)) for _ in range(4) for place in range(8)]
+    assert patience(3.0, waits).limit_s == 30.0
+
+
+def test_attempts_are_bounded_and_refusals_tried_again_ever_later() -> None:
+    hedge, now, waits = Hedge(10.0, 5.0), 10.0, []
+    while not math.isinf(hedge.at):
+        hedge.sent(now)
+        hedge.refused(now)
+        waits.append(hedge.at - now)
+        now = min(hedge.at, now + 1000)
+    assert waits == [0.25, 0.5, 1, 2, 4, 8, 16, math.inf]
+    stuck = Hedge(10.0, 5.0)
+    stuck.sent(10.0)
+    assert stuck.at == 15.0
+    never = Hedge(math.inf, math.inf)
+    never.refused(3.0)  # a request sent again after a loss
+    assert math.isinf(never.at)
+
+
+class Response:
+    """What Serve returns: answers after `delay` seconds, or never."""
+
+    def __init__(self, delay: float, answer: Any):
+        self.ready, self.answer, self.cancelled = time.monotonic() + delay, answer, False
+
+    def result(self, timeout_s: float) -> Any:
+        left = self.ready - time.monotonic()
+        time.sleep(max(0.0, min(left, timeout_s)))
+        if left > timeout_s:
+            raise TimeoutError
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+    def cancel(self) -> None:
+        self.cancelled = True
+        raise RuntimeError("what cancelling raises is of no interest")
+
+
+class Sender:
+    """Gives the responses of a list, in its order."""
+
+    def __init__(self, *responses: tuple[float, Any]):
+        self.planned, self.sent, self.ids = list(responses), [], set[str]()
+
+    def __call__(self, request_id: str) -> Response:
+        self.ids.add(request_id)
+        self.sent.append(Response(*self.planned.pop(0)))
+        return self.sent[-1]
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def waiter(said: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Waiter]:
+    monkeypatch.setattr(module, "find_lease", lambda _: object())
+    monkeypatch.setattr(module, "RETRY_PAUSE_S", 0.01)
+    return lambda **values: Waiter("pool", TeacherConfig(model="t", **values), said.append)
+
+
+NEVER = 1000.0
+
+
+def test_the_second_replica_wins(waiter: Callable[..., Waiter], said: list[str]) -> None:
+    sender = Sender((NEVER, "slow"), (0.1, "quick"))
+    request = Request(sender)
+    start = time.monotonic()
+    assert waiter().answer(request, Hedge(start + 0.1, 5.0, 0.02)) == "quick"
+    assert 0.2 <= time.monotonic() - start < 1.0
+    assert sender.sent[0].cancelled and not sender.sent[1].cancelled and not request.responses
+    assert len(sender.ids) == 1
+    assert len(said) == 1 and "where 0.0 s are usual; asking another replica, too" in said[0]
+
+
+def test_the_first_replica_may_still_win(waiter: Callable[..., Waiter], said: list[str]) -> None:
+    sender = Sender((0.3, "slow"), (NEVER, "stuck"))
+    assert waiter().answer(Request(sender), Hedge(time.monotonic() + 0.1, 5.0)) == "slow"
+    assert sender.sent[1].cancelled
+
+
+def test_a_second_request_that_reaches_the_same_replica_is_sent_again(
+    waiter: Callable[..., Waiter], said: list[str]
+) -> None:
+    refused = (0.0, AlreadyHereError("here"))
+    sender = Sender((NEVER, "slow"), refused, refused, (NEVER, "stuck, too"), (0.0, "quick"))
+    start = time.monotonic()
+    assert waiter().answer(Request(sender), Hedge(start, 0.3)) == "quick"
+    assert time.monotonic() - start == pytest.approx(0.25 + 0.5 + 0.3, abs=0.2)
+    assert len(sender.sent) == 5 and len(said) == 1
+
+
+def test_a_lost_request_is_sent_again(waiter: Callable[..., Waiter], said: list[str]) -> None:
+    sender = Sender((0.0, ActorDiedError()), (0.0, AlreadyHereError("here")), (0.0, "answer"))
+    assert waiter().answer(Request(sender)) == "answer"
+    assert len(said) == 1 and "lost a request (ActorDiedError" in said[0]
+
+
+def test_losing_one_of_two_leaves_the_other(waiter: Callable[..., Waiter], said: list[str]) -> None:
+    sender = Sender((0.2, ActorDiedError()), (0.4, "answer"))
+    assert waiter().answer(Request(sender), Hedge(time.monotonic(), 5.0)) == "answer"
+    assert len(sender.sent) == 2
+
+
+def test_a_removed_pool_ends_the_wait(waiter: Callable[..., Waiter], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "find_lease", lambda _: None)
+    with pytest.raises(TeacherError, match="was removed while a worker waited"):
+        waiter().answer(Request(Sender((0.0, ActorDiedError()))))
+
+
+def test_what_the_teacher_raises_is_raised_once(waiter: Callable[..., Waiter]) -> None:
+    for cause, text in (
+        (TeacherError("bad ids"), "^bad ids$"),
+        (TimeoutError("x"), "failed on a request: TimeoutError"),
+    ):
+        error = RayTaskError("score", "", cause).as_instanceof_cause()
+        with pytest.raises(TeacherError, match=text):
+            waiter().answer(Request(Sender((0.0, error))))
+
+
+def test_the_deadline_names_the_last_loss(waiter: Callable[..., Waiter]) -> None:
+    start = time.monotonic()
+    with pytest.raises(TeacherError, match=r"no answer .* after 0 s \(teacher.timeout_s\); last failure: ActorDied"):
+        waiter(timeout_s=0.3).answer(Request(Sender((0.0, ActorDiedError()), (NEVER, ""))))
+    assert time.monotonic() - start < 1.0
+
+
+def test_long_waits_are_told_only_if_somebody_waits(
+    waiter: Callable[..., Waiter], said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "NOTICE_S", 0.1)
+    monkeypatch.setattr(module, "STEP_S", 0.05)
+    request = Request(Sender((0.4, "answer")))
+    waiter().answer(request)
+    assert said == []
+    request = Request(Sender((0.4, "answer")))
+    request.wanted = True
+    waiter().answer(request)
+    assert 2 <= len(said) <= 4 and "still waiting for the teacher pool" in said[0]
+
+
+def test_closing_ends_the_wait(waiter: Callable[..., Waiter]) -> None:
+    found = waiter()
+    threading.Timer(0.2, setattr, (found, "stopped", True)).start()
+    with pytest.raises(TeacherError, match="was closed"):
+        found.answer(Request(Sender((NEVER, ""))))
