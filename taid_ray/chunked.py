@@ -1,8 +1,8 @@
 """The loss from hidden states, a chunk of tokens at a time, so that no [N, V] matrix ever exists.
 
 Gradients are formed in the forward pass: a chunk's logits become their own gradient, which matmuls turn into gradients
-of hidden states, head and bias. Softmax and divergence work on blocks of a few rows of the chunk, so two tensors of
-[chunk_tokens, V] are all that lives beside one float32 [V, H] if the head learns.
+of hidden states, head and bias. Softmax and divergence work on blocks of rows of the chunk, so little more than two
+tensors of [chunk_tokens, V] lives beside one float32 [V, H] if the head learns.
 
 Precision: a matmul runs in the dtype of its hidden states. A head of another dtype is converted to it, as autocast
 would do (bfloat16 hidden states with a float32 head compute in bfloat16). Logits are upcast to float32 before anything
@@ -33,12 +33,6 @@ __all__ = [
     "chunked_loss",
     "chunked_scores",
 ]
-
-# Softmax and divergence of so many float32 logits per CPU thread stay in its cache.
-_CACHED_LOGITS = 2**17
-# Tensors of a block that the hungriest loss (js) keeps alive, with a soft-capped student and a bfloat16 teacher.
-_BLOCK_TENSORS = 16
-
 
 Target = Projection | TopK
 
@@ -83,7 +77,7 @@ class _Work:
 
     def chunks(self, student: ChunkLogits, teacher: ChunkLogits | TopK) -> Iterator[tuple[slice, Iterator[slice]]]:
         """Loads each chunk's logits in turn; yields its tokens, whole and in blocks."""
-        block_rows = _block_rows(self.chunk_tokens, self.student.vocabulary)
+        block_rows = self.objective.block_rows(self.chunk_tokens, self.teacher)
         for chunk in slices(0, len(self.student.hidden), self.chunk_tokens):
             student.load(chunk)
             if isinstance(teacher, ChunkLogits):
@@ -220,12 +214,11 @@ def chunked_scores(student: Projection, teacher: Target, labels: Tensor, *, chun
 def chunk_tokens_for(vocabulary: int, memory_bytes: int) -> int:
     """How many tokens of a vocabulary of so many ids share a chunk, for logits within memory_bytes; at least 1.
 
-    A chunk keeps two float32 tensors [chunk, V] (the student's logits, which become their gradient, and the teacher's)
-    and up to 16 of one block (`_block_rows`). Below 20 rows of logits the budget is too small to be kept.
+    A chunk keeps two float32 tensors [chunk, V], the student's logits, which become their gradient, and the teacher's.
+    What `Objective` keeps of a block adds up to two thirds of one more. (A budget below 64 rows of logits is exceeded,
+    because a block has at least one row.)
     """
-    rows = memory_bytes // (4 * vocabulary)
-    # By what limits the rows of a block: an eighth of the chunk; else a 32nd of it, or the cache if that is larger.
-    return max(1, rows // 4, min(2 * rows // 5, (rows - _BLOCK_TENSORS * _cached_rows(vocabulary)) // 2))
+    return max(1, memory_bytes * 3 // (8 * 4 * vocabulary))
 
 
 def _work(
@@ -234,16 +227,6 @@ def _work(
     _check(student, teacher, labels, chunk_tokens)
     teacher = teacher if isinstance(teacher, TopK) else teacher.prepared()
     return _Work(student.prepared(), teacher, labels, objective, chunk_tokens)
-
-
-def _block_rows(chunk_tokens: int, vocabulary: int) -> int:
-    """Rows of a chunk whose softmax and divergence are computed together: few enough for the cache and the memory,
-    enough to keep all threads and a GPU busy."""
-    return max(1, min(chunk_tokens // 8, max(chunk_tokens // 32, _cached_rows(vocabulary))))
-
-
-def _cached_rows(vocabulary: int) -> int:
-    return torch.get_num_threads() * max(1, _CACHED_LOGITS // vocabulary)
 
 
 def _check(student: Projection, teacher: Target, labels: Tensor | None, chunk_tokens: int) -> None:

@@ -23,6 +23,12 @@ class LogitTransform:
         x = x if self.scale == 1 else self.scale * x
         return x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
 
+    def apply_(self, x: Tensor) -> Tensor:
+        """The same in place."""
+        if self.softcap is None:
+            return x if self.scale == 1 else x.mul_(self.scale)
+        return x.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
+
     def slope(self, logits: Tensor) -> Tensor | None:
         """Derivative of the logits with respect to x; None for 1."""
         if self.softcap is None:
@@ -80,9 +86,10 @@ class ChunkLogits:
         self.start = chunk.start
 
     def rows(self, rows: slice) -> Tensor:
-        """Final logits of some rows of the chunk, in at least float32. May be a view of `raw`."""
+        """Final logits of some rows of the chunk, in at least float32. To be called once: they may take the place of
+        `raw`."""
         x = at_least_float32(self._raw_rows(rows))
-        return x if self.projection.head is None else self.projection.transform(x)
+        return x if self.projection.head is None else self.projection.transform.apply_(x)
 
     def put_gradient(self, rows: slice, gradient: Tensor, slope: Tensor | None) -> None:
         """Puts the gradient with respect to the head's output in the place of that output."""
