@@ -4,8 +4,8 @@
 
 Every loss of the menu is an f-divergence, sum_v q f(p / q). Computed on the buckets it equals, in value and gradient,
 the same loss on the whole vocabulary against the teacher whose tail has the student's shape, p_tail * q_v / Q with the
-shape held fixed: p / q is one number on the whole tail. The cross-entropy form needs one term more, the entropy of the
-tail's shape (`tail_entropy`) times the target's tail mass. (shared/research/algorithms.md 3d, DESIGN 4b.)
+shape held fixed: p / q, and for taid p_t / q, is one number on the whole tail. The cross-entropy form needs one term
+more, the entropy of the tail's shape (`tail_shares`) times the target's tail mass.
 
 Softmax does not see a shift, so the logits [z_1 .. z_k, logsumexp of the others] are the student's buckets, and the
 functions of this package take them as they take logits of a whole vocabulary.
