@@ -74,7 +74,11 @@ def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
 @contextmanager
 def local_ray(num_cpus: int, object_store_mib: int) -> Iterator[None]:
     """A Ray cluster of this machine alone, ended at exit. num_cpus: logical ones, whatever the machine has."""
-    os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")  # before Ray is imported
+    os.environ.update(  # before Ray is imported
+        RAY_AUTH_MODE="disabled",
+        RAY_USAGE_STATS_ENABLED="0",
+        RAY_worker_niceness="0",  # Ray's 15 would let its own daemons go first where all share a few cores
+    )
     import ray
 
     context = ray.init(

@@ -100,6 +100,7 @@ class Student:
             lr=config.train.learning_rate,
             betas=config.train.betas,
             eps=config.train.epsilon,
+            fused=True,
         )
         self.grad_norm = 0.0
         self.clips_itself = config.student.zero_stage == 0
