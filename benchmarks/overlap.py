@@ -23,6 +23,7 @@ from benchmarks.common import median, write
 from taid_ray.actors.client import PoolTeacher
 from taid_ray.actors.pool import start_pool, stop_pool
 from taid_ray.actors.scheduler import SchedulerClient, SchedulerOwner
+from taid_ray.aggregate import GO_ON
 from taid_ray.batch import NO_LABEL, Batch, Row, collate
 from taid_ray.clock import PhaseClock
 from taid_ray.config import DistillConfig, build_config
@@ -75,9 +76,8 @@ class StudentProcess:
         self.config, device = config, torch.device("cpu")
         self.clock = PhaseClock(device)
         self.student = Student(config, build_student(config, None), VOCABULARY, World(), device, self.clock)
-        self.scheduler = SchedulerClient(scheduler, 0)
-        attempt, last = self.scheduler.begin(1, None)
-        self.last = self.scheduler.join(attempt, 1, last)
+        self.scheduler = SchedulerClient(scheduler, 0, 600)
+        self.last = self.scheduler.join(self.scheduler.begin(1), 1, None)
         self.pool = PoolTeacher(POOL, config.teacher, print)
         self.head: Head = self.pool.head()
         self.steps = [_step(number) for number in range(BATCHES)]
@@ -99,7 +99,16 @@ class StudentProcess:
         stream = Prefetcher(limited, teacher, self.config.teacher.window, 2**30, self.clock)
         train = self.config.train
         self.last = train_loop(
-            train, total, self.student, self.head, self.scheduler, stream, self.last, self.clock, lines.append
+            train,
+            total,
+            self.student,
+            self.head,
+            self.scheduler,
+            stream,
+            self.last,
+            self.clock,
+            lambda step: GO_ON,
+            lambda metrics, result, cursor: lines.append(metrics),
         )
         return [asdict(line) for line in lines[1:]]
 

@@ -26,7 +26,7 @@ from taid_ray.actors.client import PoolTeacher, replica_states
 from taid_ray.actors.lease import find_lease
 from taid_ray.actors.pool import start_pool, stop_pool
 from taid_ray.actors.scheduler import SchedulerClient, SchedulerOwner
-from taid_ray.aggregate import StepResult
+from taid_ray.aggregate import GO_ON, StepResult
 from taid_ray.batch import Batch, Row
 from taid_ray.chunked import LogitTransform, LossParts
 from taid_ray.clock import PhaseClock
@@ -102,6 +102,9 @@ class TimedStudent:
     def backward(self, loss: Tensor) -> None:
         time.sleep(BACKWARD_S)
 
+    def reseed(self, step: int) -> None:
+        pass
+
     def step(self, learning_rate: float) -> float:
         return 1.0
 
@@ -130,7 +133,7 @@ def train(
     from taid_ray.train import train_loop
 
     teacher_config = TeacherConfig(model="simulated")
-    scheduler, clock = SchedulerClient(actor, rank), PhaseClock(TimedStudent.device)
+    scheduler, clock = SchedulerClient(actor, rank, 600), PhaseClock(TimedStudent.device)
     last = scheduler.join(attempt, world_size, start)
     client = PoolTeacher(pool, teacher_config)
     steps = step_batches(read_ahead(global_batches(world_size), READ_AHEAD_STEPS), World(rank, world_size), 1)
@@ -145,7 +148,8 @@ def train(
         stream,
         last,
         clock,
-        lambda metrics: found.append((time.monotonic(), metrics)),
+        lambda step: GO_ON,
+        lambda metrics, result, cursor: found.append((time.monotonic(), metrics)),
     )
     client.close()
     scheduler.close()

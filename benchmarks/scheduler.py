@@ -99,11 +99,11 @@ def hidden_behind_backward(ranks: int, backward_s: float) -> dict[str, Any]:
     """
     total = BLOCK_STEPS * BLOCKS
     owner = start_scheduler(total)
-    client = SchedulerClient(owner.actor, 0)
+    client = SchedulerClient(owner.actor, 0, 600)
     try:
         others = start_ranks(owner.actor, range(1, ranks), ranks)
-        attempt, start = client.begin(ranks, None)
-        client.join(attempt, ranks, start)
+        attempt = client.begin(ranks)
+        start = client.join(attempt, ranks, None)
         running = [each.run.remote(attempt, start, total) for each in others]
         blocks = []
         for first in range(1, total, BLOCK_STEPS):

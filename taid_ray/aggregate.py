@@ -8,8 +8,11 @@ transport, the single-process loop uses it as it is.
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from taid_ray.errors import TaidRayError
+from taid_ray.errors import AttemptError
 from taid_ray.schedule import TAIDSchedule
+
+GO_ON, SAVE, STOP = 0, 1, 2
+"""What is to follow a step on every rank: the next one; a checkpoint first; a checkpoint, and the end of the attempt."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class LossSums:
     payload_bytes: int = 0
     teacher_compute_s: float = 0.0
     """Time the teacher computed for this rank."""
+    request: int = GO_ON
+    """What this rank asks all of them to do after the step."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +51,15 @@ class StepResult:
     """The longest of any rank."""
     payload_bytes: int = 0
     teacher_compute_s: float = 0.0
+    request: int = GO_ON
+    """The most that any rank, or the driver, asked for: one word for all ranks, after the same step."""
 
     @property
     def t(self) -> float:
         return float(self.schedule["t"])
 
 
-class StaleReportError(TaidRayError, RuntimeError):
+class StaleReportError(AttemptError):
     """A report of an attempt or a step that is over. Its sender belongs to a dead worker group and must end."""
 
 
@@ -66,6 +73,8 @@ class LossAggregator:
         self.world_size = 0
         self.result = self._start = StepResult(0, schedule.state_dict())
         self._reports: dict[int, LossSums] = {}
+        self.requested = GO_ON
+        """What the driver asks for after the step that is under way."""
 
     def begin(self, attempt: int, world_size: int, result: StepResult | None) -> None:
         """A new worker group starts, from a checkpoint's `result` or (None) from where the schedule stood first.
@@ -74,7 +83,7 @@ class LossAggregator:
         """
         if attempt <= self.attempt:
             raise StaleReportError(f"attempt {attempt} cannot begin: attempt {self.attempt} already has")
-        self.attempt, self.world_size = attempt, world_size
+        self.attempt, self.world_size, self.requested = attempt, world_size, GO_ON
         self._adopt(result or self._start)
 
     def seed(self, attempt: int, world_size: int, result: StepResult) -> None:
@@ -122,6 +131,7 @@ class LossAggregator:
             max(r.teacher_wait_s for r in reports),
             sum(r.payload_bytes for r in reports),
             sum(r.teacher_compute_s for r in reports),
+            max(self.requested, *(r.request for r in reports)),
         )
         return self.result
 

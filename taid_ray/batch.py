@@ -22,6 +22,8 @@ class Row:
     """Position inside its own document: restarts at 0 where the next document of a packed row begins."""
     targets: list[int]
     """targets[i] is the token that position i predicts, or NO_LABEL where i is not a loss position."""
+    documents: tuple[int, ...] = ()
+    """Where its samples come from, in order: the numbers, from 1, of their documents in the dataset."""
 
     @property
     def num_loss_tokens(self) -> int:

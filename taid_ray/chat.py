@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from taid_ray.errors import DataError
@@ -22,12 +22,18 @@ Message = dict[str, Any]
 def chat_template(configured: str | None, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Jinja source of the chat template: `data.chat_template` (source or file), else the tokenizer's own, else None."""
     if configured is None:
-        return tokenizer.get_chat_template() if tokenizer.chat_template else None
+        try:
+            return tokenizer.get_chat_template() if tokenizer.chat_template else None
+        except ValueError:  # several, none of which is the default
+            raise DataError(
+                f"data.chat_template: missing, and the tokenizer {tokenizer.name_or_path!r} has several templates of its "
+                f"own and none that is the default. Set data.chat_template to one of them."
+            ) from None
     if "{" in configured:  # no template does without, and hardly a path does with
         return configured
     try:
         return Path(configured).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # no text, or a name that no file can have
         raise DataError(
             f"data.chat_template: {configured!r} is neither Jinja source nor a readable file ({error}). "
             f"Give the template itself or the path of a file that holds it."
@@ -65,12 +71,12 @@ def render(
             )
         except TemplateSyntaxError as error:
             raise DataError(
-                f"data.chat_template: not valid Jinja (line {error.lineno}: {error.message}). Correct the template."
+                f"data.chat_template: not valid Jinja (line {error.lineno}: {_reason(error)}). Correct the template."
             ) from None
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+        except Exception as error:  # a template computes, so it may divide by zero, call itself for ever, ...
             raise DataError(
                 f"{where}: the chat template fails on the first {count} of {len(messages)} messages: "
-                f"{type(error).__name__}: {error}. Fix the row, or set data.chat_template."
+                f"{type(error).__name__}: {_reason(error)}. Fix the row, or set data.chat_template."
             ) from None
         return str(text)
 
@@ -105,6 +111,11 @@ def inside(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
         start = remaining[-1][0] if remaining else math.inf
         marks.append(end > start or begin >= start)
     return marks
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split())[:300]
 
 
 def shown(value: Any) -> str:

@@ -1,4 +1,7 @@
-"""The `taid-ray` command. Exit code 0: done, 2: what the user can put right (one message), 130: Ctrl-C, 1: anything else."""
+"""The `taid-ray` command.
+
+Exit code 0: done, 2: what the user can put right (one message), 130: Ctrl-C, 143: SIGTERM, 1: anything else.
+"""
 
 import os
 import re
@@ -15,7 +18,8 @@ from rich.console import Console
 from taid_ray.config import DistillConfig, load_config
 from taid_ray.errors import ConfigError, TaidRayError
 
-INTERRUPTED = 130
+STOPPED = (130, 143)
+"""Exit codes after Ctrl-C and SIGTERM."""
 
 
 def show_version(wanted: bool) -> None:
@@ -51,7 +55,9 @@ def options(
 def train(
     config: Annotated[Path, typer.Argument(help="YAML configuration.")], overrides: Overrides = None, out: Out = None
 ) -> None:
-    """Distil as a configuration says. The run directory then holds the model, metrics and plots."""
+    """Distil as a configuration says. The run directory then holds the model, metrics and plots.
+
+    The same command goes on with a run that was stopped or has failed, from its last checkpoint."""
     run(load_config(config, overrides or [], {} if out is None else {"out": out}))
 
 
@@ -115,14 +121,16 @@ def scale(
 
 def run(config: DistillConfig) -> None:
     """Distils and prints where everything is."""
-    from taid_ray.run_dir import check_run_dir_is_new
+    from taid_ray.run_dir import check_run_dir
 
-    check_run_dir_is_new(config.run_dir)
+    state = check_run_dir(config)
     console = Console()
     console.print("loading Ray, torch and transformers", highlight=False)
     from taid_ray.launch import distill
     from taid_ray.report import result_table
 
+    if state == "finished":
+        console.print(f"this run is finished: {config.run_dir}", soft_wrap=True, highlight=False)
     result = distill(config)
     console.print(result_table(result.summary))
     console.print(f"run directory: {result.path}", soft_wrap=True, highlight=False)
@@ -160,10 +168,11 @@ def guarded(command: Callable[..., Any]) -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except (KeyboardInterrupt, SystemExit) as end:
-        if isinstance(end, SystemExit) and end.code != INTERRUPTED:  # typer makes Ctrl-C a SystemExit
+        code = end.code if isinstance(end, SystemExit) else STOPPED[0]  # typer makes Ctrl-C a SystemExit
+        if code not in STOPPED:
             raise
         print("interrupted", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
+        raise SystemExit(code) from None
 
 
 if __name__ == "__main__":

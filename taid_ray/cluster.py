@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private.state import state  # nodes about to leave are not to be had in public
 
 from taid_ray.config import DistillConfig, TeacherConfig
 from taid_ray.errors import ClusterError
@@ -65,6 +66,8 @@ class Demand:
 
     device: str
     workers: int
+    """Fewest; the run cannot go on with less."""
+    max_workers: int
     worker_cpus: float
     replicas: int
     """That the run starts with, and always has."""
@@ -102,7 +105,8 @@ def demand_of(config: DistillConfig, device: str) -> Demand:
     pooled = config.teacher.mode == "pool"
     return Demand(
         device=device,
-        workers=config.student.workers,
+        workers=config.student.workers.min,
+        max_workers=config.student.workers.max,
         worker_cpus=config.student.cpus_per_worker,
         replicas=config.teacher.replicas.min if pooled else 0,
         max_replicas=config.teacher.replicas.max if pooled else 0,
@@ -119,6 +123,12 @@ def check_capacity(demand: Demand, nodes: list[dict[str, Any]] | None = None) ->
     A replica's shards share a node.
     """
     alive = _alive(nodes)
+    if demand.max_workers > demand.workers and not demand.student_role:
+        raise ClusterError(
+            f"student.workers: {{min: {demand.workers}, max: {demand.max_workers}}} needs nodes that offer the resource "
+            f"{STUDENT_RESOURCE}, so that workers and teacher do not take each other's room; start the students' nodes with "
+            f"`ray start --resources='{{\"{STUDENT_RESOURCE}\": 8}}'` (8: workers per node), or give a fixed number"
+        )
     replica = demand.replica_resources()
     room = workers_beside(alive, replica, demand.worker_resources(), demand.replicas)
     if room[-1] >= demand.workers:
@@ -145,6 +155,14 @@ def capacity_note(demand: Demand, nodes: list[dict[str, Any]] | None = None) -> 
         f"teacher.replicas.max = {demand.max_replicas}, but the cluster has room for {most} beside "
         f"{demand.workers} student worker(s), unless it grows; the nodes have {_existing(_alive(nodes))}"
     )
+
+
+def workers_now(demand: Demand) -> int:
+    """The most workers that the living nodes, those about to leave left out, hold beside as many replicas as they can."""
+    leaving = state.get_draining_nodes()
+    alive = _alive([node for node in ray.nodes() if node["NodeID"] not in leaving])
+    room = workers_beside(alive, demand.replica_resources(), demand.worker_resources(), demand.replicas)
+    return next(workers for workers in reversed(room) if workers >= 0)
 
 
 def check_scale(demand: Demand, replicas: int, nodes: list[dict[str, Any]] | None = None) -> None:

@@ -76,27 +76,29 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
-class ReplicaRange(Section):
-    """`teacher.replicas`: a whole number stands for a range of that number only."""
+class Range(Section):
+    """How many there may be; a whole number stands for a range of that number only."""
 
     min: PositiveInt
-    """Fewest copies; the pool starts with these."""
+    """Fewest."""
     max: PositiveInt
-    """Most copies; the pool adds some while requests queue up, and drops them when they are idle."""
+    """Most."""
 
     @model_validator(mode="before")
     @classmethod
     def _from_number(cls, value: Any) -> Any:
-        if isinstance(value, dict | ReplicaRange):
+        if isinstance(value, dict | Range):
             return value
+        if isinstance(value, list) and len(value) == 2:
+            return {"min": value[0], "max": value[1]}
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError("must be a whole number of at least 1, or {min: A, max: B}")
         return {"min": value, "max": value}
 
     @model_validator(mode="after")
-    def _ordered(self) -> "ReplicaRange":
+    def _ordered(self) -> "Range":
         if self.min > self.max:
-            raise ValueError(f"teacher.replicas.min = {self.min} is above teacher.replicas.max = {self.max}; lower min")
+            raise ValueError(f"min = {self.min} is above max = {self.max}; lower min")
         return self
 
     @model_serializer
@@ -123,8 +125,9 @@ class TeacherConfig(Section):
     """Run Python code that ships with the teacher's checkpoint."""
     mode: Literal["pool", "local"] = "pool"
     """`pool`: Ray actors of its own. `local`: inside every student worker (small teachers, debugging)."""
-    replicas: ReplicaRange = ReplicaRange(min=1, max=1)
-    """Whole copies of the teacher in the pool: a number, or `{min: 1, max: 4}` to follow the load."""
+    replicas: Range = Range(min=1, max=1)
+    """Whole copies of the teacher in the pool: a number, or `{min: 1, max: 4}` to follow the load: the pool starts with
+    the fewest, adds some while requests queue up, and drops them when they are idle."""
     shards: PositiveInt = 1
     """Processes (GPUs) that share one replica by tensor parallelism."""
     cpus_per_shard: Positive = 1.0
@@ -186,10 +189,16 @@ class StudentConfig(Section):
     """Attention implementation of the student; the flash ones need the package flash-attn and a GPU."""
     trust_remote_code: bool = False
     """Run Python code that ships with the student's checkpoint."""
-    workers: PositiveInt = 1
-    """Ray Train workers (one GPU each on a GPU cluster)."""
+    workers: Range = Range(min=1, max=1)
+    """Ray Train workers (one GPU each on a GPU cluster): a number, or `{min: 2, max: 8}` to take as many as the cluster has
+    room for, also when nodes come and go. Batches, learning rate and trajectory do not depend on it."""
     cpus_per_worker: Positive = 1.0
     """CPUs reserved for each worker."""
+    timeout_s: Positive = 600.0
+    """Seconds (beyond `teacher.timeout_s`) that workers wait for one another before they are restarted from the last
+    checkpoint; also how long the run waits for room on the cluster after a failure."""
+    max_failures: Count = 10
+    """Failures of the workers in a row, without a step between them that had not been reached before, that are survived."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage: what is sharded over the workers (1 optimizer, 2 + gradients, 3 + weights)."""
     deepspeed: dict[str, Any] = {}
@@ -371,6 +380,30 @@ class TrainConfig(Section):
         return self
 
 
+class CheckpointConfig(Section):
+    every_steps: PositiveInt | None = None
+    """Save a checkpoint every so many optimizer steps."""
+    every_minutes: Positive | None = 10.0
+    """Save a checkpoint every so many minutes; null: never by time. Stopping a run saves one in any case."""
+    keep: PositiveInt = 2
+    """How many of the newest checkpoints are kept."""
+    best: Literal["cross_entropy", "kl"] | None = None
+    """Also save one at every validation, and keep the one with the lowest of this figure."""
+    storage: Name | None = None
+    """Where they are kept: a directory that all nodes see, or a URI such as s3://bucket/path; every run has a directory of
+    its own in it. Default: RUN/checkpoints."""
+
+    @field_validator("storage")
+    @classmethod
+    def _no_secrets(cls, value: str | None) -> str | None:
+        if value is not None and "@" in value.partition("://")[2].partition("/")[0]:
+            raise ValueError(
+                "must not hold credentials, because config.yaml is copied and shown; give them to the storage's library by "
+                "its environment variables or its own files"
+            )
+        return value
+
+
 class DistillConfig(Section):
     """Everything that defines one distillation run."""
 
@@ -386,6 +419,7 @@ class DistillConfig(Section):
     loss: LossConfig = LossConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
 
     @field_validator("name")
     @classmethod
@@ -418,6 +452,10 @@ class DistillConfig(Section):
             )
         if self.data.streaming and self.train.epochs is not None:
             raise ValueError("train.epochs needs the length of the data, which a stream has not; set train.steps")
+        if self.checkpoint.best and not self.train.eval_every:
+            raise ValueError(
+                f"checkpoint.best: {self.checkpoint.best} compares validations, and train.eval_every is 0; set it"
+            )
         if self.train.warmup_steps and self.train.steps and self.train.warmup_steps > self.train.steps:
             raise ValueError(f"train.warmup_steps = {self.train.warmup_steps} exceeds train.steps = {self.train.steps}")
         return self
@@ -426,6 +464,11 @@ class DistillConfig(Section):
     def run_dir(self) -> Path:
         """Absolute path of the run directory."""
         return Path(self.out or f"runs/{self.name}").expanduser().absolute()
+
+    @property
+    def patience_s(self) -> float:
+        """How long workers wait for one another; one of them may be waiting for its teacher."""
+        return self.student.timeout_s + self.teacher.timeout_s
 
 
 def load_config(

@@ -26,8 +26,37 @@ EXPECTED = {
 }
 
 
-class UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice in one mapping, of which PyYAML would silently take the last."""
+MAX_CHARACTERS = 100_000
+"""What a YAML text may unfold to once its aliases are replaced; few lines of them can stand for more than memory holds."""
+MAX_DEPTH = 32
+
+
+class StrictLoader(yaml.SafeLoader):
+    """Refuses what PyYAML would take silently, or unfold without end."""
+
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        self._left = MAX_CHARACTERS
+        return node and self._unfolded(node, MAX_DEPTH)
+
+    def _unfolded(self, node: Any, depth: int) -> Any:
+        """A copy in which aliases are copies too: a change to one place is none to another, and nothing holds itself."""
+        self._left -= 1 + len(node.value)
+        if depth < 0 or self._left < 0:
+            what = f"nested more than {MAX_DEPTH} deep" if depth < 0 else f"unfolds to over {MAX_CHARACTERS} characters"
+            raise yaml.MarkedYAMLError(problem=f"{what}; write less, or without aliases", problem_mark=node.start_mark)
+        if isinstance(node, yaml.ScalarNode):
+            if not _is_text(node.value):
+                problem = (
+                    f"{_shown(node.value)} holds half a character or a NUL, which no file name or file of text can"
+                )
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+            return node
+        if isinstance(node, yaml.SequenceNode):
+            value: list[Any] = [self._unfolded(item, depth - 1) for item in node.value]
+        else:
+            value = [(self._unfolded(k, depth - 1), self._unfolded(v, depth - 1)) for k, v in node.value]
+        return type(node)(node.tag, value, node.start_mark, node.end_mark)
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
@@ -37,19 +66,51 @@ class UniqueKeyLoader(yaml.SafeLoader):
                 continue
             if (first := lines.get((key.tag, key.value))) is not None:
                 raise yaml.MarkedYAMLError(
-                    problem=f"the key {key.value!r} stands there a second time (first in line {first}); remove one",
+                    problem=f"the key {_shown(key.value)} stands there a second time (first in line {first}); remove one",
                     problem_mark=key.start_mark,
                 )
             lines[key.tag, key.value] = key.start_mark.line + 1
         return node
 
+    def construct_yaml_int(self, node: Any) -> int:
+        value = int(super().construct_yaml_int(node))
+        if not -(2**63) <= value < 2**63:  # nothing below takes more, and some of it fails late
+            raise yaml.MarkedYAMLError(problem="a whole number beyond 64 bits; lower it", problem_mark=node.start_mark)
+        return value
+
+    def construct_yaml_timestamp(self, node: Any) -> Any:
+        super().construct_yaml_timestamp(node)
+        raise yaml.MarkedYAMLError(
+            problem=f"{node.value} is a date; put it into quotes if it is meant as text", problem_mark=node.start_mark
+        )
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, Any]:
+        mapping: dict[str, Any] = super().construct_mapping(node, deep)
+        if other := [key for key in mapping if not isinstance(key, str)]:
+            problem = f"the key {_shown(other[0])} is not text; put it into quotes if it is meant so"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return mapping
+
+
+# A configuration is what JSON can hold too: RUN/config.yaml says the same as what was read.
+for _name, _construct in {
+    "int": StrictLoader.construct_yaml_int,
+    "timestamp": StrictLoader.construct_yaml_timestamp,
+    **dict.fromkeys(("binary", "omap", "pairs", "set"), StrictLoader.construct_undefined),
+}.items():
+    StrictLoader.add_constructor(f"tag:yaml.org,2002:{_name}", _construct)
+
 
 def parse_yaml(text: str) -> Any:
     """The plain Python value of a YAML text. Raises YAMLError."""
     try:
-        return yaml.load(text, UniqueKeyLoader)
-    except ValueError as error:  # for example a date such as 2025-02-30
-        raise yaml.YAMLError(str(error)) from error
+        return yaml.load(text, StrictLoader)
+    except yaml.YAMLError:
+        raise
+    except RecursionError:
+        raise yaml.YAMLError(f"nested more than {MAX_DEPTH} deep") from None
+    except Exception as error:  # PyYAML lets pass whatever it meets in 2025-02-30, `!!bool maybe`, `!!timestamp x`, ...
+        raise yaml.YAMLError(f"a value is none of its kind ({type(error).__name__}: {error})") from error
 
 
 def read_tree(path: str | Path) -> dict[str, Any]:
@@ -75,14 +136,15 @@ def read_tree(path: str | Path) -> dict[str, Any]:
 def apply_override(tree: dict[str, Any], override: str) -> None:
     """Sets what a dotted `key=value` says, its value read as YAML. Raises ConfigError if it cannot be read."""
     key, equals, text = override.partition("=")
-    if not equals or not all(key.split(".")):
-        raise ConfigError(f"{override!r} is not of the form key=value, for example schedule.t_start=0.3")
+    parts = key.split(".")
+    if not equals or not all(parts) or len(parts) > MAX_DEPTH or not _is_text(override):
+        raise ConfigError(f"{_shown(override)} is not of the form key=value, for example schedule.t_start=0.3")
     try:
         value = text if text.startswith(("{{", "{%")) else parse_yaml(text)  # Jinja is never YAML
     except yaml.YAMLError as error:
         raise ConfigError(
-            f"{key}: the value {text!r} is not valid YAML ({_fault(error)}). "
-            f"If it is meant as text, put it into double quotes inside the shell's: '{key}=\"...\"'"
+            f"{_named(key)}: the value {_shown(text)} is not valid YAML ({_fault(error)}). "
+            f"If it is meant as text, put it into double quotes inside the shell's: '{_named(key)}=\"...\"'"
         ) from None
     set_key(tree, key, value)
 
@@ -94,7 +156,7 @@ def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
     for section in sections:
         child = node.setdefault(section, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"{key}: {section!r} is a value ({_shown(child)}), not a section")
+            raise ConfigError(f"{_named(key)}: {_shown(section)} is a value ({_shown(child)}), not a section")
         node = child
     node[last] = value
 
@@ -103,7 +165,7 @@ def explain(problem: Any, known_keys: Iterable[str]) -> str:
     """One line for one pydantic problem: dotted key, what is wrong, what was found, what to do."""
     # A part such as `list[str]` names the alternative of a union that was tried, and no key.
     location = [str(part) for part in problem["loc"] if "[" not in str(part)]
-    key, found = ".".join(location), _shown(problem["input"])
+    key, found = _named(".".join(location)), _shown(problem["input"])
     if problem["type"] == "extra_forbidden":
         return f"{key}: unknown key (found {found}). {_nearest(location, sorted(known_keys))}"
     if problem["type"] == "missing":
@@ -131,9 +193,20 @@ def _nearest(location: list[str], known: list[str]) -> str:
 
 def _fault(error: yaml.YAMLError) -> str:
     """What is wrong with a YAML text, and where, in one line."""
-    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or " ".join(str(error).split())
+    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
     mark = getattr(error, "problem_mark", None)
-    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else str(problem)
+    text = " ".join(str(problem).split())
+    return f"line {mark.line + 1}, column {mark.column + 1}: {text}" if mark else text
+
+
+def _is_text(text: str) -> bool:
+    return "\0" not in text and (text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text))
+
+
+def _named(key: str) -> str:
+    """A key in one line of reasonable length."""
+    text = key if key.isprintable() else repr(key)
+    return text if len(text) <= 120 else text[:117] + "..."
 
 
 def _shown(value: Any) -> str:

@@ -29,8 +29,9 @@ def open_documents(config: DataConfig, which: Literal["train", "valid"]) -> Docu
     present = documents.column_names or list(next(iter(documents)))
     for column, key in columns_of(config).items():
         if column not in present:
+            found = " ".join(", ".join(present).split())[:300]
             raise DataError(
-                f"data.{which}: {name} has no column {column!r} (it has: {', '.join(present)}). "
+                f"data.{which}: {name} has no column {column!r} (it has: {found}). "
                 f"Set {key}, or data.format if {config.format!r} is not what the data are."
             )
     return documents
@@ -42,12 +43,18 @@ def load_documents(name: str, subset: str | None, split: str, streaming: bool, k
     A name is local if it exists, begins with '.', '/' or '~', or ends like a data file. Text files give one document
     per line that is not blank. Raises DataError, naming `key` (`data.train` or `data.valid`).
     """
-    source, path = f"{key}: {name}", Path(name).expanduser()
-    if path.exists() or name.startswith((".", "/", "~")) or path.suffix.lower() in READERS:
-        files = _local_files(path, source)
-        size = sum(file.stat().st_size for file in files)
-        if not size or (size < BLANK_BYTES and not any(file.read_bytes().strip() for file in files)):
-            raise _empty(source)
+    source = f"{key}: {name}"
+    try:
+        path = Path(name).expanduser()
+        exists = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, of an unknown user, or with a NUL
+        raise DataError(f"{source}: no file can have this name ({error}). Name an existing one.") from None
+    if exists or name.startswith((".", "/", "~")) or path.suffix.lower() in READERS:
+        with _explained(source, "cannot be read. Check its permissions"):
+            files = _local_files(path, source)
+            size = sum(file.stat().st_size for file in files)
+            if not size or (size < BLANK_BYTES and not any(file.read_bytes().strip() for file in files)):
+                raise _empty(source)
         reader = READERS[files[0].suffix.lower()]
         arguments: dict[str, Any] = {"path": reader, "data_files": {"train": [str(f) for f in files]}, "split": "train"}
         what, progress = f"cannot be read as {reader}. Repair or convert the file", size > LARGE_FILES
@@ -82,6 +89,8 @@ def read_blocks(
             block = next(blocks, None)
         if block is None:
             return
+        if not block:
+            raise DataError(f"{source}: the rows after row {skip} have no columns. Remove them.")
         count = len(next(iter(block.values())))
         yield skip + 1, {column: block.get(column) or [None] * count for column in columns_of(config)}
         skip += count

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from taid_ray import chat
 from taid_ray.config import DataConfig
@@ -78,7 +78,7 @@ class Encoder:
         texts = [
             self._as_text({name: values[i] for name, values in columns.items()}, first_row + i) for i in range(count)
         ]
-        samples = [self._fitting(sample, first_row + i) for i, sample in enumerate(self._tokenize(texts))]
+        samples = [self._fitting(sample) for sample in self._tokenize(texts, first_row)]
         return [sample for sample in samples if sample is not None]
 
     def _encode_plain(self, texts: list[Any], first_row: int) -> list[Sample]:
@@ -87,10 +87,11 @@ class Encoder:
             self._require_text(text, row, column, "data.text_column")
         eos = self._tokenizer.eos_token_id
         samples = []
-        for tokens in self._tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]:
+        encoded = self._tokenized(texts, first_row)
+        for row, tokens in enumerate(encoded["input_ids"], first_row):
             if eos is not None and tokens[-1:] != [eos]:  # some tokenizers append it themselves
                 tokens.append(eos)
-            pieces = cut(tokens, self._config.sequence_length)
+            pieces = cut(tokens, self._config.sequence_length, row)
             self.counts.dropped += not pieces
             samples.extend(pieces)
         return samples
@@ -117,20 +118,20 @@ class Encoder:
                 self._require_text(value, row, name, "data.prompt_columns")
         return "\n\n".join(value for _, value in parts if value)
 
-    def _tokenize(self, texts: list[_Text]) -> list[Sample]:
+    def _tokenize(self, texts: list[_Text], first_row: int) -> list[Sample]:
         """Each text tokenised once, as a whole; spans become loss masks through the tokens' character offsets.
 
         A template writes its special tokens itself. Without one the tokenizer adds its own and EOS ends the response.
         """
-        encoded = self._tokenizer(
+        encoded = self._tokenized(
             [text.text for text in texts],
+            first_row,
             add_special_tokens=self._template is None,
             return_offsets_mapping=True,
-            return_attention_mask=False,
-            verbose=False,
         )
         samples = []
-        for text, tokens, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        found = zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        for row, (text, tokens, offsets) in enumerate(found, first_row):
             everything = self._config.loss_on == "all"
             mask = [True] * len(tokens) if everything else chat.inside(offsets, text.spans)
             if self._template is None and self._tokenizer.eos_token_id is not None:
@@ -139,12 +140,23 @@ class Encoder:
                 else:
                     tokens.append(self._tokenizer.eos_token_id)
                     mask.append(True)
-            samples.append(Sample(tokens, [False, *mask[1:]]))
+            samples.append(Sample(tokens, [False, *mask[1:]], row))
         return samples
 
-    def _fitting(self, sample: Sample, row: int) -> Sample | None:
+    def _tokenized(self, texts: list[str], first_row: int, **options: bool) -> BatchEncoding:
+        for row, text in enumerate(texts, first_row):
+            try:
+                text.isascii() or text.encode()
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"{self._source}: row {row} holds half a character ({text[error.start]!r}), which is no text. "
+                    f"Repair the row, or the data.chat_template that made it."
+                ) from None
+        return self._tokenizer(texts, return_attention_mask=False, verbose=False, **options)
+
+    def _fitting(self, sample: Sample) -> Sample | None:
         """The sample if it fits, else what `data.overlong` says; None where nothing is left to learn from."""
-        config, length = self._config, len(sample.input_ids)
+        config, row, length = self._config, sample.document, len(sample.input_ids)
         if not any(sample.loss_mask):
             raise DataError(
                 f"{self._source}: row {row} has no loss position: nothing in it is a response. "
@@ -157,7 +169,7 @@ class Encoder:
                 f"{self._source}: row {row} has {length} tokens, more than data.sequence_length = "
                 f"{config.sequence_length}. Set data.overlong: drop or truncate, or a larger data.sequence_length."
             )
-        short = Sample(sample.input_ids[: config.sequence_length], sample.loss_mask[: config.sequence_length])
+        short = Sample(sample.input_ids[: config.sequence_length], sample.loss_mask[: config.sequence_length], row)
         if config.overlong == "drop" or not any(short.loss_mask):
             self.counts.dropped += 1
             return None

@@ -28,5 +28,13 @@ class ClusterError(TaidRayError, RuntimeError):
     """The Ray cluster cannot hold what was asked for."""
 
 
+class CheckpointError(TaidRayError, RuntimeError):
+    """A checkpoint cannot be written, or none that was written can be read."""
+
+
+class AttemptError(TaidRayError, RuntimeError):
+    """This group of student workers cannot go on; another one can, from the last checkpoint."""
+
+
 class NonFiniteLossError(TaidRayError, ArithmeticError):
     """The loss became NaN or infinite; the schedule's state was left untouched."""

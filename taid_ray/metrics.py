@@ -2,9 +2,12 @@
 
 import json
 import math
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from taid_ray.errors import CheckpointError, ClusterError
 
 CONFIG_FILE, METRICS_FILE, SUMMARY_FILE = "config.yaml", "metrics.jsonl", "summary.json"
 
@@ -55,15 +58,50 @@ class StepMetrics:
 class MetricLog:
     """Appends lines to metrics.jsonl, each before the next step starts. Rank 0 keeps one."""
 
-    def __init__(self, path: Path):
-        self._file = path.open("a", encoding="utf-8")
+    def __init__(self, path: Path, last_step: int):
+        """Keeps the lines up to `last_step`; those that follow will be written again.
+
+        Raises CheckpointError if one of them is not there.
+        """
+        kept = _lines_until(path, last_step)
+        # In a new file: a rank 0 that everybody thinks dead, and that writes once more, then writes to the old one.
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(path)
+        self._path, self._file = path, path.open("a", encoding="utf-8")
 
     def write(self, metrics: StepMetrics) -> None:
-        self._file.write(json.dumps(asdict(metrics)) + "\n")
-        self._file.flush()
+        """Raises ClusterError if there is no room for it."""
+        try:
+            self._file.write(json.dumps(asdict(metrics)) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise ClusterError(
+                f"out: {self._path} cannot be written after step {metrics.step}: {error}; make room, and start the run again "
+                "to resume it"
+            ) from error
+
+    def sync(self) -> None:
+        """After a crash of the machine, too, all lines will be there."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
+
+
+def _lines_until(path: Path, last_step: int) -> list[str]:
+    lines = path.read_text("utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
+    for step in range(1, last_step + 1):
+        try:
+            found = json.loads(lines[step - 1])["step"]
+        except (IndexError, ValueError, TypeError, KeyError):
+            found = None
+        if found != step:
+            raise CheckpointError(
+                f"{path} has no line for step {step}, and the newest checkpoint is of step {last_step}: the file was changed; "
+                "bring it back, or begin in another directory with --out"
+            )
+    return lines[:last_step]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """From token sequences to rows: cutting long documents, and best-fit packing of samples into rows."""
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from taid_ray.batch import NO_LABEL, Row
@@ -14,19 +14,21 @@ class Sample:
     input_ids: list[int]
     loss_mask: list[bool]
     """loss_mask[i], i >= 1: token i is to be predicted (by position i - 1). loss_mask[0] has no effect."""
+    document: int = 0
+    """Number of its document in the dataset, from 1, as errors about the data count rows."""
 
     @property
     def num_loss_tokens(self) -> int:
         return sum(self.loss_mask[1:])
 
 
-def cut(tokens: Sequence[int], sequence_length: int) -> list[Sample]:
-    """Disjoint pieces of at most `sequence_length` tokens, with loss on all but the first token of each.
+def cut(tokens: Sequence[int], sequence_length: int, document: int = 0) -> list[Sample]:
+    """Disjoint pieces of at most `sequence_length` tokens of a document, with loss on all but the first token of each.
 
     A piece of one token predicts nothing and is left out.
     """
     pieces = [list(tokens[i : i + sequence_length]) for i in range(0, len(tokens), sequence_length)]
-    return [Sample(piece, [False] + [True] * (len(piece) - 1)) for piece in pieces if len(piece) > 1]
+    return [Sample(piece, [False] + [True] * (len(piece) - 1), document) for piece in pieces if len(piece) > 1]
 
 
 def to_rows(samples: Sequence[Sample], sequence_length: int, pack: bool) -> list[Row]:
@@ -42,7 +44,7 @@ def to_rows(samples: Sequence[Sample], sequence_length: int, pack: bool) -> list
         raise ValueError(f"a sample has {longest} tokens, rows hold {sequence_length}; cut or drop it first")
     if not pack:
         return [_row([sample]) for sample in samples]
-    return [_row(samples[i] for i in row) for row in _best_fit([len(s.input_ids) for s in samples], sequence_length)]
+    return [_row([samples[i] for i in row]) for row in _best_fit([len(s.input_ids) for s in samples], sequence_length)]
 
 
 def _best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -72,8 +74,8 @@ def _best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def _row(samples: Iterable[Sample]) -> Row:
-    row = Row([], [], [])
+def _row(samples: Sequence[Sample]) -> Row:
+    row = Row([], [], [], tuple(sample.document for sample in samples))
     for sample in samples:
         ids, mask = sample.input_ids, sample.loss_mask
         row.input_ids.extend(ids)

@@ -115,9 +115,10 @@ class PayloadFormat:
 
 
 def check_output(tensors: Mapping[str, Tensor], expected: PayloadFormat, num_positions: int) -> None:
-    """Raises TeacherError unless an answer has the right tensors, shapes and dtypes, and no value that is not finite.
+    """Raises TeacherError unless an answer has the right tensors, shapes and dtypes, and values that can be right.
 
-    -inf is a fine logit (an id the model excludes) and a fine log of an empty tail.
+    Those are finite, but -inf is a fine logit (an id the model excludes) and a fine log of an empty tail. The ids of topk
+    ascend within the vocabulary: any other would be a read of foreign memory on a GPU.
     """
     shapes = expected.shapes(num_positions)
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
@@ -134,6 +135,8 @@ def check_output(tensors: Mapping[str, Tensor], expected: PayloadFormat, num_pos
                 f"the teacher's {name} (payload {expected.kind}) are not finite at {wrong} of {num_positions} positions; "
                 "set teacher.dtype to bfloat16 or float32, or check the checkpoint"
             )
+    if expected.kind == "topk":
+        _check_ids(tensors["ids"], expected.vocabulary)
 
 
 @torch.no_grad()
@@ -258,6 +261,16 @@ def _fine(tensor: Tensor, lowest: bool) -> Tensor:
     if tensor.dtype == torch.float8_e4m3fn:  # torch compares no float8; it has no infinities and two patterns of NaN
         return (tensor.view(torch.uint8) & 0x7F) != 0x7F
     return tensor < float("inf") if lowest else torch.isfinite(tensor)
+
+
+def _check_ids(ids: Tensor, vocabulary: int) -> None:
+    """Of [N, k] ids. Compared, not subtracted, because the difference of two damaged ones may not fit in an int32."""
+    fine = (ids[:, 0] >= 0) & (ids[:, -1] < vocabulary) & (ids[:, 1:] > ids[:, :-1]).all(-1)
+    if not bool(fine.all()):
+        raise TeacherError(
+            f"the teacher's ids (payload topk) do not ascend within 0 to {vocabulary - 1} at {int((~fine).sum())} of "
+            f"{len(ids)} positions; run the same taid-ray and the same configuration on all machines"
+        )
 
 
 def _shown(columns: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> str:

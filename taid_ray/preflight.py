@@ -50,6 +50,10 @@ class Job:
     """Handle of the TAID scheduler actor."""
     pool: str
     """Name of the teacher pool's Serve application (unused with a local teacher)."""
+    checkpoints: str
+    """Where this run's checkpoints are: a directory or a URI."""
+    restarts: int = 0
+    """Attempts before this one."""
 
 
 def prepare(config: DistillConfig) -> Plan:

@@ -1,16 +1,52 @@
-"""The run directory before the run: whether it may be used, and the configuration left in it."""
+"""The run directory before the run: whether it may be used or taken up again, and what identifies the run in it."""
 
+import fcntl
+import json
 import shutil
+import socket
 import tempfile
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, Literal
 
 import yaml
 
-from taid_ray.config import DistillConfig
+from taid_ray.config import DistillConfig, load_config
 from taid_ray.errors import ConfigError, TaidRayError
-from taid_ray.metrics import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
+from taid_ray.metrics import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, write_json
+
+RUN_FILE, LOCK_FILE = "run.json", ".lock"
+
+# What a run may be resumed with other values of: where and how it is computed, not what.
+MAY_CHANGE = (
+    "name",
+    "out",
+    *(
+        f"teacher.{key}"
+        for key in (
+            "mode", "replicas", "shards", "cpus_per_shard", "max_tokens", "window", "window_mib", "hedge_after", "timeout_s",
+            "idle_timeout_s",
+        )
+    ),
+    *(
+        f"student.{key}"
+        for key in (
+            "workers", "cpus_per_worker", "zero_stage", "deepspeed", "gradient_checkpointing", "timeout_s", "max_failures"
+        )
+    ),
+    "loss.memory_mib",
+    "train.micro_batch_size",
+    "train.eval_every",
+    *(f"checkpoint.{key}" for key in ("every_steps", "every_minutes", "keep", "best")),
+)  # fmt: skip
+
+
+def absolute_storage(value: str | None) -> str | None:
+    """A directory by its absolute path; a URI as it is."""
+    return value if value is None or "://" in value else str(Path(value).expanduser().absolute())
 
 
 def with_absolute_paths(config: DistillConfig) -> DistillConfig:
@@ -28,21 +64,24 @@ def with_absolute_paths(config: DistillConfig) -> DistillConfig:
             "out": str(config.run_dir),
             "teacher": config.teacher.model_copy(update={"model": absolute(config.teacher.model)}),
             "student": config.student.model_copy(update={"model": absolute(config.student.model)}),
+            "checkpoint": config.checkpoint.model_copy(update={"storage": absolute_storage(config.checkpoint.storage)}),
             "data": config.data.model_copy(update=data),
         }
     )
 
 
-def check_run_dir_is_new(run_dir: Path) -> None:
-    """Raises ConfigError if `run_dir` holds another run, or anything else, or if it cannot be made."""
+def check_run_dir(config: DistillConfig) -> Literal["new", "unfinished", "finished"]:
+    """What `config.run_dir` holds of this run. Raises ConfigError if it holds anything else, or cannot be made."""
+    run_dir = config.run_dir
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"out: {run_dir} is a file; name a directory that does not exist yet")
     if run_dir.exists() and any(run_dir.iterdir()):
-        held = "other files"
-        if (run_dir / CONFIG_FILE).exists():
-            finished = (run_dir / SUMMARY_FILE).exists()
-            held = "another run" if finished else "another run, which did not finish and cannot be resumed yet"
-        raise ConfigError(f"out: {run_dir} already holds {held}; choose another directory with --out, or remove it")
+        if not (run_dir / CONFIG_FILE).exists() or not (run_dir / RUN_FILE).exists():
+            raise ConfigError(
+                f"out: {run_dir} already holds other files than a run's; choose another directory with --out, or remove it"
+            )
+        _check_same(config)
+        return "finished" if (run_dir / SUMMARY_FILE).exists() else "unfinished"
     existing = next(path for path in (run_dir, *run_dir.parents) if path.exists())
     try:
         with tempfile.TemporaryDirectory(prefix=".taid-probe-", dir=existing):
@@ -52,23 +91,112 @@ def check_run_dir_is_new(run_dir: Path) -> None:
             f"out: {run_dir} cannot be made, because nothing can be written to {existing} ({error.strerror}); "
             "choose another directory with --out"
         ) from None
+    return "new"
+
+
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """Of a finished run."""
+    summary: dict[str, Any] = json.loads((run_dir / SUMMARY_FILE).read_text(encoding="utf-8"))
+    return summary
+
+
+def _check_same(config: DistillConfig) -> None:
+    """Raises ConfigError if the directory's run was begun with something else that its trajectory depends on."""
+    path = config.run_dir / CONFIG_FILE
+    before, now = (flat(each.model_dump(mode="json")) for each in (load_config(path), with_absolute_paths(config)))
+    changed = [
+        f"{key} (was {json.dumps(before.get(key))}, now {json.dumps(now.get(key))})"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in MAY_CHANGE)
+    ]
+    if changed:
+        raise ConfigError(
+            f"out: {config.run_dir} holds a run that was begun with other values of keys that may not change: "
+            f"{'; '.join(changed)}. Give them their old values to resume it, or choose another directory with --out"
+        )
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of a nested mapping; lists are values."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return found
+
+
+class Run:
+    """RUN/run.json: what the drivers of one run, one after another, know it by."""
+
+    def __init__(self, config: DistillConfig):
+        self._path = config.run_dir / RUN_FILE
+        if self._path.exists():
+            self._content = json.loads(self._path.read_text(encoding="utf-8"))
+        else:
+            self._content = {"id": f"{config.name}-{uuid.uuid4().hex[:8]}", "attempts": []}
+        self.id: str = self._content["id"]
+        storage = config.checkpoint.storage
+        self.checkpoints = f"{storage.rstrip('/')}/{self.id}" if storage else str(config.run_dir / "checkpoints")
+        """Where they are: a directory or a URI."""
+
+    @property
+    def attempts(self) -> int:
+        """How often workers were started."""
+        return len(self._content["attempts"])
+
+    def begin_attempt(self, workers: int) -> None:
+        began = datetime.now(UTC).isoformat(timespec="seconds")
+        self._content["attempts"].append({"began": began, "workers": workers, "host": socket.gethostname()})
+        self.write()
+
+    def write(self) -> None:
+        write_json(self._path, self._content)
 
 
 def write_config(config: DistillConfig) -> None:
     """Makes the run directory and leaves the resolved configuration in it."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    (config.run_dir / CONFIG_FILE).write_text(text, encoding="utf-8")
+    temporary = config.run_dir / f"{CONFIG_FILE}.tmp"
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(config.run_dir / CONFIG_FILE)
 
 
 @contextmanager
-def run_directory(config: DistillConfig) -> Iterator[None]:
-    """Makes the run directory; removes it again if the run ends before its first step by what a user can put right."""
-    write_config(config)
-    try:
-        yield
-    except (TaidRayError, KeyboardInterrupt):
-        metrics = config.run_dir / METRICS_FILE
-        if not metrics.exists() or not metrics.stat().st_size:
-            shutil.rmtree(config.run_dir, ignore_errors=True)
-        raise
+def run_directory(config: DistillConfig) -> Iterator[Run]:
+    """Makes the run directory, or takes it up again, and keeps other drivers out of it.
+
+    Removes a new one again if the run ends before its first step by what a user can put right. Raises ConfigError if
+    another driver has it.
+    """
+    run_dir = config.run_dir
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with _locked(run_dir):
+        for left in run_dir.glob(".ray-train-*"):  # by a driver that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        run = Run(config)
+        run.write()
+        write_config(config)
+        try:
+            yield run
+        except (TaidRayError, KeyboardInterrupt, SystemExit):
+            metrics = run_dir / METRICS_FILE
+            if not metrics.exists() or not metrics.stat().st_size:
+                shutil.rmtree(run_dir, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _locked(run_dir: Path) -> Iterator[None]:
+    """The lock ends with this process, however that ends."""
+    path = run_dir / LOCK_FILE
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"out: the run in {run_dir} is under way in another process; wait for it, or end it (Ctrl-C there)"
+            ) from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)

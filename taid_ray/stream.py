@@ -4,7 +4,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from math import ceil
 from time import perf_counter
@@ -29,6 +29,8 @@ class StepBatches:
     """Loss positions of the GLOBAL batch: the one denominator. Every rank reads all rows, so it needs no collective."""
     cursor: Cursor
     """Where the data stand after this step; what a checkpoint stores (prefetch has read further)."""
+    documents: list[int] = field(default_factory=list)
+    """The documents in this rank's rows, ascending and each once, by their numbers from 1 in the dataset."""
 
 
 def split_evenly(rows: Sequence[Row], parts: int) -> list[Sequence[Row]]:
@@ -49,7 +51,8 @@ def step_batches(
     for rows, cursor in global_batches:
         own = split_evenly(rows, world.size)[world.rank]
         batches = [collate(part) for part in split_evenly(own, accumulation)]
-        yield StepBatches(batches, sum(row.num_loss_tokens for row in rows), cursor)
+        documents = sorted({document for row in own for document in row.documents})
+        yield StepBatches(batches, sum(row.num_loss_tokens for row in rows), cursor, documents)
 
 
 def read_ahead(items: Iterator[T], depth: int) -> Iterator[T]:
@@ -91,6 +94,8 @@ class Prefetcher:
         self._unsent: deque[Batch] = deque()
         self._in_flight: deque[tuple[Batch, Any]] = deque()
         self._tokens_in_flight = 0
+        self.documents: list[int] = []
+        """Of this rank's rows in the step handed out last."""
         self.wait_s = 0.0
         """Total time `collect` has stood still for the teacher."""
         self._fill()
@@ -100,7 +105,9 @@ class Prefetcher:
         if not self._announced:
             with self._clock.phase("data"):
                 self._read()
-        return self._announced.popleft()
+        step = self._announced.popleft()
+        self.documents = step.documents
+        return step
 
     def collect(self) -> tuple[Batch, TeacherOutput]:
         """The next micro-batch of the step handed out last. Sends the requests that now find room before it returns."""

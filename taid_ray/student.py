@@ -5,7 +5,8 @@ only place where the head's weight is whole (outside it has shape (0,), and tied
 """
 
 import math
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ from taid_ray.device import loss_memory_mib
 from taid_ray.errors import NonFiniteLossError
 from taid_ray.models import Head, head_of, hidden_states
 from taid_ray.payload import TeacherOutput
+from taid_ray.restoring import Restored
 from taid_ray.student_model import add_lora, merged_model
+from taid_ray.student_state import load_optimizer, load_weights, training_state
 from taid_ray.world import World
 
 HeadFunction = Callable[[Tensor, Tensor, Tensor | None], Any]
@@ -80,11 +83,12 @@ class Student:
         world: World,
         device: torch.device,
         clock: PhaseClock,
+        restored: Restored | None = None,
     ):
         """Wraps `model` (on CPU, float32). All ranks must pass identical weights.
 
         num_shared: vocabulary ids that teacher and student share; the loss sees these rows of the head only.
-        clock: told of the time the loss takes.
+        clock: told of the time the loss takes. restored: a checkpoint to go on from.
         """
         self.world, self.config, self.num_shared, self.device = world, config, num_shared, device
         self.clock = clock
@@ -95,6 +99,8 @@ class Student:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.trained = add_lora(model, config.student.lora, config.train.seed) if config.student.lora else model
         self.trained.train()
+        if restored is not None:
+            load_weights(self.trained, restored.tensor)
         optimizer = torch.optim.AdamW(
             _decay_groups(self.trained, config.train.weight_decay),
             lr=config.train.learning_rate,
@@ -114,6 +120,12 @@ class Student:
             optimizer=optimizer,
             config=deepspeed_config(config),
         )
+        if restored is not None:
+            load_optimizer(self.engine, self.trained, restored.tensor, restored.state.result.step, world)
+
+    def reseed(self, step: int) -> None:
+        """Begins the optimizer step's random numbers (dropout), which follow from (seed, step, rank) and nothing else."""
+        torch.manual_seed(random.Random(f"{self.config.train.seed}/{step}/{self.world.rank}").getrandbits(63))
 
     def forward(
         self, batch: Batch, teacher_output: TeacherOutput, teacher_head: Head | None, t: float
@@ -170,6 +182,10 @@ class Student:
             group["lr"] = learning_rate
         self.engine.step()
         return self.grad_norm if self.clips_itself else finite_norm(float(self.engine.get_global_grad_norm()))
+
+    def state(self) -> Iterator[tuple[str, Tensor | None]]:
+        """What `restored` needs to continue from here, see student_state.training_state. Collective."""
+        return training_state(self.engine, self.trained, self.world)
 
     def save(self, directory: Path) -> None:
         """Writes a Hugging Face model directory on rank 0 (adapters merged). Collective under ZeRO-3."""

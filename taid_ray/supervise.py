@@ -1,10 +1,9 @@
 """What the driver does beside waiting: keeping the teacher pool, and telling the terminal what the workers do."""
 
-import signal
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 from ray.exceptions import RayError
@@ -109,10 +108,20 @@ def _show_news(watch: PoolWatch, view: ProgressView) -> None:
             view.say(line)
 
 
+@dataclass
+class Followed:
+    """What the driver knows of the workers' progress."""
+
+    step: int = 0
+    """The last one, of any attempt."""
+    training: bool = False
+    """Whether the current attempt has made a step."""
+
+
 @contextmanager
-def followed(scheduler: SchedulerOwner, plan: Plan, view: ProgressView) -> Iterator[None]:
+def followed(scheduler: SchedulerOwner, plan: Plan, view: ProgressView) -> Iterator[Followed]:
     """Shows on the terminal what the scheduler actor hears from the workers."""
-    done = threading.Event()
+    done, found = threading.Event(), Followed()
 
     def follow() -> None:
         seen, shown, last = 0, 0, False
@@ -120,8 +129,9 @@ def followed(scheduler: SchedulerOwner, plan: Plan, view: ProgressView) -> Itera
             last = done.wait(POLL_S)  # once more after the end, for what was said last
             notes, metrics = scheduler.progress(seen)
             seen += len(notes)
-            if metrics and metrics["step"] > shown:
+            if metrics and metrics["step"] != shown:
                 shown = metrics["step"]
+                found.step, found.training = max(found.step, shown), True
                 view.step(metrics, plan.total_steps)
             for note in notes:
                 view.say(note)
@@ -129,40 +139,7 @@ def followed(scheduler: SchedulerOwner, plan: Plan, view: ProgressView) -> Itera
     thread = threading.Thread(target=follow, name="taid-follow", daemon=True)
     thread.start()
     try:
-        yield
+        yield found
     finally:
         done.set()
         thread.join()
-
-
-@contextmanager
-def own_interrupt(view: ProgressView) -> Iterator[None]:
-    """Ctrl-C is acknowledged at once and stays a KeyboardInterrupt.
-
-    Ray Train leaves a handler behind that stops the workers, which takes some seconds, and ends the process.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.getsignal(signal.SIGINT)
-    receiver, sender = socket.socketpair()
-    sender.setblocking(False)
-    # A byte for every signal, whichever handler Ray Train puts in the place of ours.
-    before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=_acknowledge, args=(receiver, view), name="taid-interrupt", daemon=True).start()
-    try:
-        yield
-    except SystemExit:
-        raise KeyboardInterrupt from None
-    finally:
-        signal.set_wakeup_fd(before)
-        sender.close()
-        signal.signal(signal.SIGINT, handler)
-
-
-def _acknowledge(receiver: socket.socket, view: ProgressView) -> None:
-    with receiver:
-        while received := receiver.recv(1):
-            if received[0] == signal.SIGINT:
-                view.say("interrupted; stopping the workers, which takes some seconds")
-                return

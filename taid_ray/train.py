@@ -5,9 +5,10 @@ from typing import Protocol
 
 import torch
 
-from taid_ray.aggregate import LossSums, StepResult
+from taid_ray.aggregate import STOP, LossSums, StepResult
 from taid_ray.clock import PhaseClock
 from taid_ray.config import TrainConfig
+from taid_ray.data import Cursor
 from taid_ray.metrics import StepMetrics
 from taid_ray.models import Head
 from taid_ray.schedule import learning_rate
@@ -36,17 +37,21 @@ def train_loop(
     stream: Prefetcher,
     last: StepResult,
     clock: PhaseClock,
-    on_step: Callable[[StepMetrics], None],
+    request: Callable[[int], int],
+    on_step: Callable[[StepMetrics, StepResult, Cursor], None],
 ) -> StepResult:
-    """Trains from `last.step` to `total_steps`. `on_step` runs on every rank after each step, with global figures.
+    """Trains from `last.step` to `total_steps`, or to the step after which somebody wants to STOP.
 
-    clock: the one that student and stream use too, so that it knows where each step's time goes.
+    clock: the one that student and stream use too, so that it knows where each step's time goes. request: what this rank
+    wants to follow a step, see aggregate.SAVE; all ranks then find the same word in its result. on_step: runs on every
+    rank after each step, with global figures and what a checkpoint needs.
     """
-    while last.step < total_steps:
+    while last.step < total_steps and last.request != STOP:
         clock.lap()  # what lies between the steps, validation for example, is not part of any
         waited_before = stream.wait_s
         step, t = last.step + 1, last.t
         work = stream.next_step()
+        student.reseed(step)
 
         kl = entropy = sft = torch.zeros((), dtype=torch.float64, device=student.device)
         payload_bytes = tokens = 0
@@ -63,7 +68,7 @@ def train_loop(
                 # This travels while the last backward pass computes, so nobody waits for the scheduler.
                 waited = stream.wait_s - waited_before
                 kl_sum, entropy_sum, sft_sum = torch.stack((kl, entropy, sft)).tolist()
-                sums = LossSums(kl_sum, entropy_sum, sft_sum, tokens, waited, payload_bytes, computed_s)
+                sums = LossSums(kl_sum, entropy_sum, sft_sum, tokens, waited, payload_bytes, computed_s, request(step))
                 scheduler.submit(step, sums)
             with clock.phase("backward"):
                 # One denominator, the global batch's: the gradient is the same however the batch is split.
@@ -97,7 +102,9 @@ def train_loop(
                 teacher_compute_s=result.teacher_compute_s,
                 payload_bytes=result.payload_bytes,
                 samples_seen=work.cursor.samples,
-            )
+            ),
+            result,
+            work.cursor,
         )
         last = result
     return last

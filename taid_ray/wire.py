@@ -1,22 +1,41 @@
 """Tensors on the wire: plain tuples around uint8 arrays, which Ray's object store reads without copying.
 
-A torch tensor would be pickled instead, about ten times slower, and numpy has no bfloat16.
+A torch tensor would be pickled instead, about ten times slower, and numpy has no bfloat16. A checksum travels beside the
+tuples: memory and networks that flip a bit are rare, but a long run on many nodes meets them, and would learn from it.
 """
 
 import math
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from taid_ray.errors import TeacherError
 
 Packed = tuple[str, tuple[int, ...], np.ndarray]
 """Name of the torch dtype, shape, and the bytes as a one-dimensional uint8 array."""
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn,
+        torch.int64, torch.int32, torch.int8,
+    )
+}  # fmt: skip
+"""What requests, payloads and heads have. Of these, every pattern of bits is a value."""
+MAX_DIMENSIONS = 8
+MAX_BYTES = 2**62
+"""What torch can count."""
 
 # What `unpack` returns lives in the object store and is read-only on purpose; torch would warn once per process.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+
+
+class DamagedError(TeacherError):
+    """What arrived is not what was sent. The same request may succeed when it is sent again."""
 
 
 def pack(tensor: Tensor) -> Packed:
@@ -28,18 +47,60 @@ def pack(tensor: Tensor) -> Packed:
 def unpack(packed: Packed) -> Tensor:
     """The tensor, on CPU, sharing memory with `packed`. After a trip through Ray it must not be written to.
 
-    Raises TeacherError if dtype, shape and number of bytes do not fit together.
+    Raises DamagedError unless this is a tuple as `pack` makes it, of one of DTYPES, whose parts fit together.
     """
-    name, shape, data = packed
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise TeacherError(f"a packed tensor names the unknown dtype {name!r}; run the same taid-ray on all machines")
-    expected = math.prod(shape) * dtype.itemsize
-    if min(shape, default=0) < 0 or data.dtype != np.uint8 or data.size != expected:
-        raise TeacherError(
-            f"a packed tensor of shape {shape} and dtype {name} needs {expected} bytes (found {data.size} x "
-            f"{data.dtype}); run the same taid-ray on all machines"
+    name, shape, data = _checked(packed)
+    if not data.size:
+        return torch.empty(shape, dtype=DTYPES[name])  # torch cannot view no bytes as another dtype
+    return torch.from_numpy(data).view(DTYPES[name]).view(shape)
+
+
+def digest(tensors: Mapping[str, Packed]) -> str:
+    """A checksum (XXH3, 64 bits) of names, dtypes, shapes and bytes, whatever the order of the names.
+
+    Guards against accidents only, at the speed of memory. Raises DamagedError as `unpack`.
+    """
+    if not isinstance(tensors, Mapping) or not all(isinstance(name, str) for name in tensors):
+        raise DamagedError(f"packed tensors must have names (found a {type(tensors).__name__})")
+    result = xxhash.xxh3_64()
+    for name in sorted(tensors):
+        dtype, shape, data = _checked(tensors[name])
+        result.update(f"{name!a} {dtype} {shape}\n".encode())
+        result.update(data.data)
+    return result.hexdigest()
+
+
+def verify(tensors: Mapping[str, Packed], checksum: str) -> None:
+    """Raises DamagedError unless `checksum` is the digest of these tensors."""
+    found = digest(tensors)
+    if found != checksum:
+        raise DamagedError(
+            f"packed tensors do not have the checksum they were sent with (found {found}, expected {checksum!s:.16}); "
+            "if this happens again, check memory and network of the nodes"
         )
-    if not expected:
-        return torch.empty(shape, dtype=dtype)  # torch cannot view no bytes as another dtype
-    return torch.from_numpy(data).view(dtype).view(shape)
+
+
+def _checked(packed: Any) -> Packed:
+    """The tuple itself, for which `unpack` cannot fail. Its parts are shown only where they are known to be short."""
+    if type(packed) is not tuple or len(packed) != 3:
+        raise DamagedError(f"a packed tensor must be (dtype, shape, bytes) (found a {type(packed).__name__})")
+    name, shape, data = packed
+    if type(name) is not str or name not in DTYPES:
+        shown = name if type(name) is str else type(name)
+        raise DamagedError(
+            f"a packed tensor names the unknown dtype {shown!a:.40}; run the same taid-ray on all machines"
+        )
+    if type(shape) is not tuple or len(shape) > MAX_DIMENSIONS or not all(type(n) is int for n in shape):
+        raise DamagedError(f"the shape of a packed tensor must be at most {MAX_DIMENSIONS} integers")
+    # Zeros left out, because torch counts the strides of a tensor without elements, too.
+    if min(shape, default=0) < 0 or math.prod(n for n in shape if n) * DTYPES[name].itemsize > MAX_BYTES:
+        raise DamagedError("the shape of a packed tensor must be of sizes that a tensor can have")
+    if type(data) is not np.ndarray or data.dtype != np.uint8 or data.ndim != 1 or not data.flags.c_contiguous:
+        raise DamagedError("the bytes of a packed tensor must be a one-dimensional contiguous array of uint8")
+    expected = math.prod(shape) * DTYPES[name].itemsize
+    if data.size != expected:
+        raise DamagedError(
+            f"a packed tensor of shape {shape} and dtype {name} needs {expected} bytes (found {data.size}); run the same "
+            "taid-ray on all machines"
+        )
+    return name, shape, data

@@ -1,36 +1,41 @@
 """One student worker: builds the parts inside its Ray Train process, enters the loop, and leaves the run's results."""
 
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from taid_ray.actors.client import PoolTeacher
+from taid_ray.actors.leaving import LeaveNotice
 from taid_ray.actors.scheduler import SchedulerClient
+from taid_ray.aggregate import GO_ON, SAVE, STOP, StepResult
 from taid_ray.batch import Row, collate
 from taid_ray.bottleneck import Usage, verdict
 from taid_ray.chat import chat_template
+from taid_ray.checkpoint import CheckpointStore, RunState
 from taid_ray.clock import PhaseClock
 from taid_ray.config import DistillConfig
-from taid_ray.data import Cursor, TrainingData, validation_rows
+from taid_ray.data import START, Cursor, TrainingData, validation_rows
 from taid_ray.device import torch_device
-from taid_ray.encoding import Counts
-from taid_ray.errors import ClusterError
-from taid_ray.evaluate import Evaluation, evaluate
+from taid_ray.errors import ClusterError, NonFiniteLossError
+from taid_ray.evaluate import evaluate
 from taid_ray.hub import offline_if_unreachable
 from taid_ray.metrics import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, MetricLog, StepMetrics, write_json
 from taid_ray.models import tested_head
 from taid_ray.payload import EXACT, needs_head
 from taid_ray.preflight import Job, Plan, run_tokenizer
+from taid_ray.record import Record
 from taid_ray.report import write_model_card, write_plots
+from taid_ray.restoring import restore
+from taid_ray.saving import Saver
 from taid_ray.stream import Prefetcher, num_micro_batches, read_ahead, step_batches
 from taid_ray.student import Student
 from taid_ray.student_model import build_student
-from taid_ray.teacher_model import LocalTeacher, TeacherClient, TeacherInfo
+from taid_ray.teacher_model import LocalTeacher, TeacherClient
 from taid_ray.train import train_loop
 from taid_ray.vocabulary import check_ids
 from taid_ray.world import World
@@ -38,18 +43,27 @@ from taid_ray.world import World
 READ_AHEAD_STEPS = 8
 USAGE_STEPS = 100
 """Steps over which is judged what holds the run back."""
+SUSPECTS = 50
+"""Documents named when a loss is not finite."""
 
 
 def run_worker(job: Job) -> dict[str, Any] | None:
-    """Trains one run to its end. Returns the summary on rank 0, None elsewhere."""
+    """Trains one run to its end, or to where somebody stops it, from its newest checkpoint if it has one.
+
+    Returns on rank 0 the summary, or {"stopped": step}; None elsewhere.
+    """
     config, plan, world = job.config, job.plan, World.current()
     device = torch_device(job.device, int(os.environ["LOCAL_RANK"]))
-    scheduler = SchedulerClient(job.scheduler, world.rank)
+    scheduler = SchedulerClient(job.scheduler, world.rank, config.patience_s)
     note = scheduler.note if world.is_main else _ignore
     check_run_dir(config.run_dir, world.rank)
     offline_if_unreachable([config.teacher.model, config.student.model, config.data.train, config.data.valid])
     torch.manual_seed(config.train.seed + world.rank)
+    # First of all, because from here on no worker of an earlier attempt gets any further, should one be alive.
+    attempt = world.share(scheduler.begin(world.size) if world.is_main else 0)
 
+    store = CheckpointStore(job.checkpoints)
+    restored = restore(store, world, scheduler.note)
     note("student: building the model")
     model = build_student(config, plan.vocabulary).eval()
     tested_head(model, "student.model", config.data.pack)
@@ -57,19 +71,33 @@ def run_worker(job: Job) -> dict[str, Any] | None:
         note("note: the student uses dropout, so its trajectory depends on the number of workers and micro-batches")
     note("student: starting DeepSpeed")
     clock = PhaseClock(device)
-    student = Student(config, model, plan.vocabulary.num_shared, world, device, clock)
+    student = Student(config, model, plan.vocabulary.num_shared, world, device, clock, restored)
     tokenizer = run_tokenizer(config)
 
     note("student is ready; waiting for the teacher")
     teacher = connect_teacher(job, scheduler, device)
     teacher_head = teacher.head().to(device) if needs_head(config.teacher.payload) else None
-    attempt, last = scheduler.begin(world.size, None) if world.is_main else (0, None)
-    last = scheduler.join(world.share(attempt), world.size, last)
-
+    last = scheduler.join(attempt, world.size, restored.state.result if restored else None)
     held_out = validation_rows(config.data, tokenizer)
     check_ids(held_out, plan.vocabulary.num_shared, tokenizer.get_vocab())
+    if restored:
+        record = Record.from_state(restored.state.record)
+        note(f"going on after step {last.step}, from the checkpoint {restored.name}")
+    else:
+        record = Record(measured_payload_error(config, teacher, held_out, note) if world.is_main else 0.0)
 
-    record = Record(measured_payload_error(config, teacher, held_out, note) if world.is_main else 0.0)
+    saver = Saver(store, config.checkpoint, world, attempt, restored, config.patience_s, scheduler.note)
+    log = MetricLog(config.run_dir / METRICS_FILE, last.step) if world.is_main else None
+    leaving = LeaveNotice()
+    compared = config.checkpoint.best
+
+    def is_validated(step: int) -> bool:
+        return bool(config.train.eval_every) and step % config.train.eval_every == 0 and step < plan.total_steps
+
+    def request(step: int) -> int:
+        if leaving.given:
+            return STOP
+        return SAVE if compared and is_validated(step) else saver.wanted(step)
 
     def validate(step: int) -> None:
         note(f"validating on {len(held_out)} rows after step {step}")
@@ -77,56 +105,100 @@ def run_worker(job: Job) -> dict[str, Any] | None:
         note(f"validation: cross-entropy {found.cross_entropy:.4f}, KL to the teacher {found.kl:.4f}")
         record.validations[step] = found
 
-    def on_step(metrics: StepMetrics) -> None:
+    def save(result: StepResult, cursor: Cursor) -> None:
+        if compared and result.step in record.validations and record.is_best(result.step, compared):
+            record.best = saver.name(result.step)
+        if log is not None:
+            log.sync()
+        (teacher_tokens,) = world.sum([teacher.tokens])
+        state = RunState(replace(result, request=GO_ON), cursor, record.state(int(teacher_tokens)))
+        saver.save(result.step, state, student.state(), record.best)
+
+    def on_step(metrics: StepMetrics, result: StepResult, cursor: Cursor) -> None:
         record.add(metrics)
         if log is not None:
             log.write(metrics)
             scheduler.publish(asdict(metrics))
             if isinstance(teacher, PoolTeacher):
                 say_what_holds_back(record, metrics, plan.total_steps, teacher, note)
-        every = config.train.eval_every
-        if every and metrics.step % every == 0 and metrics.step < plan.total_steps:
+        if is_validated(metrics.step):
             validate(metrics.step)
+        if result.request != GO_ON and metrics.step < plan.total_steps:
+            save(result, cursor)
 
-    log = MetricLog(config.run_dir / METRICS_FILE) if world.is_main else None
-    validate(0)
+    if not restored:
+        validate(0)
     accumulation = num_micro_batches(config.train.batch_size, config.train.micro_batch_size, world.size)
     data = TrainingData(config.data, tokenizer, config.train.seed, config.train.batch_size)
-    rows = read_ahead(training_batches(data, plan, tokenizer), READ_AHEAD_STEPS)
+    start = restored.state.cursor if restored else START
+    rows = read_ahead(training_batches(data, plan, tokenizer, last.step, start), READ_AHEAD_STEPS)
     batches = step_batches(rows, world, accumulation)
     stream = Prefetcher(batches, teacher, config.teacher.window, config.teacher.window_mib * 2**20, clock)
     note("training")
-    train_loop(config.train, plan.total_steps, student, teacher_head, scheduler, stream, last, clock, on_step)
-    validate(plan.total_steps)
-
-    note("saving the model")
-    student.save(config.run_dir / "model")
-    (teacher_tokens,) = world.sum([teacher.tokens])
-    summary = record.summary(plan, teacher.info(), int(teacher_tokens), student.num_parameters, data.counts)
+    with suspects_named(stream, scheduler, world, config, saver):
+        last = train_loop(
+            config.train, plan.total_steps, student, teacher_head, scheduler, stream, last, clock, request, on_step
+        )
+    if last.step < plan.total_steps:
+        note(f"stopping after step {last.step}; the checkpoint is being written")
+        saver.finish()
+        summary = {"stopped": last.step}
+    else:
+        if plan.total_steps not in record.validations:
+            validate(plan.total_steps)
+        note("saving the model")
+        saver.finish_quietly()
+        student.save(config.run_dir / "model")
+        (teacher_tokens,) = world.sum([teacher.tokens])
+        summary = record.summary(
+            last.step, teacher.info(), int(teacher_tokens), student.num_parameters, data.counts, job.restarts
+        )
+        if world.is_main:
+            leave_results(config, summary, tokenizer)
     if log is not None:
         log.close()
-        leave_results(config, summary, tokenizer)
     teacher.close()
     scheduler.close()
     return summary if world.is_main else None
 
 
 def leave_results(config: DistillConfig, summary: dict[str, Any], tokenizer: Any) -> None:
-    """Puts tokenizer, summary, model card and plots beside the saved model; what cannot be made again comes first."""
-    write_json(config.run_dir / SUMMARY_FILE, summary)
+    """Puts tokenizer, model card and plots beside the saved model; last the summary, with which the run is finished."""
     if config.data.format != "text":
         tokenizer.chat_template = chat_template(config.data.chat_template, tokenizer)
     tokenizer.save_pretrained(config.run_dir / "model")
     write_model_card(config.run_dir, config, summary)
     write_plots(config.run_dir)
+    write_json(config.run_dir / SUMMARY_FILE, summary)
 
 
-def training_batches(data: TrainingData, plan: Plan, tokenizer: Any) -> Iterator[tuple[list[Row], Cursor]]:
-    """The run's global batches, each checked to hold shared ids only; ends with the last step."""
+def training_batches(
+    data: TrainingData, plan: Plan, tokenizer: Any, done: int = 0, start: Cursor = START
+) -> Iterator[tuple[list[Row], Cursor]]:
+    """The run's global batches after step `done`, each checked to hold shared ids only; ends with the last step."""
     tokens = tokenizer.get_vocab()
-    for _, (rows, cursor) in zip(range(plan.total_steps), data.batches(), strict=False):
+    for _, (rows, cursor) in zip(range(done, plan.total_steps), data.batches(start), strict=False):
         check_ids(rows, plan.vocabulary.num_shared, tokens)
         yield rows, cursor
+
+
+@contextmanager
+def suspects_named(
+    stream: Prefetcher, scheduler: SchedulerClient, world: World, config: DistillConfig, saver: Saver
+) -> Iterator[None]:
+    """Adds to a loss that is not finite where to look for its cause, and where the run could go on from."""
+    try:
+        yield
+    except NonFiniteLossError as error:  # which all ranks raise after the same step
+        found = world.gather((scheduler.sums_are_finite, stream.documents))
+        # A loss that is not finite is some ranks'; gradients are everybody's.
+        guilty = [documents for finite, documents in found if not finite] or [documents for _, documents in found]
+        documents = sorted(set().union(*guilty))
+        shown = ", ".join(map(str, documents[:SUSPECTS])) + (", ..." if len(documents) > SUSPECTS else "")
+        raise NonFiniteLossError(
+            f"{error}. It was computed from documents {shown} of data.train ({config.data.train}). {saver.last_good()} "
+            "Remove what is wrong with a document, or change the settings, and begin a new run"
+        ) from error
 
 
 def connect_teacher(job: Job, scheduler: SchedulerClient, device: torch.device) -> TeacherClient:
@@ -159,7 +231,7 @@ def measured_payload_error(
 
 
 def say_what_holds_back(
-    record: "Record", metrics: StepMetrics, total_steps: int, teacher: PoolTeacher, note: Callable[[str], None]
+    record: Record, metrics: StepMetrics, total_steps: int, teacher: PoolTeacher, note: Callable[[str], None]
 ) -> None:
     """One line every USAGE_STEPS steps and after the last one: student, teacher or wire, and the replicas to have."""
     if metrics.step == 1:  # waits for the first answers, which nothing could have asked for earlier
@@ -194,53 +266,6 @@ def check_run_dir(run_dir: Path, rank: int) -> None:
         probe.unlink()
     except OSError as error:
         raise ClusterError(f"out: node {os.uname().nodename} cannot write to {run_dir}: {error}") from None
-
-
-class Record:
-    """What the summary needs from the run."""
-
-    def __init__(self, payload_error: float) -> None:
-        self.payload_error = payload_error
-        self.usage = Usage()
-        self.started = time.monotonic()
-        self.validations: dict[int, Evaluation] = {}
-        self.tokens = self.payload_bytes = 0
-        self.last: StepMetrics | None = None
-
-    def add(self, metrics: StepMetrics) -> None:
-        self.last = metrics
-        self.tokens += metrics.tokens
-        self.payload_bytes += metrics.payload_bytes
-
-    def summary(
-        self, plan: Plan, teacher: TeacherInfo, teacher_tokens: int, parameters: int, counts: Counts
-    ) -> dict[str, Any]:
-        """The content of summary.json. teacher_tokens: over all workers; parameters: the student's; counts: of the data."""
-        first, final = self.validations[0], self.validations[plan.total_steps]
-        assert self.last is not None
-
-        def figures(found: Evaluation) -> dict[str, Any]:
-            return {"cross_entropy": found.cross_entropy, "kl": found.kl, "parameters": parameters}
-
-        return {
-            "steps": self.last.step,
-            "teacher": {"cross_entropy": first.teacher_cross_entropy, "parameters": teacher.num_parameters},
-            "before": figures(first),
-            "after": figures(final),
-            "validations": [{"step": step} | asdict(found) for step, found in self.validations.items()],
-            "t": self.last.t,
-            "tokens": self.tokens,
-            "samples": self.last.samples_seen,
-            "wall_s": time.monotonic() - self.started,
-            "teacher_tokens": teacher_tokens,
-            "payload_bytes": self.payload_bytes,
-            "payload_error": self.payload_error,
-            "dropped_teacher_mass": teacher.dropped_mass,
-            "documents_read": counts.documents,
-            "dropped_documents": counts.dropped,
-            "truncated_documents": counts.truncated,
-            "restarts": 0,  # a run ends with its first failure until it can resume from checkpoints
-        }
 
 
 def _ignore(message: str) -> None:

@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,26 @@ class World:
         if self.size > 1:
             dist.broadcast(shared, src=0)
         return int(shared.item())
+
+    def share_bytes(self, value: bytes) -> bytes:
+        """Rank 0's bytes, on every rank."""
+        shared = torch.empty(self.share(len(value)), dtype=torch.uint8)
+        if self.is_main:
+            shared = torch.frombuffer(bytearray(value), dtype=torch.uint8) if value else shared
+        self.broadcast(shared, source=0)
+        return shared.numpy().tobytes()
+
+    def broadcast(self, tensor: torch.Tensor, source: int) -> None:
+        """Gives every rank `source`'s values, in its own tensor on the CPU."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=source)
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank."""
+        found: list[T] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, value)
+        return found
 
     def barrier(self) -> None:
         self.sum([0.0])

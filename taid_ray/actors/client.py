@@ -13,14 +13,14 @@ from ray import serve
 
 from taid_ray.actors.lease import keep_lease
 from taid_ray.actors.request import Patience, Request, Waiter
-from taid_ray.actors.teacher import DEPLOYMENT
+from taid_ray.actors.teacher import DEPLOYMENT, Answer, HeadPiece, Question
 from taid_ray.batch import Batch
 from taid_ray.config import TeacherConfig
 from taid_ray.errors import TeacherError
 from taid_ray.models import Head
 from taid_ray.payload import TeacherOutput
 from taid_ray.teacher_model import TeacherInfo, head_digest
-from taid_ray.wire import Packed, pack, unpack
+from taid_ray.wire import DamagedError, unpack, verify
 
 PIECE_BYTES = 64 * 2**20
 CLOSE_S = 5.0
@@ -42,7 +42,7 @@ class PoolTeacher:
         notify: Callable[[str], None] = logger.warning,
         device: torch.device = CPU,
     ):
-        """`notify` is told of long waits, late and lost requests. Raises TeacherError if there is no such pool."""
+        """`notify` is told of long waits, late, lost and damaged requests. Raises TeacherError if there is no such pool."""
         self._app_name = app_name
         self._stop_renewing = keep_lease(app_name)
         self._handle = serve.get_app_handle(app_name)
@@ -60,11 +60,11 @@ class PoolTeacher:
         """Sends the batch and returns at once. Answers are fetched in the order of the calls, so collect them in it."""
         if not batch.num_loss_tokens:
             return None  # there is nothing to ask
-        inputs = {name: pack(tensor) for name, tensor in batch.inputs.items()}
-        positions, labels = pack(batch.loss_positions), pack(batch.labels)
+        question, num_positions = Question.of(batch), batch.num_loss_tokens
         self.tokens += batch.inputs["input_ids"].numel()
         request = Request(
-            lambda request_id: self._handle.score.remote(inputs, positions, labels, request_id), batch.num_loss_tokens
+            lambda request_id: self._handle.score.remote(question, request_id),
+            lambda answer: (answer, self._accepted(answer, num_positions)),
         )
         self._requests.put(request)
         return request
@@ -72,7 +72,8 @@ class PoolTeacher:
     def collect(self, request: Request | None) -> TeacherOutput:
         """The answer, in memory that must not be written to. Usually it is there already.
 
-        Raises TeacherError after config.timeout_s, or for an answer of the wrong kind.
+        Raises TeacherError after config.timeout_s, or if the answers are damaged, of the wrong kind or not finite each
+        time they are asked for.
         """
         if request is None:
             return self.info().empty_output(self._device)
@@ -82,8 +83,8 @@ class PoolTeacher:
         return output
 
     def payload_error(self, batch: Batch) -> float:
-        inputs, positions = {name: pack(tensor) for name, tensor in batch.inputs.items()}, pack(batch.loss_positions)
-        return float(self._ask(lambda: self._handle.payload_error.remote(inputs, positions)))
+        question = Question.of(batch)
+        return float(self._ask(lambda: self._handle.payload_error.remote(question)))
 
     def info(self) -> TeacherInfo:
         """Asks the pool once."""
@@ -104,10 +105,10 @@ class PoolTeacher:
         rows = max(1, PIECE_BYTES // (info.hidden_size * dtype.itemsize))
         for start in range(0, info.num_shared, rows):
             stop = min(start + rows, info.num_shared)
-            weight_rows, bias_rows = self._head_piece(start, stop)
-            weight[start:stop] = unpack(weight_rows)
-            if bias is not None and bias_rows is not None:
-                bias[start:stop] = unpack(bias_rows)
+            piece = self._head_piece(start, stop)
+            weight[start:stop] = unpack(piece.rows["weight"])
+            if bias is not None:
+                bias[start:stop] = unpack(piece.rows["bias"])
         head = Head(weight, bias, info.transform)
         if head_digest(head) != info.head_digest:
             raise TeacherError(
@@ -126,17 +127,17 @@ class PoolTeacher:
         self._thread.join(CLOSE_S)
         self._stop_renewing()
 
-    def _head_piece(self, start: int, stop: int) -> tuple[Packed, Packed | None]:
-        fingerprint, weight, bias = self._ask(lambda: self._handle.head_piece.remote(start, stop))
-        if fingerprint != self.info().fingerprint:
+    def _head_piece(self, start: int, stop: int) -> HeadPiece:
+        piece: HeadPiece = self._ask(lambda: self._handle.head_piece.remote(start, stop), _accepted_piece)
+        if piece.fingerprint != self.info().fingerprint:
             raise TeacherError(
                 f"the teacher pool {self._app_name} changed its model while its head was read; start again"
             )
-        return weight, bias
+        return piece
 
-    def _ask(self, send: Callable[[], Any]) -> Any:
+    def _ask(self, send: Callable[[], Any], accept: Callable[[Any], Any] = lambda answer: answer) -> Any:
         """The answer to something that somebody waits for now."""
-        request = Request(lambda _: send())
+        request = Request(lambda _: send(), accept)
         request.wanted = True
         return self._waiter.answer(request)
 
@@ -151,12 +152,25 @@ class PoolTeacher:
                 request.output.set_result(found)
 
     def _fetch(self, request: Request) -> tuple[TeacherOutput, Any]:
-        info = self.info()
-        answer = self._waiter.answer(request, self._patience.hedge(request.submitted))
+        answer, output = self._waiter.answer(request, self._patience.hedge(request.submitted))
         self._patience.answered(request.submitted, time.monotonic(), answer)
-        tensors = {name: unpack(packed) for name, packed in answer.payload.items()}
-        info.check_output(tensors, request.num_positions)
-        return self._to_device.copy(TeacherOutput(info.payload, tensors, answer.compute_s))
+        return self._to_device.copy(output)
+
+    def _accepted(self, answer: Answer, num_positions: int) -> TeacherOutput:
+        """The answer, on CPU. Raises DamagedError, naming the replica, for one that cannot be right."""
+        info = self.info()
+        try:
+            verify(answer.payload, answer.checksum)
+            tensors = {name: unpack(packed) for name, packed in answer.payload.items()}
+            info.check_output(tensors, num_positions)
+        except TeacherError as error:
+            raise DamagedError(f"{error} (sent by replica {answer.replica})") from error
+        return TeacherOutput(info.payload, tensors, answer.compute_s)
+
+
+def _accepted_piece(piece: HeadPiece) -> HeadPiece:
+    verify(piece.rows, piece.checksum)
+    return piece
 
 
 class _ToDevice:

@@ -1,4 +1,4 @@
-"""A request to the teacher pool on its way: sent again when it is lost, and to a second replica when it is late."""
+"""A request to the teacher pool on its way: sent again when lost or damaged, and to a second replica when late."""
 
 import math
 import statistics
@@ -10,13 +10,21 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
 
-from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayTaskError, WorkerCrashedError
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    RayActorError,
+    RaySystemError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 from ray.serve.exceptions import DeploymentUnavailableError, RequestCancelledError
 
 from taid_ray.actors.lease import find_lease
 from taid_ray.actors.teacher import AlreadyHereError, Answer, ReplicaBrokenError
 from taid_ray.config import TeacherConfig
 from taid_ray.errors import TaidRayError, TeacherError
+from taid_ray.wire import DamagedError
 
 RETRY_PAUSE_S = 1.0
 NOTICE_S = 15.0
@@ -35,6 +43,10 @@ LOST = (
     RequestCancelledError,
     ReplicaBrokenError,
 )
+# A checksum failed, or Ray could not even read what came.
+DAMAGED = (DamagedError, RaySystemError)
+DAMAGED_TRIES = 3
+"""So often one request may come to harm; a teacher whose values are wrong each time says so quickly."""
 
 
 class Patience:
@@ -109,16 +121,21 @@ PENDING = object()
 class Request:
     """Something asked of the pool, under way at one replica or, after a hedge, at several."""
 
-    def __init__(self, send: Callable[[str], Any], num_positions: int = 0):
-        """send: sends it under the id it is given, and returns Serve's response."""
-        self.num_positions, self.id, self._send = num_positions, uuid.uuid4().hex, send
+    def __init__(self, send: Callable[[str], Any], accept: Callable[[Any], Any] = lambda answer: answer):
+        """send: sends it under the id it is given, and returns Serve's response.
+
+        accept: what the caller gets for an answer. Raises DamagedError for one that is to be asked for again.
+        """
+        self.accept, self.id, self._send = accept, uuid.uuid4().hex, send
         self.submitted = time.monotonic()
         self.responses: list[Any] = []
         self.output: Future[Any] = Future()
         self.wanted = False
         """Whether somebody stands still for it."""
         self.lost: Exception | None = None
-        """What it was lost by, last."""
+        """What it was lost or damaged by, last."""
+        self.damaged = 0
+        """How often it was."""
         self.send()
 
     def send(self) -> None:
@@ -140,10 +157,10 @@ class Waiter:
         self.stopped = False
 
     def answer(self, request: Request, hedge: Hedge | None = None) -> Any:
-        """The first answer to `request`, sent again when it is lost and, when it is late, as `hedge` says.
+        """The first accepted answer to `request`, sent again when it is lost and, when it is late, as `hedge` says.
 
-        Raises TeacherError after config.timeout_s, if the pool is gone, or once `stopped` is set; or what the replica
-        raised on the request itself.
+        Raises TeacherError after config.timeout_s, if the pool is gone, for DAMAGED_TRIES damaged answers, or once
+        `stopped` is set; or what the replica raised on the request itself.
         """
         hedge = hedge or Hedge(math.inf, math.inf)
         start = noticed = time.monotonic()
@@ -184,9 +201,11 @@ class Waiter:
     def _look(self, request: Request, response: Any, hedge: Hedge, start: float) -> Any:
         """The answer if it comes before the next decision is due, else PENDING. Forgets a response that failed."""
         try:
-            return response.result(timeout_s=self._step_s(request, hedge, start))
+            return request.accept(response.result(timeout_s=self._step_s(request, hedge, start)))
         except AlreadyHereError:
             hedge.refused(time.monotonic())
+        except DAMAGED as error:
+            self._note_damage(request, error)
         except LOST as error:
             request.lost = error
             self._notify(f"the teacher pool lost a request ({_first_line(error)}); sending it again")
@@ -197,6 +216,15 @@ class Waiter:
             return PENDING
         request.responses.remove(response)
         return PENDING
+
+    def _note_damage(self, request: Request, error: Exception) -> None:
+        """Raises TeacherError once that is enough."""
+        request.lost, request.damaged = error, request.damaged + 1
+        found = _message(error)
+        if request.damaged == DAMAGED_TRIES:
+            raise TeacherError(f"{found}; the teacher pool was asked {DAMAGED_TRIES} times") from error
+        what = "received a damaged request" if isinstance(error, RayTaskError) else "sent a damaged answer"
+        self._notify(f"the teacher pool {what} ({found}); asking again")
 
     def _step_s(self, request: Request, hedge: Hedge, start: float) -> float:
         now = time.monotonic()
@@ -225,3 +253,9 @@ class Waiter:
 def _first_line(error: Exception) -> str:
     cause = error.cause if isinstance(error, RayTaskError) else error
     return f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[0]}"
+
+
+def _message(error: Exception) -> str:
+    """Ours in full, and of any other, which may hold a traceback, the first line."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    return str(cause) if isinstance(cause, TaidRayError) else _first_line(error)

@@ -17,7 +17,7 @@ from typing import Any
 import ray
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from taid_ray.config import ReplicaRange
+from taid_ray.config import Range
 
 UP_S, DOWN_S = 5.0, 30.0
 """How long requests must have queued up, or replicas have been idle, before their number changes."""
@@ -62,7 +62,7 @@ class PoolPolicy:
                 continue
 
 
-def serve_scaling(replicas: ReplicaRange, lease: str, namespace: str) -> AutoscalingConfig:
+def serve_scaling(replicas: Range, lease: str, namespace: str) -> AutoscalingConfig:
     """Makes Serve start `replicas.min` replicas and then follow the pool's lease, without delays of its own."""
     policy = AutoscalingPolicy(policy_function=PoolPolicy, policy_kwargs={"lease": lease, "namespace": namespace})
     return AutoscalingConfig(
@@ -103,7 +103,7 @@ class Autoscaler:
     anew. It falls to what the load of the last DOWN_S needs.
     """
 
-    replicas: ReplicaRange
+    replicas: Range
     up_s: float
     down_s: float
     _loads: deque[tuple[float, float]] = field(default_factory=deque)

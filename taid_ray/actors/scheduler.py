@@ -5,6 +5,7 @@ worker knows, and an unanswered report is sent again, so the state comes back bi
 """
 
 import asyncio
+import math
 import pickle
 import threading
 import time
@@ -17,11 +18,14 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutErro
 
 from taid_ray.aggregate import LossAggregator, LossSums, StepResult
 from taid_ray.config import ScheduleConfig
-from taid_ray.errors import ClusterError
+from taid_ray.errors import AttemptError, ClusterError
 from taid_ray.schedule import TAIDSchedule
 
 HEARTBEAT_S = 1.0
-ANSWER_DEADLINE_S = 600.0
+GONE_S = 10.0
+"""So long after its death an actor that Ray restarts is back, or on its way back."""
+NAME_FREE_S = 60.0
+"""Within this time Ray ends the actors of a driver that was killed."""
 POOL_POLL_S = 10.0
 NAMESPACE = "taid-ray"
 
@@ -52,13 +56,13 @@ class SchedulerActor:
         self._packed: tuple[StepResult, bytes] | None = None
         self._pool: tuple[bool, Exception | None] = (False, None)
 
-    async def begin(self, world_size: int, result: StepResult | None) -> tuple[int, StepResult]:
+    async def begin(self, world_size: int) -> int:
         """Rank 0 draws a new attempt. Wall-clock based, so that it stays newer even across a restart of this actor."""
         attempt = max(self.aggregator.attempt + 1, time.time_ns())
-        self.aggregator.begin(attempt, world_size, result)
-        self._failure = None
+        self.aggregator.begin(attempt, world_size, None)
+        self._failure, self._metrics = None, {}
         self._wake()
-        return attempt, self.aggregator.result
+        return attempt
 
     async def report(self, message: bytes) -> bytes:
         """A pickled Report in, a pickled StepResult out, once every rank has reported the step or somebody's `known` shows
@@ -118,6 +122,10 @@ class SchedulerActor:
             self._first_note = notes_seen  # this actor was restarted: its notes follow those the driver has
         return self._notes[max(0, notes_seen - self._first_note) :], self._metrics
 
+    async def ask(self, request: int) -> None:
+        """The driver asks the workers for something after the step that is under way; see aggregate.SAVE, STOP."""
+        self.aggregator.requested = request
+
     async def set_pool(self, error: Exception | None) -> None:
         """The driver says that the teacher pool is up, or why it is not."""
         self._pool = (True, error)
@@ -142,10 +150,28 @@ class SchedulerOwner:
     """The driver's side: starts the actor, hears from it what the workers say, and ends it."""
 
     def __init__(self, name: str, config: ScheduleConfig, total_steps: int):
-        """Restarted by Ray without limit if its process dies."""
+        """Restarted by Ray without limit if its process dies.
+
+        Raises ClusterError if another driver keeps an actor of that name, and therefore the run.
+        """
         actor = ray.remote(SchedulerActor)
         options = actor.options(name=name, namespace=NAMESPACE, num_cpus=0, max_restarts=-1, max_concurrency=10_000)
-        self.actor: ActorHandle = options.remote(config, total_steps)
+        deadline = time.monotonic() + NAME_FREE_S
+        while True:
+            try:
+                self.actor: ActorHandle = options.remote(config, total_steps)
+                return
+            except ValueError as error:  # taken; by a driver that was killed just now, if the name becomes free soon
+                if time.monotonic() > deadline:
+                    raise ClusterError(
+                        f"this run is under way on this cluster: the actor {name} is another driver's; wait for that one, "
+                        "or end it"
+                    ) from error
+                time.sleep(1.0)
+
+    def ask(self, request: int) -> None:
+        """Asks the workers for something after the step that is under way. Must be repeated until it has happened."""
+        self.actor.ask.remote(request)
 
     def set_pool(self, error: Exception | None) -> None:
         """Tells the workers that the teacher pool is up, or why it is not. A restarted actor must be told again."""
@@ -165,19 +191,23 @@ class SchedulerOwner:
 class SchedulerClient:
     """One worker's side. `submit` and `collect` are what the training loop sees."""
 
-    def __init__(self, actor: ActorHandle, rank: int):
-        self._actor, self._rank = actor, rank
+    def __init__(self, actor: ActorHandle, rank: int, timeout_s: float):
+        """timeout_s: how long an answer may take, which depends on the slowest of the other workers."""
+        self._actor, self._rank, self._timeout_s = actor, rank, timeout_s
         self._attempt = self._world_size = 0
         self._result: StepResult | None = None
         self._pending: tuple[int, LossSums, ray.ObjectRef] | None = None
         self._closed = threading.Event()
 
-    def begin(self, world_size: int, result: StepResult | None) -> tuple[int, StepResult]:
-        """Rank 0 only: opens a new attempt (with a checkpoint's result, or None) and returns it."""
-        return self._call(lambda: self._actor.begin.remote(world_size, result), "begin")
+    def begin(self, world_size: int) -> int:
+        """Rank 0 only: opens a new attempt, and thereby ends all earlier ones. It goes on from what `join` is given."""
+        return self._call(lambda: self._actor.begin.remote(world_size), "begin")
 
     def join(self, attempt: int, world_size: int, result: StepResult | None) -> StepResult:
-        """Every rank, with the attempt that rank 0 drew: starts the heartbeat. Returns where the attempt starts."""
+        """Every rank, with the attempt that rank 0 drew and, if there is one, a checkpoint's result: starts the heartbeat.
+
+        Returns where the attempt starts.
+        """
         self._attempt, self._world_size = attempt, world_size
         self._result = result or self._call(lambda: self._actor.current.remote(attempt), "the start")
         threading.Thread(target=self._beat, name="taid-scheduler-heartbeat", daemon=True).start()
@@ -187,13 +217,19 @@ class SchedulerClient:
         self._pending = (step, sums, self._send(step, sums))
 
     def collect(self, step: int) -> StepResult:
-        """Raises ClusterError when the actor gives no answer in time; NonFiniteLossError, StaleReportError from it."""
+        """Raises AttemptError when the actor gives no answer in time; NonFiniteLossError, StaleReportError from it."""
         assert self._pending is not None and self._pending[0] == step, "collect without submit"
         _, sums, reference = self._pending
         sent = iter([reference])
         self._result = pickle.loads(self._call(lambda: next(sent, None) or self._send(step, sums), f"step {step}"))
         self._pending = None
         return self._result
+
+    @property
+    def sums_are_finite(self) -> bool:
+        """Whether this rank's part of the step that was submitted last is."""
+        sums = self._pending[1] if self._pending else None
+        return sums is None or all(map(math.isfinite, (sums.kl, sums.entropy, sums.sft)))
 
     def wait_for_pool(self) -> None:
         """Blocks until the driver has the teacher pool up; raises its error if it failed.
@@ -222,17 +258,21 @@ class SchedulerClient:
 
     def _call(self, send: Any, what: str) -> Any:
         """Sends until there is an answer: a dead actor is restarted by Ray, and the request goes to the new one."""
-        deadline = time.monotonic() + ANSWER_DEADLINE_S
+        deadline, died = time.monotonic() + self._timeout_s, None
         while True:
             try:
                 return ray.get(send(), timeout=max(0.0, deadline - time.monotonic()))
             except (ActorDiedError, ActorUnavailableError) as error:
-                if time.monotonic() > deadline:
-                    raise ClusterError(f"the TAID scheduler actor stayed away for {ANSWER_DEADLINE_S:.0f} s") from error
+                now = time.monotonic()
+                died = (died or now) if isinstance(error, ActorDiedError) else None
+                if now > deadline or (died is not None and now - died > GONE_S):
+                    raise AttemptError(
+                        f"the TAID scheduler actor is gone, and with it perhaps the driver: {error}"
+                    ) from error
                 time.sleep(0.2)
             except GetTimeoutError as error:
-                raise ClusterError(
-                    f"the TAID scheduler gave no answer for {what} within {ANSWER_DEADLINE_S:.0f} s; "
+                raise AttemptError(
+                    f"the TAID scheduler gave no answer for {what} within {self._timeout_s:.0f} s (student.timeout_s); "
                     "another student worker is probably stuck or gone"
                 ) from error
             except RayTaskError as error:

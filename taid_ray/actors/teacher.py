@@ -22,12 +22,13 @@ from torch.distributed import TCPStore
 
 from taid_ray.actors.lease import NAMESPACE, find_lease, lease_name
 from taid_ray.actors.scaling import REPORT_S, LoadMeter, serve_scaling
+from taid_ray.batch import Batch
 from taid_ray.config import TeacherConfig
 from taid_ray.device import collective_backend, torch_device
 from taid_ray.errors import TaidRayError, TeacherError
 from taid_ray.hub import offline_if_unreachable
 from taid_ray.teacher_model import TeacherInfo, TeacherModel
-from taid_ray.wire import Packed, pack, unpack
+from taid_ray.wire import DamagedError, Packed, digest, pack, unpack, verify
 
 DEPLOYMENT = "teacher"
 ROLE_RESOURCE = "taid_teacher"
@@ -41,10 +42,41 @@ MAX_QUEUE = 1000
 """Requests one replica takes; more than all windows of a large run."""
 
 T = TypeVar("T")
-HeadPiece = tuple[str, Packed, Packed | None]
-"""Fingerprint of the teacher, some rows of the weight, the same of the bias."""
 Request = tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]
 """Inputs, loss positions and labels."""
+
+
+class Question(NamedTuple):
+    """A request on its way to a replica."""
+
+    inputs: dict[str, Packed]
+    targets: dict[str, Packed]
+    """loss_positions and labels."""
+    checksum: str
+    """Of everything above."""
+
+    @classmethod
+    def of(cls, batch: Batch) -> "Question":
+        inputs = _packed(batch.inputs)
+        targets = _packed({"loss_positions": batch.loss_positions, "labels": batch.labels})
+        return cls(inputs, targets, digest(_joined(inputs, targets)))
+
+    def unpacked(self) -> Request:
+        """Raises DamagedError if this is not what was sent."""
+        verify(_joined(self.inputs, self.targets), self.checksum)
+        inputs = {name: unpack(packed) for name, packed in self.inputs.items()}
+        return inputs, unpack(self.targets["loss_positions"]), unpack(self.targets["labels"])
+
+
+class HeadPiece(NamedTuple):
+    """Some rows of the head."""
+
+    fingerprint: str
+    """Of the teacher."""
+    rows: dict[str, Packed]
+    """weight, and bias if there is one."""
+    checksum: str
+    """Of the rows."""
 
 
 class Answer(NamedTuple):
@@ -56,6 +88,8 @@ class Answer(NamedTuple):
     """Seconds of computation, without waiting for other requests."""
     replica: str
     """Identifies who computed it."""
+    checksum: str
+    """Of the payload."""
 
 
 class ReplicaBrokenError(TeacherError):
@@ -75,9 +109,8 @@ class TeacherShard:
 
         self._model = await asyncio.to_thread(work)
 
-    async def score(self, inputs: dict[str, Packed], loss_positions: Packed, labels: Packed) -> None:
-        request = _unpacked(inputs, loss_positions, labels)
-        await asyncio.to_thread(self._model.score, *request)
+    async def score(self, question: Question) -> None:
+        await asyncio.to_thread(self._model.score, *question.unpacked())
 
     async def ping(self) -> None:
         pass
@@ -117,37 +150,36 @@ class TeacherReplica:
         if lease is not None:
             self._reporting = asyncio.create_task(self._report_load(lease))
 
-    async def score(self, inputs: dict[str, Packed], loss_positions: Packed, labels: Packed, request_id: str) -> Answer:
+    async def score(self, question: Question, request_id: str) -> Answer:
         """The payload at the loss positions, as TeacherModel.score.
 
-        Raises AlreadyHereError at once if a request of that id is here, TeacherError, ReplicaBrokenError.
+        Raises AlreadyHereError at once if a request of that id is here, DamagedError, TeacherError, ReplicaBrokenError.
         """
         if request_id in self._here:
             raise AlreadyHereError(f"replica {self._name} has this request already")
-        request = _unpacked(inputs, loss_positions, labels)
+        request = self._request(question)
 
         def compute() -> tuple[dict[str, torch.Tensor], float]:
             return _timed(lambda: self._model.score(*request))
 
         def share() -> list[ray.ObjectRef]:
-            return [shard.score.remote(inputs, loss_positions, labels) for shard in self._shards]
+            return [shard.score.remote(question) for shard in self._shards]
 
         self._here.add(request_id)
         try:
             tensors, seconds = await self._in_turn(request, compute, share)
         finally:
             self._here.discard(request_id)
-        return Answer(await asyncio.to_thread(_packed, tensors), seconds, self._name)
+        payload, checksum = await asyncio.to_thread(_sealed, tensors)
+        return Answer(payload, seconds, self._name, checksum)
 
-    async def payload_error(self, inputs: dict[str, Packed], loss_positions: Packed) -> float:
+    async def payload_error(self, question: Question) -> float:
         """What the payload loses on this request, as TeacherModel.payload_error; errors as in `score`."""
-        positions = unpack(loss_positions)
-        no_labels = torch.zeros_like(positions)
-        request = _unpacked(inputs, loss_positions, pack(no_labels))
+        request = self._request(question)
         return await self._in_turn(
             request,
-            lambda: self._model.payload_error(request[0], positions),
-            lambda: [shard.score.remote(inputs, loss_positions, pack(no_labels)) for shard in self._shards],
+            lambda: self._model.payload_error(*request[:2]),
+            lambda: [shard.score.remote(question) for shard in self._shards],
         )
 
     async def head_piece(self, start: int, stop: int) -> HeadPiece:
@@ -162,6 +194,12 @@ class TeacherReplica:
         if self._broken is not None:
             raise ReplicaBrokenError(self._broken)
         await asyncio.wait_for(asyncio.gather(*[shard.ping.remote() for shard in self._shards]), PING_TIMEOUT_S)
+
+    def _request(self, question: Question) -> Request:
+        try:
+            return question.unpacked()
+        except DamagedError as error:
+            raise DamagedError(f"{error} (at replica {self._name})") from error
 
     async def _load(self, config: TeacherConfig, num_shared: int, device_kind: str) -> TeacherModel:
         store = None
@@ -217,8 +255,8 @@ class TeacherReplica:
 
     def _head_piece(self, start: int, stop: int) -> HeadPiece:
         head = self._model.head()
-        bias = None if head.bias is None else pack(head.bias[start:stop])
-        return self._model.info().fingerprint, pack(head.weight[start:stop]), bias
+        tensors = {"weight": head.weight} if head.bias is None else {"weight": head.weight, "bias": head.bias}
+        return HeadPiece(self._model.info().fingerprint, *_sealed({n: x[start:stop] for n, x in tensors.items()}))
 
 
 def load_shard(
@@ -264,10 +302,6 @@ def teacher_app(
     return deployment.bind(config, num_shared, device_kind, app_name, actor)
 
 
-def _unpacked(inputs: dict[str, Packed], loss_positions: Packed, labels: Packed) -> Request:
-    return {name: unpack(packed) for name, packed in inputs.items()}, unpack(loss_positions), unpack(labels)
-
-
 def _timed(compute: Callable[[], T]) -> tuple[T, float]:
     start = time.perf_counter()
     found = compute()
@@ -278,6 +312,17 @@ def _timed(compute: Callable[[], T]) -> tuple[T, float]:
 
 def _packed(tensors: dict[str, torch.Tensor]) -> dict[str, Packed]:
     return {name: pack(tensor) for name, tensor in tensors.items()}
+
+
+def _sealed(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, Packed], str]:
+    """The packed tensors and their checksum."""
+    packed = _packed(tensors)
+    return packed, digest(packed)
+
+
+def _joined(inputs: dict[str, Packed], targets: dict[str, Packed]) -> dict[str, Packed]:
+    """Under names that cannot coincide: a model may have an input called labels."""
+    return {f"inputs.{name}": packed for name, packed in inputs.items()} | targets
 
 
 def _check_same(first: TeacherInfo, own: TeacherInfo) -> None:

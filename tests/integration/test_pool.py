@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import ray
@@ -16,12 +17,11 @@ from ray import serve
 from taid_ray.actors.client import PoolTeacher
 from taid_ray.actors.lease import find_lease
 from taid_ray.actors.pool import start_pool, stop_pool
-from taid_ray.actors.teacher import AlreadyHereError
+from taid_ray.actors.teacher import AlreadyHereError, Answer, Question
 from taid_ray.batch import NO_LABEL, Batch, Row, collate
 from taid_ray.config import TeacherConfig
 from taid_ray.errors import ModelError, TeacherError
 from taid_ray.teacher_model import LocalTeacher, TeacherInfo
-from taid_ray.wire import pack
 
 VOCAB, SHARED = 96, 90
 IDLE_TIMEOUT_S = 12.0
@@ -131,6 +131,38 @@ def test_replicas_are_the_same_teacher_and_an_impossible_request_is_explained(
         client.collect(client.submit(wrong))
 
 
+@pytest.mark.parametrize("name", POOLS)
+def test_damage_on_the_way_is_noticed_and_asked_for_again(
+    name: str, connect: Callable[[str], PoolTeacher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, notes, batch = connect(name), list[str](), batches()[0]
+    client._waiter._notify = notes.append
+    expected = client.collect(client.submit(batch)).tensors
+    accept = client._accepted
+
+    def accept_damaged(answer: Answer, num_positions: int) -> Any:
+        if not notes:
+            tensor, (dtype, shape, data) = next(iter(answer.payload.items()))
+            answer = answer._replace(payload=answer.payload | {tensor: (dtype, shape, flipped(data))})
+        return accept(answer, num_positions)
+
+    monkeypatch.setattr(client, "_accepted", accept_damaged)
+    torch.testing.assert_close(client.collect(client.submit(batch)).tensors, expected, atol=0, rtol=0)
+    assert len(notes) == 1 and "sent a damaged answer (" in notes[0]
+    question = Question.of(batch)
+    dtype, shape, data = question.inputs["input_ids"]
+    question.inputs["input_ids"] = (dtype, shape, flipped(data))
+    monkeypatch.setattr(Question, "of", lambda _: question)
+    with pytest.raises(TeacherError, match=r"checksum .* \(at replica \w+\); the teacher pool was asked 3 times"):
+        client.collect(client.submit(batch))
+    assert len(notes) == 3 and all("received a damaged request (" in note for note in notes[1:])
+
+
+def flipped(data: np.ndarray) -> np.ndarray:
+    """A copy with one bit changed."""
+    return np.concatenate([data[:1] ^ 1, data[1:]])
+
+
 def test_a_frozen_replica_holds_nobody_up(
     pools: dict[str, TeacherInfo], connect: Callable[[str], PoolTeacher], teacher_dir: Path
 ) -> None:
@@ -167,8 +199,8 @@ def test_a_replica_refuses_what_it_has_already(
 ) -> None:
     connect("shards")
     handle, rows = serve.get_app_handle("shards"), torch.zeros(64, 256, dtype=torch.int64)
-    arguments = ({"input_ids": pack(rows)}, pack(torch.arange(4)), pack(torch.zeros(4, dtype=torch.int64)))
-    first, second = (handle.score.remote(*arguments, "id") for _ in range(2))
+    question = Question.of(Batch({"input_ids": rows}, torch.arange(4), torch.zeros(4, dtype=torch.int64)))
+    first, second = (handle.score.remote(question, "id") for _ in range(2))
     with pytest.raises(AlreadyHereError):
         second.result(timeout_s=60)
     assert first.result(timeout_s=60).payload["hidden"][1] == (4, 32)

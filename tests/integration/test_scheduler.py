@@ -55,9 +55,10 @@ def actor(ray_cluster: str) -> Iterator[Any]:
 @contextmanager
 def ranks(actor: Any, result: StepResult | None = None) -> Iterator[list[SchedulerClient]]:
     """Two clients that have joined a new attempt, as two workers do."""
-    clients = [SchedulerClient(actor, rank) for rank in (0, 1)]
-    attempt, start = clients[0].begin(2, result)
-    assert [clients[0].join(attempt, 2, start), clients[1].join(attempt, 2, None)] == [start, start]
+    clients = [SchedulerClient(actor, rank, 600) for rank in (0, 1)]
+    attempt = clients[0].begin(2)
+    start = clients[0].join(attempt, 2, result)
+    assert clients[1].join(attempt, 2, result) == start
     try:
         yield clients
     finally:
@@ -259,10 +260,10 @@ def test_an_actor_that_is_gone_for_good(actor: Any, monkeypatch: pytest.MonkeyPa
 
 
 def test_waiting_for_the_pool(actor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    clients = [SchedulerClient(actor, rank) for rank in (0, 1)]
+    clients = [SchedulerClient(actor, rank, 600) for rank in (0, 1)]
     waiting = [in_thread(client.wait_for_pool) for client in clients]
     until_it_has_arrived(actor)
-    clients[0].begin(2, None)  # wakes everybody inside the actor, but is no word about the pool
+    clients[0].begin(2)  # wakes everybody inside the actor, but is no word about the pool
     until_it_has_arrived(actor)
     assert not any(future.done() for future in waiting)
     kill(actor)  # the waiting goes on at the restarted actor
@@ -272,7 +273,7 @@ def test_waiting_for_the_pool(actor: Any, monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.raises(TeacherError, match=r"teacher\.model: broken"):
             future.result(ANSWER_S)
     ray.get(actor.set_pool.remote(None), timeout=ANSWER_S)
-    SchedulerClient(actor, 1).wait_for_pool()
+    SchedulerClient(actor, 1, 600).wait_for_pool()
 
 
 def test_notes_and_metrics_reach_the_driver_across_a_restart(actor: Any) -> None:
@@ -283,7 +284,7 @@ def test_notes_and_metrics_reach_the_driver_across_a_restart(actor: Any) -> None
         found: tuple[list[str], dict[str, Any]] = ray.get(actor.progress.remote(seen), timeout=ANSWER_S)
         return found
 
-    client = SchedulerClient(actor, 0)
+    client = SchedulerClient(actor, 0, 600)
     client.note("one")
     client.publish({"step": 3})
     until_it_has_arrived(actor)

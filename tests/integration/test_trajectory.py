@@ -112,7 +112,9 @@ def runs(request: pytest.FixtureRequest, pools: dict[str, str]) -> dict[tuple[st
         name = f"scheduler-{workers}-{pool}-{stage}-{micro}"
         schedulers.append(SchedulerOwner(name, config.schedule, plan.total_steps))
         schedulers[-1].set_pool(None)
-        jobs.append(Job(config, plan, "cpu", schedulers[-1].actor, pools.get(pool, "")))
+        jobs.append(
+            Job(config, plan, "cpu", schedulers[-1].actor, pools.get(pool, ""), str(config.run_dir / "checkpoints"))
+        )
     TorchTrainer(
         run_jobs,
         train_loop_config={"jobs": jobs},

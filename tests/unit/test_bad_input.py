@@ -17,6 +17,8 @@ import yaml
 from huggingface_hub import constants
 
 from taid_ray import cli, example, hub, launch
+from taid_ray.config import build_config
+from taid_ray.run_dir import with_absolute_paths, write_config
 
 ROOT = Path(__file__).parents[2]
 BUNDLE = ROOT / "taid_ray" / "quickstart"
@@ -62,7 +64,10 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "out is a file": (["--out", "BAD/file"], ["out: ", "file is a file", "directory"]),
     "out below a file": (["--out", "BAD/file/run"], ["out: ", "file/run cannot be made", "--out"]),
     "out not writable": (["--out", "/proc/run"], ["out: /proc/run cannot be made", "nothing can be written to /proc"]),
-    "out holds a run": (["--out", "BAD/run"], ["out: ", "already holds another run", "--out"]),
+    "out holds another run": (
+        ["--out", "BAD/run", "train.learning_rate=0.5"],
+        ["out: ", "may not change", "train.learning_rate (was 0.25, now 0.5)", "train.steps (was 7, now 2)", "--out"],
+    ),
     "out holds files": (["--out", "BAD/files"], ["out: ", "already holds other files"]),
     # models
     "no teacher": (["teacher.model=/nowhere/model"], ["teacher.model: no such directory", "'/nowhere/model'"]),
@@ -189,7 +194,9 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     for name in ("nothing", "run", "files"):
         (root / name).mkdir()
-    for name in ("file", "run/config.yaml", "files/notes", "text.docx", "broken.parquet"):
+    begun = build_config(CONFIG, ["train.learning_rate=0.25", "train.steps=7"], {"out": str(root / "run")})
+    write_config(with_absolute_paths(begun))
+    for name in ("file", "run/run.json", "files/notes", "text.docx", "broken.parquet"):
         (root / name).write_text("x")
     (root / "empty.jsonl").write_text("")
     (root / "blank.jsonl").write_text("\n\n")

@@ -26,6 +26,7 @@ def demand(**changes: Any) -> Demand:
     values: dict[str, Any] = {
         "device": "cpu", "workers": 1, "worker_cpus": 1.0, "replicas": 1, "shards": 1, "shard_cpus": 1.0,
         "student_role": False, "teacher_role": False, "max_replicas": changes.get("replicas", 1),
+        "max_workers": changes.get("workers", 1),
     }  # fmt: skip
     return Demand(**values | changes)
 

@@ -442,7 +442,7 @@ def test_replicas_are_a_number_or_a_range(given: Any, low: int, high: int, shown
         (True, ["teacher.replicas", "whole number", "True"]),
         ("two", ["teacher.replicas", "{min: A, max: B}", "'two'"]),
         (1.5, ["teacher.replicas", "whole number", "1.5"]),
-        ({"min": 3, "max": 1}, ["teacher.replicas.min = 3", "teacher.replicas.max = 1"]),
+        ({"min": 3, "max": 1}, ["teacher.replicas: min = 3", "max = 1", "lower min"]),
         ({"min": 1}, ["teacher.replicas.max", "missing"]),
         ({"min": 0, "max": 1}, ["teacher.replicas.min", "found 0"]),
         ({"min": 1, "max": 2, "mean": 1}, ["teacher.replicas.mean", "unknown key"]),

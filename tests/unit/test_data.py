@@ -184,6 +184,30 @@ def test_a_directory_is_read_in_order_of_names(tmp_path: Path, tokenizer: Any) -
     assert texts_of(rows, tokenizer)[2:] == ["part 0 row 2</s>", "part 1 row 0</s>"]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_row_knows_the_documents_it_is_made_of(tmp_path: Path, tokenizer: Any, streaming: bool) -> None:
+    """Counted from 1 in the file, held-out and dropped ones included; a long document stands there once per piece."""
+    texts = [f"story {i}" + " and the dog" * (i % 31) for i in range(41)]
+    texts[20] = ""
+    path = write(tmp_path / "d.jsonl", [{"text": text} for text in texts])
+    config = config_of(path, sequence_length=32, streaming=streaming)
+    rows = all_training_rows(config, tokenizer)
+    assert {document for row in rows for document in row.documents} == {*range(5, 42)} - {21}
+    assert all(len(row.documents) == row.position_ids.count(0) for row in rows)
+    for row in rows:
+        samples = texts_of([row], tokenizer)
+        assert all(s in texts[d - 1] + "</s>" for d, s in zip(row.documents, samples, strict=True))
+    assert {d for row in validation_rows(config, tokenizer) for d in row.documents} == {1, 2, 3, 4}
+
+
+def test_a_chat_row_knows_its_documents_too(tmp_path: Path, tokenizer: Any) -> None:
+    """A row that is dropped shifts no number."""
+    rows = [{"prompt": "the", "response": f"cat{n}" + " xyz" * n} for n in (1, 40, 2, 3)]
+    path = write(tmp_path / "d.jsonl", rows)
+    config = config_of(path, format="prompt_response", overlong="drop", pack=False)
+    assert [row.documents for row in validation_rows(config, tokenizer)] == [(1,), (3,), (4,)]
+
+
 # --- encoding ------------------------------------------------------------------------------------------------------
 
 
@@ -323,6 +347,24 @@ BAD_FILES = [
         b'{"messages": []}\n',
         {"format": "chat", "chat_template": "no/such.jinja"},
         "data.chat_template: 'no/such",
+    ),
+    (
+        "d.jsonl",
+        b'{"messages": []}\n',
+        {"format": "chat", "chat_template": "no\0such"},
+        "data.chat_template: 'no.*neither Jinja source nor a readable file",
+    ),
+    (
+        "d.jsonl",
+        b'{"prompt": "a", "response": "b"}\n',
+        {"format": "prompt_response", "chat_template": "{{ 1 / 0 }}"},
+        "row 1: the chat template fails .*ZeroDivisionError",
+    ),
+    (
+        "d.jsonl",
+        b'{"prompt": "a", "response": "b"}\n',
+        {"format": "prompt_response", "chat_template": CHATML + "{{ '\\ud800' }}", "overlong": "truncate"},
+        "row 1.*(half a character|differently)",
     ),
 ]
 

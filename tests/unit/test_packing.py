@@ -16,11 +16,11 @@ LENGTH = 12
 
 @st.composite
 def sample_lists(draw: st.DrawFn) -> list[Sample]:
-    """Samples whose tokens are all different, so that every token can be followed."""
+    """Samples whose tokens are all different, so that every token can be followed, each with its first as document."""
     token, samples = 0, []
     for length in draw(st.lists(st.integers(1, LENGTH), max_size=30)):
         mask = draw(st.lists(st.booleans(), min_size=length, max_size=length))
-        samples.append(Sample(list(range(token, token + length)), mask))
+        samples.append(Sample(list(range(token, token + length)), mask, token))
         token += length
     return samples
 
@@ -40,6 +40,7 @@ def test_every_sample_is_in_exactly_one_row(samples: list[Sample], pack: bool) -
         assert 1 <= len(row.input_ids) <= LENGTH
         assert len(row.position_ids) == len(row.targets) == len(row.input_ids)
         assert row.position_ids == [i for d in documents(row) for i in range(len(d))]
+        assert row.documents == tuple(d[0] for d in documents(row))
     if not pack:
         assert [row.input_ids for row in rows] == [s.input_ids for s in samples]
 
@@ -77,11 +78,11 @@ def test_best_fit_fills_rows() -> None:
 
 @given(count=st.integers(0, 50), length=st.integers(2, 10))
 def test_cut_keeps_all_tokens_but_a_lone_last_one(count: int, length: int) -> None:
-    pieces = cut(range(count), length)
+    pieces = cut(range(count), length, 7)
     kept = [token for piece in pieces for token in piece.input_ids]
     assert kept == list(range(count - (count % length == 1)))
     assert all(2 <= len(p.input_ids) <= length for p in pieces)
-    assert all(p.loss_mask == [False] + [True] * (len(p.input_ids) - 1) for p in pieces)
+    assert all(p.loss_mask == [False] + [True] * (len(p.input_ids) - 1) and p.document == 7 for p in pieces)
 
 
 def test_a_sample_longer_than_a_row_is_refused() -> None:

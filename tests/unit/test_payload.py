@@ -230,6 +230,30 @@ def test_only_finite_values_are_sent(kind: Any, name: str, value: float, fine: b
             check_output(tensors, form(kind), N)
 
 
+LARGEST, SMALLEST = torch.iinfo(torch.int32).max, torch.iinfo(torch.int32).min
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (0, -1), (0, SMALLEST), (K - 1, V), (K - 1, LARGEST),  # outside
+        (3, SMALLEST), (3, LARGEST), (3, "left"), (3, "right"),  # not ascending
+    ],
+)  # fmt: skip
+def test_ids_must_ascend_within_the_vocabulary(place: int, value: Any) -> None:
+    tensors = encode("topk", *example(), K)
+    check_output(tensors, form("topk"), N)
+    ids = tensors["ids"]
+    ids[3, place] = {"left": ids[3, 2], "right": ids[3, 4]}.get(value, value)
+    with pytest.raises(TeacherError, match=rf"ids .* do not ascend within 0 to {V - 1} at 1 of {N} positions"):
+        check_output(tensors, form("topk"), N)
+
+
+def test_one_id_per_position_is_enough() -> None:
+    found = PayloadFormat("topk", H, V, 1, torch.float32)
+    check_output(encode("topk", *example(), 1), found, N)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("kind", KINDS)
 def test_hidden_states_that_are_not_finite_are_noticed_in_every_payload(kind: Any, value: float) -> None:

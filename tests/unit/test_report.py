@@ -120,12 +120,12 @@ def metrics(step: int) -> StepMetrics:
 
 def test_metrics_lines_are_complete_at_once_and_read_back(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    log = MetricLog(path)
+    log = MetricLog(path, 0)
     for step in (1, 2):
         log.write(metrics(step))
         assert [line["step"] for line in read_metrics(path)] == list(range(1, step + 1))  # before the next step
     log.close()
-    again = MetricLog(path)
+    again = MetricLog(path, 2)
     again.write(metrics(3))
     again.close()
     lines = read_metrics(path)
@@ -145,7 +145,7 @@ def test_write_json_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("steps", [1, 5])
 def test_plots_are_written_from_the_metrics(steps: int, tmp_path: Path) -> None:
-    log = MetricLog(tmp_path / "metrics.jsonl")
+    log = MetricLog(tmp_path / "metrics.jsonl", 0)
     for step in range(1, steps + 1):
         log.write(metrics(step))
     log.close()
@@ -161,7 +161,7 @@ def test_plots_are_written_from_the_metrics(steps: int, tmp_path: Path) -> None:
 def test_plots_show_every_series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib import pyplot as plt
 
-    log = MetricLog(tmp_path / "metrics.jsonl")
+    log = MetricLog(tmp_path / "metrics.jsonl", 0)
     for step in (1, 2, 3):
         log.write(metrics(step))
     log.close()

@@ -7,13 +7,20 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, RayTaskError
+import torch
+from ray.exceptions import ActorDiedError, RaySystemError, RayTaskError
 
+from taid_ray.actors import client
 from taid_ray.actors import request as module
+from taid_ray.actors.client import PoolTeacher
 from taid_ray.actors.request import Hedge, Patience, Request, Waiter
-from taid_ray.actors.teacher import AlreadyHereError, Answer
+from taid_ray.actors.teacher import AlreadyHereError, Answer, Question
+from taid_ray.batch import Batch
+from taid_ray.chunked import LogitTransform
 from taid_ray.config import TeacherConfig
 from taid_ray.errors import TeacherError
+from taid_ray.teacher_model import TeacherInfo
+from taid_ray.wire import DamagedError, digest, pack
 
 
 def patience(multiple: float, waits: list[tuple[float, float, str]]) -> Patience:
@@ -22,7 +29,7 @@ def patience(multiple: float, waits: list[tuple[float, float, str]]) -> Patience
     found._last = now
     for wait, compute_s, replica in waits:
         now += wait
-        found.answered(0.0, now, Answer({}, compute_s, replica))
+        found.answered(0.0, now, Answer({}, compute_s, replica, ""))
     return found
 
 
@@ -205,3 +212,136 @@ def test_closing_ends_the_wait(waiter: Callable[..., Waiter]) -> None:
     threading.Timer(0.2, setattr, (found, "stopped", True)).start()
     with pytest.raises(TeacherError, match="was closed"):
         found.answer(Request(Sender((NEVER, ""))))
+
+
+def test_a_request_that_arrived_damaged_is_sent_again(waiter: Callable[..., Waiter], said: list[str]) -> None:
+    error = RayTaskError("score", "", DamagedError("no checksum (at replica a)")).as_instanceof_cause()
+    sender = Sender((0.0, error), (0.0, "answer"))
+    assert waiter().answer(Request(sender)) == "answer"
+    assert said == ["the teacher pool received a damaged request (no checksum (at replica a)); asking again"]
+    with pytest.raises(TeacherError, match=r"^no checksum \(at replica a\); the teacher pool was asked 3 times"):
+        waiter().answer(Request(Sender(*[(0.0, error)] * 3)))
+
+
+def test_what_ray_cannot_read_is_asked_for_again(waiter: Callable[..., Waiter], said: list[str]) -> None:
+    error = RaySystemError(ValueError("unpickling stack underflow"), "Traceback ...")
+    assert waiter().answer(Request(Sender((0.0, error), (0.0, "answer")))) == "answer"
+    assert len(said) == 1 and "stack underflow); asking again" in said[0] and "Traceback" not in said[0]
+
+
+def test_a_damaged_answer_does_not_end_the_wait_for_the_other_replica(waiter: Callable[..., Waiter]) -> None:
+    sender = Sender((0.2, DamagedError("bad")), (0.4, "answer"))
+    assert waiter().answer(Request(sender), Hedge(time.monotonic(), 5.0)) == "answer"
+    assert len(sender.sent) == 2
+
+
+def test_the_deadline_is_over_all_tries(waiter: Callable[..., Waiter]) -> None:
+    with pytest.raises(TeacherError, match=r"after 0 s \(teacher.timeout_s\); last failure: DamagedError: bad"):
+        waiter(timeout_s=0.3).answer(Request(Sender((0.1, DamagedError("bad")), (NEVER, ""))))
+
+
+K, V = 3, 20
+INFO = TeacherInfo(
+    fingerprint="f", probe_digest="p", head_digest="h", dtype="float32", hidden_size=4, num_parameters=1, vocab_rows=V,
+    num_shared=V, payload="topk", topk=K, bytes_per_token=1, transform=LogitTransform(), has_bias=False, dropped_mass=0.0,
+    packing_error=None,
+)  # fmt: skip
+BATCH = Batch({"input_ids": torch.ones(1, 4, dtype=torch.int64)}, torch.arange(2), torch.arange(2))
+
+
+def payload(**values: Any) -> dict[str, torch.Tensor]:
+    """An answer to BATCH."""
+    return {
+        "log_probs": torch.full((2, K), -2.0, dtype=torch.bfloat16),
+        "ids": torch.tensor([[0, 4, 9], [1, 2, V - 1]], dtype=torch.int32),
+        "log_tail": torch.full((2,), -3.0),
+        "label_log_probs": torch.full((2,), -4.0),
+    } | values
+
+
+def answer(tensors: dict[str, torch.Tensor], flip: bool = False) -> Answer:
+    packed = {name: pack(tensor.clone()) for name, tensor in tensors.items()}
+    checksum = digest(packed)
+    if flip:
+        packed["log_tail"][2][3] ^= 1
+    return Answer(packed, 0.1, "replica-7", checksum)
+
+
+DAMAGED_ANSWERS = {
+    "checksum": (answer(payload(), flip=True), "do not have the checksum"),
+    "missing": (answer({"ids": payload()["ids"]}), "instead of log_probs"),
+    "shape": (answer(payload(log_tail=torch.zeros(3))), "instead of log_probs"),
+    "dtype": (answer(payload(log_tail=torch.zeros(2, dtype=torch.float64))), "instead of log_probs"),
+    "finite": (answer(payload(log_tail=torch.tensor([float("nan"), 0.0]))), "log_tail .* not finite at 1 of 2"),
+    "range": (answer(payload(ids=payload()["ids"] + 1)), f"do not ascend within 0 to {V - 1} at 1 of 2"),
+    "order": (answer(payload(ids=payload()["ids"].flip(-1))), "do not ascend within"),
+    "unreadable": (answer(payload())._replace(payload={"ids": ("float99", (2,), None)}), "unknown dtype"),
+    "nothing": (answer(payload())._replace(payload=None), "must have names"),
+}
+
+
+@pytest.fixture
+def pool(said: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., PoolTeacher]:
+    """A client of a pool that gives each request the answers of one list, in the list's order."""
+    monkeypatch.setattr(client, "keep_lease", lambda _: lambda: None)
+    monkeypatch.setattr(module, "RETRY_PAUSE_S", 0.01)
+
+    def connect(*plans: list[Answer]) -> PoolTeacher:
+        waiting = [Sender(*((0.0, answer) for answer in plan)) for plan in plans]
+        by_id: dict[str, Sender] = {}
+
+        def send(question: Question, request_id: str) -> Response:
+            if request_id not in by_id:
+                by_id[request_id] = waiting.pop(0)
+            return by_id[request_id](request_id)
+
+        class Handle:
+            class score:
+                remote = staticmethod(send)
+
+            class info:
+                remote = staticmethod(lambda: Response(0.0, INFO))
+
+        monkeypatch.setattr(client.serve, "get_app_handle", lambda _: Handle)
+        return PoolTeacher("pool", TeacherConfig(model="t"), said.append)
+
+    return connect
+
+
+@pytest.mark.parametrize("kind", DAMAGED_ANSWERS)
+def test_a_damaged_answer_is_asked_for_again(kind: str, pool: Callable[..., PoolTeacher], said: list[str]) -> None:
+    damaged, _ = DAMAGED_ANSWERS[kind]
+    other = answer(payload(log_tail=torch.full((2,), -7.0)))
+    teacher = pool([damaged, answer(payload())], [other])
+    first, second = teacher.submit(BATCH), teacher.submit(BATCH)
+    torch.testing.assert_close(teacher.collect(first).tensors, payload(), rtol=0, atol=0)
+    assert teacher.collect(second).tensors["log_tail"].tolist() == [-7.0, -7.0]
+    teacher.close()
+    assert len(said) == 1 and said[0].startswith("the teacher pool sent a damaged answer (")
+    assert said[0].endswith("(sent by replica replica-7)); asking again")
+
+
+@pytest.mark.parametrize("kind", DAMAGED_ANSWERS)
+def test_three_damaged_answers_are_an_error(kind: str, pool: Callable[..., PoolTeacher], said: list[str]) -> None:
+    damaged, text = DAMAGED_ANSWERS[kind]
+    teacher = pool([damaged] * 3)
+    with pytest.raises(
+        TeacherError, match=rf"{text}.* \(sent by replica replica-7\); the teacher pool was asked 3 times"
+    ):
+        teacher.collect(teacher.submit(BATCH))
+    teacher.close()
+    assert len(said) == 2
+
+
+def test_a_question_survives_the_wire_and_damage_to_any_part_is_noticed() -> None:
+    inputs, positions, labels = Question.of(BATCH).unpacked()
+    assert torch.equal(inputs["input_ids"], BATCH.inputs["input_ids"])
+    assert torch.equal(positions, BATCH.loss_positions) and torch.equal(labels, BATCH.labels)
+    for part, name in (("inputs", "input_ids"), ("targets", "loss_positions"), ("targets", "labels")):
+        question = Question.of(BATCH)
+        dtype, shape, data = getattr(question, part)[name]
+        damaged = data.copy()
+        damaged[0] ^= 4
+        getattr(question, part)[name] = (dtype, shape, damaged)
+        with pytest.raises(DamagedError, match="checksum"):
+            question.unpacked()

@@ -13,7 +13,7 @@ import yaml
 from taid_ray import cli
 from taid_ray.actors.lease import Lease
 from taid_ray.actors.scaling import DOWN_S, UP_S, Autoscaler, LoadMeter
-from taid_ray.config import ReplicaRange
+from taid_ray.config import Range
 from taid_ray.live_file import LIVE_FILE
 from taid_ray.metrics import CONFIG_FILE, SUMMARY_FILE
 
@@ -22,7 +22,7 @@ class Pool:
     """Replicas that start and stop at once, under a load that the test sets; a decision every half second."""
 
     def __init__(self, low: int, high: int):
-        self.scaler = Autoscaler(ReplicaRange(min=low, max=high), UP_S, DOWN_S)
+        self.scaler = Autoscaler(Range(min=low, max=high), UP_S, DOWN_S)
         self.now, self.replicas = 100.0, low
 
     def run(self, seconds: float, load: float, running: int | None = None) -> int:
@@ -88,7 +88,7 @@ def test_load_is_the_mean_over_time() -> None:
 
 
 def lease(low: int, high: int) -> Lease:
-    return Lease("pool", 600.0, Autoscaler(ReplicaRange(min=low, max=high), UP_S, DOWN_S))
+    return Lease("pool", 600.0, Autoscaler(Range(min=low, max=high), UP_S, DOWN_S))
 
 
 def test_a_number_asked_for_by_hand_holds_whatever_the_load() -> None:

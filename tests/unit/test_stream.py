@@ -18,8 +18,11 @@ from taid_ray.world import World
 
 
 def row(number: int) -> Row:
-    """A row that can be recognised: its number is its first token. Every third row carries less loss."""
-    return Row([number, 1, 2], [0, 1, 2], [1, 2 if number % 3 else NO_LABEL, NO_LABEL])
+    """A row that can be recognised: its number is its first token. Every third row carries less loss.
+
+    It holds the document of its number and the one after, in falling order.
+    """
+    return Row([number, 1, 2], [0, 1, 2], [1, 2 if number % 3 else NO_LABEL, NO_LABEL], (number + 1, number))
 
 
 def numbers(batch: Batch) -> list[int]:
@@ -65,6 +68,9 @@ def test_every_row_once_and_no_micro_batch_too_large(size: int, micro: int, worl
         assert {part.num_loss_tokens for part in parts} == {sum(r.num_loss_tokens for r in rows)}
         assert sum(batch.num_loss_tokens for part in parts for batch in part.batches) == parts[0].num_loss_tokens
         assert {part.cursor for part in parts} == {cursor}
+        for part in parts:
+            own = {n for batch in part.batches for n in numbers(batch)}
+            assert part.documents == sorted(own | {n + 1 for n in own})
     # and no more micro-batches than the largest share needs
     assert accumulation == ceil(ceil(size / world) / micro)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from taid_ray.aggregate import LossAggregator, LossSums, StepResult
+from taid_ray.aggregate import GO_ON, LossAggregator, LossSums, StepResult
 from taid_ray.batch import NO_LABEL, Row, collate
 from taid_ray.chunked import LogitTransform
 from taid_ray.clock import PhaseClock
@@ -111,7 +111,10 @@ def train(config: DistillConfig) -> tuple[list[StepMetrics], Any]:
     start = scheduler.aggregator.result
     stream = Prefetcher(batches, teacher, config.teacher.window, config.teacher.window_mib * 2**20, clock)
     head = teacher.head() if needs_head(config.teacher.payload) else None
-    train_loop(config.train, plan.total_steps, student, head, scheduler, stream, start, clock, lines.append)
+    on_step = lambda metrics, result, cursor: lines.append(metrics)  # noqa: E731
+    train_loop(
+        config.train, plan.total_steps, student, head, scheduler, stream, start, clock, lambda step: GO_ON, on_step
+    )
     return lines, student
 
 
