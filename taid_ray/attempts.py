@@ -5,6 +5,7 @@ put right must not be tried again, because the controller may be what died, and 
 number of workers kills a group without asking it for a checkpoint.
 """
 
+import re
 import signal
 import threading
 import time
@@ -30,6 +31,8 @@ GROW_CHECKS = 20
 """So many looks at the cluster, one per GROW_CHECK_S, must find room for more workers before these are restarted."""
 GROW_CHECK_S = 1.0
 PAUSE_S = 1.0
+
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 Fit = Callable[[int, int], Any]
 """Runs one attempt: (number of workers, attempts before) -> what rank 0 returned."""
@@ -225,5 +228,6 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 def _line(error: BaseException) -> str:
     *_, innermost = _chain(error)
-    lines = [line.strip() for line in str(innermost).splitlines() if line.strip()]
-    return f"{type(innermost).__name__}: {lines[0] if lines else ''}"[:300]
+    lines = [line.strip() for line in ANSI.sub("", str(innermost)).splitlines() if line.strip()] or [""]
+    told = lines[-1] if "creation task" in lines[0] else lines[0]  # the cause of that comes last
+    return f"{type(innermost).__name__}: {told}"[:300]

@@ -160,7 +160,9 @@ class CheckpointStore:
 
     def finish(self, name: str, rank: int, world_size: int, files: Index) -> None:
         """Writes the rank's last file, which names all others."""
-        content = {"world_size": world_size, "files": {file: asdict(found) for file, found in files.items()}}
+        content: dict[str, Any] = {"world_size": world_size}
+        content["files"] = {file: asdict(found) for file, found in files.items()}
+        content["digest"] = _digest(content)
         self.write(name, last_file(rank), json.dumps(content).encode(), [])
 
     def delete(self, name: str) -> None:
@@ -178,8 +180,8 @@ class CheckpointStore:
             content = json.loads(self._read(name, last_file(rank)))
         except ValueError as error:
             raise TornError(f"{name}: rank {rank} did not finish writing ({error})") from error
-        if not isinstance(content, dict):
-            raise DamagedError(f"{name}/{last_file(rank)} lists no files")
+        if not isinstance(content, dict) or content.pop("digest", None) != _digest(content):
+            raise DamagedError(f"{name}/{last_file(rank)} is not what was written (checksum)")
         return content
 
     def _read(self, name: str, file: str) -> bytes:
@@ -207,6 +209,10 @@ def last_file(rank: int) -> str:
 
 def tensor_file(rank: int, part: int) -> str:
     return f"rank-{rank:05d}-{part:03d}.safetensors"
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(content).encode())
 
 
 def _is_name(name: str) -> bool:

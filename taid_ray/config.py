@@ -5,6 +5,7 @@ model or a cluster is refused here, with the dotted key, the value found and the
 """
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -21,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from taid_ray.config_text import apply_override, explain, read_tree, set_key
+from taid_ray.config_text import CREDENTIALS, apply_override, explain, read_tree, set_key
 from taid_ray.errors import ConfigError
 
 
@@ -31,13 +32,19 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _not_blank(value: str) -> str:
+def _name(value: str) -> str:
     if not value.strip():
         raise ValueError("must not be empty")
+    address = value.partition("://")[2]
+    if re.match(r"[^@]*:[^@]*@", address) or re.search(r"[?&][^=]*(secret|token|key|password)[^=]*=", address, re.I):
+        raise ValueError(
+            f"{CREDENTIALS}, because config.yaml is copied and shown; give them to the storage's library by its "
+            "environment variables or its own files"
+        )
     return value
 
 
-Name = Annotated[str, AfterValidator(_not_blank)]
+Name = Annotated[str, AfterValidator(_name)]
 Int = Annotated[int, BeforeValidator(_number)]
 Float = Annotated[float, BeforeValidator(_number)]
 PositiveInt = Annotated[Int, Field(ge=1)]
@@ -392,16 +399,6 @@ class CheckpointConfig(Section):
     storage: Name | None = None
     """Where they are kept: a directory that all nodes see, or a URI such as s3://bucket/path; every run has a directory of
     its own in it. Default: RUN/checkpoints."""
-
-    @field_validator("storage")
-    @classmethod
-    def _no_secrets(cls, value: str | None) -> str | None:
-        if value is not None and "@" in value.partition("://")[2].partition("/")[0]:
-            raise ValueError(
-                "must not hold credentials, because config.yaml is copied and shown; give them to the storage's library by "
-                "its environment variables or its own files"
-            )
-        return value
 
 
 class DistillConfig(Section):

@@ -1,6 +1,7 @@
 """The configuration as text: YAML files, dotted `key=value` overrides, and what is said about a mistake in them."""
 
 import difflib
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,12 @@ class StrictLoader(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(problem="a whole number beyond 64 bits; lower it", problem_mark=node.start_mark)
         return value
 
+    def construct_yaml_float(self, node: Any) -> float:
+        value = float(super().construct_yaml_float(node))
+        if not math.isfinite(value):
+            raise yaml.MarkedYAMLError(problem=f"{value} is not a finite number", problem_mark=node.start_mark)
+        return value
+
     def construct_yaml_timestamp(self, node: Any) -> Any:
         super().construct_yaml_timestamp(node)
         raise yaml.MarkedYAMLError(
@@ -95,6 +102,7 @@ class StrictLoader(yaml.SafeLoader):
 # A configuration is what JSON can hold too: RUN/config.yaml says the same as what was read.
 for _name, _construct in {
     "int": StrictLoader.construct_yaml_int,
+    "float": StrictLoader.construct_yaml_float,
     "timestamp": StrictLoader.construct_yaml_timestamp,
     **dict.fromkeys(("binary", "omap", "pairs", "set"), StrictLoader.construct_undefined),
 }.items():
@@ -161,6 +169,9 @@ def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
     node[last] = value
 
 
+CREDENTIALS = "must not hold credentials"
+
+
 def explain(problem: Any, known_keys: Iterable[str]) -> str:
     """One line for one pydantic problem: dotted key, what is wrong, what was found, what to do."""
     # A part such as `list[str]` names the alternative of a union that was tried, and no key.
@@ -174,12 +185,14 @@ def explain(problem: Any, known_keys: Iterable[str]) -> str:
     message = EXPECTED.get(problem["type"], message)
     if problem["type"] == "value_error" and isinstance(problem["input"], dict):
         return message if key in message else f"{key}: {message}"
-    return f"{key}: {message} (found {found})"
+    # What holds a secret is not shown.
+    return f"{key}: {message}" if CREDENTIALS in message else f"{key}: {message} (found {found})"
 
 
 def _nearest(location: list[str], known: list[str]) -> str:
     """Suggests the known key or section closest to an unknown one: the same word in another section comes first."""
     section, _, word = ".".join(location).rpartition(".")
+    word = word[:80]  # difflib takes seconds for pages
     sections = sorted({k.rpartition(".")[0] for k in known} - {""})
     elsewhere = [k for k in known if k.rpartition(".")[2] == word]
     here = {k.rpartition(".")[2]: k for k in [*known, *sections] if k.rpartition(".")[0] == section}

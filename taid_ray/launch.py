@@ -64,7 +64,9 @@ def distill(config: DistillConfig) -> RunResult:
         view.say("connecting to Ray" if ray.is_initialized() or os.environ.get("RAY_ADDRESS") else "starting Ray here")
         with run_directory(config) as run, ray_cluster():
             if run.attempts:
-                view.say(f"resuming the run in {config.run_dir}; its workers were started {run.attempts} time(s) before")
+                view.say(
+                    f"resuming the run in {config.run_dir}; its workers were started {run.attempts} time(s) before"
+                )
             device = resolve(config.device, cluster_has_gpus())
             demand = demand_of(config, device)
             check_capacity(demand)

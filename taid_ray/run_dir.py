@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import shutil
 import socket
 import tempfile
@@ -192,10 +193,13 @@ def _locked(run_dir: Path) -> Iterator[None]:
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = not path.exists() or not os.path.sameopenfile(file.fileno(), path.open().fileno())
         except BlockingIOError:
+            taken = True
+        if taken:  # or just released, with the file that was locked
             raise ConfigError(
                 f"out: the run in {run_dir} is under way in another process; wait for it, or end it (Ctrl-C there)"
-            ) from None
+            )
         try:
             yield
         finally:

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from contextlib import suppress
 
 from torch import Tensor
 
@@ -110,13 +111,22 @@ class Saver:
         """Waits for the checkpoint that is being written, and counts it if any rank failed to write its part."""
         if self._thread is None:
             return
-        own = self._written.exception()
+        try:
+            own = self._written.exception(timeout=self._timeout_s)
+        except TimeoutError:
+            raise CheckpointError(
+                f"{self._store.location} has not taken the checkpoint of step {self._step} within {self._timeout_s:.0f} s "
+                "(student.timeout_s); look after the storage, and start the run again to resume it"
+            ) from None
         (failed,) = self._world.sum([float(own is not None)])
         if failed:
             self._give_up.set()  # rank 0 would wait for a part that never comes
         self._thread.join()
         self._thread = None
         self._failures = self._failures + 1 if failed else 0
+        if failed and self._world.is_main:
+            with suppress(*STORAGE_ERRORS):  # what was written of it only takes room
+                self._store.delete(self.name(self._step))
 
     def _write(self, name: str, state: RunState, own: list[tuple[str, Tensor]], best: str | None) -> None:
         start = time.monotonic()

@@ -13,11 +13,14 @@ from typing import Any, TypeVar
 from taid_ray.batch import Batch, Row, collate
 from taid_ray.clock import PhaseClock
 from taid_ray.data import Cursor
+from taid_ray.errors import DataError
 from taid_ray.payload import TeacherOutput
 from taid_ray.teacher_model import TeacherClient
 from taid_ray.world import World
 
 T = TypeVar("T")
+DATA_S = 1800.0
+"""How long the next rows may take to be read and encoded."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,12 @@ def read_ahead(items: Iterator[T], depth: int) -> Iterator[T]:
 
     threading.Thread(target=make, name="taid-read-ahead", daemon=True).start()
     while True:
-        item, error = made.get()
+        try:
+            item, error = made.get(timeout=DATA_S)
+        except queue.Empty:
+            raise DataError(
+                f"no training data came for {DATA_S:.0f} s; check the network or the disk that data.train is read from"
+            ) from None
         if isinstance(error, StopIteration):
             return
         if error is not None:

@@ -3,28 +3,24 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from taid_ray.actors.client import PoolTeacher
-from taid_ray.actors.leaving import LeaveNotice
 from taid_ray.actors.scheduler import SchedulerClient
-from taid_ray.aggregate import GO_ON, SAVE, STOP, StepResult
 from taid_ray.batch import Row, collate
-from taid_ray.bottleneck import Usage, verdict
+from taid_ray.between import BetweenSteps
 from taid_ray.chat import chat_template
-from taid_ray.checkpoint import CheckpointStore, RunState
+from taid_ray.checkpoint import CheckpointStore
 from taid_ray.clock import PhaseClock
 from taid_ray.config import DistillConfig
 from taid_ray.data import START, Cursor, TrainingData, validation_rows
 from taid_ray.device import torch_device
 from taid_ray.errors import ClusterError, NonFiniteLossError
-from taid_ray.evaluate import evaluate
 from taid_ray.hub import offline_if_unreachable
-from taid_ray.metrics import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, MetricLog, StepMetrics, write_json
+from taid_ray.metrics import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, MetricLog, write_json
 from taid_ray.models import tested_head
 from taid_ray.payload import EXACT, needs_head
 from taid_ray.preflight import Job, Plan, run_tokenizer
@@ -41,8 +37,6 @@ from taid_ray.vocabulary import check_ids
 from taid_ray.world import World
 
 READ_AHEAD_STEPS = 8
-USAGE_STEPS = 100
-"""Steps over which is judged what holds the run back."""
 SUSPECTS = 50
 """Documents named when a loss is not finite."""
 
@@ -72,6 +66,8 @@ def run_worker(job: Job) -> dict[str, Any] | None:
     note("student: starting DeepSpeed")
     clock = PhaseClock(device)
     student = Student(config, model, plan.vocabulary.num_shared, world, device, clock, restored)
+    if restored:
+        restored.forget()  # the tensors; the student has them now
     tokenizer = run_tokenizer(config)
 
     note("student is ready; waiting for the teacher")
@@ -88,46 +84,9 @@ def run_worker(job: Job) -> dict[str, Any] | None:
 
     saver = Saver(store, config.checkpoint, world, attempt, restored, config.patience_s, scheduler.note)
     log = MetricLog(config.run_dir / METRICS_FILE, last.step) if world.is_main else None
-    leaving = LeaveNotice()
-    compared = config.checkpoint.best
-
-    def is_validated(step: int) -> bool:
-        return bool(config.train.eval_every) and step % config.train.eval_every == 0 and step < plan.total_steps
-
-    def request(step: int) -> int:
-        if leaving.given:
-            return STOP
-        return SAVE if compared and is_validated(step) else saver.wanted(step)
-
-    def validate(step: int) -> None:
-        note(f"validating on {len(held_out)} rows after step {step}")
-        found = evaluate(student, teacher, teacher_head, held_out, world, config.train.micro_batch_size)
-        note(f"validation: cross-entropy {found.cross_entropy:.4f}, KL to the teacher {found.kl:.4f}")
-        record.validations[step] = found
-
-    def save(result: StepResult, cursor: Cursor) -> None:
-        if compared and result.step in record.validations and record.is_best(result.step, compared):
-            record.best = saver.name(result.step)
-        if log is not None:
-            log.sync()
-        (teacher_tokens,) = world.sum([teacher.tokens])
-        state = RunState(replace(result, request=GO_ON), cursor, record.state(int(teacher_tokens)))
-        saver.save(result.step, state, student.state(), record.best)
-
-    def on_step(metrics: StepMetrics, result: StepResult, cursor: Cursor) -> None:
-        record.add(metrics)
-        if log is not None:
-            log.write(metrics)
-            scheduler.publish(asdict(metrics))
-            if isinstance(teacher, PoolTeacher):
-                say_what_holds_back(record, metrics, plan.total_steps, teacher, note)
-        if is_validated(metrics.step):
-            validate(metrics.step)
-        if result.request != GO_ON and metrics.step < plan.total_steps:
-            save(result, cursor)
-
+    between = BetweenSteps(config, plan, world, student, teacher, teacher_head, held_out, record, saver, log, scheduler)
     if not restored:
-        validate(0)
+        between.validate(0)
     accumulation = num_micro_batches(config.train.batch_size, config.train.micro_batch_size, world.size)
     data = TrainingData(config.data, tokenizer, config.train.seed, config.train.batch_size)
     start = restored.state.cursor if restored else START
@@ -137,29 +96,37 @@ def run_worker(job: Job) -> dict[str, Any] | None:
     note("training")
     with suspects_named(stream, scheduler, world, config, saver):
         last = train_loop(
-            config.train, plan.total_steps, student, teacher_head, scheduler, stream, last, clock, request, on_step
+            config.train,
+            plan.total_steps,
+            student,
+            teacher_head,
+            scheduler,
+            stream,
+            last,
+            clock,
+            between.request,
+            between,
         )
     if last.step < plan.total_steps:
         note(f"stopping after step {last.step}; the checkpoint is being written")
         saver.finish()
-        summary = {"stopped": last.step}
+        outcome: dict[str, Any] = {"stopped": last.step}
     else:
-        if plan.total_steps not in record.validations:
-            validate(plan.total_steps)
+        between.validate(plan.total_steps)
         note("saving the model")
         saver.finish_quietly()
         student.save(config.run_dir / "model")
         (teacher_tokens,) = world.sum([teacher.tokens])
-        summary = record.summary(
+        outcome = record.summary(
             last.step, teacher.info(), int(teacher_tokens), student.num_parameters, data.counts, job.restarts
         )
         if world.is_main:
-            leave_results(config, summary, tokenizer)
+            leave_results(config, outcome, tokenizer)
     if log is not None:
         log.close()
     teacher.close()
     scheduler.close()
-    return summary if world.is_main else None
+    return outcome if world.is_main else None
 
 
 def leave_results(config: DistillConfig, summary: dict[str, Any], tokenizer: Any) -> None:
@@ -196,8 +163,8 @@ def suspects_named(
         documents = sorted(set().union(*guilty))
         shown = ", ".join(map(str, documents[:SUSPECTS])) + (", ..." if len(documents) > SUSPECTS else "")
         raise NonFiniteLossError(
-            f"{error}. It was computed from documents {shown} of data.train ({config.data.train}). {saver.last_good()} "
-            "Remove what is wrong with a document, or change the settings, and begin a new run"
+            f"step {scheduler.step}: {error}. It was computed from documents {shown} of data.train ({config.data.train}). "
+            f"{saver.last_good()} Remove what is wrong with a document, or change the settings, and begin a new run"
         ) from error
 
 
@@ -228,20 +195,6 @@ def measured_payload_error(
         f"teacher.payload {payload}: {lost} is {error:.2g} on average, on {batch.num_loss_tokens} validation positions"
     )
     return error
-
-
-def say_what_holds_back(
-    record: Record, metrics: StepMetrics, total_steps: int, teacher: PoolTeacher, note: Callable[[str], None]
-) -> None:
-    """One line every USAGE_STEPS steps and after the last one: student, teacher or wire, and the replicas to have."""
-    if metrics.step == 1:  # waits for the first answers, which nothing could have asked for earlier
-        return
-    usage = record.usage
-    usage.add(metrics.step_s, metrics.teacher_wait_s, metrics.teacher_compute_s, metrics.payload_bytes)
-    if usage.steps == USAGE_STEPS or metrics.step == total_steps:
-        steps = f"steps {metrics.step - usage.steps + 1} to {metrics.step}"
-        note(f"{steps}: {verdict(usage, teacher.num_replicas())}")
-        record.usage = Usage()
 
 
 def uses_dropout(model: Any, config: DistillConfig) -> bool:

@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import ray
 from ray import serve
@@ -22,6 +23,8 @@ from taid_ray.teacher_model import TeacherInfo
 
 NAMESPACE = "taid-ray"
 RENEW_PERIOD_S = 5.0
+LEASE_S = 60.0
+"""An answer of the lease takes milliseconds, or some seconds while Ray restarts it."""
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +32,10 @@ logger = logging.getLogger(__name__)
 class Lease:
     """Runs as a named actor, one per pool."""
 
-    def __init__(self, app_name: str, idle_timeout_s: float, autoscaler: Autoscaler):
+    def __init__(self, app_name: str, idle_timeout_s: float, autoscaler: Autoscaler, spec: Any = None):
+        """spec: what the pool was started with."""
         self._app_name, self._idle_timeout_s, self._autoscaler = app_name, idle_timeout_s, autoscaler
+        self._spec = spec
         self._renewed = time.monotonic()
         self._loads: dict[str, tuple[float, float]] = {}
         self._asked: int | None = None
@@ -43,6 +48,13 @@ class Lease:
 
     def renew(self) -> None:
         self._renewed = time.monotonic()
+
+    def renew_if(self, spec: Any) -> bool:
+        """Renews the lease of a pool that was started with `spec` and is not being removed; says whether it is one."""
+        same = bool(spec == self._spec) and not self._over
+        if same:
+            self.renew()
+        return same
 
     def idle_s(self) -> float:
         """Seconds since the last `renew`."""
@@ -114,8 +126,8 @@ class Lease:
         return True
 
 
-def create_lease(app_name: str, config: TeacherConfig) -> ActorHandle:
-    """Starts the lease of a new pool. Raises ValueError if it exists."""
+def create_lease(app_name: str, config: TeacherConfig, spec: Any) -> ActorHandle:
+    """Starts the lease of a new pool, started with `spec`. Raises ValueError if it exists."""
     autoscaler = Autoscaler(config.replicas, scaling.UP_S, scaling.DOWN_S)
     # max_restarts: if its node dies, the pool must still be removed some day.
     options = {
@@ -125,7 +137,7 @@ def create_lease(app_name: str, config: TeacherConfig) -> ActorHandle:
         "num_cpus": 0,
         "max_restarts": -1,
     }
-    return ray.remote(Lease).options(**options).remote(app_name, config.idle_timeout_s, autoscaler)
+    return ray.remote(Lease).options(**options).remote(app_name, config.idle_timeout_s, autoscaler, spec)
 
 
 def find_lease(app_name: str) -> ActorHandle | None:

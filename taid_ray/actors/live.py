@@ -12,7 +12,7 @@ import ray
 from ray.actor import ActorHandle
 
 from taid_ray.actors.client import replica_states
-from taid_ray.actors.lease import find_lease
+from taid_ray.actors.lease import LEASE_S, find_lease
 from taid_ray.actors.request import WHERE_TO_LOOK
 from taid_ray.cluster import check_scale, cluster_has_gpus, demand_of, join_cluster
 from taid_ray.device import resolve
@@ -53,11 +53,11 @@ def scale_teacher(run_dir: Path, live: LivePool, replicas: int, say: Callable[[s
             f"the teacher pool of {run_dir} is not there: it is being started, or removed; try again in some seconds"
         )
     check_scale(demand_of(config, resolve(config.device, cluster_has_gpus())), replicas)
-    before = ray.get(lease.ask_for.remote(replicas))
+    before = ray.get(lease.ask_for.remote(replicas), timeout=LEASE_S)
     try:
         _wait(live.pool, lease, replicas, config.teacher.timeout_s, say)
     except TeacherError:
-        ray.get(lease.ask_for.remote(before))
+        ray.get(lease.ask_for.remote(before), timeout=LEASE_S)
         raise
 
 
@@ -70,7 +70,7 @@ def _wait(pool: str, lease: ActorHandle, replicas: int, timeout_s: float, say: C
         if states == {"RUNNING": replicas}:
             say(f"teacher pool: {replicas} replica(s) run, after {waited:.0f} s")
             return
-        failure = ray.get(lease.failure.remote())
+        failure = ray.get(lease.failure.remote(), timeout=LEASE_S)
         if failure is not None:
             raise TeacherError(f"a new replica could not start, so the pool stays as it was: {failure}")
         shown = ", ".join(f"{count} {state.lower()}" for state, count in sorted(states.items()))

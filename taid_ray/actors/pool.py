@@ -4,16 +4,17 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import ray
 from ray import serve
 from ray.actor import ActorHandle
-from ray.exceptions import ActorAlreadyExistsError
+from ray.exceptions import ActorAlreadyExistsError, RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
 from taid_ray.actors.client import replica_states
-from taid_ray.actors.lease import RENEW_PERIOD_S, create_lease, end_lease, find_lease
+from taid_ray.actors.lease import LEASE_S, create_lease, end_lease, find_lease
 from taid_ray.actors.request import WHERE_TO_LOOK
 from taid_ray.actors.teacher import DEPLOYMENT, teacher_app
 from taid_ray.config import TeacherConfig
@@ -37,24 +38,28 @@ def start_pool(
 ) -> TeacherInfo:
     """Starts a pool and waits until every replica has loaded and tested its model.
 
-    on_wait: told about twice a second what it waits for. A pool of that name that a dead driver left behind is
-    replaced. Raises what a replica failed with (ModelError, TeacherError) at once, TeacherError after config.timeout_s
-    or if somebody uses a pool of that name. Leaves nothing behind when it raises.
+    on_wait: told about twice a second what it waits for. A pool of that name is one that a dead driver left behind: no
+    other driver may be alive. It is taken over if it was started with the same arguments, its model loaded, else replaced.
+    Raises what a replica failed with (ModelError, TeacherError) at once, TeacherError after config.timeout_s. Leaves
+    nothing behind when it raises.
     """
     start = time.monotonic()
     _start_serve()
-    _remove_abandoned(app_name)
-    lease = create_lease(app_name, config)
+    spec = (config, num_shared, device_kind, use_role_resources)
+    lease = _left_behind(app_name, spec)
     try:
-        with BUILDING:
-            app = teacher_app(config, num_shared, device_kind, app_name, use_role_resources)
-        target = serve.RunTarget(app, name=app_name, route_prefix=None)
-        serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+        if lease is None:
+            stop_pool(app_name)
+            lease = create_lease(app_name, config, spec)
+            with BUILDING:
+                app = teacher_app(config, num_shared, device_kind, app_name, use_role_resources)
+            target = serve.RunTarget(app, name=app_name, route_prefix=None)
+            serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
         _wait_until_running(config, app_name, lease, start, on_wait)
-        if len(ray.get(lease.probe_digests.remote())) > 1:
+        if len(ray.get(lease.probe_digests.remote(), timeout=LEASE_S)) > 1:
             logger.warning("teacher pool %s: replicas differ in the last bits, so reruns will too", app_name)
         # Not asked through a handle: Serve's threads behind one outlive `ray.shutdown`, and would start another Ray.
-        info: TeacherInfo = ray.get(lease.first.remote())
+        info: TeacherInfo = ray.get(lease.first.remote(), timeout=LEASE_S)
         return info
     except BaseException:
         stop_pool(app_name)
@@ -88,7 +93,7 @@ class PoolWatch:
         if before and before != self._running:
             lines.append(f"teacher pool: {self._running} replica(s) run, {before} before")
         lease = find_lease(self._app_name)
-        failure = str(ray.get(lease.failure.remote()) or "") if lease is not None else ""
+        failure = str(ray.get(lease.failure.remote(), timeout=LEASE_S) or "") if lease is not None else ""
         if failure not in ("", self._failure):
             lines.append(f"teacher pool: a new replica could not start: {failure}")
         self._failure = failure
@@ -103,18 +108,16 @@ def _start_serve() -> None:
         serve.start(proxy_location="Disabled")
 
 
-def _remove_abandoned(app_name: str) -> None:
+def _left_behind(app_name: str, spec: Any) -> ActorHandle | None:
+    """The lease of a pool that was started with the same `spec` and still serves; None if there is no such pool."""
     lease = find_lease(app_name)
-    if lease is None and app_name not in serve.status().applications:
-        return
-    idle_s = float("inf") if lease is None else ray.get(lease.idle_s.remote())
-    if idle_s < 3 * RENEW_PERIOD_S:
-        raise TeacherError(
-            f"a teacher pool named {app_name} is in use on this cluster (last sign of life {idle_s:.0f} s ago); give this "
-            f"run another name, or, if that run was killed just now, try again in {3 * RENEW_PERIOD_S:.0f} s"
-        )
-    logger.warning("teacher pool %s: removing the one that an earlier run left behind", app_name)
-    stop_pool(app_name)
+    try:
+        if lease is None or not ray.get(lease.renew_if.remote(spec), timeout=LEASE_S):
+            return None
+    except RayError:  # it has just ended
+        return None
+    app = serve.status().applications.get(app_name)
+    return lease if app is not None and app.status == ApplicationStatus.RUNNING else None
 
 
 def _wait_until_running(
@@ -122,7 +125,7 @@ def _wait_until_running(
 ) -> None:
     while True:
         lease.renew.remote()
-        failure = ray.get(lease.failure.remote())
+        failure = ray.get(lease.failure.remote(), timeout=LEASE_S)
         if failure is not None:
             raise failure
         app = serve.status().applications.get(app_name)

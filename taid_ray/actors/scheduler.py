@@ -226,6 +226,11 @@ class SchedulerClient:
         return self._result
 
     @property
+    def step(self) -> int:
+        """The step that was submitted last, and has no result yet; 0 if there is none."""
+        return self._pending[0] if self._pending else 0
+
+    @property
     def sums_are_finite(self) -> bool:
         """Whether this rank's part of the step that was submitted last is."""
         sums = self._pending[1] if self._pending else None

@@ -206,12 +206,12 @@ def test_a_replica_refuses_what_it_has_already(
     assert first.result(timeout_s=60).payload["hidden"][1] == (4, 32)
 
 
-def test_a_pool_in_use_is_not_replaced(connect: Callable[[str], PoolTeacher], teacher_dir: Path) -> None:
-    connect("replicas")
-    time.sleep(0.5)
-    with pytest.raises(TeacherError, match="in use"):
-        start_pool(config(teacher_dir), SHARED, "cpu", "replicas", use_role_resources=True)
-    assert serve.status().applications["replicas"].status == "RUNNING"
+def test_a_pool_that_was_left_behind_is_taken_over(pools: dict[str, TeacherInfo], teacher_dir: Path) -> None:
+    before, start = {process.pid for process in replica_processes("replicas")}, time.monotonic()
+    same = config(teacher_dir, **POOLS["replicas"])
+    assert start_pool(same, SHARED, "cpu", "replicas", use_role_resources=True) == pools["replicas"]
+    assert time.monotonic() - start < 10
+    assert {process.pid for process in replica_processes("replicas")} == before
 
 
 def test_a_pool_without_clients_removes_itself(connect: Callable[[str], PoolTeacher]) -> None:

@@ -181,6 +181,7 @@ def test_an_error_in_the_data_comes_out() -> None:
         stream.collect()
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers() | st.none(), max_size=20), st.integers(1, 5))
 def test_read_ahead_changes_nothing(items: list[Any], depth: int) -> None:
     assert list(read_ahead(iter(items), depth)) == items

@@ -1,0 +1,188 @@
+"""The driver's loop around the student workers, without Ray: what is tried again, what ends the run, and when."""
+
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError
+from ray.train import ControllerError
+from ray.train.v2.api.exceptions import WorkerGroupError
+
+from taid_ray import attempts
+from taid_ray.aggregate import STOP
+from taid_ray.attempts import Signals, run_attempts
+from taid_ray.cluster import Demand
+from taid_ray.config import Range, StudentConfig
+from taid_ray.errors import AttemptError, ClusterError, DataError
+from taid_ray.supervise import Followed
+
+SUMMARY = {"steps": 9}
+DEMAND = Demand("cpu", 1, 2, 1.0, 1, 1, 1, 1.0, True, True)
+
+
+class Scheduler:
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def ask(self, request: int) -> None:
+        self.asked.append(request)
+
+
+class View:
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+    def wait_for(self, activity: str) -> None:
+        pass
+
+
+class Driver:
+    """Runs the loop over attempts that end as told."""
+
+    def __init__(self, *outcomes: Any, room: Callable[[], int] = lambda: 1, failures: int = 2):
+        """outcomes: what each attempt returns, raises, or does (a function of this object)."""
+        self.outcomes, self.room = iter(outcomes), room
+        self.scheduler, self.view, self.followed, self.signals = Scheduler(), View(), Followed(), Signals()
+        self.student = StudentConfig(model="m", workers=Range(min=1, max=2), timeout_s=0.3, max_failures=failures)
+        self.started: list[tuple[int, int]] = []
+
+    def fit(self, workers: int, restarts: int) -> Any:
+        self.started.append((workers, restarts))
+        outcome = next(self.outcomes)
+        outcome = outcome(self) if callable(outcome) else outcome
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    def run(self, restarts: int = 0) -> Any:
+        arguments: Any = (self.scheduler, self.followed, self.signals, self.view)
+        return run_attempts(self.fit, self.student, DEMAND, *arguments, restarts)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(attempts, "POLL_S", 0.01)
+    monkeypatch.setattr(attempts, "PAUSE_S", 0.0)
+    monkeypatch.setattr(attempts, "GROW_CHECK_S", 0.0)
+    monkeypatch.setattr(attempts, "workers_now", lambda demand: current[0].room())
+    yield
+
+
+current: list[Driver] = []
+
+
+def driver(*outcomes: Any, **how: Any) -> Driver:
+    current[:] = [Driver(*outcomes, **how)]
+    return current[0]
+
+
+def group(**failures: BaseException) -> WorkerGroupError:
+    return WorkerGroupError("workers failed", {int(rank[1:]): failure for rank, failure in failures.items()})
+
+
+def at_step(step: int, outcome: Any) -> Callable[[Driver], Any]:
+    """An attempt that makes steps before it ends."""
+
+    def attempt(driver: Driver) -> Any:
+        driver.followed.step, driver.followed.training = max(driver.followed.step, step), True
+        return outcome
+
+    return attempt
+
+
+def test_failures_are_followed_by_another_attempt() -> None:
+    lost = ActorDiedError()
+    found = driver(group(r0=RuntimeError("connection reset"), r1=lost), ActorDiedError(), SUMMARY)
+    assert found.run(restarts=3) == SUMMARY
+    assert found.started == [(1, 3), (1, 4), (1, 5)]
+    assert sum("going on from the last checkpoint" in line for line in found.view.said) == 2
+    assert "ActorDiedError" in found.view.said[1], "the death of a process is the cause of the others' errors"
+
+
+@pytest.mark.parametrize("rank", ["r0", "r1"])
+def test_what_a_user_must_put_right_ends_the_run_on_whatever_rank_it_shows(rank: str) -> None:
+    other = {"r0": "r1", "r1": "r0"}[rank]
+    for secondary in (RuntimeError("reset"), AttemptError("the scheduler gave no answer")):
+        found = driver(group(**{rank: DataError("row 3"), other: secondary}))
+        with pytest.raises(DataError, match="row 3"):
+            found.run()
+        assert len(found.started) == 1
+
+
+def test_a_hung_attempt_is_tried_again() -> None:
+    assert driver(group(r0=AttemptError("no answer within 5 s")), SUMMARY).run() == SUMMARY
+
+
+def test_failures_without_progress_end_the_run_and_progress_starts_the_count_anew() -> None:
+    crash = RuntimeError("bug")
+    found = driver(*[at_step(4, group(r0=crash))] * 9, failures=2)
+    with pytest.raises(ClusterError, match=r"failed 3 times in a row .*max_failures: 2.* step 4.*RuntimeError: bug"):
+        found.run()
+    assert len(found.started) == 3
+    further = [at_step(step, group(r0=crash)) for step in (4, 8, 12, 16, 20)]
+    assert driver(*further, SUMMARY, failures=1).run() == SUMMARY
+
+
+def test_too_little_room_is_waited_for_and_then_named() -> None:
+    rooms = iter([0, 0, 1, 1, 1])
+    assert driver(SUMMARY, room=lambda: next(rooms)).run() == SUMMARY
+    found = driver(SUMMARY, room=lambda: 0)
+    with pytest.raises(ClusterError, match=r"room for 0 of 1 student worker.*student\.timeout_s"):
+        found.run()
+    assert not found.started
+
+
+def test_workers_that_ray_cannot_start_are_tried_again() -> None:
+    assert driver(ControllerError(RuntimeError("timed out")), SUMMARY).run() == SUMMARY
+
+
+def until_asked(outcome: Any, signals: int = 0) -> Callable[[Driver], Any]:
+    """An attempt in its steps that ends when it is asked to stop."""
+
+    def attempt(driver: Driver) -> Any:
+        driver.followed.step, driver.followed.training = 5, True
+        driver.signals.first, driver.signals.count = signals, bool(signals)
+        while STOP not in driver.scheduler.asked:
+            pass
+        return outcome
+
+    return attempt
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_stops_the_workers_with_a_checkpoint(number: int, error: type[BaseException]) -> None:
+    found = driver(until_asked({"stopped": 5}, number))
+    with pytest.raises(error) as ended:
+        found.run()
+    assert getattr(ended.value, "code", 143) == 143
+    assert "stopped after step 5, of which there is a checkpoint" in found.view.said
+
+
+@pytest.mark.timeout(10)
+def test_a_signal_before_the_first_step_and_a_second_one_end_at_once() -> None:
+    def never(driver: Driver) -> Any:
+        driver.signals.first, driver.signals.count = signal.SIGINT, 1
+        while driver.room() == 1:
+            pass
+
+    rooms = [1]
+    with pytest.raises(KeyboardInterrupt):
+        driver(never, room=lambda: rooms[0]).run()
+    rooms[0] = 0
+
+
+def test_more_room_restarts_the_workers_and_they_are_more() -> None:
+    rooms = [1]
+
+    def grown(driver: Driver) -> Any:
+        rooms[0] = 2
+        return until_asked({"stopped": 5})(driver)
+
+    found = driver(grown, SUMMARY, room=lambda: rooms[0])
+    assert found.run() == SUMMARY
+    assert found.started == [(1, 0), (2, 1)]
+    assert any("room for more student workers" in line for line in found.view.said)
