@@ -210,7 +210,7 @@ def shown(error: BaseException) -> str:
         return (
             f"Ray Train could not start them ({_line(error)}); see `ray status` for what holds the cluster's resources"
         )
-    failures = sorted(_failures(error), key=lambda failure: not isinstance(failure, RayActorError))
+    failures = sorted(_failures(error), key=lambda failure: not isinstance([*_chain(failure)][-1], RayActorError))
     return _line(failures[0])
 
 
@@ -223,7 +223,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
     inner: BaseException | None = error
     while inner is not None:
         yield inner
-        inner = getattr(inner, "cause", None) or inner.__cause__
+        inner = getattr(inner, "cause", None) or getattr(inner, "health_check_failure", None) or inner.__cause__
 
 
 def _line(error: BaseException) -> str:

@@ -68,7 +68,7 @@ class RunState:
             if not isinstance(content["record"], dict):
                 raise TypeError("record")
             return cls(result, cursor, content["record"])
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise DamagedError(f"{STATE_FILE} is no state of a run ({type(error).__name__}: {error})") from error
 
 
@@ -160,7 +160,7 @@ class CheckpointStore:
 
     def finish(self, name: str, rank: int, world_size: int, files: Index) -> None:
         """Writes the rank's last file, which names all others."""
-        content: dict[str, Any] = {"world_size": world_size}
+        content: dict[str, Any] = {"rank": rank, "world_size": world_size}
         content["files"] = {file: asdict(found) for file, found in files.items()}
         content["digest"] = _digest(content)
         self.write(name, last_file(rank), json.dumps(content).encode(), [])
@@ -178,9 +178,9 @@ class CheckpointStore:
             raise TornError(f"{name}: rank {rank} did not finish writing")
         try:
             content = json.loads(self._read(name, last_file(rank)))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise TornError(f"{name}: rank {rank} did not finish writing ({error})") from error
-        if not isinstance(content, dict) or content.pop("digest", None) != _digest(content):
+        if not isinstance(content, dict) or content.pop("digest", None) != _digest(content) or content["rank"] != rank:
             raise DamagedError(f"{name}/{last_file(rank)} is not what was written (checksum)")
         return content
 

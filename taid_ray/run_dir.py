@@ -8,7 +8,7 @@ import socket
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -56,8 +56,10 @@ def with_absolute_paths(config: DistillConfig) -> DistillConfig:
     def absolute(value: str | None) -> str | None:
         if not value or "{" in value:  # a chat template may be given as text
             return value
-        path = Path(value).expanduser()
-        return str(path.absolute()) if path.exists() else value
+        with suppress(OSError, RuntimeError):  # a name too long for a file, or of nobody's home: what reads it says so
+            path = Path(value).expanduser()
+            return str(path.absolute()) if path.exists() else value
+        return value
 
     data = {key: absolute(getattr(config.data, key)) for key in ("train", "valid", "chat_template")}
     return config.model_copy(
@@ -74,6 +76,12 @@ def with_absolute_paths(config: DistillConfig) -> DistillConfig:
 def check_run_dir(config: DistillConfig) -> Literal["new", "unfinished", "finished"]:
     """What `config.run_dir` holds of this run. Raises ConfigError if it holds anything else, or cannot be made."""
     run_dir = config.run_dir
+    try:
+        run_dir.exists()
+    except OSError as error:
+        raise ConfigError(
+            f"out: {str(run_dir)[:100]} cannot be a directory ({error.strerror}); choose another one"
+        ) from None
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"out: {run_dir} is a file; name a directory that does not exist yet")
     if run_dir.exists() and any(run_dir.iterdir()):
@@ -193,8 +201,8 @@ def _locked(run_dir: Path) -> Iterator[None]:
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            taken = not path.exists() or not os.path.sameopenfile(file.fileno(), path.open().fileno())
-        except BlockingIOError:
+            taken = not os.path.samestat(os.fstat(file.fileno()), path.stat())
+        except (BlockingIOError, FileNotFoundError):
             taken = True
         if taken:  # or just released, with the file that was locked
             raise ConfigError(
