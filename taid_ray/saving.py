@@ -114,19 +114,24 @@ class Saver:
         try:
             own = self._written.exception(timeout=self._timeout_s)
         except TimeoutError:
-            raise CheckpointError(
-                f"{self._store.location} has not taken the checkpoint of step {self._step} within {self._timeout_s:.0f} s "
-                "(student.timeout_s); look after the storage, and start the run again to resume it"
-            ) from None
+            raise self._stuck() from None
         (failed,) = self._world.sum([float(own is not None)])
         if failed:
             self._give_up.set()  # rank 0 would wait for a part that never comes
-        self._thread.join()
+        self._thread.join(2 * self._timeout_s)
+        if self._thread.is_alive():
+            raise self._stuck()
         self._thread = None
         self._failures = self._failures + 1 if failed else 0
         if failed and self._world.is_main:
             with suppress(*STORAGE_ERRORS):  # what was written of it only takes room
                 self._store.delete(self.name(self._step))
+
+    def _stuck(self) -> CheckpointError:
+        return CheckpointError(
+            f"{self._store.location} has not taken the checkpoint of step {self._step} within {self._timeout_s:.0f} s "
+            "(student.timeout_s); look after the storage, and start the run again to resume it"
+        )
 
     def _write(self, name: str, state: RunState, own: list[tuple[str, Tensor]], best: str | None) -> None:
         start = time.monotonic()

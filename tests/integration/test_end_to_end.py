@@ -25,7 +25,7 @@ def check_run(result: RunResult, steps: int) -> list[dict[str, Any]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     held = {path.name for path in result.path.iterdir()}
-    assert held == {"config.yaml", "metrics.jsonl", "summary.json", "model", "report", "checkpoints"}
+    assert held - {"checkpoints"} == {"config.yaml", "run.json", "metrics.jsonl", "summary.json", "model", "report"}
     lines = [json.loads(line) for line in (result.path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, steps + 1))
     assert all(set(line) == METRIC_KEYS for line in lines)
