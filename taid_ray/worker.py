@@ -157,6 +157,7 @@ def suspects_named(
     try:
         yield
     except NonFiniteLossError as error:  # which all ranks raise after the same step
+        saver.finish_quietly()  # what is being written may be the last good one
         found = world.gather((scheduler.sums_are_finite, stream.documents))
         # A loss that is not finite is some ranks'; gradients are everybody's.
         guilty = [documents for finite, documents in found if not finite] or [documents for _, documents in found]
