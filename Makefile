@@ -7,12 +7,13 @@ BENCHMARKS := loss payload overlap scheduler step scale_out
 LOG := $(VENV)/install.log
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint bench clean
+.PHONY: help install quickstart test soak lint bench clean
 
 help:
 	@echo "make install     create $(VENV) and install taid-ray with its development tools"
 	@echo "make quickstart  distil the bundled model on a local Ray (installs first if needed)"
 	@echo "make test        all tests"
+	@echo "make soak        kills parts of runs at random for MINUTES=10, and counts what is lost"
 	@echo "make lint        ruff and mypy"
 	@echo "make bench       all benchmarks, or one: make bench ONLY=loss (see benchmarks/README.md)"
 	@echo "make clean       remove $(VENV) and caches (runs/ stays)"
@@ -43,6 +44,9 @@ quickstart: install
 
 test: install
 	$(BIN)/python -m pytest --durations=10
+
+soak: install
+	TAID_SOAK_MINUTES=$(or $(MINUTES),10) $(BIN)/python -m pytest -m soak tests/chaos/test_soak.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -91,6 +91,8 @@ def run_on_cluster(config: DistillConfig, plan: Plan, demand: Demand, run: Run, 
 
         def fit(workers: int, restarts: int) -> Any:
             run.begin_attempt(workers)
+            # Else Ray Train would ask a stopped process for ten minutes how it is, whatever the other workers say.
+            os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.student.timeout_s)
             job = Job(config, plan, demand.device, scheduler.actor, pool, run.checkpoints, restarts)
             trainer = TorchTrainer(
                 start_worker,

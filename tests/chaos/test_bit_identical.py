@@ -1,0 +1,127 @@
+"""A run that is hurt in every way on its way ends with the weights of one that nobody touched, bit for bit."""
+
+import os
+import signal
+import time
+from contextlib import suppress
+from random import Random
+
+import pytest
+import ray
+from ray import serve
+
+from tests.chaos.conftest import NewRun
+from tests.chaos.failures import (
+    HUNG_RANK,
+    KILLED_CONTROLLER,
+    KILLED_DRIVER,
+    KILLED_RANK,
+    KILLED_REPLICA,
+    KILLED_SCHEDULER,
+    REPLICA,
+    STOPPED_DRIVER,
+    Failure,
+    inflict,
+    shown,
+)
+from tests.chaos.harness import GONE_S, Run, check_same_result, small_config, wait_for_death
+
+SEED = 4
+EVERY = 4
+"""One failure in so many steps."""
+ALONE_S = 60.0
+"""Within this time a run whose driver is gone for good must have left the cluster."""
+
+
+@pytest.mark.timeout(1200)
+def test_every_failure_one_after_another(new_run: NewRun, baseline: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = Random(SEED)
+    # A rank that hangs is noticed after student.timeout_s + teacher.timeout_s. A pool needs more than that to start.
+    at_last = ("student.timeout_s=10", "teacher.timeout_s=6", "teacher.mode=local", "teacher.replicas=1")
+    failures: list[tuple[Failure, tuple[str, ...]]] = [
+        (KILLED_RANK, ()),
+        (KILLED_REPLICA, ()),
+        (KILLED_SCHEDULER, ()),
+        (KILLED_CONTROLLER, ()),
+        (KILLED_DRIVER, ()),
+        (STOPPED_DRIVER, at_last),
+        (HUNG_RANK, ()),
+    ]
+    run = new_run(small_config("chaos"))
+    run.start()
+    recoveries = []
+    for number, (failure, overrides) in enumerate(failures):
+        step = EVERY * number + rng.randint(1, EVERY)
+        recoveries.append(inflict(run, failure, step, rng, *overrides))
+        with capsys.disabled():
+            print(f"\n{recoveries[-1]}", end="", flush=True)
+    run.wait_for_end()
+    run.check_nothing_left()
+    with capsys.disabled():
+        print(f"\n{shown(recoveries)}")
+    check_same_result(run, baseline)
+    assert "the teacher pool lost a request" in run.log
+    assert run.summary["restarts"] == run.attempts - 1 == 5
+
+
+@pytest.mark.timeout(900)
+def test_a_pool_that_does_not_come_back_ends_the_run(new_run: NewRun, baseline: Run) -> None:
+    """Loudly, within teacher.timeout_s; and the run can be resumed."""
+    run = new_run(small_config("chaos-pool"))
+    # The pool must come up within it, on this machine as busy as it is.
+    patience_s = 10 + 1.5 * baseline.seconds_until("teacher pool is ready")
+    run.start(f"teacher.timeout_s={patience_s}", "teacher.replicas=1")
+    run.wait_for_step(5)
+    start = time.monotonic()
+    while not run.ended:
+        assert time.monotonic() - start < 2 * patience_s + GONE_S
+        time.sleep(0.5)
+        for pid in run.pids(REPLICA):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    run.wait_for_end(2)
+    message = run.log.rpartition("error: ")[2]
+    assert "no answer from the teacher pool" in message and "teacher.timeout_s" in message
+    run.check_nothing_left()
+    run.start()
+    run.wait_for_end()
+    run.check_nothing_left()
+    check_same_result(run, baseline)
+
+
+class Neighbour:
+    """An actor of somebody else."""
+
+    def answer(self) -> int:
+        return 42
+
+
+class NeighbourApp:
+    """A Serve application of somebody else."""
+
+    def __call__(self) -> int:
+        return 43
+
+
+@pytest.mark.timeout(600)
+def test_a_run_without_a_driver_leaves_the_cluster(new_run: NewRun) -> None:
+    """By itself, and leaves alone what belongs to others."""
+    options = {"name": "chaos-neighbour", "namespace": "taid-ray", "lifetime": "detached", "num_cpus": 0}
+    actor = ray.remote(Neighbour).options(**options).remote()
+    serve.start(proxy_location="Disabled")
+    deployment = serve.deployment(NeighbourApp, ray_actor_options={"num_cpus": 0.1})
+    handle = serve.run(deployment.bind(), name="chaos-neighbour", route_prefix=None)
+    try:
+        run = new_run(small_config("chaos-alone", teacher={"idle_timeout_s": 8}))
+        run.start()
+        run.wait_for_step(2)
+        processes = run.pids("")
+        assert len(processes) >= 7  # scheduler, lease, controller, two ranks, two replicas; Ray Train has helpers
+        run.kill_driver()
+        run.check_left_cluster(ALONE_S)
+        for pid in processes:
+            wait_for_death(pid)
+        assert ray.get(actor.answer.remote()) == 42 and handle.remote().result(timeout_s=10) == 43
+    finally:
+        ray.kill(actor)
+        serve.delete("chaos-neighbour")
