@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +91,8 @@ class StrictLoader(yaml.SafeLoader):
             problem=f"{node.value} is a date; put it into quotes if it is meant as text", problem_mark=node.start_mark
         )
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, Any]:
-        mapping: dict[str, Any] = super().construct_mapping(node, deep)
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)
         if other := [key for key in mapping if not isinstance(key, str)]:
             problem = f"the key {_shown(other[0])} is not text; put it into quotes if it is meant so"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
