@@ -13,6 +13,9 @@ from tests.chaos.harness import Run, wait_for_death
 STUCK_S = 0.5
 """A replica stands still so long before it is killed, so that it has requests to lose."""
 
+TOLD_S = 2.0
+"""After so long the log says what the new attempt went on from."""
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -121,6 +124,7 @@ def inflict(run: Run, failure: Failure, step: int, rng: Random, *overrides: str)
     seconds = time.monotonic() - struck
     for pid in victims:
         wait_for_death(pid)  # a stopped one, too
+    time.sleep(TOLD_S)
     return Recovery(failure.name, reached, seconds, reached - run.resumed_from())
 
 

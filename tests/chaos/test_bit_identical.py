@@ -60,7 +60,6 @@ def test_every_failure_one_after_another(new_run: NewRun, baseline: Run, capsys:
     with capsys.disabled():
         print(f"\n{shown(recoveries)}")
     check_same_result(run, baseline)
-    assert "the teacher pool lost a request" in run.log
     assert run.summary["restarts"] == run.attempts - 1 == 5
 
 

@@ -185,6 +185,26 @@ def test_a_frozen_replica_holds_nobody_up(
     assert notes and all("asking another replica, too" in note for note in notes)
 
 
+def test_requests_of_a_replica_that_is_killed_are_asked_again(
+    pools: dict[str, TeacherInfo], connect: Callable[[str], PoolTeacher]
+) -> None:
+    client, notes = connect("replicas"), list[str]()
+    client._waiter._notify = notes.append
+    rows = torch.arange(64 * 256).remainder(SHARED).view(64, 256)  # some tenths of a second of work
+    batch = Batch({"input_ids": rows}, torch.arange(4), torch.zeros(4, dtype=torch.int64))
+    expected = client.collect(client.submit(batch)).tensors
+    requests = [client.submit(batch) for _ in range(12)]
+    time.sleep(0.3)
+    replica_processes("replicas")[0].kill()
+    for request in requests:
+        torch.testing.assert_close(client.collect(request).tensors, expected, atol=0, rtol=0)
+    assert any("lost a request" in note for note in notes)
+    deadline = time.monotonic() + 90
+    while client.num_replicas() < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
 def replica_processes(pool: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
