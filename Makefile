@@ -46,7 +46,7 @@ test: install
 	$(BIN)/python -m pytest --durations=10
 
 soak: install
-	TAID_SOAK_MINUTES=$(or $(MINUTES),10) $(BIN)/python -m pytest -m soak tests/chaos/test_soak.py
+	TAID_SOAK_MINUTES=$(or $(MINUTES),10) $(BIN)/python -m pytest -m soak --durations=0 tests/chaos
 
 lint: install
 	$(BIN)/ruff check .

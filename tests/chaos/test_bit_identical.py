@@ -63,6 +63,7 @@ def test_every_failure_one_after_another(new_run: NewRun, baseline: Run, capsys:
     assert run.summary["restarts"] == run.attempts - 1 == 5
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_a_pool_that_does_not_come_back_ends_the_run(new_run: NewRun, baseline: Run) -> None:
     """Loudly, within teacher.timeout_s; and the run can be resumed."""

@@ -70,6 +70,7 @@ def test_a_document_that_makes_the_loss_nan(new_run: NewRun, tmp_path: Path) -> 
     assert BAD_DOCUMENT in named and len(named) < 25, named
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(300)
 def test_settings_that_make_the_weights_explode(new_run: NewRun) -> None:
     """Decay of 4 per step turns every matrix round and makes it 3 times as large."""

@@ -18,6 +18,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         yield path
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_a_disk_that_is_full_for_a_while(disk: Path, new_run: NewRun, baseline: Run) -> None:
     """The run says so and goes on; the next checkpoint is there, and the result is what it would have been."""
@@ -39,6 +40,7 @@ def test_a_disk_that_is_full_for_a_while(disk: Path, new_run: NewRun, baseline: 
     run.check_nothing_left()
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_storage_by_uri(tmp_path: Path, new_run: NewRun, baseline: Run) -> None:
     """A run that was stopped goes on from there."""
