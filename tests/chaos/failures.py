@@ -13,8 +13,8 @@ from tests.chaos.harness import Run, wait_for_death
 STUCK_S = 0.5
 """A replica stands still so long before it is killed, so that it has requests to lose."""
 
-TOLD_S = 2.0
-"""After so long the log says what the new attempt went on from."""
+RESUMED = "going on after step "
+"""What the log says of an attempt that has a checkpoint, a little after its first step."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,7 @@ def inflict(run: Run, failure: Failure, step: int, rng: Random, *overrides: str)
     victims, attempts = failure.victims(run, rng), run.attempts
     assert victims, f"nobody to hurt by: {failure.name}"
     run.wait_for_step(step)
+    told, resumable = run.log.count(RESUMED), " saved (" in run.log
     struck = failure.strike(victims)
     if failure.ends == "nothing":
         reached = run.step + 1  # the step under way may have been through already
@@ -124,7 +125,8 @@ def inflict(run: Run, failure: Failure, step: int, rng: Random, *overrides: str)
     seconds = time.monotonic() - struck
     for pid in victims:
         wait_for_death(pid)  # a stopped one, too
-    time.sleep(TOLD_S)
+    if resumable:
+        run.until(lambda: run.log.count(RESUMED) > told, "word of the checkpoint it went on from")
     return Recovery(failure.name, reached, seconds, reached - run.resumed_from())
 
 

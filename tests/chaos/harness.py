@@ -72,7 +72,7 @@ def small_config(name: str, **changes: Tree) -> Tree:
             "block_documents": 64,
         },
         "schedule": {"alpha": 0.2, "beta": 0.5},
-        "train": {"steps": 30, "batch_size": 16, "micro_batch_size": 2, "learning_rate": 2e-3, "eval_every": 10},
+        "train": {"steps": 48, "batch_size": 16, "micro_batch_size": 2, "learning_rate": 2e-3, "eval_every": 10},
         "checkpoint": {"every_steps": 4},
     }
     for section, values in changes.items():

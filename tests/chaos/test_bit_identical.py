@@ -27,7 +27,7 @@ from tests.chaos.failures import (
 from tests.chaos.harness import GONE_S, Run, check_same_result, small_config, wait_for_death
 
 SEED = 4
-EVERY = 4
+EVERY = 6
 """One failure in so many steps."""
 ALONE_S = 60.0
 """Within this time a run whose driver is gone for good must have left the cluster."""
