@@ -191,7 +191,7 @@ def test_requests_of_a_replica_that_is_killed_are_asked_again(
     client, notes = connect("replicas"), list[str]()
     client._waiter._notify = notes.append
     rows = torch.arange(64 * 256).remainder(SHARED).view(64, 256)  # some tenths of a second of work
-    batch = Batch({"input_ids": rows}, torch.arange(4), torch.zeros(4, dtype=torch.int64))
+    batch = Batch({"input_ids": rows}, torch.arange(rows.numel()), torch.zeros(rows.numel(), dtype=torch.int64))
     expected = client.collect(client.submit(batch)).tensors
     requests = [client.submit(batch) for _ in range(12)]
     time.sleep(0.3)
