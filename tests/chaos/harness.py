@@ -62,7 +62,7 @@ def small_config(name: str, **changes: Tree) -> Tree:
             "workers": 2,
             "cpus_per_worker": 0.5,
             "zero_stage": 2,
-            "timeout_s": 20,
+            "timeout_s": 60,
         },
         "data": {
             "train": str(BUNDLE / "tinystories_train.jsonl"),
