@@ -53,7 +53,7 @@ def test_soak(new_run: NewRun, capsys: pytest.CaptureFixture[str]) -> None:
     happened: Counter[str] = Counter()
     seed = lost = repeated = leaked = 0
     lost_s = 0.0
-    while time.monotonic() - start < 60 * MINUTES:
+    while not seed or time.monotonic() - start < 60 * MINUTES:
         seed, began = seed + 1, time.monotonic()
         run = new_run(soak_config(f"soak-{seed}"))
         happened += hurt_until_done(run, Random(seed))
