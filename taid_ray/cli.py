@@ -6,6 +6,7 @@ Exit code 0: done, 2: what the user can put right (one message), 130: Ctrl-C, 14
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -18,6 +19,8 @@ from rich.console import Console
 from taid_ray.config import DistillConfig, load_config
 from taid_ray.errors import ConfigError, TaidRayError
 
+ATTEMPT_THREAD = "taid-attempt"
+"""Of `attempts`, which is not imported here because it takes seconds."""
 STOPPED = (130, 143)
 """Exit codes after Ctrl-C and SIGTERM."""
 
@@ -172,6 +175,11 @@ def guarded(command: Callable[..., Any]) -> None:
         if code not in STOPPED:
             raise
         print("interrupted", file=sys.stderr)
+        if any(thread.name == ATTEMPT_THREAD for thread in threading.enumerate()):
+            # Ended without waiting for the workers: that thread still waits inside Ray, and crashes with the interpreter.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(int(code))
         raise SystemExit(code) from None
 
 
