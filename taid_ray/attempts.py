@@ -51,7 +51,7 @@ class Signals:
 
 
 @contextmanager
-def stop_signals(view: ProgressView) -> Iterator[Signals]:
+def stop_signals() -> Iterator[Signals]:
     """Takes Ctrl-C and SIGTERM as a wish to stop, which `run_attempts` fulfils; a second one as the wish to stop at once."""
     found = Signals()
     if threading.current_thread() is not threading.main_thread():

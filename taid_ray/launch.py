@@ -86,7 +86,7 @@ def run_on_cluster(config: DistillConfig, plan: Plan, demand: Demand, run: Run, 
         announced(config.run_dir, pool),
         followed(scheduler, plan, view) as progress,
         tempfile.TemporaryDirectory(prefix=".ray-train-", dir=config.run_dir) as scratch,
-        stop_signals(view) as signals,
+        stop_signals() as signals,
     ):
 
         def fit(workers: int, restarts: int) -> Any:

@@ -65,9 +65,7 @@ class MetricLog:
         """
         kept = _lines_until(path, last_step)
         # In a new file: a rank 0 that everybody thinks dead, and that writes once more, then writes to the old one.
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(path)
+        replace_text(path, "".join(kept))
         self._path, self._file = path, path.open("a", encoding="utf-8")
 
     def write(self, metrics: StepMetrics) -> None:
@@ -110,9 +108,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    """As `replace_text`."""
+    replace_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
     """Writes through a temporary file, so that a reader never sees half of it."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 

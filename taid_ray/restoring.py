@@ -24,15 +24,18 @@ from taid_ray.world import World
 class Restored:
     """A checkpoint that was read, its tensors spread over the ranks."""
 
-    def __init__(self, name: str, older: list[str], state: RunState, readers: dict[str, int], own: dict[str, Tensor]):
+    def __init__(
+        self,
+        name: str,
+        older: list[str],
+        state: RunState,
+        readers: dict[str, int],
+        own: dict[str, Tensor],
+        world: World,
+    ):
         """older: the checkpoints before it. readers: which rank has read each tensor."""
         self.name, self.older, self.state = name, older, state
-        self._readers, self._own = readers, own
-        self._world = World()
-
-    def on(self, world: World) -> "Restored":
-        self._world = world
-        return self
+        self._readers, self._own, self._world = readers, own, world
 
     def tensor(self, key: str, shape: torch.Size) -> Tensor:
         """The float32 tensor `key`, on every rank's CPU. Collective.
@@ -64,7 +67,7 @@ def restore(store: CheckpointStore, world: World, note: Callable[[str], None]) -
     damaged = ""
     for number, name in enumerate(names):
         try:
-            return _read(store, name, names[number + 1 :], world).on(world)
+            return _read(store, name, names[number + 1 :], world)
         except TornError as error:
             if world.is_main:
                 note(f"the checkpoint of step {step_of(name)} was not written to its end; it is passed over ({error})")
@@ -97,7 +100,7 @@ def _read(store: CheckpointStore, name: str, older: list[str], world: World) -> 
     (problems,) = world.sum([float(problem is not None)])
     if problems:
         raise DamagedError(str(problem or "another worker found it damaged"))
-    return Restored(name, older, state, readers, own)
+    return Restored(name, older, state, readers, own, world)
 
 
 def _shared_state(store: CheckpointStore, name: str, world: World) -> tuple[Index, RunState]:

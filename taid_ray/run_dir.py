@@ -17,7 +17,7 @@ import yaml
 
 from taid_ray.config import DistillConfig, load_config
 from taid_ray.errors import ConfigError, TaidRayError
-from taid_ray.metrics import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, write_json
+from taid_ray.metrics import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, replace_text, write_json
 
 RUN_FILE, LOCK_FILE = "run.json", ".lock"
 
@@ -165,9 +165,7 @@ def write_config(config: DistillConfig) -> None:
     """Makes the run directory and leaves the resolved configuration in it."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    temporary = config.run_dir / f"{CONFIG_FILE}.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(config.run_dir / CONFIG_FILE)
+    replace_text(config.run_dir / CONFIG_FILE, text)
 
 
 @contextmanager
