@@ -33,7 +33,7 @@ POLL_S = 0.5
 
 
 class Saver:
-    """Saves one run's checkpoints, on one rank. `save` and `finish` are collective."""
+    """Saves one run's checkpoints, on one rank. `save`, `settle` and `finish` are collective."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Saver:
         tensors: name, and the tensor on the CPU where it is this rank's to write. best: name of the checkpoint to keep,
         however old it is. Raises CheckpointError, on every rank, after MOST_FAILURES in a row.
         """
-        self._settle()
+        self.settle()
         if self._failures >= MOST_FAILURES:
             raise CheckpointError(
                 f"no checkpoint could be written {self._failures} times in a row, the last one after step {self._step}; see "
@@ -88,16 +88,12 @@ class Saver:
 
     def finish(self) -> None:
         """Waits until the last checkpoint is written. Raises CheckpointError, on every rank, if it could not be."""
-        self._settle()
+        self.settle()
         if self._failures:
             raise CheckpointError(
                 f"the checkpoint of step {self._step} could not be written; see the message before; "
                 "the run resumes from an older one"
             )
-
-    def finish_quietly(self) -> None:
-        """As `finish`, where the checkpoint does not matter any more."""
-        self._settle()
 
     def last_good(self) -> str:
         """Where the run could go on from, in words."""
@@ -107,7 +103,7 @@ class Saver:
             f"The last good checkpoint is of step {step_of(self._kept[-1])}: {self._store.location}/{self._kept[-1]}."
         )
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Waits for the checkpoint that is being written, and counts it if any rank failed to write its part."""
         if self._thread is None:
             return
@@ -137,7 +133,7 @@ class Saver:
         start = time.monotonic()
         try:
             num_bytes = self._write_own(name, state, own)
-        except Exception as error:  # reported by `_settle`, on every rank
+        except Exception as error:  # reported by `settle`, on every rank
             self._note(f"the checkpoint of step {step_of(name)} could not be written, training goes on: {error}")
             self._written.set_exception(error)
             return

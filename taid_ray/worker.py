@@ -114,7 +114,7 @@ def run_worker(job: Job) -> dict[str, Any] | None:
     else:
         between.validate(plan.total_steps)
         note("saving the model")
-        saver.finish_quietly()
+        saver.settle()
         student.save(config.run_dir / "model")
         (teacher_tokens,) = world.sum([teacher.tokens])
         outcome = record.summary(
@@ -157,7 +157,7 @@ def suspects_named(
     try:
         yield
     except NonFiniteLossError as error:  # which all ranks raise after the same step
-        saver.finish_quietly()  # what is being written may be the last good one
+        saver.settle()  # what is being written may be the last good one
         found = world.gather((scheduler.sums_are_finite, stream.documents))
         # A loss that is not finite is some ranks'; gradients are everybody's.
         guilty = [documents for finite, documents in found if not finite] or [documents for _, documents in found]

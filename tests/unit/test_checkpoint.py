@@ -309,7 +309,7 @@ def test_failures_that_do_not_follow_one_another_end_nothing(disk: Path, saver: 
     for step in range(1, 3 * MOST_FAILURES):
         ballast = fill(disk) if step % 3 else None
         save(one, step)
-        one.finish_quietly()
+        one.settle()
         if ballast:
             ballast.unlink()
     assert sum("could not be written" in note for note in notes) == 6
