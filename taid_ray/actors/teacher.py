@@ -140,6 +140,8 @@ class TeacherReplica:
             self._model = await self._load(config, num_shared, device_kind)
             if lease is not None:
                 _check_same(await lease.register.remote(self._model.info()), self._model.info())
+        except RayActorError:  # a shard was killed: Serve starts the replica again
+            raise
         except Exception as error:
             failure = _startup_failure(error)
             if lease is not None:
@@ -296,7 +298,9 @@ def teacher_app(
         health_check_timeout_s=30,
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=DRAIN_S,
-        max_constructor_retry_count=1,
+        # For processes that are killed while they load; Serve tries three times per replica at most. A model that cannot
+        # be loaded ends the run before that, through the lease.
+        max_constructor_retry_count=100,
         logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
     )(TeacherReplica)
     return deployment.bind(config, num_shared, device_kind, app_name, actor)
