@@ -13,7 +13,7 @@ from taid_ray.checkpoint import RunState
 from taid_ray.config import DistillConfig
 from taid_ray.data import Cursor
 from taid_ray.evaluate import evaluate
-from taid_ray.metrics import MetricLog, StepMetrics
+from taid_ray.metrics import VALIDATION_FILE, MetricLog, StepMetrics, write_lines
 from taid_ray.models import Head
 from taid_ray.preflight import Plan
 from taid_ray.record import Record
@@ -48,6 +48,7 @@ class BetweenSteps:
         self._student, self._teacher, self._teacher_head, self._held_out = student, teacher, teacher_head, held_out
         self._record, self._saver, self._log, self._scheduler = record, saver, log, scheduler
         self._leaving = LeaveNotice()
+        self._leave_validations()  # those of earlier attempts
 
     def request(self, step: int) -> int:
         """What this rank wants to follow the step that is under way."""
@@ -82,6 +83,14 @@ class BetweenSteps:
         )
         self._note(f"validation: cross-entropy {found.cross_entropy:.4f}, KL to the teacher {found.kl:.4f}")
         self._record.validations[step] = found
+        self._leave_validations()
+
+    def _leave_validations(self) -> None:
+        """In RUN/validation.jsonl, and with the driver."""
+        if self._world.is_main:
+            lines = self._record.validation_lines()
+            write_lines(self._config.run_dir / VALIDATION_FILE, lines)
+            self._scheduler.publish_validations(lines)
 
     def _is_validated(self, step: int) -> bool:
         every = self._config.train.eval_every

@@ -5,6 +5,7 @@ Exit code 0: done, 2: what the user can put right (one message), 130: Ctrl-C, 14
 
 import os
 import re
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -161,6 +162,7 @@ def named_as_arguments() -> Iterator[None]:
 
 def main() -> None:
     """Entry point of the console script: one message for what a user can put right, a traceback for our own mistakes."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     guarded(app)
 
 

@@ -1,7 +1,10 @@
 """The Ray cluster of a run: joined if there is one, else a local one that ends with the run; and whether the run fits."""
 
 import os
+import signal
 import socket
+import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,12 +40,19 @@ def ray_cluster() -> Iterator[None]:
         )
         # Ray's own helpers look for a cluster by this variable; a second cluster on this machine would confuse them.
         os.environ["RAY_ADDRESS"] = context.address_info["gcs_address"]
+    _end_by_sigterm()
     try:
         yield
     finally:
         ray.shutdown()
         if not joins:
             os.environ.pop("RAY_ADDRESS", None)
+
+
+def _end_by_sigterm() -> None:
+    """As Ray's own handler, which it has just set, but with the exit code that a shell and a cluster expect."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 def join_cluster(address: str) -> None:

@@ -3,6 +3,8 @@
 import math
 import os
 import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,10 @@ from typing import Any
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from rich.console import Console
 
 from taid_ray.actors.live import announced
-from taid_ray.attempts import run_attempts, stop_signals
+from taid_ray.attempts import Signals, run_attempts, stop_signals
 from taid_ray.cluster import (
     Demand,
     capacity_note,
@@ -28,7 +31,7 @@ from taid_ray.hub import connection_restored
 from taid_ray.preflight import Job, Plan, notes, prepare
 from taid_ray.progress import ProgressView
 from taid_ray.run_dir import Run, check_run_dir, read_summary, run_directory, with_absolute_paths
-from taid_ray.supervise import followed, scheduler_actor, teacher_pool
+from taid_ray.supervise import followed, scheduler_actor, shared_pool, teacher_pool
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,23 @@ class RunResult:
         return self.path / "model"
 
 
+@dataclass(frozen=True)
+class Surroundings:
+    """What a run finds there already, because it is one of many."""
+
+    console: Console | None = None
+    """Where it says what it does, instead of the terminal."""
+    pool: Callable[[DistillConfig, Plan], str | None] | None = None
+    """Names the teacher pool that the run may use; None: it needs one of its own."""
+    signals: Signals | None = None
+    """Of somebody who wants it to stop, instead of this process's."""
+    on_validation: Callable[[dict[str, Any]], None] | None = None
+    """See supervise.followed."""
+
+
+ALONE = Surroundings()
+
+
 def distill(config: DistillConfig) -> RunResult:
     """Distils `config.teacher` into `config.student` on Ray and returns when the run directory is complete.
 
@@ -53,10 +73,15 @@ def distill(config: DistillConfig) -> RunResult:
     Joins the Ray cluster this process is connected to or RAY_ADDRESS names; else starts a local one and stops it.
     Raises a TaidRayError for everything a user can put right.
     """
+    return distill_among(config, ALONE)
+
+
+def distill_among(config: DistillConfig, around: Surroundings) -> RunResult:
+    """`distill` for a run that may be one of many."""
     config = with_absolute_paths(config)
     if check_run_dir(config) == "finished":
         return RunResult(config.run_dir, read_summary(config.run_dir))
-    with connection_restored(), ProgressView() as view:
+    with connection_restored(), ProgressView(around.console) as view:
         view.say("checking models and data")
         plan = prepare(config)
         for note in notes(config, plan):
@@ -74,19 +99,25 @@ def distill(config: DistillConfig) -> RunResult:
                 check_object_store(plan.payload_bytes, config.teacher, demand.max_workers)
             if room := capacity_note(demand):
                 view.say(f"note: {room}")
-            summary = run_on_cluster(config, plan, demand, run, view)
+            summary = run_on_cluster(config, plan, demand, run, view, around)
     return RunResult(config.run_dir, summary)
 
 
-def run_on_cluster(config: DistillConfig, plan: Plan, demand: Demand, run: Run, view: ProgressView) -> dict[str, Any]:
+def run_on_cluster(
+    config: DistillConfig, plan: Plan, demand: Demand, run: Run, view: ProgressView, around: Surroundings
+) -> dict[str, Any]:
     """Starts scheduler, teacher pool and student workers side by side; the workers wait for the pool, which outlives them."""
+    shared = around.pool(config, plan) if around.pool else None
     with (
+        # First, so that taking everything down is not interrupted halfway.
+        nullcontext(around.signals) if around.signals else stop_signals() as signals,
         scheduler_actor(config, plan, f"taid-scheduler-{run.id}") as scheduler,
-        teacher_pool(config, plan, demand, f"taid-teacher-{run.id}", scheduler, view) as pool,
-        announced(config.run_dir, pool),
-        followed(scheduler, plan, view) as progress,
+        shared_pool(shared, scheduler.set_pool)
+        if shared
+        else teacher_pool(config, plan, demand, f"taid-teacher-{run.id}", scheduler.set_pool, view) as pool,
+        nullcontext() if shared else announced(config.run_dir, pool),
+        followed(scheduler, plan, view, around.on_validation) as progress,
         tempfile.TemporaryDirectory(prefix=".ray-train-", dir=config.run_dir) as scratch,
-        stop_signals() as signals,
     ):
 
         def fit(workers: int, restarts: int) -> Any:

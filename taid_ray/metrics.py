@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from taid_ray.errors import CheckpointError, ClusterError
 
 CONFIG_FILE, METRICS_FILE, SUMMARY_FILE = "config.yaml", "metrics.jsonl", "summary.json"
+VALIDATION_FILE = "validation.jsonl"
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,13 @@ def _lines_until(path: Path, last_step: int) -> list[str]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All lines of a metrics.jsonl."""
+    """All lines of a metrics.jsonl or validation.jsonl."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """One JSON object per line; as `replace_text`."""
+    replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

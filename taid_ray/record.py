@@ -47,7 +47,7 @@ class Record:
         """What a checkpoint keeps. teacher_tokens: of this attempt, over all ranks."""
         return {
             "payload_error": self.payload_error,
-            "validations": self._validations(),
+            "validations": self.validation_lines(),
             "tokens": self.tokens,
             "payload_bytes": self.payload_bytes,
             "teacher_tokens": self.teacher_tokens + teacher_tokens,
@@ -97,5 +97,6 @@ class Record:
             "restarts": restarts,
         }
 
-    def _validations(self) -> list[dict[str, Any]]:
+    def validation_lines(self) -> list[dict[str, Any]]:
+        """In the order of their steps; what validation.jsonl holds."""
         return [{"step": step} | asdict(found) for step, found in sorted(self.validations.items())]

@@ -1,7 +1,7 @@
 """What the driver does beside waiting: keeping the teacher pool, and telling the terminal what the workers do."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -46,13 +46,18 @@ def effective_schedule(config: DistillConfig) -> ScheduleConfig:
 
 @contextmanager
 def teacher_pool(
-    config: DistillConfig, plan: Plan, demand: Demand, name: str, scheduler: SchedulerOwner, view: ProgressView
+    config: DistillConfig,
+    plan: Plan,
+    demand: Demand,
+    name: str,
+    tell: Callable[[Exception | None], None],
+    view: ProgressView,
 ) -> Iterator[str]:
     """Starts the teacher pool in the background, keeps its lease, and removes it at the end.
 
-    The scheduler actor tells the workers when the pool is up, or why it is not.
+    tell: called, every few seconds, once the pool is up (None), or with why it is not.
     """
-    if config.teacher.mode == "local":
+    if config.teacher.mode != "pool":
         yield name
         return
     up_to = f" (up to {demand.max_replicas})" if demand.max_replicas > demand.replicas else ""
@@ -82,9 +87,9 @@ def teacher_pool(
             # Whatever went wrong, the workers wait for word of it; this one may not even pickle.
             error = TeacherError(f"the teacher pool could not be started: {type(problem).__name__}: {problem}")
         watch = PoolWatch(name)
-        scheduler.set_pool(error)
+        tell(error)
         while not over.wait(RETELL_S):
-            scheduler.set_pool(error)  # again and again, because a restarted scheduler actor has forgotten it
+            tell(error)  # again and again, because a restarted scheduler actor has forgotten it
             if error is None:
                 _show_news(watch, view)
 
@@ -100,6 +105,23 @@ def teacher_pool(
         for stop in stop_renewing:
             stop()
         stop_pool(name)
+
+
+@contextmanager
+def shared_pool(name: str, tell: Callable[[Exception | None], None]) -> Iterator[str]:
+    """A teacher pool that is up already, and that somebody else keeps and removes. tell: as for `teacher_pool`."""
+    over = threading.Event()
+
+    def retell() -> None:
+        tell(None)
+        while not over.wait(RETELL_S):
+            tell(None)
+
+    threading.Thread(target=retell, name="taid-tell-pool", daemon=True).start()
+    try:
+        yield name
+    finally:
+        over.set()
 
 
 def _show_news(watch: PoolWatch, view: ProgressView) -> None:
@@ -119,15 +141,23 @@ class Followed:
 
 
 @contextmanager
-def followed(scheduler: SchedulerOwner, plan: Plan, view: ProgressView) -> Iterator[Followed]:
-    """Shows on the terminal what the scheduler actor hears from the workers."""
+def followed(
+    scheduler: SchedulerOwner,
+    plan: Plan,
+    view: ProgressView,
+    on_validation: Callable[[dict[str, Any]], None] | None = None,
+) -> Iterator[Followed]:
+    """Shows on the terminal what the scheduler actor hears from the workers.
+
+    on_validation: called, in a thread, with the figures of each validation once, those of earlier attempts included.
+    """
     done, found = threading.Event(), Followed()
 
     def follow() -> None:
-        seen, shown, last = 0, 0, False
+        seen, shown, validated, last = 0, 0, -1, False
         while not last:
             last = done.wait(POLL_S)  # once more after the end, for what was said last
-            notes, metrics = scheduler.progress(seen)
+            notes, metrics, validations = scheduler.progress(seen)
             seen += len(notes)
             if metrics and metrics["step"] != shown:
                 shown = metrics["step"]
@@ -135,6 +165,10 @@ def followed(scheduler: SchedulerOwner, plan: Plan, view: ProgressView) -> Itera
                 view.step(metrics, plan.total_steps)
             for note in notes:
                 view.say(note)
+            for figures in validations:
+                if on_validation is not None and figures["step"] > validated:
+                    validated = figures["step"]
+                    on_validation(figures)
 
     thread = threading.Thread(target=follow, name="taid-follow", daemon=True)
     thread.start()

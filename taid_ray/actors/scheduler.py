@@ -53,6 +53,7 @@ class SchedulerActor:
         self._notes: list[str] = []
         self._first_note = 0
         self._metrics: dict[str, Any] = {}
+        self._validations: list[dict[str, Any]] = []
         self._packed: tuple[StepResult, bytes] | None = None
         self._pool: tuple[bool, Exception | None] = (False, None)
 
@@ -116,11 +117,15 @@ class SchedulerActor:
         """Rank 0 gives the newest line of metrics, for the driver's progress bar."""
         self._metrics = metrics
 
-    async def progress(self, notes_seen: int) -> tuple[list[str], dict[str, Any]]:
-        """New notes since the first `notes_seen`, and the newest metrics."""
+    async def publish_validations(self, validations: list[dict[str, Any]]) -> None:
+        """Rank 0 gives all validations so far."""
+        self._validations = validations
+
+    async def progress(self, notes_seen: int) -> tuple[list[str], dict[str, Any], list[dict[str, Any]]]:
+        """New notes since the first `notes_seen`, the newest metrics, and all validations."""
         if notes_seen > self._first_note + len(self._notes):
             self._first_note = notes_seen  # this actor was restarted: its notes follow those the driver has
-        return self._notes[max(0, notes_seen - self._first_note) :], self._metrics
+        return self._notes[max(0, notes_seen - self._first_note) :], self._metrics, self._validations
 
     async def ask(self, request: int) -> None:
         """The driver asks the workers for something after the step that is under way; see aggregate.SAVE, STOP."""
@@ -177,12 +182,15 @@ class SchedulerOwner:
         """Tells the workers that the teacher pool is up, or why it is not. A restarted actor must be told again."""
         self.actor.set_pool.remote(error)
 
-    def progress(self, notes_seen: int) -> tuple[list[str], dict[str, Any]]:
-        """Notes after the first `notes_seen`, and the newest metrics; nothing while the actor is being restarted."""
+    def progress(self, notes_seen: int) -> tuple[list[str], dict[str, Any], list[dict[str, Any]]]:
+        """Notes after the first `notes_seen`, the newest metrics, and all validations that this actor was told of.
+
+        Nothing while it is being restarted.
+        """
         try:
             return ray.get(self.actor.progress.remote(notes_seen), timeout=10)
         except RayError:
-            return [], {}
+            return [], {}, []
 
     def close(self) -> None:
         ray.kill(self.actor, no_restart=True)
@@ -252,6 +260,9 @@ class SchedulerClient:
 
     def publish(self, metrics: dict[str, Any]) -> None:
         self._actor.publish.remote(metrics)
+
+    def publish_validations(self, validations: list[dict[str, Any]]) -> None:
+        self._actor.publish_validations.remote(validations)
 
     def close(self) -> None:
         self._closed.set()

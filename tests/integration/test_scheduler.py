@@ -275,20 +275,22 @@ def test_notes_and_metrics_reach_the_driver_across_a_restart(actor: Any) -> None
     def say(note: str) -> None:
         ray.get(actor.note.remote(note), timeout=ANSWER_S)
 
-    def progress(seen: int) -> tuple[list[str], dict[str, Any]]:
-        found: tuple[list[str], dict[str, Any]] = ray.get(actor.progress.remote(seen), timeout=ANSWER_S)
+    def progress(seen: int) -> tuple[list[str], dict[str, Any], list[dict[str, Any]]]:
+        found: tuple[list[str], dict[str, Any], list[dict[str, Any]]]
+        found = ray.get(actor.progress.remote(seen), timeout=ANSWER_S)
         return found
 
     client = SchedulerClient(actor, 0, ANSWER_S)
     client.note("one")
     client.publish({"step": 3})
+    client.publish_validations([{"step": 0}])
     until_it_has_arrived(actor)
     say("two")
-    assert progress(0) == (["one", "two"], {"step": 3})
-    assert progress(1) == (["two"], {"step": 3})
+    assert progress(0) == (["one", "two"], {"step": 3}, [{"step": 0}])
+    assert progress(1) == (["two"], {"step": 3}, [{"step": 0}])
     kill(actor)
     until_it_is_back(actor)
-    assert progress(2) == ([], {})
+    assert progress(2) == ([], {}, [])
     say("three")
     assert progress(2)[0] == ["three"]
     say("four")
