@@ -11,7 +11,7 @@ from ray import serve
 from ray.actor import ActorHandle
 from ray.exceptions import ActorAlreadyExistsError, RayError
 from ray.serve.exceptions import RayServeException
-from ray.serve.schema import ApplicationStatus
+from ray.serve.schema import ApplicationStatus, DeploymentStatusTrigger
 
 from taid_ray.actors.client import replica_states
 from taid_ray.actors.lease import LEASE_S, create_lease, end_lease, find_lease
@@ -135,7 +135,9 @@ def _wait_until_running(
         if app is not None and app.status == ApplicationStatus.RUNNING:
             return
         message = deployment.message if deployment else ""
-        if app is not None and app.status == ApplicationStatus.DEPLOY_FAILED:
+        # A replica that ran already and was lost is replaced, although Serve calls that a failed deployment meanwhile.
+        replaced = deployment is not None and deployment.status_trigger == DeploymentStatusTrigger.HEALTH_CHECK_FAILED
+        if app is not None and app.status == ApplicationStatus.DEPLOY_FAILED and not replaced:
             raise TeacherError(
                 f"the teacher pool {app_name} failed to start: {message or app.message}; {WHERE_TO_LOOK}"
             )

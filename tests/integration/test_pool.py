@@ -15,7 +15,7 @@ import ray
 import torch
 from ray import serve
 
-from taid_ray.actors.client import PoolTeacher
+from taid_ray.actors.client import PoolTeacher, replica_states
 from taid_ray.actors.lease import find_lease, keep_lease
 from taid_ray.actors.pool import start_pool, stop_pool
 from taid_ray.actors.teacher import AlreadyHereError, Answer, Question
@@ -274,19 +274,27 @@ def test_a_model_that_cannot_be_loaded_is_reported_at_once(ray_cluster: str, tea
     assert "bad" not in serve.status().applications and find_lease("bad") is None
 
 
-@pytest.mark.parametrize("title", ["ServeReplica:young:teacher", "TeacherShard.load"])
-def test_a_process_that_is_killed_while_it_loads_is_started_again(
-    title: str, ray_cluster: str, teacher_dir: Path
+@pytest.mark.parametrize(
+    ("title", "replicas", "shards", "after"),
+    [("ServeReplica:young:teacher", 1, 2, 0), ("TeacherShard.load", 1, 2, 0), ("ServeReplica:young:teacher", 2, 1, 1)],
+    ids=["leader that loads", "shard that loads", "replica that is ready while the other one loads"],
+)
+def test_a_process_that_is_killed_while_the_pool_starts_is_started_again(
+    title: str, replicas: int, shards: int, after: int, ray_cluster: str, teacher_dir: Path
 ) -> None:
+    """after: so many replicas are ready when it is killed."""
     with ThreadPoolExecutor() as threads:
-        young = config(teacher_dir, shards=2, payload="hidden")
+        young = config(teacher_dir, replicas=replicas, shards=shards, payload="hidden")
         started = threads.submit(start_pool, young, SHARED, "cpu", "young", use_role_resources=True)
-        while not (victims := processes(title)):
+        while not (victims := processes(title)) or (after and replica_states("young").get("RUNNING", 0) < after):
             assert not started.done()
             time.sleep(0.02)
         victims[0].kill()
         try:
             assert started.result(timeout=120).fingerprint
-            assert len(processes("ServeReplica:young:teacher")) == 1
+            deadline = time.monotonic() + 60
+            while len(processes("ServeReplica:young:teacher")) != replicas:
+                assert time.monotonic() < deadline
+                time.sleep(0.5)
         finally:
             stop_pool("young")
