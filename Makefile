@@ -3,11 +3,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BENCH_STAMP := $(VENV)/.installed-bench
-BENCHMARKS := loss payload overlap scheduler step scale_out
+BENCHMARKS := loss payload overlap scheduler step scale_out tune
 LOG := $(VENV)/install.log
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test soak lint bench clean
+.PHONY: help install quickstart test soak lint bench bench-tune clean
 
 help:
 	@echo "make install     create $(VENV) and install taid-ray with its development tools"
@@ -16,6 +16,7 @@ help:
 	@echo "make soak        kills parts of runs at random for MINUTES=10, and counts what is lost"
 	@echo "make lint        ruff and mypy"
 	@echo "make bench       all benchmarks, or one: make bench ONLY=loss (see benchmarks/README.md)"
+	@echo "make bench-tune  what a search costs beside one run (some minutes)"
 	@echo "make clean       remove $(VENV) and caches (runs/ stays)"
 
 # `$(WATCH) command` runs the command into the log and says every 3 s how far it is, so that the terminal never falls
@@ -58,6 +59,9 @@ bench: $(BENCH_STAMP)
 	@failed=; for name in $(or $(ONLY),$(BENCHMARKS)); do echo "== $$name"; \
 	$(BIN)/python -m benchmarks.$$name || failed="$$failed $$name"; done; \
 	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+
+bench-tune: install
+	$(BIN)/python -m benchmarks.tune
 
 $(BENCH_STAMP): $(STAMP)
 	@echo "Installing what the benchmarks compare with ..."

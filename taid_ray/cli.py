@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 
 from taid_ray.config import DistillConfig, load_config
-from taid_ray.errors import ConfigError, TaidRayError
+from taid_ray.errors import ClusterError, ConfigError, TaidRayError
 
 ATTEMPT_THREAD = "taid-attempt"
 """Of `attempts`, which is not imported here because it takes seconds."""
@@ -73,6 +73,43 @@ def quickstart(overrides: Overrides = None, out: Out = None) -> None:
     config = quickstart_config(overrides or [], out)
     run(config)
     show_samples(config, Console())
+
+
+@app.command()
+def tune(
+    config: Annotated[Path, typer.Argument(help="YAML configuration that all trials start from.")],
+    space: Annotated[Path, typer.Option(help="YAML search space, for example tune_spaces/taid.yaml.")],
+    overrides: Overrides = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="How many trials, instead of the space's number.")] = None,
+    max_concurrent: Annotated[
+        int | None, typer.Option(min=1, help="Trials at a time (default: as many as the cluster has room for).")
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="The search's directory (default: runs/NAME-search).")] = None,
+    share_outputs: Annotated[
+        bool, typer.Option(help="Let the teacher compute each sample once for all trials.")
+    ] = True,
+) -> None:
+    """Search alpha, beta, t_start or any other keys: many students, one teacher.
+
+    The same command goes on with a search that was interrupted."""
+    from taid_ray.space import load_space
+
+    base = load_config(config, overrides or [])
+    wanted = load_space(space, {} if trials is None else {"trials": trials})
+    console = Console()
+    console.print("loading Ray, torch and transformers", highlight=False)
+    from taid_ray.search_notes import notes
+    from taid_ray.search_report import trials_table
+    from taid_ray.tune import search
+
+    result = search(base, wanted, out, max_concurrent, share_outputs)
+    console.print(trials_table(result.search))
+    for note in notes(result.search):
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    console.print(f"search directory: {result.path}", soft_wrap=True, highlight=False)
+    if result.best is None:
+        raise ClusterError(f"no trial finished; {result.path}/trials/*.error and *.log say why")
+    console.print("  report.html  best.yaml (for taid-ray train)  trials/NAME/ (runs)", highlight=False)
 
 
 @app.command("eval")

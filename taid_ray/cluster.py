@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray._private.state import state  # nodes about to leave are not to be had in public
+from ray._private.state import available_resources_per_node, state  # neither this nor nodes about to leave in public
 
 from taid_ray.config import DistillConfig, TeacherConfig
 from taid_ray.errors import ClusterError
@@ -173,6 +173,22 @@ def workers_now(demand: Demand) -> int:
     alive = _alive([node for node in ray.nodes() if node["NodeID"] not in leaving])
     room = workers_beside(alive, demand.replica_resources(), demand.worker_resources(), demand.replicas)
     return next(workers for workers in reversed(room) if workers >= 0)
+
+
+def room_for_trials(demand: Demand, own_teachers: bool) -> int:
+    """How many runs as this one the cluster has room for now, beside everything else that is on it.
+
+    own_teachers: every run has replicas of its own; else they share a pool that is up already.
+    """
+    free = list(available_resources_per_node().values())
+    replicas = demand.replicas if own_teachers else 0
+    count = 0
+    while True:
+        more = count + 1
+        room = workers_beside(free, demand.replica_resources(), demand.worker_resources(), more * replicas)
+        if room[-1] < more * demand.workers:
+            return count
+        count = more
 
 
 def check_scale(demand: Demand, replicas: int, nodes: list[dict[str, Any]] | None = None) -> None:

@@ -44,6 +44,14 @@ def _name(value: str) -> str:
     return value
 
 
+def _home_checked(path: str | None) -> str | None:
+    try:
+        Path(path or "").expanduser()
+    except RuntimeError:
+        raise ValueError("there is no such home directory; write the path without '~'") from None
+    return path
+
+
 Name = Annotated[str, AfterValidator(_name)]
 Int = Annotated[int, BeforeValidator(_number)]
 Float = Annotated[float, BeforeValidator(_number)]
@@ -130,8 +138,9 @@ class TeacherConfig(Section):
     """Attention implementation of the teacher; the flash ones need the package flash-attn and a GPU."""
     trust_remote_code: bool = False
     """Run Python code that ships with the teacher's checkpoint."""
-    mode: Literal["pool", "local"] = "pool"
-    """`pool`: Ray actors of its own. `local`: inside every student worker (small teachers, debugging)."""
+    mode: Literal["pool", "local", "cache"] = "pool"
+    """`pool`: Ray actors of its own. `local`: inside every student worker (small teachers, debugging). `cache`: no teacher at
+    all, only what `taid-ray cache warm` left in `cache.directory`."""
     replicas: Range = Range(min=1, max=1)
     """Whole copies of the teacher in the pool: a number, or `{min: 1, max: 4}` to follow the load: the pool starts with
     the fewest, adds some while requests queue up, and drops them when they are idle."""
@@ -327,8 +336,9 @@ class LossConfig(Section):
 
 
 class ScheduleConfig(Section):
-    mode: Literal["adaptive", "linear", "constant"] = "adaptive"
-    """`adaptive`: the paper's rule. `linear`: from t_start towards t_end. `constant`: t stays t_start."""
+    mode: Literal["adaptive", "normalised", "linear", "constant"] = "adaptive"
+    """`adaptive`: the paper's rule. `normalised`: the same with the loss's fall divided by its running size, so that fast and
+    slow learning really differ. `linear`: from t_start towards t_end. `constant`: t stays t_start."""
     t_start: Unit = 0.4
     """Interpolation at the first step (the paper: 0.4 for Phi-3, 0.2 for its other pairs)."""
     t_end: Unit = 1.0
@@ -337,6 +347,8 @@ class ScheduleConfig(Section):
     """Step size of the adaptive rule. What matters is alpha times the number of steps."""
     beta: Unit = 0.99
     """Momentum of the adaptive rule."""
+    gain: Positive = 10.0
+    """How sharply mode `normalised` tells fast learning from slow."""
     signal: Literal["cross_entropy", "kl"] = "cross_entropy"
     """What the adaptive rule watches: `cross_entropy` as the published code, `kl` as the paper."""
 
@@ -344,7 +356,11 @@ class ScheduleConfig(Section):
     def _range(self) -> "ScheduleConfig":
         if self.t_start > self.t_end:
             raise ValueError(f"schedule.t_start = {self.t_start} is above schedule.t_end = {self.t_end}; lower t_start")
-        if self.signal == "kl" and self.mode == "adaptive" and self.t_start == 0:
+        if self.gain != ScheduleConfig.model_fields["gain"].default and self.mode != "normalised":
+            raise ValueError(
+                f"schedule.gain only goes with mode: normalised (found {self.gain}, mode: {self.mode}); remove it"
+            )
+        if self.signal == "kl" and self.mode in ("adaptive", "normalised") and self.t_start == 0:
             raise ValueError(
                 "schedule.signal: kl needs schedule.t_start > 0, because at t = 0 the first KL is exactly 0"
             )
@@ -401,6 +417,28 @@ class CheckpointConfig(Section):
     its own in it. Default: RUN/checkpoints."""
 
 
+class CacheConfig(Section):
+    """Teacher outputs that are kept, for later epochs, for other trials of a search, and for later runs."""
+
+    directory: Name | None = None
+    """Directory that keeps the teacher's outputs: one that all nodes see, or a local one of each node."""
+    disk_gib: Positive = 50.0
+    """Size (GiB) that the directory's samples never exceed; those not used for longest make room."""
+    memory_gib: NonNegative = 0.0
+    """Memory (GiB) of each node, in /dev/shm, that keeps outputs while a run uses them; 0: none."""
+
+    @property
+    def on(self) -> bool:
+        return self.directory is not None or self.memory_gib > 0
+
+    @field_validator("directory")
+    @classmethod
+    def _directory(cls, value: str | None) -> str | None:
+        if value is not None and "://" in value:
+            raise ValueError("remote storage is not offered; name a directory")
+        return _home_checked(value)
+
+
 class DistillConfig(Section):
     """Everything that defines one distillation run."""
 
@@ -417,6 +455,7 @@ class DistillConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
+    cache: CacheConfig = CacheConfig()
 
     @field_validator("name")
     @classmethod
@@ -434,11 +473,7 @@ class DistillConfig(Section):
             raise ValueError(
                 "remote storage is not offered yet; name a directory on a file system that every node sees"
             )
-        try:
-            Path(value or "").expanduser()
-        except RuntimeError:
-            raise ValueError("there is no such home directory; write the path without '~'") from None
-        return value
+        return _home_checked(value)
 
     @model_validator(mode="after")
     def _fits_together(self) -> "DistillConfig":
@@ -446,6 +481,11 @@ class DistillConfig(Section):
             raise ValueError(
                 f"teacher.mode: local has one replica and one shard (found replicas: {self.teacher.replicas.max}, "
                 f"shards: {self.teacher.shards}); set teacher.mode: pool"
+            )
+        if self.teacher.mode == "cache" and self.cache.directory is None:
+            raise ValueError(
+                "teacher.mode: cache reads what `taid-ray cache warm` left in cache.directory, and that is not set; set it, or "
+                "set teacher.mode: pool"
             )
         if self.data.streaming and self.train.epochs is not None:
             raise ValueError("train.epochs needs the length of the data, which a stream has not; set train.steps")

@@ -44,10 +44,10 @@ def to_rows(samples: Sequence[Sample], sequence_length: int, pack: bool) -> list
         raise ValueError(f"a sample has {longest} tokens, rows hold {sequence_length}; cut or drop it first")
     if not pack:
         return [_row([sample]) for sample in samples]
-    return [_row([samples[i] for i in row]) for row in _best_fit([len(s.input_ids) for s in samples], sequence_length)]
+    return [_row([samples[i] for i in row]) for row in best_fit([len(s.input_ids) for s in samples], sequence_length)]
 
 
-def _best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Indices of the items in each bin. Longest item first, each into the bin it leaves the least room in.
 
     Bins are kept by the room left in them, so that one placement is a bisection over at most `capacity` values.

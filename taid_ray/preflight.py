@@ -4,15 +4,17 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from taid_ray.cache import check_directory
 from taid_ray.config import DataConfig, DistillConfig
 from taid_ray.data import TrainingData, validation_rows
 from taid_ray.errors import ConfigError
 from taid_ray.hub import offline_if_unreachable
 from taid_ray.models import check_causal_lm, check_divisible, check_weights, load_model_config, load_tokenizer
 from taid_ray.payload import bytes_per_token, check_topk
-from taid_ray.schedule import adaptive_is_linear
+from taid_ray.schedule import adaptive_is_linear, sigmoid
 from taid_ray.student_model import check_student, has_teacher_tokenizer, student_model_config
 from taid_ray.vocabulary import Vocabulary, align, check_ids
+from taid_ray.warmed import find_warmed
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,9 @@ def prepare(config: DistillConfig) -> Plan:
     vocabulary = shared_vocabulary(config, teacher_config, student_config)
     if config.teacher.payload == "topk":
         check_topk(config.teacher.topk, vocabulary.num_shared)
+    check_directory(config.cache)
+    if config.teacher.mode == "cache":
+        find_warmed(config, vocabulary.num_shared)
     data = TrainingData(config.data, tokenizer, config.train.seed, config.train.batch_size)
     checked = check_data(config.data, data, tokenizer, vocabulary.num_shared)
     return Plan(
@@ -87,12 +92,13 @@ def notes(config: DistillConfig, plan: Plan) -> list[str]:
             "a larger data.sequence_length keeps more"
         )
     t_start, t_end, steps = schedule.t_start, schedule.t_end, plan.total_steps
-    adaptive = config.loss.name == "taid" and schedule.mode == "adaptive" and t_start < t_end
-    if adaptive and adaptive_is_linear(t_start, t_end, schedule.alpha, steps):
-        enough = 2 * (t_end - t_start) / ((1 - t_start) * steps)
+    adaptive = config.loss.name == "taid" and schedule.mode in ("adaptive", "normalised") and t_start < t_end
+    gain = schedule.gain if schedule.mode == "normalised" else 0.0
+    if adaptive and adaptive_is_linear(t_start, t_end, schedule.alpha, steps, gain):
+        enough = (t_end - t_start) / ((1 - t_start) * steps * sigmoid(gain))
         found.append(
-            f"with schedule.alpha {schedule.alpha:g} and {steps} steps, adaptive t stays on its linear floor; "
-            f"from about {enough:.2g} on it would leave it"
+            f"with schedule.alpha {schedule.alpha:g} and {steps} steps, {schedule.mode} t stays on its linear floor; "
+            f"from about {enough:.2g} on it can leave it"
         )
     return found
 
@@ -112,11 +118,16 @@ def check_data(config: DataConfig, data: TrainingData, tokenizer: Any, num_share
 
 def largest_payload(config: DistillConfig, teacher_config: Any, vocabulary: Vocabulary) -> int:
     """Bytes of the teacher's answer to a micro-batch in which every position carries loss."""
+    per_token = payload_bytes_per_token(config, teacher_config, vocabulary)
+    return config.train.micro_batch_size * config.data.sequence_length * per_token
+
+
+def payload_bytes_per_token(config: DistillConfig, teacher_config: Any, vocabulary: Vocabulary) -> int:
+    """Bytes of the teacher's answer for one loss position."""
     text, teacher = teacher_config.get_text_config(), config.teacher
     kept = teacher.dtype if teacher.dtype != "auto" else str(text.dtype).removeprefix("torch.")
     itemsize = 2 if kept in ("bfloat16", "float16") else 4
-    per_token = bytes_per_token(teacher.payload, text.hidden_size, vocabulary.num_shared, teacher.topk, itemsize)
-    return config.train.micro_batch_size * config.data.sequence_length * per_token
+    return bytes_per_token(teacher.payload, text.hidden_size, vocabulary.num_shared, teacher.topk, itemsize)
 
 
 def model_configs(config: DistillConfig) -> tuple[Any, Any]:
@@ -134,7 +145,8 @@ def check_models(config: DistillConfig, teacher_config: Any, student_config: Any
     teacher, student = config.teacher, config.student
     check_causal_lm(teacher_config, "teacher.model")
     check_divisible(teacher_config, teacher.shards, "teacher.model")
-    check_weights(teacher.model, "teacher.model")
+    if teacher.mode != "cache" or student.init == "cut":
+        check_weights(teacher.model, "teacher.model")
     if student.model is not None:
         check_causal_lm(student_config, "student.model")
         if student.init == "pretrained":

@@ -5,10 +5,11 @@ It is never silent for more than a few seconds: with no news it repeats what is 
 
 import threading
 import time
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 SILENCE_S = 4.0
@@ -16,23 +17,33 @@ FIGURES_S = 3.0  # below SILENCE_S, so that while steps go on their figures are 
 TICK_S = 0.5
 
 
+class _Bar(Progress):
+    above: Callable[[], RenderableType] | None = None
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        if self.above is not None:
+            yield self.above()
+        yield from super().get_renderables()
+
+
 class ProgressView:
     """Thread-safe. `say` leaves a line behind, `step` moves the bar; a daemon thread fills silences."""
 
-    def __init__(self, console: Console | None = None):
-        self.console = console or Console()
+    def __init__(self, console: Console | None = None, above: Callable[[], RenderableType] | None = None):
+        """above: what stands above the bar, asked for several times a second."""
+        self.console, self._above = console or Console(), above
         self._started = time.monotonic()
         self._last_line = self._last_figures = self._started
         self._activity, self._activity_since = "starting", self._started
         self._step_s: float | None = None
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self._bar: Progress | None = None
+        self._bar: _Bar | None = None
         self._task: Any = None
 
     def __enter__(self) -> "ProgressView":
         if self.console.is_terminal:
-            self._bar = Progress(
+            self._bar = _Bar(
                 SpinnerColumn(),
                 TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
@@ -41,6 +52,7 @@ class ProgressView:
                 console=self.console,
                 transient=True,
             )
+            self._bar.above = self._above
             self._bar.start()
             self._task = self._bar.add_task(self._activity, total=None, figures="")
         else:

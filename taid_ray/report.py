@@ -109,8 +109,10 @@ def write_model_card(run_dir: Path, config: DistillConfig, summary: dict[str, An
         shown_schedule = (
             f"{schedule.mode}, t {schedule.t_start} to {schedule.t_end} ({summary['t']:.3f} in the last step)"
         )
-        if schedule.mode == "adaptive":
+        if schedule.mode in ("adaptive", "normalised"):
             shown_schedule += f", alpha {schedule.alpha}, beta {schedule.beta}, signal {schedule.signal}"
+        if schedule.mode == "normalised":
+            shown_schedule += f", gain {schedule.gain:g}"
     trained = "all"
     if student.lora:
         trained = f"LoRA adapters (rank {student.lora.rank}, alpha {student.lora.alpha:g}), merged"

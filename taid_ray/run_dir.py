@@ -42,6 +42,7 @@ MAY_CHANGE = (
     "train.micro_batch_size",
     "train.eval_every",
     *(f"checkpoint.{key}" for key in ("every_steps", "every_minutes", "keep", "best")),
+    "cache",
 )  # fmt: skip
 
 
@@ -69,6 +70,7 @@ def with_absolute_paths(config: DistillConfig) -> DistillConfig:
             "student": config.student.model_copy(update={"model": absolute(config.student.model)}),
             "checkpoint": config.checkpoint.model_copy(update={"storage": absolute_storage(config.checkpoint.storage)}),
             "data": config.data.model_copy(update=data),
+            "cache": config.cache.model_copy(update={"directory": absolute_storage(config.cache.directory)}),
         }
     )
 
@@ -111,18 +113,22 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
 
 def _check_same(config: DistillConfig) -> None:
     """Raises ConfigError if the directory's run was begun with something else that its trajectory depends on."""
-    path = config.run_dir / CONFIG_FILE
-    before, now = (flat(each.model_dump(mode="json")) for each in (load_config(path), with_absolute_paths(config)))
-    changed = [
-        f"{key} (was {json.dumps(before.get(key))}, now {json.dumps(now.get(key))})"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in MAY_CHANGE)
-    ]
+    changed = changed_keys(load_config(config.run_dir / CONFIG_FILE), with_absolute_paths(config))
     if changed:
         raise ConfigError(
             f"out: {config.run_dir} holds a run that was begun with other values of keys that may not change: "
             f"{'; '.join(changed)}. Give them their old values to resume it, or choose another directory with --out"
         )
+
+
+def changed_keys(before: DistillConfig, now: DistillConfig) -> list[str]:
+    """Keys that a trajectory depends on and that differ, each with both values."""
+    old, new = (flat(each.model_dump(mode="json")) for each in (before, now))
+    return [
+        f"{key} (was {json.dumps(old.get(key))}, now {json.dumps(new.get(key))})"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in MAY_CHANGE)
+    ]
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -177,7 +183,7 @@ def run_directory(config: DistillConfig) -> Iterator[Run]:
     """
     run_dir = config.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
-    with _locked(run_dir):
+    with locked(run_dir):
         for left in run_dir.glob(".ray-train-*"):  # by a driver that was killed
             shutil.rmtree(left, ignore_errors=True)
         run = Run(config)
@@ -193,8 +199,11 @@ def run_directory(config: DistillConfig) -> Iterator[Run]:
 
 
 @contextmanager
-def _locked(run_dir: Path) -> Iterator[None]:
-    """The lock ends with this process, however that ends."""
+def locked(run_dir: Path) -> Iterator[None]:
+    """Keeps other drivers out of a directory. The lock ends with this process, however that ends.
+
+    Raises ConfigError if another driver has it.
+    """
     path = run_dir / LOCK_FILE
     with path.open("w") as file:
         try:
@@ -204,7 +213,7 @@ def _locked(run_dir: Path) -> Iterator[None]:
             taken = True
         if taken:  # or just released, with the file that was locked
             raise ConfigError(
-                f"out: the run in {run_dir} is under way in another process; wait for it, or end it (Ctrl-C there)"
+                f"out: what is in {run_dir} is under way in another process; wait for it, or end it (Ctrl-C there)"
             )
         try:
             yield

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from taid_ray.config import TrainConfig
 from taid_ray.errors import ConfigError, NonFiniteLossError
 
-Mode = Literal["adaptive", "linear", "constant"]
+Mode = Literal["adaptive", "normalised", "linear", "constant"]
 _EPSILON = 1e-15  # of the published code, in the relative change of the loss
 
 
@@ -18,6 +18,8 @@ class ScheduleState(NamedTuple):
     """Interpolation for the next optimizer step."""
     momentum: float = 0.0
     """Moving average of the relative fall of the loss."""
+    variance: float = 0.0
+    """Moving average of the square of that fall (around 0, not around the average)."""
     prev_loss: float | None = None
     """Loss of the last update, None before the first."""
     step: int = 0
@@ -33,16 +35,27 @@ class TAIDSchedule:
 
         r     = (prev_loss - loss) / (prev_loss + 1e-15)
         m     = beta * m + (1 - beta) * r
+        v     = beta * v + (1 - beta) * r^2
+        u     = m / sqrt(v * (1 - beta^n)), or 0 where v is 0
         floor = t_start + (t_end - t_start) * n / total_steps
         t     = min(t_end, max(floor, t + alpha * sigmoid(m) * (1 - t)))        mode adaptive
+        t     = min(t_end, max(floor, t + alpha * sigmoid(gain * u) * (1 - t))) mode normalised
         t     = min(t_end, floor)                                               mode linear
         t     = t_start                                                         mode constant
 
-    Raises ConfigError for settings that make no sense.
+    u is Adam's quotient: both averages divided by 1 - beta^n, which makes up for their start at 0. It lies within
+    [-1, 1] (Cauchy-Schwarz) and does not depend on the scale of the loss. Raises ConfigError for settings that make no sense.
     """
 
     def __init__(
-        self, t_start: float, t_end: float, alpha: float, beta: float, total_steps: int, mode: Mode = "adaptive"
+        self,
+        t_start: float,
+        t_end: float,
+        alpha: float,
+        beta: float,
+        total_steps: int,
+        mode: Mode = "adaptive",
+        gain: float = 10.0,
     ) -> None:
         for name, value in {"t_start": t_start, "t_end": t_end, "alpha": alpha, "beta": beta}.items():
             if not 0 <= value <= 1:
@@ -53,8 +66,10 @@ class TAIDSchedule:
             raise ConfigError(f"the schedule needs a whole number of steps, at least 1; found {total_steps}")
         if mode not in get_args(Mode):
             raise ConfigError(f"schedule.mode = {mode!r} is unknown; use one of {', '.join(get_args(Mode))}")
+        if not (_is_finite(gain) and gain > 0):
+            raise ConfigError(f"schedule.gain must be a number above 0, found {gain}")
         self._t_start, self._t_end = float(t_start), float(t_end)
-        self._alpha, self._beta = float(alpha), float(beta)
+        self._alpha, self._beta, self._gain = float(alpha), float(beta), float(gain)
         self._total_steps, self._mode = total_steps, mode
         self._state = ScheduleState(t=self._t_start)
 
@@ -73,19 +88,27 @@ class TAIDSchedule:
         if old.prev_loss is None:
             self._state = old._replace(prev_loss=loss, step=old.step + 1)
             return self._state
-        momentum = self._beta * old.momentum + (1 - self._beta) * _relative_fall(old.prev_loss, loss)
-        t, floor_active = self._next_t(old, momentum)
-        self._state = ScheduleState(t, momentum, loss, old.step + 1, floor_active)
+        fall = _relative_fall(old.prev_loss, loss)
+        momentum = self._beta * old.momentum + (1 - self._beta) * fall
+        variance = self._beta * old.variance + (1 - self._beta) * fall * fall
+        t, floor_active = self._next_t(old, momentum, variance)
+        self._state = ScheduleState(t, momentum, variance, loss, old.step + 1, floor_active)
         return self._state
 
-    def _next_t(self, old: ScheduleState, momentum: float) -> tuple[float, bool]:
+    def _next_t(self, old: ScheduleState, momentum: float, variance: float) -> tuple[float, bool]:
         if self._mode == "constant":
             return self._t_start, False
         floor = self._t_start + (self._t_end - self._t_start) * old.step / self._total_steps
         if self._mode == "linear":
             return min(self._t_end, floor), True
-        adaptive = old.t + self._alpha * _sigmoid(momentum) * (1 - old.t)
+        x = momentum if self._mode == "adaptive" else self._gain * self._normalised(momentum, variance, old.step)
+        adaptive = old.t + self._alpha * sigmoid(x) * (1 - old.t)
         return min(self._t_end, max(floor, adaptive)), floor > adaptive
+
+    def _normalised(self, momentum: float, variance: float, falls: int) -> float:
+        """u after that many relative falls."""
+        scale = math.sqrt(variance * (1 - self._beta**falls))
+        return max(-1.0, min(1.0, momentum / scale)) if scale else 0.0  # rounding would pass 1
 
     def state_dict(self) -> dict[str, Any]:
         """The state as a mapping that JSON can hold without loss."""
@@ -93,6 +116,7 @@ class TAIDSchedule:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from `state_dict()`. Raises ConfigError, changing nothing, if that is no state of this schedule."""
+        state = {"variance": 0.0} | dict(state)  # checkpoints from before mode normalised have none
         if set(state) != set(ScheduleState._fields):
             raise ConfigError(
                 f"a schedule state has the keys {', '.join(ScheduleState._fields)}; found {', '.join(state)}"
@@ -103,8 +127,11 @@ class TAIDSchedule:
                 f"the saved schedule has t = {new.t}, outside [{self._t_start}, {self._t_end}]; "
                 "restore schedule.t_start and schedule.t_end of the run that saved it"
             )
-        if not _is_finite(new.momentum):
-            raise ConfigError(f"the saved schedule has momentum = {new.momentum}, which is not a finite number")
+        if not (_is_finite(new.momentum) and _is_finite(new.variance) and new.variance >= 0):
+            raise ConfigError(
+                f"the saved schedule has momentum = {new.momentum} and variance = {new.variance}; both are finite numbers, "
+                "the variance not below 0"
+            )
         if type(new.step) is not int or new.step < 0:
             raise ConfigError(f"the saved schedule has step = {new.step!r}, which is not a count")
         if not (new.prev_loss is None if new.step == 0 else _is_finite(new.prev_loss)):
@@ -116,13 +143,14 @@ class TAIDSchedule:
         self._state = new
 
 
-def adaptive_is_linear(t_start: float, t_end: float, alpha: float, total_steps: int) -> bool:
-    """Whether mode adaptive cannot leave its linear floor in a run of this length, so that it equals mode linear.
+def adaptive_is_linear(t_start: float, t_end: float, alpha: float, total_steps: int, gain: float = 0.0) -> bool:
+    """Whether the adaptive rule cannot leave its linear floor in a run of this length, so that it equals mode linear.
 
-    Holds for sigmoid(m) = 1/2, from which it strays by less than 0.001 at the default beta: the rule's first and
-    largest step, alpha (1 - t_start) / 2, is then no larger than the floor's, (t_end - t_start) / total_steps.
+    It cannot where even its first step at full speed, alpha sigmoid(gain) (1 - t_start), is no larger than the floor's,
+    (t_end - t_start) / total_steps. gain: that of mode normalised; 0 for mode adaptive, whose sigmoid(m) strays from
+    1/2 by less than 0.001 at the default beta.
     """
-    return alpha * total_steps * (1 - t_start) / 2 <= t_end - t_start
+    return alpha * total_steps * (1 - t_start) * sigmoid(gain) <= t_end - t_start
 
 
 def learning_rate(step: int, config: TrainConfig, total_steps: int) -> float:
@@ -143,12 +171,12 @@ def learning_rate(step: int, config: TrainConfig, total_steps: int) -> float:
 def _relative_fall(prev_loss: float, loss: float) -> float:
     base = prev_loss + _EPSILON
     fall = (prev_loss - loss) / base if base else math.inf
-    if not math.isfinite(fall):
+    if not math.isfinite(fall * fall):
         raise NonFiniteLossError(f"the loss went from {prev_loss} to {loss}, a relative change without a finite value")
     return fall
 
 
-def _sigmoid(x: float) -> float:
+def sigmoid(x: float) -> float:
     """1 / (1 + exp(-x)) without overflow."""
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 

@@ -30,6 +30,8 @@ from taid_ray.wire import pack
 PADDING_LIMIT = 256
 """Padding (positions) one forward pass may hold. A pass of fewer positions than this costs a GPU about as much as one
 with these many, because it spends its time on reading the weights; so more padding than this is worth a second pass."""
+SUMS = 1021
+"""A prime, so that two rows of a matrix that change places change the sums."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class TeacherInfo:
     """What identifies a loaded teacher. Equal for all replicas of a pool, `probe_digest` possibly excepted."""
 
     fingerprint: str
-    """SHA-256 of architecture, precision, shared rows, payload, top-k and a sample of all weights (of one shard, if
-    split)."""
+    """SHA-256 of architecture, precision, shared rows, payload, top-k and sums over all bits of the weights (of one shard,
+    if split)."""
     probe_digest: str
     """SHA-256 of the bits of the answer to a fixed probe; differs between kinds of hardware."""
     head_digest: str
@@ -84,8 +86,9 @@ class TeacherInfo:
 class TeacherClient(Protocol):
     """A teacher as a student worker sees it. Requests are pure: any of them may be computed again."""
 
-    tokens: int
-    """Total positions the teacher was asked to compute (rows x length)."""
+    @property
+    def tokens(self) -> int:
+        """Total positions the teacher was asked to compute (rows x length)."""
 
     def submit(self, batch: Batch) -> Any:
         """Starts a request and returns at once."""
@@ -336,14 +339,27 @@ def _packing_error(model: Any) -> str | None:
 
 
 def _fingerprint(model: Any, num_shared: int, teacher: TeacherConfig) -> str:
-    """Hashes the model's config and four values of every parameter, of this process's part if it is sharded."""
+    """Hashes the model's config and the bits of every parameter, of this process's part if it is sharded."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "distributed_config")}
     sent = [num_shared, teacher.payload, teacher.topk if teacher.payload == "topk" else None]
     result = hashlib.sha256(json.dumps([config, *sent], sort_keys=True, default=str).encode())
     for name, parameter in model.named_parameters():
         local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-        flat = local.detach().flatten()
-        chosen = torch.linspace(0, max(0, flat.numel() - 1), 4).long().to(flat.device)
         result.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        result.update(pack(flat[chosen] if flat.numel() else flat)[2].data)
+        for part in bit_sums(local.detach()):
+            result.update(pack(part)[2].data)
     return result.hexdigest()
+
+
+def bit_sums(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """SUMS sums over all bits of a tensor, read as int64, and the bytes at its end that fill no whole group of them.
+
+    On its device, in one pass. Not a hash, but a weight that changes or moves changes a sum.
+    """
+    flat = tensor.contiguous().view(-1)
+    if flat.storage_offset() * flat.itemsize % 8:
+        flat = flat.clone()  # else torch does not read it as int64
+    bits = flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8)
+    whole = bits.numel() // (8 * SUMS) * 8 * SUMS
+    # Sums of integers come out the same in any order, on any device; what overflows wraps around.
+    return bits[:whole].view(-1, 8 * SUMS).view(torch.int64).sum(0), bits[whole:]

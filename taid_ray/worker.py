@@ -9,11 +9,15 @@ from typing import Any
 import torch
 
 from taid_ray.actors.client import PoolTeacher
+from taid_ray.actors.lease import PoolClaims
 from taid_ray.actors.scheduler import SchedulerClient
 from taid_ray.batch import Row, collate
 from taid_ray.between import BetweenSteps
+from taid_ray.cache import Cache
+from taid_ray.cached_teacher import CachedTeacher
 from taid_ray.chat import chat_template
 from taid_ray.checkpoint import CheckpointStore
+from taid_ray.claims import ClaimDesk, EverythingGranted
 from taid_ray.clock import PhaseClock
 from taid_ray.config import DistillConfig
 from taid_ray.data import START, Cursor, TrainingData, validation_rows
@@ -34,6 +38,7 @@ from taid_ray.student_model import build_student
 from taid_ray.teacher_model import LocalTeacher, TeacherClient
 from taid_ray.train import train_loop
 from taid_ray.vocabulary import check_ids
+from taid_ray.warmed import WarmedTeacher
 from taid_ray.world import World
 
 READ_AHEAD_STEPS = 8
@@ -170,14 +175,22 @@ def suspects_named(
 
 
 def connect_teacher(job: Job, scheduler: SchedulerClient, device: torch.device) -> TeacherClient:
-    """The pool's client once the pool is up, or a teacher in this process."""
+    """The pool's client once the pool is up, a teacher in this process, or none; behind the cache if there is one."""
+    config, num_shared = job.config, job.plan.vocabulary.num_shared
     teacher: TeacherClient
-    if job.config.teacher.mode == "local":
-        teacher = LocalTeacher(job.config.teacher, job.plan.vocabulary.num_shared, device)
+    claims: ClaimDesk = EverythingGranted()
+    if config.teacher.mode == "local":
+        teacher = LocalTeacher(config.teacher, num_shared, device)
+    elif config.teacher.mode == "cache":
+        teacher = WarmedTeacher(config, num_shared)
     else:
         scheduler.wait_for_pool()
-        teacher = PoolTeacher(job.pool, job.config.teacher, scheduler.note, device)
-    if job.config.data.pack:
+        answers_at = torch.device("cpu") if config.cache.on else device
+        teacher = PoolTeacher(job.pool, config.teacher, scheduler.note, answers_at)
+        claims = PoolClaims(job.pool) if config.cache.on else claims
+    if config.cache.on:
+        teacher = CachedTeacher(teacher, Cache(config.cache, scheduler.note), claims, device)
+    if config.data.pack:
         teacher.info().require_packing()
     return teacher
 

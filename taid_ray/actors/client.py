@@ -5,7 +5,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from taid_ray.errors import TeacherError
 from taid_ray.models import Head
 from taid_ray.payload import TeacherOutput
 from taid_ray.teacher_model import TeacherInfo, head_digest
+from taid_ray.to_device import ToDevice
 from taid_ray.wire import DamagedError, unpack, verify
 
 PIECE_BYTES = 64 * 2**20
@@ -50,7 +50,7 @@ class PoolTeacher:
         self._info: TeacherInfo | None = None
         self._waiter = Waiter(app_name, config, notify)
         self._patience = Patience(config.hedge_after)
-        self._to_device = _ToDevice(device)
+        self._to_device = ToDevice(device)
         self._device = device
         self._requests: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._fetch_all, name=f"fetch-{app_name}", daemon=True)
@@ -171,32 +171,6 @@ class PoolTeacher:
 def _accepted_piece(piece: HeadPiece) -> HeadPiece:
     verify(piece.rows, piece.checksum)
     return piece
-
-
-class _ToDevice:
-    """Copies answers to a GPU beside its computation. On a CPU there is nothing to do."""
-
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def copy(self, output: TeacherOutput) -> tuple[TeacherOutput, Any]:
-        """The output on the device once the event beside it has happened."""
-        if self._stream is None:
-            return output, None
-        # The object store's memory is not pinned, and from other memory no copy runs beside anything.
-        with torch.cuda.stream(self._stream):
-            pinned = replace(output, tensors={name: tensor.pin_memory() for name, tensor in output.tensors.items()})
-            return pinned.to(self._device), self._stream.record_event()
-
-    def wait(self, output: TeacherOutput, copied: Any) -> None:
-        """Lets what the caller computes from now on wait for the copy, not the caller."""
-        if copied is None:
-            return
-        current = torch.cuda.current_stream(self._device)
-        current.wait_event(copied)
-        for tensor in output.tensors.values():
-            tensor.record_stream(current)  # else its memory could be given to the next copy while this stream reads it
 
 
 def replica_states(app_name: str) -> dict[str, int]:

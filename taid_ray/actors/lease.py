@@ -8,15 +8,18 @@ how much they have to do, from which the number of replicas follows unless someb
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import ray
 from ray import serve
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
 
 from taid_ray.actors import scaling
 from taid_ray.actors.scaling import REPORT_S, Autoscaler
+from taid_ray.claims import Claims
 from taid_ray.config import TeacherConfig
 from taid_ray.errors import TaidRayError, TeacherError
 from taid_ray.teacher_model import TeacherInfo
@@ -25,6 +28,8 @@ NAMESPACE = "taid-ray"
 RENEW_PERIOD_S = 5.0
 LEASE_S = 60.0
 """An answer of the lease takes milliseconds, or some seconds while Ray restarts it."""
+CLAIM_S = 2.0
+"""Longer than that nobody waits to learn whether somebody else computes the same."""
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +49,7 @@ class Lease:
         self._first: TeacherInfo | None = None
         self._probe_digests: set[str] = set()
         self._failure: TaidRayError | None = None
+        self._claims = Claims()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def renew(self) -> None:
@@ -104,6 +110,13 @@ class Lease:
         self._asked, before, self._failure = replicas, self._replicas, None
         return before or self._autoscaler.replicas.min
 
+    def claim(self, holder: str, keys: Sequence[str]) -> list[bool]:
+        """Which of these samples a client is to ask the pool for, see `Claims`."""
+        return self._claims.claim(holder, keys)
+
+    def release(self, holder: str, keys: Sequence[str]) -> None:
+        self._claims.release(holder, keys)
+
     def end(self) -> None:
         """The pool is being removed, and nobody waits for what is still queued at its replicas."""
         self._over = True
@@ -160,9 +173,7 @@ def keep_lease(app_name: str) -> Callable[[], None]:
 
     Raises TeacherError if the pool is gone.
     """
-    lease = find_lease(app_name)
-    if lease is None:
-        raise TeacherError(f"there is no teacher pool {app_name} on this cluster; start the run again")
+    lease = _existing(app_name)
     stopped = threading.Event()
 
     def renew() -> None:
@@ -174,6 +185,32 @@ def keep_lease(app_name: str) -> Callable[[], None]:
 
     threading.Thread(target=renew, name=f"lease-{app_name}", daemon=True).start()
     return stopped.set
+
+
+class PoolClaims:
+    """The claims of a pool's clients, kept by its lease. Without it everything is granted."""
+
+    def __init__(self, app_name: str):
+        """Raises TeacherError if the pool is gone."""
+        self._lease = _existing(app_name)
+
+    def claim(self, holder: str, keys: Sequence[str]) -> list[bool]:
+        with suppress(RayError):  # it is being restarted, or gone
+            if ray.is_initialized():  # else `.remote` would start a new local cluster
+                granted: list[bool] = ray.get(self._lease.claim.remote(holder, keys), timeout=CLAIM_S)
+                return granted
+        return [True] * len(keys)
+
+    def release(self, holder: str, keys: Sequence[str]) -> None:
+        if ray.is_initialized():
+            self._lease.release.remote(holder, keys)
+
+
+def _existing(app_name: str) -> ActorHandle:
+    lease = find_lease(app_name)
+    if lease is None:
+        raise TeacherError(f"there is no teacher pool {app_name} on this cluster; start the run again")
+    return lease
 
 
 def lease_name(app_name: str) -> str:

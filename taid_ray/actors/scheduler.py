@@ -46,7 +46,9 @@ class SchedulerActor:
     """Async, so that reports of one step wait inside it while others arrive."""
 
     def __init__(self, config: ScheduleConfig, total_steps: int):
-        schedule = TAIDSchedule(config.t_start, config.t_end, config.alpha, config.beta, total_steps, config.mode)
+        schedule = TAIDSchedule(
+            config.t_start, config.t_end, config.alpha, config.beta, total_steps, config.mode, config.gain
+        )
         self.aggregator = LossAggregator(schedule, config.signal)
         self._changed = asyncio.Event()
         self._failure: Exception | None = None

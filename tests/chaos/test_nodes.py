@@ -160,6 +160,7 @@ def runs(tmp_path: Path) -> Iterator[Callable[[str], Run]]:
         print(f"== the end of the log of {run.dir}\n{run.log[-LOG_TAIL:]}")
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_nodes_come_and_go(nodes: Nodes, runs: Callable[[str], Run]) -> None:
     """A teacher's node is lost, a student's node is lost, another one comes, and one is taken back after a notice."""

@@ -141,7 +141,8 @@ def test_every_key_has_help() -> None:
 def test_defaults_are_those_of_the_reference() -> None:
     config = build_config(MINIMAL)
     assert config.schedule.model_dump() == {
-        "mode": "adaptive", "t_start": 0.4, "t_end": 1.0, "alpha": 5e-4, "beta": 0.99, "signal": "cross_entropy",
+        "mode": "adaptive", "t_start": 0.4, "t_end": 1.0, "alpha": 5e-4, "beta": 0.99, "gain": 10.0,
+        "signal": "cross_entropy",
     }  # fmt: skip
     assert config.run_dir == Path("runs/distill").absolute()
 
@@ -170,6 +171,14 @@ def test_values_are_taken_literally_and_win(minimal_file: Path) -> None:
 def test_the_run_directory_may_lie_at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert build_config(tree_with(out="~/runs/a")).run_dir == tmp_path / "runs" / "a"
+
+
+@pytest.mark.parametrize(
+    ("values", "on"),
+    [({}, False), ({"disk_gib": 9}, False), ({"directory": "c"}, True), ({"memory_gib": 0.5}, True)],
+)
+def test_the_cache_is_on_where_it_has_a_place(values: dict[str, Any], on: bool) -> None:
+    assert build_config(tree_with(cache=values)).cache.on == on
 
 
 @pytest.mark.parametrize(
@@ -313,6 +322,11 @@ def test_unknown_keys_get_the_nearest_known_one(values: dict[str, Any], expected
         # not a directory here
         ("out", "s3://bucket/run"),
         ("out", "~nobody-of-this-name/run"),
+        ("cache.directory", ""),
+        ("cache.directory", "s3://bucket/cache"),
+        ("cache.directory", "~nobody-of-this-name/cache"),
+        ("cache.disk_gib", 0.0),
+        ("cache.memory_gib", -1.0),
     ],
 )
 def test_wrong_values_are_refused_with_key_and_value(key: str, value: Any) -> None:
@@ -339,6 +353,9 @@ def test_every_problem_is_reported_at_once() -> None:
     [
         ({"schedule__t_start": 0.9, "schedule__t_end": 0.5}, ["schedule.t_start", "0.9", "schedule.t_end", "0.5"]),
         ({"schedule__t_start": 0, "schedule__signal": "kl"}, ["schedule.signal", "kl", "schedule.t_start"]),
+        ({"schedule": {"mode": "normalised", "t_start": 0, "signal": "kl"}}, ["schedule.signal", "schedule.t_start"]),
+        ({"schedule__gain": 3}, ["schedule.gain", "3", "adaptive", "normalised"]),
+        ({"schedule": {"mode": "normalised", "gain": 0}}, ["schedule.gain", "greater than 0", "0"]),
         ({"train__epochs": 2}, ["train.steps", "train.epochs", "both"]),
         ({"train__steps": None}, ["train.steps", "train.epochs", "neither"]),
         ({"train__warmup_steps": 11}, ["train.warmup_steps", "11", "train.steps", "10"]),
@@ -365,6 +382,11 @@ def test_every_problem_is_reported_at_once() -> None:
             ["student.attention", "flash_attention_2", "student.dtype: float32", "sdpa"],
         ),
         ({"teacher__mode": "local", "teacher__replicas": 2}, ["teacher.mode", "local", "replicas: 2", "pool"]),
+        (
+            {"teacher__mode": "cache"},
+            ["teacher.mode: cache", "taid-ray cache warm", "cache.directory", "teacher.mode: pool"],
+        ),
+        ({"teacher__mode": "cache", "cache__memory_gib": 1}, ["teacher.mode: cache", "cache.directory"]),
         ({"teacher__mode": "local", "teacher__shards": 3}, ["teacher.mode", "local", "shards: 3", "pool"]),
     ],
 )

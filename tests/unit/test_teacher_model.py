@@ -22,7 +22,7 @@ from taid_ray.models import (
     self_test,
 )
 from taid_ray.payload import TeacherOutput, measured_error
-from taid_ray.teacher_model import PADDING_LIMIT, LocalTeacher, TeacherModel, head_digest, micro_batches
+from taid_ray.teacher_model import PADDING_LIMIT, LocalTeacher, TeacherModel, bit_sums, head_digest, micro_batches
 
 VOCAB, SHARED = 61, 57
 CPU = torch.device("cpu")
@@ -290,6 +290,27 @@ def test_info_identifies_the_teacher(saved: Callable[..., Path], tmp_path: Path)
     model.save_pretrained(tmp_path / "changed")
     changed = TeacherModel(config(tmp_path / "changed"), SHARED, CPU).info()
     assert changed.fingerprint != info.fingerprint and changed.probe_digest != info.probe_digest
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
+@pytest.mark.parametrize("shape", [(300, 70), (4096,), (11, 4096), (7,), (), (0, 3)])
+def test_sums_over_all_bits_notice_every_change(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    random = torch.Generator().manual_seed(0)
+    weights = torch.randint(-100, 100, shape, generator=random).to(dtype)
+    before = torch.cat([part.view(torch.uint8) for part in bit_sums(weights)])
+
+    def same(changed: Tensor) -> bool:
+        return torch.equal(torch.cat([part.view(torch.uint8) for part in bit_sums(changed)]), before)
+
+    assert same(weights.clone())
+    for place in torch.randint(0, max(1, weights.numel()), (20,), generator=random).tolist() if weights.numel() else []:
+        changed = weights.clone().view(-1)
+        changed.view(torch.uint8)[place] ^= 1
+        assert not same(changed)
+    if weights.ndim == 2 and weights.numel():
+        assert not same(weights.roll(1, 0))
+    odd = torch.cat([torch.zeros(1, dtype=dtype), weights.view(-1)])[1:]  # not where torch reads an int64
+    assert same(odd)
 
 
 def test_info_identifies_the_payload(saved: Callable[..., Path]) -> None:

@@ -1,0 +1,228 @@
+"""Filling a cache, and training without a teacher: everything but Ray."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from taid_ray import cache_commands, warm
+from taid_ray.batch import Batch, collate
+from taid_ray.cache import Cache
+from taid_ray.cached_teacher import CachedTeacher
+from taid_ray.claims import EverythingGranted
+from taid_ray.config import DistillConfig, build_config
+from taid_ray.data import TrainingData, validation_rows
+from taid_ray.errors import ConfigError, TaidRayError, TeacherError
+from taid_ray.example import BUNDLE
+from taid_ray.preflight import model_configs, prepare, run_tokenizer, shared_vocabulary
+from taid_ray.teacher_model import LocalTeacher
+from taid_ray.warmed import WarmedTeacher, all_warmed, find_warmed
+
+CPU = torch.device("cpu")
+DOCUMENTS = 40
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    lines = (BUNDLE / "tinystories_train.jsonl").read_text(encoding="utf-8").splitlines()[:DOCUMENTS]
+    path = tmp_path_factory.mktemp("data") / "stories.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def config(data: Path, directory: Path, **values: Any) -> DistillConfig:
+    tree: dict[str, Any] = {
+        "teacher": {"model": str(BUNDLE / "stories260k"), "dtype": "float32", "mode": "local"},
+        "student": {"init": "scratch"},
+        "data": {"train": str(data), "valid_documents": 8, "sequence_length": 128, "block_documents": 16},
+        "train": {"steps": 4, "batch_size": 4, "micro_batch_size": 4},
+        "cache": {"directory": str(directory)},
+    }
+    return build_config(tree, values={key.replace("__", "."): value for key, value in values.items()})
+
+
+def num_shared(settings: DistillConfig) -> int:
+    return shared_vocabulary(settings, *model_configs(settings)).num_shared
+
+
+def reader(settings: DistillConfig) -> CachedTeacher:
+    """As a worker of a run without a teacher has it."""
+    inner = WarmedTeacher(settings, num_shared(settings))
+    return CachedTeacher(inner, Cache(settings.cache, print), EverythingGranted(), CPU)
+
+
+def batches(settings: DistillConfig, size: int = 5, seed: int = 3) -> list[Batch]:
+    """Validation, and all training rows in another order and other batches than they were computed in."""
+    tokenizer = run_tokenizer(settings)
+    rows = validation_rows(settings.data, tokenizer)
+    for more, cursor in TrainingData(settings.data, tokenizer, seed, 1).batches():
+        if cursor.epoch:
+            break
+        rows += more
+    return [collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+
+@pytest.fixture(scope="module")
+def warmed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of payload hidden. Not to be changed."""
+    directory = tmp_path_factory.mktemp("warmed") / "cache"
+    done = warm.warm(config(data, directory))
+    assert done.computed > DOCUMENTS and done.teacher_tokens > 0 and done.directory == str(directory)
+    return directory
+
+
+@pytest.fixture
+def copy(warmed: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(warmed, tmp_path / "copy"))
+
+
+def test_a_warmed_cache_answers_as_the_teacher(data: Path, warmed: Path) -> None:
+    settings = config(data, warmed, teacher__mode="cache")
+    prepare(settings)
+    local, cached = LocalTeacher(settings.teacher, num_shared(settings), CPU), reader(settings)
+    assert cached.info() == local.info()
+    assert torch.equal(cached.head().weight, local.head().weight)
+    for batch in batches(settings):
+        expected = local.collect(batch).tensors["hidden"]
+        torch.testing.assert_close(cached.collect(cached.submit(batch)).tensors["hidden"], expected, rtol=0, atol=2e-5)
+    assert cached.tokens == 0
+    cached.close()
+
+
+def test_warming_again_computes_nothing_but_what_is_damaged(data: Path, copy: Path) -> None:
+    settings = config(data, copy, train__seed=5, train__micro_batch_size=3)
+    again = warm.warm(settings)
+    assert (again.computed, again.teacher_tokens) == (0, 0) and again.found > DOCUMENTS
+    damaged = sorted((copy / "samples").glob("*/*.safetensors"))[:2]
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:-1])
+    assert warm.warm(settings).computed == 2
+
+
+@pytest.mark.parametrize("payload", ["topk", "hidden_int8"])
+def test_approximate_payloads_keep_their_error(data: Path, tmp_path: Path, payload: str) -> None:
+    settings = config(data, tmp_path / "cache", teacher__payload=payload, teacher__topk=8)
+    warm.warm(settings)
+    local, cached = LocalTeacher(settings.teacher, num_shared(settings), CPU), reader(settings)
+    first = collate(validation_rows(settings.data, run_tokenizer(settings))[:4])
+    assert cached.payload_error(first) == local.payload_error(first) > 0
+    found, expected = cached.collect(cached.submit(first)).tensors, local.collect(first).tensors
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    cached.close()
+
+
+def test_a_missing_sample_is_said(data: Path, copy: Path) -> None:
+    settings = config(data, copy, teacher__mode="cache")
+    for path in (copy / "samples").glob("*/*.safetensors"):
+        path.unlink()
+    cached = reader(settings)
+    request = cached.submit(batches(settings)[0])
+    with pytest.raises(
+        TeacherError, match=rf"\d+ sample\(s\) of a batch are not in the cache {copy}; run `taid-ray cache"
+    ):
+        cached.collect(request)
+    cached.close()
+
+
+def refusal(settings: DistillConfig) -> str:
+    with pytest.raises(ConfigError) as caught:
+        prepare(settings)
+    return str(caught.value)
+
+
+def test_other_settings_are_refused_before_anything_starts(data: Path, warmed: Path, tmp_path: Path) -> None:
+    for values in ({"teacher__payload": "topk"}, {"teacher__dtype": "bfloat16"}):
+        message = refusal(config(data, warmed, teacher__mode="cache", **values))
+        assert "holds no outputs of teacher.model" in message and "taid-ray cache warm" in message
+    message = refusal(config(data, tmp_path / "empty", teacher__mode="cache"))
+    assert str(tmp_path / "empty") in message and "taid-ray cache warm" in message
+
+
+def teacher_copy(path: Path) -> Path:
+    return Path(shutil.copytree(BUNDLE / "stories260k", path))
+
+
+def test_weights_are_not_needed_and_other_ones_are_refused(data: Path, warmed: Path, tmp_path: Path) -> None:
+    moved = teacher_copy(tmp_path / "moved")
+    settings = config(data, warmed, teacher__mode="cache", teacher__model=str(moved))
+    prepare(settings)
+    content = bytearray((moved / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (moved / "model.safetensors").write_bytes(content)
+    assert "are others than those" in refusal(settings)
+    (moved / "model.safetensors").unlink()
+    prepare(settings)
+    assert find_warmed(settings, num_shared(settings))[1].model == str(BUNDLE / "stories260k")
+
+
+def test_without_weights_two_like_teachers_are_told_apart_by_name(data: Path, copy: Path, tmp_path: Path) -> None:
+    first, other = all_warmed(copy)[0][0], copy / "teachers" / ("0" * 64)
+    shutil.copytree(first, other)
+    record = json.loads((other / "teacher.json").read_text())
+    record["info"]["fingerprint"], record["model"] = "0" * 64, "another"
+    (other / "teacher.json").write_text(json.dumps(record))
+    (copy / "teachers" / "damaged").mkdir()
+    (copy / "teachers" / "damaged" / "teacher.json").write_text("{")
+    bare = teacher_copy(tmp_path / "bare")
+    (bare / "model.safetensors").unlink()
+    assert "holds no outputs" in refusal(config(data, copy, teacher__mode="cache", teacher__model=str(bare)))
+    record["model"] = str(bare)
+    (other / "teacher.json").write_text(json.dumps(record))
+    settings = config(data, copy, teacher__mode="cache", teacher__model=str(bare))
+    assert find_warmed(settings, num_shared(settings))[0] == other
+
+
+def test_a_damaged_head_is_said(data: Path, copy: Path) -> None:
+    settings = config(data, copy, teacher__mode="cache")
+    (path,) = copy.glob("teachers/*/head.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    for bad in (bytes(content), content[:50], b""):
+        path.write_bytes(bad)
+        with pytest.raises(TeacherError, match=r"head in .* is damaged or missing; run `taid-ray cache warm`"):
+            WarmedTeacher(settings, num_shared(settings)).head()
+
+
+def test_what_does_not_fit_is_refused_before_the_teacher_starts(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warm, "running_teacher", lambda *_: pytest.fail("started"))
+    with pytest.raises(ConfigError, match=r"cache.disk_gib: 0.001 is too small .* set cache.disk_gib=0.0"):
+        warm.warm(config(data, tmp_path / "cache", cache__disk_gib=0.001))
+    with pytest.raises(ConfigError, match=r"cache.directory is not set"):
+        warm.warm(config(data, tmp_path, cache__directory=None))
+
+
+def test_what_is_said_to_be_enough_is_enough(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        warm.warm(config(data, tmp_path / "cache", cache__disk_gib=1e-6))
+    enough = float(str(caught.value).split("set cache.disk_gib=")[1].split(",")[0])
+    settings = config(data, tmp_path / "cache", cache__disk_gib=enough)
+    assert warm.warm(settings).computed and warm.warm(settings).computed == 0
+
+
+def test_of_a_stream_the_steps_of_the_run_are_warmed(data: Path, tmp_path: Path) -> None:
+    settings = config(data, tmp_path / "cache", data__streaming=True)
+    rows = len(validation_rows(settings.data, run_tokenizer(settings)))
+    assert warm.warm(settings).rows == rows + 4 * 4
+
+
+def test_stats_and_prune(copy: Path, tmp_path: Path) -> None:
+    def invoke(*arguments: str) -> str:
+        result = CliRunner().invoke(cache_commands.app, list(arguments), catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    count = len(list(copy.glob("samples/*/*.safetensors")))
+    shown = invoke("stats", str(copy))
+    assert f"{count}" in shown and "payload hidden" in shown and "stories260k" in shown.replace("\n", "")
+    assert invoke("prune", str(copy), "--max-gib", "1") == "0 samples removed\n"
+    assert invoke("prune", str(copy), "--max-gib", "0") == f"{count} samples removed\n"
+    assert not list(copy.glob("samples/*/*.safetensors")) and not (copy / "teachers").exists()
+    assert "samples" in invoke("stats", str(copy))
+    with pytest.raises(TaidRayError, match="holds no cache of teacher outputs"):
+        invoke("stats", str(tmp_path))
