@@ -92,10 +92,12 @@ def search(
         if not any(key.startswith("schedule.") for key in space.space):
             for note in notes(config, plan):
                 view.say(f"note: {note}")
-        with search_directory(config, space) as (book, name), ray_cluster():
-            demand = demand_of(config, resolve(config.device, cluster_has_gpus()))
-            check_capacity(demand)
-            run_search(config, space, plan, demand, book, name, max_concurrent, trials, view)
+        with search_directory(config, space) as (book, name):
+            if len(book.with_status("finished", "stopped")) < space.num_trials:
+                with ray_cluster():
+                    demand = demand_of(config, resolve(config.device, cluster_has_gpus()))
+                    check_capacity(demand)
+                    run_search(config, space, plan, demand, book, name, max_concurrent, trials, view)
             found = read_search(config.run_dir)
             write_report(found)
     return SearchResult(config.run_dir, found)
