@@ -9,6 +9,7 @@ from taid_ray.actors.scheduler import SchedulerClient
 from taid_ray.aggregate import GO_ON, SAVE, STOP, StepResult
 from taid_ray.batch import Row
 from taid_ray.bottleneck import Usage, verdict
+from taid_ray.cached_teacher import CachedTeacher
 from taid_ray.checkpoint import RunState
 from taid_ray.config import DistillConfig
 from taid_ray.data import Cursor
@@ -108,13 +109,14 @@ class BetweenSteps:
 
     def _say_what_holds_back(self, metrics: StepMetrics) -> None:
         """One line every USAGE_STEPS steps and after the last one: student, teacher or wire, and the replicas to have."""
-        if metrics.step == 1 or not isinstance(self._teacher, PoolTeacher):
+        pool = self._teacher.inner if isinstance(self._teacher, CachedTeacher) else self._teacher
+        if metrics.step == 1 or not isinstance(pool, PoolTeacher):
             return  # the first step waits for the first answers, which nothing could have asked for earlier
         usage = self._record.usage
         usage.add(metrics.step_s, metrics.teacher_wait_s, metrics.teacher_compute_s, metrics.payload_bytes)
         if usage.steps == USAGE_STEPS or metrics.step == self._total_steps:
             steps = f"steps {metrics.step - usage.steps + 1} to {metrics.step}"
-            self._note(f"{steps}: {verdict(usage, self._teacher.num_replicas())}")
+            self._note(f"{steps}: {verdict(usage, pool.num_replicas())}")
             self._record.usage = Usage()
 
     def _note(self, message: str) -> None:

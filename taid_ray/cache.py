@@ -37,7 +37,7 @@ class Cache:
             except OSError as error:
                 notify(f"the cache of teacher outputs has no memory in {SHARED_MEMORY}: {error}")
             else:
-                self._memory = Store(self._shared.path, int(config.memory_gib * 2**30), notify)
+                self._memory = Store(self._shared.path, _memory_limit(config.memory_gib, notify), notify)
 
     def get(self, key: str) -> dict[str, Tensor] | None:
         """The tensors of a sample, if they are there. What was on disk only is in memory, too, from now on."""
@@ -76,6 +76,17 @@ def samples_directory(directory: str | Path) -> Path:
     return Path(directory).expanduser() / "samples"
 
 
+def _memory_limit(wanted_gib: float, notify: Callable[[str], None]) -> int:
+    """In bytes. Ray keeps its objects there, too, and its processes crash where no room is left for them."""
+    most = shutil.disk_usage(SHARED_MEMORY).total // 3
+    if wanted_gib * 2**30 > most:
+        notify(
+            f"note: cache.memory_gib: {wanted_gib:g} is more than a third of {SHARED_MEMORY} on this node, which others need, "
+            f"too; {most / 2**30:.2g} are used"
+        )
+    return min(int(wanted_gib * 2**30), most)
+
+
 def _scope(directory: str | None) -> str:
     """Of the node, or of the directory, which other nodes may share or not."""
     if directory is None:
@@ -84,9 +95,13 @@ def _scope(directory: str | None) -> str:
     path = Path(directory).expanduser() / "id"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileExistsError), path.open("x") as file:
-            file.write(uuid.uuid4().hex)
-        return path.read_text()
+        with path.open("a+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            found = file.read() or uuid.uuid4().hex
+            if not file.tell():
+                file.write(found)
+            return found
     except OSError:  # the store says so
         return uuid.uuid4().hex
 

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from taid_ray import cache_commands
 from taid_ray.config import DistillConfig, load_config
 from taid_ray.errors import ClusterError, ConfigError, TaidRayError
 
@@ -38,6 +39,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(cache_commands.app, name="cache")
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Dotted key=value pairs, for example schedule.t_start=0.3.")
 ]
@@ -96,6 +98,8 @@ def tune(
 
     base = load_config(config, overrides or [])
     wanted = load_space(space, {} if trials is None else {"trials": trials})
+    if base.train.steps is not None:  # else `search` looks at the data first
+        wanted.check(base.model_dump(mode="json"), base.train.steps)
     console = Console()
     console.print("loading Ray, torch and transformers", highlight=False)
     from taid_ray.search_notes import notes

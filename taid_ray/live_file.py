@@ -8,11 +8,11 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from taid_ray.config import DistillConfig, build_config
+from taid_ray.config_text import read_tree
 from taid_ray.errors import ConfigError
 from taid_ray.metrics import CONFIG_FILE, SUMMARY_FILE
+from taid_ray.search_results import SEARCH_FILE
 
 LIVE_FILE = "live.json"
 AUTH_MODE = "RAY_AUTH_MODE"
@@ -48,17 +48,19 @@ def live_pool(run_dir: Path) -> LivePool:
 
 
 def run_config(run_dir: Path) -> DistillConfig:
-    """The configuration of a run with a pool. Raises ConfigError."""
-    path = run_dir / CONFIG_FILE
-    if not path.is_file():
+    """The configuration of a run, or of a search, with a pool. Raises ConfigError."""
+    if (run_dir / SEARCH_FILE).is_file():
+        config = build_config(read_tree(run_dir / SEARCH_FILE)["config"])
+    elif (run_dir / CONFIG_FILE).is_file():
+        config = build_config(read_tree(run_dir / CONFIG_FILE))
+    else:
         raise ConfigError(
-            f"{run_dir} is not a run directory: it holds no {CONFIG_FILE}; name the directory of a live run"
+            f"{run_dir} is not a run directory: it holds no {CONFIG_FILE}; name the directory of a live run or search"
         )
-    config = build_config(yaml.safe_load(path.read_text(encoding="utf-8")))
-    if config.teacher.mode == "local":
+    if config.teacher.mode != "pool":
         raise ConfigError(
-            f"{run_dir} has no teacher pool to scale: teacher.mode is local, a copy in every student worker; "
-            "start a run with teacher.mode: pool"
+            f"{run_dir} has no teacher pool to scale: teacher.mode is {config.teacher.mode}; start a run with "
+            "teacher.mode: pool"
         )
     return config
 

@@ -1,6 +1,8 @@
 import os
+import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,10 @@ import pytest
 import torch
 
 from taid_ray import cache, cache_store
-from taid_ray.cache import Cache, SharedDirectory
+from taid_ray.cache import Cache, SharedDirectory, check_directory
 from taid_ray.cache_store import FULL, MADE_ROOM, Store
 from taid_ray.config import CacheConfig
+from taid_ray.errors import ConfigError
 from tests.disk import fill, small_disk
 
 MIB = 2**20
@@ -261,6 +264,48 @@ def test_joining_and_leaving_at_the_same_time(memory: Path) -> None:
     for thread in threads:
         thread.join(60)
     assert problems == [] and list(memory.iterdir()) == []
+
+
+def test_all_who_see_a_directory_are_of_one_scope(tmp_path: Path) -> None:
+    """Also those that come first, all at once; else they would compute the same without knowing of each other."""
+    for number in range(20):
+        barrier = threading.Barrier(4)
+
+        def scope(directory: str, barrier: threading.Barrier = barrier) -> str:
+            barrier.wait()
+            return Cache(CacheConfig(directory=directory), fail).scope
+
+        with ThreadPoolExecutor(4) as threads:
+            found = set(threads.map(scope, [str(tmp_path / str(number))] * 4))
+        assert len(found) == 1 and len(found.pop()) == 32
+    assert len({Cache(CacheConfig(directory=str(tmp_path / str(i))), fail).scope for i in range(20)}) == 20
+    (tmp_path / "0" / "id").write_text("")  # by one who was killed in the middle
+    (again,) = {Cache(CacheConfig(directory=str(tmp_path / "0")), fail).scope for _ in range(2)}
+    assert len(again) == 32
+    assert len({Cache(CacheConfig(), fail).scope for _ in range(2)}) == 1
+
+
+def test_memory_is_a_third_of_what_the_node_has_at_most(memory: Path) -> None:
+    said: list[str] = []
+    Cache(CacheConfig(memory_gib=0.001), fail).close()
+    held = Cache(CacheConfig(memory_gib=1e6), said.append)
+    assert held._memory is not None and held._memory._limit == shutil.disk_usage(memory).total // 3
+    assert len(said) == 1 and "cache.memory_gib: 1e+06 is more than a third" in said[0]
+    held.close()
+
+
+@pytest.mark.parametrize(
+    ("directory", "found"), [("file", "is a file"), ("file/cache", "is a file"), ("new/cache", ""), (None, "")]
+)
+def test_a_directory_that_cannot_be_used_is_refused(tmp_path: Path, directory: str | None, found: str) -> None:
+    (tmp_path / "file").write_text("")
+    config = CacheConfig(directory=directory and str(tmp_path / directory))
+    if not found:
+        check_directory(config)
+        return
+    with pytest.raises(ConfigError, match=rf"^cache.directory: {tmp_path}/{directory} cannot be used, .*/file {found}"):
+        check_directory(config)
+    assert not (tmp_path / "new").exists()
 
 
 def test_no_shared_memory_is_said_and_the_disk_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
