@@ -15,6 +15,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 
 from taid_ray.actors.live import announced
+from taid_ray.actors.sweep import swept
 from taid_ray.attempts import Signals, run_attempts, stop_signals
 from taid_ray.cluster import (
     Demand,
@@ -111,6 +112,7 @@ def run_on_cluster(
     with (
         # First, so that taking everything down is not interrupted halfway.
         nullcontext(around.signals) if around.signals else stop_signals() as signals,
+        swept(),
         scheduler_actor(config, plan, f"taid-scheduler-{run.id}") as scheduler,
         shared_pool(shared, scheduler.set_pool)
         if shared

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from taid_ray.actors.live import announced
+from taid_ray.actors.sweep import swept
 from taid_ray.attempts import Signals, attend, stop_signals
+from taid_ray.cache import Cache
 from taid_ray.cluster import (
     Demand,
     check_capacity,
@@ -126,6 +128,9 @@ def run_search(
     pool_name = f"taid-teacher-{name}"
     with (
         stop_signals() as signals,
+        swept(),
+        # What trials keep in memory would go with the last of them that runs.
+        closing(Cache(config.cache, view.say)) if config.cache.on else nullcontext(),
         teacher_pool(config, plan, demand, pool_name, tell, view) if pooled else nullcontext(),
         announced(config.run_dir, pool_name) if pooled else nullcontext(),
     ):

@@ -202,8 +202,9 @@ class PoolClaims:
         return [True] * len(keys)
 
     def release(self, holder: str, keys: Sequence[str]) -> None:
-        if ray.is_initialized():
-            self._lease.release.remote(holder, keys)
+        with suppress(RayError):  # then they end by themselves
+            if ray.is_initialized():
+                self._lease.release.remote(holder, keys)
 
 
 def _existing(app_name: str) -> ActorHandle:
