@@ -25,7 +25,10 @@ def check_run(result: RunResult, steps: int) -> list[dict[str, Any]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     held = {path.name for path in result.path.iterdir()}
-    assert held - {"checkpoints"} == {"config.yaml", "run.json", "metrics.jsonl", "summary.json", "model", "report"}
+    written = {"config.yaml", "run.json", "metrics.jsonl", "validation.jsonl", "summary.json", "model", "report"}
+    assert held - {"checkpoints"} == written
+    validations = [json.loads(line) for line in (result.path / "validation.jsonl").read_text().splitlines()]
+    assert validations == result.summary["validations"] and len(validations) >= 2
     lines = [json.loads(line) for line in (result.path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, steps + 1))
     assert all(set(line) == METRIC_KEYS for line in lines)
