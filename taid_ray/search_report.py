@@ -1,16 +1,14 @@
 """What a search leaves for people: the ranked table, the pictures, report.html, and best.yaml for `taid-ray train`."""
 
-import base64
-import io
 import json
 from collections.abc import Sequence
-from html import escape
 from typing import Literal
 
 import yaml
 from rich.table import Table
 from rich.text import Text
 
+from taid_ray.html_page import details_part, notes_part, page, picture_part, table_part
 from taid_ray.metrics import replace_text
 from taid_ray.search_notes import notes
 from taid_ray.search_plots import parallel, t_curves, validation
@@ -22,46 +20,8 @@ PLOTS = {
     "t_curves.png": (t_curves, "How t moved"),
     "validation.png": (validation, "How the validation figure fell, and where the finished trials ended"),
 }
-DPI = 120
 FIGURE_COLUMNS = ("trial", "status", "step", "t", "loss", "val KL", "val CE")
 MUST_BREAK = 8  # characters of a heading
-STYLE = """
-:root { color-scheme: light dark; --line: #8886; --soft: #8882; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th { white-space: normal; }
-th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
-tr.best { font-weight: 600; background: var(--soft); }
-img { max-width: 100%; background: white; border-radius: 6px; }
-pre { background: var(--soft); padding: 1rem; border-radius: 6px; overflow-x: auto; font-size: .8125rem; }
-"""
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p>{summary}</p>
-<h2>Notes</h2>
-<ul>
-{notes}
-</ul>
-<h2>Trials</h2>
-<div class="wide">
-{table}
-</div>
-{pictures}
-{texts}
-</body>
-</html>
-"""
 
 
 def trials_table(search: Search, rows: int | None = None) -> Table:
@@ -87,20 +47,17 @@ def trials_table(search: Search, rows: int | None = None) -> Table:
 
 def write_report(search: Search) -> None:
     """Leaves DIR/report/*.png, DIR/report.html, and DIR/best.yaml once a trial has finished. A second time over the first."""
-    (search.path / "report").mkdir(exist_ok=True)
-    pictures = []
-    for name, (draw, title) in PLOTS.items():
-        image = io.BytesIO()
-        draw(search).savefig(image, format="png", dpi=DPI)
-        (search.path / "report" / name).write_bytes(image.getvalue())
-        encoded = base64.b64encode(image.getvalue()).decode()
-        pictures.append(f'<h2>{title}</h2>\n<img alt="{title}" src="data:image/png;base64,{encoded}">')
+    directory = search.path / "report"
+    directory.mkdir(exist_ok=True)
+    pictures = [picture_part(title, draw(search), directory / name) for name, (draw, title) in PLOTS.items()]
     texts = []
     if best := search.best():
         replace_text(search.path / BEST_FILE, best_text(search, best))
-        texts.append(_details(BEST_FILE, best_text(search, best)))
+        texts.append(details_part(BEST_FILE, best_text(search, best)))
     texts.append(
-        _details("The space", yaml.safe_dump(search.space.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+        details_part(
+            "The space", yaml.safe_dump(search.space.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        )
     )
     replace_text(search.path / REPORT_FILE, _page(search, pictures, texts))
 
@@ -159,28 +116,12 @@ def _page(search: Search, pictures: Sequence[str], texts: Sequence[str]) -> str:
     if best is not None:
         params = ", ".join(f"{key} = {shown(value)}" for key, value in best.params.items())
         summary += f" The best is {best.name} with {search.value(best):.4f}: {params}."
-    return PAGE.format(
-        title=escape(f"Search {search.path.absolute().name}"),
-        style=STYLE,
-        summary=escape(summary),
-        notes="\n".join(f"<li>{escape(note)}</li>" for note in notes(search)),
-        table=_html_table(search),
-        pictures="\n".join(pictures),
-        texts="\n".join(texts),
-    )
+    title, parts = f"Search {search.path.absolute().name}", [notes_part(notes(search)), _html_table(search)]
+    return page(title, summary, [*parts, *pictures, *texts])
 
 
 def _html_table(search: Search) -> str:
-    best = search.best()
-    rows = [_row("th", (*FIGURE_COLUMNS, *search.space.space))]
-    rows += [_row("td", _cells(search, trial), "best" if trial is best else "") for trial in search.ranked()]
-    return "<table>\n" + "\n".join(rows) + "\n</table>"
-
-
-def _row(tag: str, cells: Sequence[str], style: str = "") -> str:
-    content = "".join(f"<{tag}>{escape(cell).replace('.', '.<wbr>' if tag == 'th' else '.')}</{tag}>" for cell in cells)
-    return f'<tr class="{style}">{content}</tr>' if style else f"<tr>{content}</tr>"
-
-
-def _details(title: str, text: str) -> str:
-    return f"<details><summary>{title}</summary><pre>{escape(text)}</pre></details>"
+    best, ranked = search.best(), search.ranked()
+    rows = [_cells(search, trial) for trial in ranked]
+    marked = next((row for row, trial in zip(rows, ranked, strict=True) if trial is best), None)
+    return table_part("Trials", (*FIGURE_COLUMNS, *search.space.space), rows, marked)

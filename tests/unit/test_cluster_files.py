@@ -335,7 +335,8 @@ STUBS = {
         for id in "${!names[@]}"; do SLURM_NODEID=$id SLURM_GPUS_ON_NODE=4 SLURM_CPUS_ON_NODE=32 "$@" || exit; done""",
     "ray": """
         if [[ $1 == get-auth-token ]]; then [[ $RAY_AUTH_MODE == token ]]; exit; fi
-        for word; do printf '%s\\n' "$word"; done >>"$CALLS"; echo ---- >>"$CALLS"
+        printf -v call '%s\\n' "$@" ----  # written at once: both roles of a job start at the same time
+        printf %s "$call" >>"$CALLS"
         if [[ $* == *fails* ]]; then exit 7; fi""",
 }
 

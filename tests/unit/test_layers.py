@@ -18,15 +18,16 @@ LAYERS = {
     # 1: one process. No ray.
     "1": {
         "cache", "cache_store", "cached_teacher", "chat", "checkpoint", "data",
-        "device", "documents", "encoding", "evaluate", "example", "hub", "live_file", "measure", "metrics",
-        "models", "payload", "preflight", "progress", "record", "report", "restoring", "run_dir", "saving",
+        "device", "documents", "encoding", "evaluate", "example", "html_page", "hub", "live_file", "measure", "metrics",
+        "models", "payload", "preflight", "progress", "record", "report", "restoring", "run_dir",
+        "run_history", "run_notes", "run_plots", "run_report", "saving",
         "search_notes", "search_plots", "search_report", "search_results", "search_statistics", "stream", "student",
         "student_model", "student_state", "teacher_model", "to_device", "train", "trial_book", "vocabulary", "warmed", "world",
     },
     # R: Ray glue and entry points.
     "R": {
-        "__init__", "actors", "attempts", "between", "cache_commands", "cli", "cluster", "launch", "search_watch", "supervise",
-        "trial", "tune", "warm", "worker",
+        "__init__", "actors", "attempts", "between", "cache_commands", "cli", "cluster", "launch", "report_command",
+        "search_watch", "supervise", "trial", "tune", "warm", "worker",
     },
 }  # fmt: skip
 ORDER = "P1R"
