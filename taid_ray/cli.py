@@ -20,6 +20,8 @@ from rich.console import Console
 from taid_ray import cache_commands
 from taid_ray.config import DistillConfig, load_config
 from taid_ray.errors import ClusterError, ConfigError, TaidRayError
+from taid_ray.plan_command import plan
+from taid_ray.report_command import report
 
 ATTEMPT_THREAD = "taid-attempt"
 """Of `attempts`, which is not imported here because it takes seconds."""
@@ -39,6 +41,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(plan)
+app.command()(report)
 app.add_typer(cache_commands.app, name="cache")
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Dotted key=value pairs, for example schedule.t_start=0.3.")

@@ -11,15 +11,19 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "taid_ray"
 
 # Modules and subpackages directly under taid_ray/. List a new one here, as low as its imports allow.
-WITHOUT_TORCH = {"aggregate", "bottleneck", "claims", "config", "config_text", "errors", "sampler", "schedule", "space"}
+WITHOUT_TORCH = {
+    "aggregate", "bottleneck", "claims", "config", "config_text", "errors", "hardware", "plan_sizes", "plan_time", "sampler",
+    "schedule", "space",
+}  # fmt: skip
 LAYERS = {
     # P: pure. torch at most.
-    "P": WITHOUT_TORCH | {"batch", "chunked", "clock", "losses", "packing", "samples", "wire"},
+    "P": WITHOUT_TORCH | {"batch", "chunked", "clock", "losses", "packing", "plan_memory", "samples", "wire"},
     # 1: one process. No ray.
     "1": {
         "cache", "cache_store", "cached_teacher", "chat", "checkpoint", "data",
         "device", "documents", "encoding", "evaluate", "example", "html_page", "hub", "live_file", "measure", "metrics",
-        "models", "payload", "preflight", "progress", "record", "report", "restoring", "run_dir",
+        "models", "payload", "plan", "plan_case", "plan_notes", "plan_trace",
+        "preflight", "progress", "record", "report", "restoring", "run_dir",
         "run_history", "run_notes", "run_plots", "run_report", "saving",
         "search_notes", "search_plots", "search_report", "search_results", "search_statistics", "stream", "student",
         "student_model", "student_state", "teacher_model", "to_device", "train", "trial_book", "vocabulary", "warmed", "world",
