@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from taid_ray.config import DistillConfig, load_config
-from taid_ray.errors import CheckpointError, ConfigError
-from taid_ray.metrics import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, VALIDATION_FILE
+from taid_ray.errors import ConfigError
+from taid_ray.metrics import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, VALIDATION_FILE, damaged, read_json, read_lines
 from taid_ray.run_dir import RUN_FILE
 from taid_ray.search_results import SEARCH_FILE
 
@@ -71,7 +71,7 @@ class History:
 def read_history(path: Path) -> History:
     """Raises ConfigError if this is no run directory or no step was made yet, CheckpointError if a file is damaged."""
     _check_is_run(path)
-    run, summary = _read_json(path / RUN_FILE), _read_json(path / SUMMARY_FILE)
+    run, summary = read_json(path / RUN_FILE), read_json(path / SUMMARY_FILE)
     metrics = path / METRICS_FILE
     columns = _read_columns(metrics) if metrics.exists() else {}
     if not columns:
@@ -81,9 +81,9 @@ def read_history(path: Path) -> History:
     try:
         identity, attempts = str(run["id"]), list(run["attempts"])
     except (TypeError, KeyError):
-        raise _damaged(path / RUN_FILE, "it does not hold id and attempts") from None
+        raise damaged(path / RUN_FILE, "it does not hold id and attempts") from None
     written = datetime.fromtimestamp(metrics.stat().st_mtime, UTC)
-    validations = _read_lines(path / VALIDATION_FILE)
+    validations = read_lines(path / VALIDATION_FILE)
     return History(path, load_config(path / CONFIG_FILE), identity, attempts, columns, validations, summary, written)
 
 
@@ -112,31 +112,8 @@ def _read_columns(path: Path) -> dict[str, np.ndarray]:
                     raise ValueError(f"it is of step {found[0]}")
                 values.extend(found)
             except KeyError as error:
-                raise _damaged(path, f"line {number} has no {error}; was it written by another version?") from None
+                raise damaged(path, f"line {number} has no {error}; was it written by another version?") from None
             except (ValueError, TypeError) as error:
-                raise _damaged(path, f"line {number} is not that of step {number} ({error})") from None
+                raise damaged(path, f"line {number} is not that of step {number} ({error})") from None
     table = np.frombuffer(values, dtype=np.float64).reshape(-1, len(COLUMNS))
     return {name: table[:, place] for place, name in enumerate(COLUMNS)} if len(table) else {}
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:  # before the first validation
-        return []
-    except ValueError as error:
-        raise _damaged(path, f"a line of it is not JSON ({error})") from None
-
-
-def _read_json(path: Path) -> Any:
-    """None if there is no such file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise _damaged(path, f"it is not JSON ({error})") from None
-
-
-def _damaged(path: Path, found: str) -> CheckpointError:
-    return CheckpointError(f"{path} is damaged: {found}; bring the file back to get a report")

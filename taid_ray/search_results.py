@@ -19,14 +19,13 @@ from pydantic import ValidationError
 
 from taid_ray.config import DistillConfig, build_config
 from taid_ray.config_text import read_tree
-from taid_ray.errors import CheckpointError, ConfigError
-from taid_ray.metrics import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, VALIDATION_FILE
+from taid_ray.errors import ConfigError
+from taid_ray.metrics import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, VALIDATION_FILE, damaged, read_json, read_lines
 from taid_ray.sampler import Sampler
 from taid_ray.space import Space
 
 SEARCH_FILE, TRIALS_FILE, TRIALS = "search.yaml", "trials.json", "trials"
 METRIC_NAMES = {"kl": "validation KL", "cross_entropy": "validation cross-entropy"}
-TAIL = 65_536  # bytes, far more than a line of metrics
 
 Status = Literal["waiting", "running", "finished", "stopped", "failed"]
 RANKED_STATUS: tuple[Status, ...] = ("finished", "running", "stopped", "failed", "waiting")
@@ -122,7 +121,7 @@ def read_search(path: Path, last_lines: bool = False) -> Search:
     try:
         name, space = str(content["config"]["name"]), Space.model_validate(content["space"])
     except (KeyError, TypeError, ValidationError) as error:
-        raise _damaged(
+        raise damaged(
             path / SEARCH_FILE, f"it does not hold config and space ({textwrap.shorten(str(error), 200)})"
         ) from None
     trials = [_read_trial(path, entry, last_lines) for entry in _read_trials(path / TRIALS_FILE)]
@@ -130,24 +129,24 @@ def read_search(path: Path, last_lines: bool = False) -> Search:
 
 
 def _read_trials(path: Path) -> list[dict[str, Any]]:
-    entries = _read_json(path)
+    entries = read_json(path)
     if entries is None:  # the search has only begun
         return []
     if not isinstance(entries, list):
-        raise _damaged(path, "it holds no list of trials")
+        raise damaged(path, "it holds no list of trials")
     for number, entry in enumerate(entries, start=1):
         if not isinstance(entry, dict) or not {"name", "params", "status"} <= entry.keys():
-            raise _damaged(path, f"entry {number} has not the keys name, params and status")
+            raise damaged(path, f"entry {number} has not the keys name, params and status")
         if entry["status"] not in get_args(Status):
-            raise _damaged(path, f"trial {entry['name']} has the unknown status {entry['status']!r}")
+            raise damaged(path, f"trial {entry['name']} has the unknown status {entry['status']!r}")
     return entries
 
 
 def _read_trial(path: Path, entry: Mapping[str, Any], last_lines: bool) -> Trial:
     run = path / TRIALS / entry["name"]
-    config, summary = _read_config(run / CONFIG_FILE), _read_json(run / SUMMARY_FILE)
+    config, summary = _read_config(run / CONFIG_FILE), read_json(run / SUMMARY_FILE)
     steps = config.train.steps if config else None
-    metrics, validations = (_read_lines(run / name, last_lines) for name in (METRICS_FILE, VALIDATION_FILE))
+    metrics, validations = (read_lines(run / name, last_lines) for name in (METRICS_FILE, VALIDATION_FILE))
     return Trial(
         entry["name"],
         entry["params"],
@@ -167,42 +166,13 @@ def _read_config(path: Path) -> DistillConfig | None:
     except FileNotFoundError:
         return None
     except ConfigError as error:
-        raise _damaged(path, str(error)) from error
+        raise damaged(path, str(error)) from error
 
 
 @lru_cache(maxsize=4096)
 def _built_config(path: Path, modified: int) -> DistillConfig:
     """Once per version of the file: a live table asks every few seconds."""
     return build_config(yaml.safe_load(path.read_text(encoding="utf-8")))
-
-
-def _read_lines(path: Path, last_only: bool) -> list[dict[str, Any]]:
-    """JSON objects, one per line. What follows the last line break is being written, or was by a process that died."""
-    try:
-        with path.open("rb") as file:
-            if last_only:
-                file.seek(max(0, path.stat().st_size - TAIL))
-            lines = file.read().split(b"\n")[:-1]
-    except FileNotFoundError:
-        return []
-    try:
-        return [json.loads(line) for line in (lines[-1:] if last_only else lines)]
-    except ValueError as error:
-        raise _damaged(path, f"a line of it is not JSON ({error})") from None
-
-
-def _read_json(path: Path) -> Any:
-    """None if there is no such file, or no longer: a run that ends before its first step takes its directory away."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise _damaged(path, f"it is not JSON ({error})") from None
-
-
-def _damaged(path: Path, found: str) -> CheckpointError:
-    return CheckpointError(f"{path} is damaged: {found}; bring it back, or begin another search")
 
 
 def shown(value: Any) -> str:

@@ -3,7 +3,6 @@ import json
 import re
 import time
 from dataclasses import fields
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from taid_ray.run_notes import notes
 from taid_ray.run_plots import Bins, loss_curves, optimizer, step_time, t_curve, throughput
 from taid_ray.run_report import key_figures, shown_amount, shown_seconds, time_rows, validation_rows, write_run_report
 from taid_ray.schedule import TAIDSchedule
+from tests.html_page import Page
 
 STEPS = 40
 TREE: dict[str, Any] = {
@@ -98,31 +98,6 @@ def made(directory: Path, *args: Any, **kwargs: Any) -> History:
 def drawn(figure: Figure) -> dict[str, list[float]]:
     """The points of each curve by its name."""
     return {str(line.get_label()): list(line.get_ydata()) for axes in figure.axes for line in axes.get_lines()}  # type: ignore[arg-type]
-
-
-class Page(HTMLParser):
-    """Text by tag, and what is loaded from elsewhere; fails on tags that are not closed."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open: list[str] = []
-        self.text: dict[str, list[str]] = {}
-        self.sources: list[str] = []
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag not in ("meta", "img", "wbr"):
-            self.open.append(tag)
-        self.sources += [str(value) for name, value in attrs if name in ("src", "href")]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and data.strip():
-            self.text.setdefault(self.open[-1], []).append(data)
 
 
 def test_columns_are_those_of_the_metrics_and_the_phases_those_of_the_loop() -> None:

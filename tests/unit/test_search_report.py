@@ -1,6 +1,5 @@
 import base64
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from taid_ray.config import load_config
 from taid_ray.search_plots import BEST, Scale, key_scale, parallel, t_curves, validation
 from taid_ray.search_report import trials_table, write_report
 from taid_ray.search_results import Search, read_search
+from tests.html_page import Page
 from tests.search_files import ALPHA, Written, write_search
 
 KEY = "schedule.alpha_steps"
@@ -155,31 +155,6 @@ def test_long_choices_stay_apart(tmp_path: Path) -> None:
     names = [f"/models/of/the/whole/team/student-{letter}/weights" for letter in "ab"]
     scale = key_scale(made(tmp_path, [], {"student.model": {"choice": names}}), "student.model")
     assert [scale.height(name) for name in names] == [0.25, 0.75]
-
-
-class Page(HTMLParser):
-    """Text by tag, and what is loaded from elsewhere; fails on tags that are not closed."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open: list[str] = []
-        self.text: dict[str, list[str]] = {}
-        self.sources: list[str] = []
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag not in ("meta", "img", "wbr"):
-            self.open.append(tag)
-        self.sources += [str(value) for name, value in attrs if name in ("src", "href")]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and data.strip():
-            self.text.setdefault(self.open[-1], []).append(data)
 
 
 def test_report_is_one_page_with_everything_in_it(tmp_path: Path) -> None:
