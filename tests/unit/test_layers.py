@@ -30,7 +30,8 @@ LAYERS = {
     },
     # R: Ray glue and entry points.
     "R": {
-        "__init__", "actors", "attempts", "between", "cache_commands", "cli", "cluster", "launch", "report_command",
+        "__init__", "actors", "attempts", "between", "cache_commands", "cli", "cluster", "launch", "plan_command",
+        "report_command",
         "search_watch", "supervise", "trial", "tune", "warm", "worker",
     },
 }  # fmt: skip
