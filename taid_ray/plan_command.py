@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 UTILISATION = 0.4
 DEFAULT_GPU = "h100-80g"
+MIN_WIDTH = 100
+"""Columns that the tables need; on a narrower terminal lines wrap, where figures would be cut off."""
 
 
 def plan(
@@ -59,7 +61,7 @@ def plan(
     if as_json:
         print(json.dumps(found.as_dict(), indent=2))
     else:
-        show(found, Console())
+        show(found, Console(width=max(MIN_WIDTH, Console().width)))
 
 
 def default_gpu(config: DistillConfig) -> str:

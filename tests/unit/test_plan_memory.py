@@ -1,16 +1,12 @@
 """The planned memory beside what DeepSpeed, the model and the loss really allocate, for every ZeRO stage."""
 
 import gc
-import os
-import socket
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from transformers import LlamaConfig
 
 from taid_ray.batch import Batch
@@ -19,7 +15,6 @@ from taid_ray.clock import PhaseClock
 from taid_ray.cluster import check_object_store
 from taid_ray.config import DistillConfig, TeacherConfig, build_config
 from taid_ray.errors import ClusterError
-from taid_ray.launch import use_deepspeed_on
 from taid_ray.losses import objective
 from taid_ray.models import Head
 from taid_ray.payload import TeacherOutput
@@ -35,6 +30,8 @@ from taid_ray.plan_sizes import LossShape, ZeroOptions
 from taid_ray.plan_trace import LiveBytes, shape_of, trace
 from taid_ray.student_model import from_architecture
 from taid_ray.world import World
+
+pytestmark = pytest.mark.usefixtures("one_process_group")
 
 BUNDLE = Path(__file__).parents[2] / "taid_ray" / "quickstart"
 MIB = 2**20
@@ -75,20 +72,6 @@ def config_for(stage: int, dtype: str, checkpointing: bool = False, **student: A
             "train": {"steps": 4, "batch_size": 2 * ROWS, "micro_batch_size": ROWS},
         }
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_process_group() -> Iterator[None]:
-    use_deepspeed_on("cpu")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ.update(LOCAL_RANK="0", RANK="0", WORLD_SIZE="1")
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
-        del os.environ[name]
 
 
 def batch() -> Batch:

@@ -1,14 +1,10 @@
 """The student in a DeepSpeed engine, one process: every ZeRO stage follows the plain reference, whatever the head is."""
 
-import os
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from taid_ray.aggregate import GO_ON, LossAggregator, LossSums, StepResult
 from taid_ray.batch import NO_LABEL, Row, collate
@@ -17,13 +13,14 @@ from taid_ray.clock import PhaseClock
 from taid_ray.config import DistillConfig, build_config
 from taid_ray.errors import ModelError, NonFiniteLossError
 from taid_ray.example import quickstart_config
-from taid_ray.launch import use_deepspeed_on
 from taid_ray.metrics import StepMetrics
 from taid_ray.models import Head
 from taid_ray.payload import TeacherOutput, needs_head
 from taid_ray.preflight import prepare, run_tokenizer
 from taid_ray.schedule import TAIDSchedule
 from tests.reference import reference_run
+
+pytestmark = pytest.mark.usefixtures("one_process_group")
 
 BUNDLE = Path(__file__).parents[2] / "taid_ray" / "quickstart"
 UNTIED: dict[str, Any] = {"init": "scratch", "architecture": {"tie_word_embeddings": False, "num_hidden_layers": 2}}
@@ -47,20 +44,6 @@ class LocalScheduler:
     def collect(self, step: int) -> StepResult:
         assert self.answer is not None and self.answer.step == step
         return self.answer
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_process_group() -> Iterator[None]:
-    use_deepspeed_on("cpu")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ.update(LOCAL_RANK="0", RANK="0", WORLD_SIZE="1")
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
-        del os.environ[name]
 
 
 def config_for(student: dict[str, Any], **train: Any) -> DistillConfig:
