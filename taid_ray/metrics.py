@@ -151,7 +151,7 @@ def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any] | list[dict[str, Any]]) -> None:
     """As `replace_text`."""
     replace_text(path, json.dumps(content, indent=2) + "\n")
 

@@ -149,7 +149,8 @@ def followed(
 ) -> Iterator[Followed]:
     """Shows on the terminal what the scheduler actor hears from the workers.
 
-    on_validation: called, in a thread, with the figures of each validation once, those of earlier attempts included.
+    on_validation: called, in a thread, with the figures of each validation once, those of earlier attempts included; but
+    for the one after the last step, which the summary has.
     """
     done, found = threading.Event(), Followed()
 
@@ -166,7 +167,7 @@ def followed(
             for note in notes:
                 view.say(note)
             for figures in validations:
-                if on_validation is not None and figures["step"] > validated:
+                if on_validation is not None and validated < figures["step"] < plan.total_steps:
                     validated = figures["step"]
                     on_validation(figures)
 

@@ -18,7 +18,7 @@ from taid_ray.config import DistillConfig
 from taid_ray.errors import TaidRayError
 from taid_ray.launch import Surroundings, distill_among
 from taid_ray.metrics import VALIDATION_FILE, read_metrics
-from taid_ray.preflight import Plan, prepare
+from taid_ray.preflight import Plan
 from taid_ray.run_dir import check_run_dir
 from taid_ray.search_results import TRIALS
 from taid_ray.space import trial_config
@@ -35,6 +35,8 @@ class SearchJob:
     """The search's."""
     tree: dict[str, Any]
     """The base configuration."""
+    total_steps: int
+    """Of a run of the base configuration."""
     pool: str | None
     """Name of the teacher pool's Serve application; None: the trials have teachers of their own."""
     pool_spec: Any
@@ -74,40 +76,23 @@ def run_trial(params: dict[str, Any], job: SearchJob) -> None:
 
 def distil_trial(tree: dict[str, Any], params: dict[str, Any], job: SearchJob) -> None:
     """Runs it to its end, or until the search is asked to stop."""
-    config = configured(tree, params)
+    config = trial_config(tree, params, job.total_steps)
     if check_run_dir(config) == "finished":
         report_all(config.run_dir)
         return
-    last_step = 0
 
     def shared(own: DistillConfig, plan: Plan) -> str | None:
-        nonlocal last_step
-        last_step = plan.total_steps
         return job.pool if job.pool and pool_spec(own, plan) == job.pool_spec else None
-
-    def on_validation(figures: dict[str, Any]) -> None:
-        # The last one only with the summary: a scheduler ends a trial that has made its last step.
-        if figures["step"] < last_step:
-            report(figures)
 
     config.run_dir.parent.mkdir(parents=True, exist_ok=True)
     with config.run_dir.with_suffix(LOG_SUFFIX).open("a", encoding="utf-8") as log, asked(job.directory) as signals:
         console = Console(file=log, width=130)
         try:
-            result = distill_among(config, Surroundings(console, shared, signals, on_validation))
+            result = distill_among(config, Surroundings(console, shared, signals, report))
         except (KeyboardInterrupt, SystemExit):
             return  # the search was asked to stop, and the run has a checkpoint
+    # Not before the summary is there: a scheduler ends a trial that has reported its last step.
     report(result.summary["validations"][-1])
-
-
-def configured(tree: dict[str, Any], params: dict[str, Any]) -> DistillConfig:
-    """The trial's configuration. Looks at the data where only they tell the number of steps."""
-    steps = None
-    if "schedule.alpha_steps" in params:
-        without = {key: value for key, value in params.items() if key != "schedule.alpha_steps"}
-        config = trial_config(tree, without, None)
-        steps = config.train.steps or prepare(config).total_steps
-    return trial_config(tree, params, steps)
 
 
 def named(tree: dict[str, Any], name: str, run_dir: Path) -> dict[str, Any]:

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from taid_ray.errors import CheckpointError
-from taid_ray.metrics import SUMMARY_FILE, replace_text
+from taid_ray.metrics import SUMMARY_FILE, damaged, read_json, write_json
 from taid_ray.search_results import TRIALS, TRIALS_FILE, Status
 
 
@@ -23,14 +22,12 @@ class TrialBook:
         """name, params, status and error of every trial, in the order of their creation."""
         self._named: Counter[str] = Counter()
         if self._path.exists():
+            self.entries = read_json(self._path)
             try:
-                self.entries = json.loads(self._path.read_text(encoding="utf-8"))
                 for entry in self.entries:
                     entry["status"] = self._status_left(entry)
-            except (ValueError, TypeError, KeyError) as error:
-                raise CheckpointError(
-                    f"{self._path} is damaged ({error}); bring it back, or begin in another directory with --out"
-                ) from None
+            except (TypeError, KeyError) as error:
+                raise damaged(self._path, f"it holds no list of trials ({error})") from None
             self._write()
 
     def name_of(self, params: Mapping[str, Any]) -> str:
@@ -77,4 +74,4 @@ class TrialBook:
         return "stopped" if entry["status"] == "stopped" else "waiting"
 
     def _write(self) -> None:
-        replace_text(self._path, json.dumps(self.entries, indent=2) + "\n")
+        write_json(self._path, self.entries)

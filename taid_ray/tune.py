@@ -149,15 +149,15 @@ def run_search(
         )
         stopped = frozenset(book.with_status("stopped"))
         tree = config.model_dump(mode="json")
-        job = SearchJob(config.run_dir, tree, pool_name if pooled else None, pool_spec(config, plan), stopped)
-        run_tune(space, plan.total_steps, book, job, concurrent, signals, trials, view)
+        shared = pool_name if pooled else None
+        job = SearchJob(config.run_dir, tree, plan.total_steps, shared, pool_spec(config, plan), stopped)
+        run_tune(space, book, job, concurrent, signals, trials, view)
         if signals.count:
             raise signals.end()
 
 
 def run_tune(
     space: Space,
-    total_steps: int,
     book: TrialBook,
     job: SearchJob,
     concurrent: int,
@@ -190,7 +190,7 @@ def run_tune(
             num_samples=1 if space.search == "grid" else space.num_trials,
             max_concurrent_trials=concurrent if space.search == "optuna" else None,
             search_alg=searcher(space, book, concurrent),
-            scheduler=scheduler(space, total_steps),
+            scheduler=scheduler(space, job.total_steps),
             trial_name_creator=named,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
