@@ -207,9 +207,7 @@ def cause_of(error: BaseException) -> BaseException:
 def shown(error: BaseException) -> str:
     """A failure in one line: the death of a process before what it made of the others."""
     if isinstance(error, ControllerError):
-        return (
-            f"Ray Train could not start them ({_line(error)}); see `ray status` for what holds the cluster's resources"
-        )
+        return f"Ray Train could not start them ({_line(error)}); `ray status` shows what holds the cluster's resources"
     failures = sorted(_failures(error), key=lambda failure: not isinstance([*_chain(failure)][-1], RayActorError))
     return _line(failures[0])
 
@@ -223,7 +221,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
     inner: BaseException | None = error
     while inner is not None:
         yield inner
-        inner = getattr(inner, "cause", None) or getattr(inner, "health_check_failure", None) or inner.__cause__
+        inside = (getattr(inner, name, None) for name in ("cause", "controller_failure", "health_check_failure"))
+        inner = next(filter(None, inside), inner.__cause__)
 
 
 def _line(error: BaseException) -> str:
