@@ -3,16 +3,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BENCH_STAMP := $(VENV)/.installed-bench
-BENCHMARKS := loss payload overlap scheduler step scale_out tune
+BENCHMARKS := loss payload overlap scheduler step scale_out tune plan
 LOG := $(VENV)/install.log
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test soak lint bench bench-tune clean
+.PHONY: help install quickstart test test-netns soak lint bench bench-tune clean
 
 help:
 	@echo "make install     create $(VENV) and install taid-ray with its development tools"
 	@echo "make quickstart  distil the bundled model on a local Ray (installs first if needed)"
 	@echo "make test        all tests"
+	@echo "make test-netns  a run on three hosts that are network namespaces (Linux, root; about five minutes)"
 	@echo "make soak        kills parts of runs at random for MINUTES=10, and counts what is lost"
 	@echo "make lint        ruff and mypy"
 	@echo "make bench       all benchmarks, or one: make bench ONLY=loss (see benchmarks/README.md)"
@@ -45,6 +46,9 @@ quickstart: install
 
 test: install
 	$(BIN)/python -m pytest --durations=10
+
+test-netns: install
+	$(BIN)/python -m pytest -m netns tests/netns
 
 soak: install
 	TAID_SOAK_MINUTES=$(or $(MINUTES),10) $(BIN)/python -m pytest -m soak --durations=0 tests/chaos

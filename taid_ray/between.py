@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from taid_ray.actors.client import PoolTeacher
+from taid_ray.actors.gauges import StudentGauges
 from taid_ray.actors.leaving import LeaveNotice
 from taid_ray.actors.scheduler import SchedulerClient
 from taid_ray.aggregate import GO_ON, SAVE, STOP, StepResult
@@ -43,12 +44,13 @@ class BetweenSteps:
         saver: Saver,
         log: MetricLog | None,
         scheduler: SchedulerClient,
+        gauges: StudentGauges | None,
     ):
-        """log: rank 0's."""
+        """log, gauges: rank 0's."""
         self._config, self._total_steps, self._world = config, plan.total_steps, world
         self._student, self._teacher, self._teacher_head, self._held_out = student, teacher, teacher_head, held_out
         self._record, self._saver, self._log, self._scheduler = record, saver, log, scheduler
-        self._leaving = LeaveNotice()
+        self._gauges, self._leaving = gauges, LeaveNotice()
         self._leave_validations()  # those of earlier attempts
 
     def request(self, step: int) -> int:
@@ -66,6 +68,8 @@ class BetweenSteps:
             self._log.write(metrics)
             self._scheduler.publish(asdict(metrics))
             self._say_what_holds_back(metrics)
+        if self._gauges is not None:
+            self._gauges.step(metrics, self._saver.newest)
         if self._is_validated(metrics.step):
             self.validate(metrics.step)
         if result.request != GO_ON and metrics.step < self._total_steps:
@@ -84,6 +88,8 @@ class BetweenSteps:
         )
         self._note(f"validation: cross-entropy {found.cross_entropy:.4f}, KL to the teacher {found.kl:.4f}")
         self._record.validations[step] = found
+        if self._gauges is not None:
+            self._gauges.validation(found.cross_entropy, found.kl)
         self._leave_validations()
 
     def _leave_validations(self) -> None:

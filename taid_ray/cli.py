@@ -12,16 +12,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from taid_ray import cache_commands
 from taid_ray.config import DistillConfig, load_config
-from taid_ray.errors import ClusterError, ConfigError, TaidRayError
+from taid_ray.errors import ClusterError, TaidRayError
 from taid_ray.plan_command import plan
 from taid_ray.report_command import report
+from taid_ray.run_commands import JobEnd, scale, status, stop, submit
+
+if TYPE_CHECKING:
+    from taid_ray.space import Space
 
 ATTEMPT_THREAD = "taid-attempt"
 """Of `attempts`, which is not imported here because it takes seconds."""
@@ -43,6 +47,8 @@ app = typer.Typer(
 )
 app.command()(plan)
 app.command()(report)
+for command in (submit, status, scale, stop):
+    app.command()(command)
 app.add_typer(cache_commands.app, name="cache")
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Dotted key=value pairs, for example schedule.t_start=0.3.")
@@ -104,20 +110,7 @@ def tune(
     wanted = load_space(space, {} if trials is None else {"trials": trials})
     if base.train.steps is not None:  # else `search` looks at the data first
         wanted.check(base.model_dump(mode="json"), base.train.steps)
-    console = Console()
-    console.print("loading Ray, torch and transformers", highlight=False)
-    from taid_ray.search_notes import notes
-    from taid_ray.search_report import trials_table
-    from taid_ray.tune import search
-
-    result = search(base, wanted, out, max_concurrent, share_outputs)
-    console.print(trials_table(result.search))
-    for note in notes(result.search):
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
-    console.print(f"search directory: {result.path}", soft_wrap=True, highlight=False)
-    if result.best is None:
-        raise ClusterError(f"no trial finished; {result.path}/trials/*.error and *.log say why")
-    console.print("  report.html  best.yaml (for taid-ray train)  trials/NAME/ (runs)", highlight=False)
+    run_search(base, wanted, out, max_concurrent, share_outputs)
 
 
 @app.command("eval")
@@ -140,32 +133,15 @@ def evaluate(
 def check(config: Annotated[Path, typer.Argument(help="YAML configuration.")], overrides: Overrides = None) -> None:
     """Check a configuration, its models and its data, without starting anything."""
     from taid_ray.preflight import notes, prepare
+    from taid_ray.tracking import check_installed
 
     loaded = load_config(config, overrides or [])
+    check_installed(loaded)
     plan = prepare(loaded)
     console = Console()
     console.print(f"ok: {plan.total_steps} optimizer steps, {plan.vocabulary.num_shared} shared token ids")
     for note in notes(loaded, plan):
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
-
-
-@app.command()
-def scale(
-    run: Annotated[Path, typer.Argument(help="Directory of a live run.")],
-    teacher: Annotated[int, typer.Option(help="Replicas of the teacher to have from now on.")],
-) -> None:
-    """Give the teacher pool of a live run another number of replicas. No batch is lost or repeated."""
-    if teacher < 1:
-        raise ConfigError(f"--teacher: a pool needs at least one replica (found {teacher})")
-    from taid_ray.live_file import AUTH_MODE, live_pool
-
-    live = live_pool(run)
-    if live.auth_mode is not None:
-        os.environ.setdefault(AUTH_MODE, live.auth_mode)  # Ray reads it when it is imported
-    from taid_ray.actors.live import scale_teacher
-
-    console = Console()
-    scale_teacher(run, live, teacher, lambda message: console.print(message, highlight=False, soft_wrap=True))
 
 
 def run(config: DistillConfig) -> None:
@@ -186,6 +162,30 @@ def run(config: DistillConfig) -> None:
     console.print(
         "  model/ (Hugging Face)  summary.json  metrics.jsonl  report/training.png  config.yaml", highlight=False
     )
+
+
+def run_search(
+    base: DistillConfig,
+    wanted: "Space",
+    out: str | None,
+    max_concurrent: int | None,
+    share_outputs: bool,
+) -> None:
+    """Searches and prints where everything is."""
+    console = Console()
+    console.print("loading Ray, torch and transformers", highlight=False)
+    from taid_ray.search_notes import notes
+    from taid_ray.search_report import trials_table
+    from taid_ray.tune import search
+
+    result = search(base, wanted, out, max_concurrent, share_outputs)
+    console.print(trials_table(result.search))
+    for note in notes(result.search):
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    console.print(f"search directory: {result.path}", soft_wrap=True, highlight=False)
+    if result.best is None:
+        raise ClusterError(f"no trial finished; {result.path}/trials/*.error and *.log say why")
+    console.print("  report.html  best.yaml (for taid-ray train)  trials/NAME/ (runs)", highlight=False)
 
 
 def dotted(override: str) -> str:
@@ -219,7 +219,7 @@ def guarded(command: Callable[..., Any]) -> None:
         raise SystemExit(2) from None
     except (KeyboardInterrupt, SystemExit) as end:
         code = end.code if isinstance(end, SystemExit) else STOPPED[0]  # typer makes Ctrl-C a SystemExit
-        if code not in STOPPED:
+        if code not in STOPPED or isinstance(end, JobEnd):
             raise
         print("interrupted", file=sys.stderr)
         if any(thread.name == ATTEMPT_THREAD for thread in threading.enumerate()):

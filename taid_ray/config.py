@@ -439,6 +439,16 @@ class CacheConfig(Section):
         return _home_checked(value)
 
 
+class TrackingConfig(Section):
+    """Where a run's figures go beside its own files and TensorBoard's. All else is said to W&B and MLflow by their own
+    environment variables (`WANDB_API_KEY`, `WANDB_MODE`, `MLFLOW_TRACKING_URI` ...), set where `taid-ray` is started."""
+
+    wandb: Name | None = None
+    """Project of Weights & Biases that gets the run (needs the package wandb: `pip install 'taid-ray[wandb]'`)."""
+    mlflow: Name | None = None
+    """Experiment of MLflow that gets the run (needs the package mlflow: `pip install 'taid-ray[mlflow]'`)."""
+
+
 class DistillConfig(Section):
     """Everything that defines one distillation run."""
 
@@ -456,6 +466,7 @@ class DistillConfig(Section):
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     cache: CacheConfig = CacheConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @field_validator("name")
     @classmethod

@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from rich.console import Console
 
 from taid_ray.actors.live import announced
@@ -26,13 +26,16 @@ from taid_ray.cluster import (
     demand_of,
     ray_cluster,
 )
+from taid_ray.collectives import RayNetworkConfig
 from taid_ray.config import DistillConfig
 from taid_ray.device import collective_backend, resolve
 from taid_ray.hub import connection_restored
 from taid_ray.preflight import Job, Plan, notes, prepare
 from taid_ray.progress import ProgressView
 from taid_ray.run_dir import Run, check_run_dir, read_summary, run_directory, with_absolute_paths
+from taid_ray.run_log import logged
 from taid_ray.supervise import followed, scheduler_actor, shared_pool, teacher_pool
+from taid_ray.tracking import check_installed, tracked
 
 
 @dataclass(frozen=True)
@@ -82,13 +85,14 @@ def distill_among(config: DistillConfig, around: Surroundings) -> RunResult:
     config = with_absolute_paths(config)
     if check_run_dir(config) == "finished":
         return RunResult(config.run_dir, read_summary(config.run_dir))
+    check_installed(config)
     with connection_restored(), ProgressView(around.console) as view:
         view.say("checking models and data")
         plan = prepare(config)
         for note in notes(config, plan):
             view.say(f"note: {note}")
         view.say("connecting to Ray" if ray.is_initialized() or os.environ.get("RAY_ADDRESS") else "starting Ray here")
-        with run_directory(config) as run, ray_cluster():
+        with run_directory(config) as run, logged(config.run_dir, run.id, view), ray_cluster():
             if run.attempts:
                 view.say(
                     f"resuming the run in {config.run_dir}; its workers were started {run.attempts} time(s) before"
@@ -100,7 +104,8 @@ def distill_among(config: DistillConfig, around: Surroundings) -> RunResult:
                 check_object_store(plan.payload_bytes, config.teacher, demand.max_workers)
             if room := capacity_note(demand):
                 view.say(f"note: {room}")
-            summary = run_on_cluster(config, plan, demand, run, view, around)
+            with tracked(config, run.id, bool(run.attempts), view) as tracking:
+                summary = tracking.finished(run_on_cluster(config, plan, demand, run, view, around))
     return RunResult(config.run_dir, summary)
 
 
@@ -109,15 +114,16 @@ def run_on_cluster(
 ) -> dict[str, Any]:
     """Starts scheduler, teacher pool and student workers side by side; the workers wait for the pool, which outlives them."""
     shared = around.pool(config, plan) if around.pool else None
+    own_pool = None if shared or config.teacher.mode != "pool" else f"taid-teacher-{run.id}"
     with (
         # First, so that taking everything down is not interrupted halfway.
         nullcontext(around.signals) if around.signals else stop_signals() as signals,
+        announced(config.run_dir, own_pool, plan.total_steps),
         swept(),
         scheduler_actor(config, plan, f"taid-scheduler-{run.id}") as scheduler,
         shared_pool(shared, scheduler.set_pool)
         if shared
         else teacher_pool(config, plan, demand, f"taid-teacher-{run.id}", scheduler.set_pool, view) as pool,
-        nullcontext() if shared else announced(config.run_dir, pool),
         followed(scheduler, plan, view, around.on_validation) as progress,
         tempfile.TemporaryDirectory(prefix=".ray-train-", dir=config.run_dir) as scratch,
     ):
@@ -130,7 +136,7 @@ def run_on_cluster(
             trainer = TorchTrainer(
                 start_worker,
                 train_loop_config={"job": job},
-                torch_config=TorchConfig(
+                torch_config=RayNetworkConfig(
                     backend=collective_backend(demand.device), timeout_s=math.ceil(config.patience_s)
                 ),
                 scaling_config=ScalingConfig(

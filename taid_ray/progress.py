@@ -3,6 +3,7 @@
 It is never silent for more than a few seconds: with no news it repeats what is being waited for.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -12,9 +13,13 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from taid_ray.run_log import DRIVER, STUDENT, Records
+
 SILENCE_S = 4.0
 FIGURES_S = 3.0  # below SILENCE_S, so that while steps go on their figures are shown and not what is being waited for
 TICK_S = 0.5
+LOGGED_S = 60.0
+"""The log has the figures of a step this often; metrics.jsonl has them all."""
 
 
 class _Bar(Progress):
@@ -32,8 +37,12 @@ class ProgressView:
     def __init__(self, console: Console | None = None, above: Callable[[], RenderableType] | None = None):
         """above: what stands above the bar, asked for several times a second."""
         self.console, self._above = console or Console(), above
+        self.records = Records()
+        """All that is said, for `run_log.logged`."""
+        self.made = 0
+        """The last step."""
         self._started = time.monotonic()
-        self._last_line = self._last_figures = self._started
+        self._last_line = self._last_figures = self._last_logged = self._started
         self._activity, self._activity_since = "starting", self._started
         self._step_s: float | None = None
         self._lock = threading.Lock()
@@ -66,9 +75,10 @@ class ProgressView:
         if self._bar is not None:
             self._bar.stop()
 
-    def say(self, message: str) -> None:
-        """Something begins or has happened: prints it, and shows it as the current activity."""
+    def say(self, message: str, role: str = DRIVER, level: int = logging.INFO) -> None:
+        """Something begins or has happened: prints it, and shows it as the current activity. role: who says it."""
         with self._lock:
+            self.records.add(message, role, self.made, level)
             self._activity, self._activity_since = message, time.monotonic()
             self._print(message)
             if self._bar is not None:
@@ -88,6 +98,10 @@ class ProgressView:
         numbers = f"t {metrics['t']:.3f}  loss {metrics['loss']:.3f}  kl {metrics['kl']:.3f}"
         figures = f"step {metrics['step']}/{total_steps}  {numbers}  {left}"
         with self._lock:
+            self.made = metrics["step"]
+            if time.monotonic() - self._last_logged >= LOGGED_S or self.made == total_steps:
+                self._last_logged = time.monotonic()
+                self.records.add(figures, STUDENT, self.made, logging.INFO)
             following = min(metrics["step"] + 1, total_steps)
             self._activity, self._activity_since = f"step {following} of {total_steps}", time.monotonic()
             if self._bar is not None:

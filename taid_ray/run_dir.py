@@ -43,6 +43,7 @@ MAY_CHANGE = (
     "train.eval_every",
     *(f"checkpoint.{key}" for key in ("every_steps", "every_minutes", "keep", "best")),
     "cache",
+    "tracking",
 )  # fmt: skip
 
 

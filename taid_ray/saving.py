@@ -86,6 +86,11 @@ class Saver:
         )
         self._thread.start()
 
+    @property
+    def newest(self) -> int:
+        """Step of the newest checkpoint that is written; 0 if there is none. Rank 0's."""
+        return step_of(self._kept[-1]) if self._kept else 0
+
     def finish(self) -> None:
         """Waits until the last checkpoint is written. Raises CheckpointError, on every rank, if it could not be."""
         self.settle()

@@ -17,6 +17,7 @@ from taid_ray.config import DistillConfig, ScheduleConfig
 from taid_ray.errors import TaidRayError, TeacherError
 from taid_ray.preflight import Plan
 from taid_ray.progress import ProgressView
+from taid_ray.run_log import STUDENT
 
 POLL_S = 0.5
 CANCEL_S = 30.0
@@ -165,7 +166,7 @@ def followed(
                 found.step, found.training = max(found.step, shown), True
                 view.step(metrics, plan.total_steps)
             for note in notes:
-                view.say(note)
+                view.say(note, STUDENT)
             for figures in validations:
                 if on_validation is not None and validated < figures["step"] < plan.total_steps:
                     validated = figures["step"]

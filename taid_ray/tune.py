@@ -45,11 +45,13 @@ from taid_ray.metrics import replace_text
 from taid_ray.preflight import Plan, notes, prepare
 from taid_ray.progress import ProgressView
 from taid_ray.run_dir import changed_keys, locked, with_absolute_paths
+from taid_ray.run_log import logged
 from taid_ray.search_report import write_report
 from taid_ray.search_results import SEARCH_FILE, TRIALS, Search, Trial, read_search
 from taid_ray.search_watch import TrialsShown, Watcher
 from taid_ray.space import Space
 from taid_ray.supervise import teacher_pool
+from taid_ray.tracking import check_installed
 from taid_ray.trial import STOP_FILE, SearchJob, pool_spec, run_trial
 from taid_ray.trial_book import TrialBook
 
@@ -86,6 +88,7 @@ def search(
     which changes figures in the sixth digit. Raises a TaidRayError for everything a user can put right.
     """
     config = base_config(config, out, share_outputs)
+    check_installed(config)
     trials = TrialsShown(config.run_dir)
     with connection_restored(), ProgressView(above=trials.table) as view:
         view.say("checking models, data and the search space")
@@ -94,7 +97,7 @@ def search(
         if not any(key.startswith("schedule.") for key in space.space):
             for note in notes(config, plan):
                 view.say(f"note: {note}")
-        with search_directory(config, space) as (book, name):
+        with search_directory(config, space) as (book, name), logged(config.run_dir, name, view):
             if len(book.with_status("finished", "stopped")) < space.num_trials:
                 with ray_cluster():
                     demand = demand_of(config, resolve(config.device, cluster_has_gpus()))
@@ -128,11 +131,11 @@ def run_search(
     pool_name = f"taid-teacher-{name}"
     with (
         stop_signals() as signals,
+        announced(config.run_dir, pool_name if pooled else None),
         swept(),
         # What trials keep in memory would go with the last of them that runs.
         closing(Cache(config.cache, view.say)) if config.cache.on else nullcontext(),
         teacher_pool(config, plan, demand, pool_name, tell, view) if pooled else nullcontext(),
-        announced(config.run_dir, pool_name) if pooled else nullcontext(),
     ):
         if pooled:
             wait_for_pool(up, signals)

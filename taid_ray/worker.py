@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from taid_ray.actors.client import PoolTeacher
+from taid_ray.actors.gauges import StudentGauges
 from taid_ray.actors.lease import PoolClaims
 from taid_ray.actors.scheduler import SchedulerClient
 from taid_ray.batch import Row, collate
@@ -31,6 +32,7 @@ from taid_ray.preflight import Job, Plan, run_tokenizer
 from taid_ray.record import Record
 from taid_ray.report import write_model_card, write_plots
 from taid_ray.restoring import restore
+from taid_ray.run_dir import Run
 from taid_ray.saving import Saver
 from taid_ray.stream import Prefetcher, num_micro_batches, read_ahead, step_batches
 from taid_ray.student import Student
@@ -89,7 +91,10 @@ def run_worker(job: Job) -> dict[str, Any] | None:
 
     saver = Saver(store, config.checkpoint, world, attempt, restored, config.patience_s, scheduler.note)
     log = MetricLog(config.run_dir / METRICS_FILE, last.step) if world.is_main else None
-    between = BetweenSteps(config, plan, world, student, teacher, teacher_head, held_out, record, saver, log, scheduler)
+    gauges = StudentGauges(Run(config).id, plan.total_steps, job.restarts) if world.is_main else None
+    between = BetweenSteps(
+        config, plan, world, student, teacher, teacher_head, held_out, record, saver, log, scheduler, gauges
+    )
     if not restored:
         between.validate(0)
     accumulation = num_micro_batches(config.train.batch_size, config.train.micro_batch_size, world.size)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from ray import serve
 
+from taid_ray.actors.gauges import STUDENT, Instruments, run_of_pool
 from taid_ray.actors.lease import keep_lease
 from taid_ray.actors.request import Patience, Request, Waiter
 from taid_ray.actors.teacher import DEPLOYMENT, Answer, HeadPiece, Question
@@ -50,6 +51,7 @@ class PoolTeacher:
         self._info: TeacherInfo | None = None
         self._waiter = Waiter(app_name, config, notify)
         self._patience = Patience(config.hedge_after)
+        self._instruments = Instruments(run_of_pool(app_name), STUDENT)
         self._to_device = ToDevice(device)
         self._device = device
         self._requests: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
@@ -152,7 +154,11 @@ class PoolTeacher:
                 request.output.set_result(found)
 
     def _fetch(self, request: Request) -> tuple[TeacherOutput, Any]:
-        answer, output = self._waiter.answer(request, self._patience.hedge(request.submitted))
+        hedge = self._patience.hedge(request.submitted)
+        answer, output = self._waiter.answer(request, hedge)
+        again = {"damaged": request.damaged > 0, "lost": request.lost is not None and not request.damaged}
+        for reason, happened in (again | {"late": hedge.begun}).items():
+            self._instruments.add("taid_requests_again", float(happened), reason)
         self._patience.answered(request.submitted, time.monotonic(), answer)
         return self._to_device.copy(output)
 

@@ -20,6 +20,7 @@ from ray.exceptions import RayActorError
 from ray.serve.schema import LoggingConfig
 from torch.distributed import TCPStore
 
+from taid_ray.actors.gauges import TEACHER, Instruments, run_of_pool
 from taid_ray.actors.lease import NAMESPACE, find_lease, lease_name
 from taid_ray.actors.scaling import REPORT_S, LoadMeter, serve_scaling
 from taid_ray.batch import Batch
@@ -133,6 +134,7 @@ class TeacherReplica:
         self._load_meter = LoadMeter(time.monotonic())
         self._name = serve.get_replica_context().replica_id.unique_id
         self._broken: str | None = None
+        self._instruments = Instruments(run_of_pool(app_name), TEACHER)
         lease = await asyncio.to_thread(find_lease, app_name)
         shard = ray.remote(TeacherShard).options(**shard_options)
         self._shards = [shard.remote() for _ in range(1, config.shards)]
@@ -172,6 +174,9 @@ class TeacherReplica:
             tensors, seconds = await self._in_turn(request, compute, share)
         finally:
             self._here.discard(request_id)
+        self._instruments.add("taid_teacher_requests", 1)
+        self._instruments.add("taid_teacher_compute_seconds", seconds)
+        self._instruments.observe("taid_teacher_request_seconds", seconds)
         payload, checksum = await asyncio.to_thread(_sealed, tensors)
         return Answer(payload, seconds, self._name, checksum)
 
@@ -248,8 +253,10 @@ class TeacherReplica:
         """Tells the pool's lease how much there is to do here, until the pool is removed."""
         while self._broken is None:
             await asyncio.sleep(REPORT_S)
+            load = self._load_meter.read(time.monotonic())
+            self._instruments.set("taid_teacher_queue", load)
             try:
-                over = await lease.report_load.remote(self._name, self._load_meter.read(time.monotonic()))
+                over = await lease.report_load.remote(self._name, load)
             except RayActorError:  # it is being restarted
                 continue
             if over:

@@ -25,7 +25,8 @@ def check_run(result: RunResult, steps: int) -> list[dict[str, Any]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     held = {path.name for path in result.path.iterdir()}
-    written = {"config.yaml", "run.json", "metrics.jsonl", "validation.jsonl", "summary.json", "model", "report"}
+    figures = {"metrics.jsonl", "validation.jsonl", "summary.json", "tensorboard"}
+    written = figures | {"config.yaml", "run.json", "log.jsonl", "model", "report"}
     assert held - {"checkpoints"} == written
     validations = [json.loads(line) for line in (result.path / "validation.jsonl").read_text().splitlines()]
     assert validations == result.summary["validations"] and len(validations) >= 2

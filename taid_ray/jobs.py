@@ -1,0 +1,178 @@
+"""Ray's Jobs API: connecting, finding a run's job, following its log."""
+
+import asyncio
+import json
+import logging
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import requests
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+from taid_ray.errors import ClusterError
+
+CONNECT_TIMEOUT_S = 5.0
+ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+HEADERS_VARIABLE = "RAY_JOB_HEADERS"
+"""Environment variables of Ray's own `ray job`; the token of a cluster that wants one is read by Ray itself."""
+SHOWN_LINES = 30
+"""Of the log of a job that was under way before."""
+RETRY_S, PATIENCE_S = 2.0, 120.0
+POLL_S, PENDING_S = 0.5, 10.0
+STOPPED_CODE, FAILED_CODE = 143, 1
+UNREACHABLE = (ConnectionError, requests.RequestException, aiohttp.ClientError, OSError)
+for _module in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+    # They would tell of connections and uploads between the job's own lines.
+    logging.getLogger(f"ray.{_module}").setLevel(logging.WARNING)
+
+
+def connect(address: str | None) -> JobSubmissionClient:
+    """address: as `ray job --address`; else the environment's. Raises ClusterError if no cluster answers there."""
+    address = address or next((os.environ[name] for name in ADDRESS_VARIABLES if os.environ.get(name)), None)
+    if address is None:
+        raise ClusterError(
+            "no cluster to submit to: give --address http://HEAD:8265 (what `ray start --head` calls its dashboard), or set "
+            "RAY_ADDRESS"
+        )
+    with answering(address):
+        _knock(address)
+        headers = json.loads(os.environ.get(HEADERS_VARIABLE, "null"))
+        with _preferred(address):
+            return JobSubmissionClient(address, headers=headers)
+
+
+@contextmanager
+def answering(address: str) -> Iterator[None]:
+    """Tells of a cluster that does not answer, or does not let us in, by ClusterError."""
+    try:
+        yield
+    except AuthenticationError as error:
+        raise ClusterError(f"{address}: the cluster wants a token: {' '.join(str(error).split())}") from error
+    except (*UNREACHABLE, ValueError) as error:
+        raise ClusterError(
+            f"{address}: no Jobs API of a Ray cluster answers there ({_one_line(error)}); correct --address or RAY_ADDRESS; "
+            "it is the dashboard's address, by default port 8265 of the head"
+        ) from error
+    except RuntimeError as error:  # an answer with another status than 200
+        raise ClusterError(f"{address}: Ray's Jobs API refuses: {_one_line(error)}") from error
+
+
+def newest(client: JobSubmissionClient, name: str) -> tuple[int, JobDetails | None]:
+    """The last of a run's jobs, whose ids are NAME, NAME-2, NAME-3, ... by their order; (0, None) without one."""
+    found: tuple[int, JobDetails | None] = (0, None)
+    for job in client.list_jobs():
+        match = re.fullmatch(rf"{re.escape(name)}(?:-(\d+))?", job.submission_id or "")
+        if match and int(match[1] or 1) > found[0]:
+            found = int(match[1] or 1), job
+    return found
+
+
+def follow(
+    client: JobSubmissionClient, job: str, write: Callable[[str], None], say: Callable[[str], None], late: bool
+) -> JobDetails:
+    """Hands on the log of a job until that has ended. late: begins with what is new and the last lines before.
+
+    Raises ClusterError if the cluster does not answer for PATIENCE_S; the job may go on.
+    """
+    log, lost = _Log(write), 0.0
+    if late:
+        log.skip_all_but_last(client.get_job_logs(job))
+    while True:
+        try:
+            _wait_for_start(client, job, say)
+            asyncio.run(_tail(client, job, log))
+            info = client.get_job_info(job)
+            if info.status.is_terminal():
+                return info
+        except (*UNREACHABLE, RuntimeError) as error:
+            now = time.monotonic()
+            if not lost:
+                say(f"the connection to {client.get_address()} was lost ({_one_line(error)}); trying again")
+            lost = lost or now
+            if now - lost > PATIENCE_S:
+                raise ClusterError(
+                    f"{client.get_address()} has not answered for {PATIENCE_S:.0f} s; the job {job} may go on there. The "
+                    "same command follows it again"
+                ) from error
+        else:
+            lost = 0.0
+        time.sleep(RETRY_S)
+
+
+def exit_code(job: JobDetails) -> int:
+    """Of a job that has ended: its entry point's; by a signal as a shell has it; 143 after `stop`, as after SIGTERM."""
+    if job.status == JobStatus.SUCCEEDED:
+        return 0
+    if job.status == JobStatus.STOPPED:
+        return STOPPED_CODE
+    code = job.driver_exit_code
+    return FAILED_CODE if code is None else 128 - code if code < 0 else code
+
+
+def _wait_for_start(client: JobSubmissionClient, job: str, say: Callable[[str], None]) -> None:
+    """Until then there is no log, and installing packages may take minutes."""
+    start, said = time.monotonic(), ""
+    while (info := client.get_job_info(job)).status == JobStatus.PENDING:
+        message = info.message or "it is pending"
+        if message != said and time.monotonic() - start > PENDING_S:
+            said = message
+            say(f"the job has not begun after {PENDING_S:.0f} s: {_one_line(message)}")
+        time.sleep(POLL_S)
+
+
+class _Log:
+    """Writes a log that is sent anew from its beginning after each loss of the connection."""
+
+    def __init__(self, write: Callable[[str], None]):
+        self._write, self._written, self.place = write, 0, 0
+
+    def skip_all_but_last(self, text: str) -> None:
+        self._written = len(text)
+        self._write("".join(text.splitlines(keepends=True)[-SHOWN_LINES:]))
+
+    def add(self, chunk: str) -> None:
+        new = chunk[max(0, self._written - self.place) :]
+        self.place += len(chunk)
+        self._written = max(self._written, self.place)
+        if new:
+            self._write(new)
+
+
+async def _tail(client: JobSubmissionClient, job: str, log: _Log) -> None:
+    log.place = 0
+    async for chunk in client.tail_job_logs(job):
+        log.add(chunk)
+
+
+def _knock(address: str) -> None:
+    """Ray itself would wait for minutes where nothing answers."""
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    if parts.hostname and port:
+        socket.create_connection((parts.hostname, port), CONNECT_TIMEOUT_S).close()
+
+
+@contextmanager
+def _preferred(address: str) -> Iterator[None]:
+    """Ray takes the environment's address even where another one is given."""
+    name = ADDRESS_VARIABLES[0]
+    before = os.environ.get(name)
+    os.environ[name] = address
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+def _one_line(error: Any) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,254 @@
+"""What `status` says of a directory, and what `stop` does with it: states, figures, and what is too old to be believed."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from taid_ray import cli
+from taid_ray.actors import live as driver_side
+from taid_ray.errors import ConfigError
+from taid_ray.live_file import ENDED_FILE, LIVE_FILE, SILENT_S, Live, live_pool, pid_namespace, process_start
+from taid_ray.metrics import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, TAIL, VALIDATION_FILE
+from taid_ray.run_dir import LOCK_FILE, RUN_FILE
+from taid_ray.run_status import RECENT_STEPS, START_S, read_status
+from taid_ray.search_results import SEARCH_FILE, TRIALS, TRIALS_FILE
+from taid_ray.stop import stop
+
+NOBODY = 2**22 + 1
+"""Above the largest process id."""
+HERE = Live("127.0.0.1:9", None, "pool", socket.gethostname(), os.getpid(), pid_namespace(), process_start(os.getpid()))
+ELSEWHERE = replace(HERE, host="another-host", pid=NOBODY)
+TREE: dict[str, Any] = {
+    "teacher": {"model": "t"},
+    "student": {"model": "s"},
+    "data": {"train": "d"},
+    "train": {"steps": 40},
+}
+
+
+def run_dir(path: Path, steps: int = 0, live: Live | None = None, **files: dict[str, Any]) -> Path:
+    """files: contents of other JSON files."""
+    path.mkdir(exist_ok=True)
+    (path / CONFIG_FILE).write_text(yaml.safe_dump(TREE | {"out": str(path)}))
+    attempt = {"began": "2026-11-21T20:00:00+00:00", "workers": 2, "host": "h"}
+    (path / RUN_FILE).write_text(json.dumps({"id": "run-1", "attempts": [attempt]}))
+    if steps:
+        (path / METRICS_FILE).write_text("".join(json.dumps(line(step)) + "\n" for step in range(1, steps + 1)))
+    if live is not None:
+        (path / LIVE_FILE).write_text(json.dumps(asdict(live)))
+    for name, content in files.items():
+        (path / f"{name}.json").write_text(json.dumps(content))
+    return path
+
+
+def line(step: int) -> dict[str, Any]:
+    """Steps take 2 s from the 21st on, 1 s before."""
+    seconds = 2.0 if step > RECENT_STEPS else 1.0
+    return {
+        "step": step, "t": step / 100, "loss": 3.0 - step / 100, "kl": 1.0, "tokens": 500,
+        "step_s": seconds, "teacher_wait_s": seconds / 4,
+    }  # fmt: skip
+
+
+def ended(how: str, error: str | None = None) -> dict[str, Any]:
+    return {"how": how, "error": error, "ended": time.time() - 100, "total_steps": 50}
+
+
+def age(path: Path, seconds: float) -> None:
+    os.utime(path, (time.time() - seconds,) * 2)
+
+
+def test_states_of_a_run(tmp_path: Path) -> None:
+    def state(name: str, **content: Any) -> tuple[str, str | None]:
+        found = read_status(run_dir(tmp_path / name, **content))
+        return found.state, found.why
+
+    assert state("a", steps=4, live=HERE) == ("training", None)
+    assert state("b", live=HERE) == ("starting", None)
+    assert state("c", steps=4, live=replace(HERE, began=time.time() + 60)) == ("starting", None)  # a resumed one
+    assert state("d", steps=4, ended=ended("stopped")) == ("stopped", None)
+    assert state("e", steps=4, ended=ended("failed", "no room")) == ("failed", "no room")
+    assert state("f", steps=40, summary={"steps": 40}) == ("finished", None)
+    assert state("g", steps=4) == ("dead", "its driver left no word of its end")
+    assert state("h", steps=4, live=replace(HERE, pid=NOBODY))[0] == "dead"
+    assert state("i", steps=4, live=replace(HERE, process="a later one"))[0] == "dead"  # its id was given again
+    assert state("j", steps=4, live=ELSEWHERE) == ("training", None)
+
+
+def test_a_driver_elsewhere_is_believed_as_long_as_it_gives_signs(tmp_path: Path) -> None:
+    run = run_dir(tmp_path, steps=4, live=ELSEWHERE)
+    age(run / LIVE_FILE, SILENT_S - 10)
+    assert read_status(run).state == "training"
+    age(run / LIVE_FILE, SILENT_S + 10)
+    found = read_status(run)
+    assert found.state == "dead" and "on another-host, has given no sign of life for 70 s" in found.headline
+    with pytest.raises(ConfigError, match="no sign of life"):
+        live_pool(run)
+
+
+def test_a_driver_without_a_cluster_yet(tmp_path: Path) -> None:
+    run = run_dir(tmp_path)
+    (run / LOCK_FILE).touch()
+    assert read_status(run).state == "starting"
+    age(run / LOCK_FILE, START_S + 1)
+    assert read_status(run).state == "dead"
+
+
+def test_figures_are_those_of_the_last_steps(tmp_path: Path) -> None:
+    run = run_dir(tmp_path, steps=RECENT_STEPS + 10, live=replace(HERE, total_steps=60))
+    with (run / METRICS_FILE).open("a") as file:
+        file.write('{"step": 31, "t"')  # being written
+    age(run / METRICS_FILE, 30)
+    (run / VALIDATION_FILE).write_text(json.dumps({"step": 25, "kl": 0.5, "cross_entropy": 2.0, "rows": 9}) + "\n")
+    found = read_status(run)
+    assert (found.step, found.total_steps, found.t, found.kl) == (30, 60, 0.3, 1.0)
+    assert found.step_s == 1.5 and found.tokens_per_s == pytest.approx(500 / 1.5)  # ten of 1 s, ten of 2 s
+    assert found.left_s == pytest.approx(30 * 1.5) and found.teacher_wait_share == pytest.approx(0.25)
+    assert found.step_age_s == pytest.approx(30, abs=5)
+    assert found.validation == {"step": 25, "kl": 0.5, "cross_entropy": 2.0}
+
+
+def test_a_long_file_is_read_from_its_end(tmp_path: Path) -> None:
+    run = run_dir(tmp_path, steps=3000, live=HERE)
+    assert (run / METRICS_FILE).stat().st_size > 2 * TAIL
+    found = read_status(run)
+    assert (found.step, found.step_s) == (3000, 2.0)
+
+
+def test_a_torn_checkpoint_does_not_count(tmp_path: Path) -> None:
+    run = run_dir(tmp_path, steps=4, live=HERE)
+    assert read_status(run).checkpoint is None
+
+    def checkpoint(step: int, ranks: int) -> None:
+        path = run / "checkpoints" / f"step-{step:09d}-{1:020d}"
+        path.mkdir(parents=True)
+        for rank in range(ranks):
+            (path / f"rank-{rank:05d}.json").write_text(json.dumps({"rank": rank, "world_size": 2}))
+
+    checkpoint(10, 2)
+    checkpoint(20, 1)
+    found = read_status(run).checkpoint
+    assert found is not None and found.step == 10 and found.age_s < 60
+
+
+def search_dir(path: Path, *statuses: str, live: Live | None = None) -> Path:
+    path.mkdir()
+    space = {"search": "grid", "space": {"schedule.alpha": {"choice": [0.1, 0.2]}}}
+    (path / SEARCH_FILE).write_text(yaml.safe_dump({"id": "s-1", "config": TREE | {"name": "s"}, "space": space}))
+    entries = [{"name": f"{n:04d}", "params": {}, "status": status} for n, status in enumerate(statuses, start=1)]
+    (path / TRIALS_FILE).write_text(json.dumps(entries))
+    if live is not None:
+        (path / LIVE_FILE).write_text(json.dumps(asdict(live)))
+    return path
+
+
+def test_a_search(tmp_path: Path) -> None:
+    found = read_status(search_dir(tmp_path / "S", "failed", "running", live=HERE))
+    assert (found.state, found.trials) == ("searching", {"failed": 1, "running": 1, "all": 2})
+    assert read_status(search_dir(tmp_path / "T", "finished", "stopped")).state == "finished"
+
+
+def test_what_is_neither(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(ConfigError, match="what `taid-ray train`, `tune` or `submit` was given as --out"):
+            read_status(path)
+
+
+def test_the_driver_leaves_word_of_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver_side, "_this_driver", lambda pool, total: replace(HERE, pool=pool, total_steps=total))
+    monkeypatch.setattr(driver_side, "BEAT_S", 0.01)
+    run = run_dir(tmp_path, steps=4, ended=ended("failed", "before"))
+    with pytest.raises(SystemExit), driver_side.announced(run, "p", 7):
+        assert read_status(run).state == "training" and read_status(run).total_steps == 7
+        assert not (run / ENDED_FILE).exists()
+        age(run / LIVE_FILE, 1000)
+        deadline = time.monotonic() + 20
+        while time.time() - (run / LIVE_FILE).stat().st_mtime > 500:
+            assert time.monotonic() < deadline, "no sign of life"
+            time.sleep(0.01)
+        raise SystemExit(143)
+    assert read_status(run).state == "stopped" and not (run / LIVE_FILE).exists()
+    with pytest.raises(ConfigError), driver_side.announced(run, None):
+        raise ConfigError("loss.name: wrong")
+    assert (read_status(run).state, read_status(run).why) == ("failed", "loss.name: wrong")
+    with driver_side.announced(run, None):
+        (run / SUMMARY_FILE).write_text('{"steps": 4}')
+    assert read_status(run).state == "finished" and not (run / ENDED_FILE).exists()
+
+
+DRIVER = """
+import os, pathlib, signal, sys, time
+def end(number, frame):
+    pathlib.Path(sys.argv[1]).unlink()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, end)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_stop_ends_a_driver_of_this_host(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path / LIVE_FILE)], stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    run = run_dir(tmp_path, steps=4, live=replace(HERE, pid=process.pid, process=process_start(process.pid)))
+    (run / f"{ENDED_FILE}").write_text(json.dumps(ended("stopped")))
+    said: list[str] = []
+    stop(run, None, said.append)
+    assert process.wait(timeout=10) == 143
+    assert said[0] == f"asked process {process.pid} to stop; it saves a checkpoint after its step"
+    assert said[-1] == "stopped after step 4 of 50; the same command goes on with it"
+
+
+def test_stop_where_there_is_nothing_to_stop(tmp_path: Path) -> None:
+    said: list[str] = []
+    stop(run_dir(tmp_path / "a", steps=40, summary={"steps": 40}), None, said.append)
+    stop(run_dir(tmp_path / "b", steps=4, live=replace(HERE, pid=NOBODY)), None, said.append)
+    assert said[0] == "nothing to stop: finished after step 40 of 40"
+    assert said[1].startswith("nothing to stop: dead after step 4 of 40: its driver")
+
+
+def test_stop_where_it_cannot_reach(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"process {NOBODY} on another-host, and no Ray job.*`kill {NOBODY}` there"):
+        stop(run_dir(tmp_path / "a", steps=4, live=ELSEWHERE), None, print)
+    trials = search_dir(tmp_path / "S", "running", live=HERE) / TRIALS
+    trials.mkdir()
+    with pytest.raises(ConfigError, match=rf"is a trial of a search; stop the search, {tmp_path}/S"):
+        stop(run_dir(trials / "0001", steps=4, live=HERE), None, print)
+
+
+def test_scale_a_trial_of_a_shared_pool(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="uses the teacher pool of its search; scale that one"):
+        live_pool(run_dir(tmp_path, steps=4, live=replace(HERE, pool=None)))
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_dir(tmp_path, steps=30, live=replace(HERE, submission="taid-job"))
+
+    def output(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["taid-ray", "status", str(run), *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code == 0
+        return capsys.readouterr().out
+
+    found = json.loads(output("--json"))
+    assert (found["state"], found["step"], found["teacher_replicas"]) == ("training", 30, None)
+    shown = output()
+    for part in (
+        "state       training",
+        "30 of 40",
+        "t 0.3000",
+        "333 tokens/s",
+        "25% of it waiting",
+        "Ray job taid-job",
+    ):
+        assert part in shown

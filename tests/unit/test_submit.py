@@ -1,0 +1,243 @@
+"""Submitting: what is refused before anything leaves this machine, which job is meant, and how its log and end come back."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from ray.job_submission import JobDetails, JobStatus, JobType
+
+from taid_ray import cli, job, jobs
+from taid_ray.config import DistillConfig, build_config
+from taid_ray.errors import ClusterError, ConfigError
+from taid_ray.job import METADATA_KEY, Order, obey
+from taid_ray.live_file import JOB_CONFIG
+from taid_ray.submit import STOP_WAIT, begin, check_end, check_travels, job_name, runtime_environment
+
+TREE: dict[str, Any] = {
+    "out": "/shared/RUN",
+    "teacher": {"model": "org/teacher"},
+    "student": {"model": "s"},
+    "data": {"train": "d"},
+    "train": {"steps": 40},
+}
+ORDER = Order("1", TREE)
+
+
+def config(**values: Any) -> DistillConfig:
+    return build_config(TREE, values={key.replace("__", "."): value for key, value in values.items()})
+
+
+def details(number: int, status: JobStatus, **given: Any) -> JobDetails:
+    identity = "taid-RUN" if number == 1 else f"taid-RUN-{number}"
+    found = {"type": JobType.SUBMISSION, "submission_id": identity, "status": status, "entrypoint": "x"} | given
+    return JobDetails.model_validate(found)
+
+
+class Cluster:
+    """The Jobs API of a cluster, and somebody who submits the same run a moment earlier."""
+
+    def __init__(self, *jobs: JobDetails, rival: bool = False):
+        self.jobs, self._rival = list(jobs), rival
+
+    def get_address(self) -> str:
+        return "http://head:8265"
+
+    def list_jobs(self) -> list[JobDetails]:
+        return list(self.jobs)
+
+    def submit_job(self, submission_id: str, metadata: dict[str, str], **given: Any) -> None:
+        number = int(submission_id.removeprefix("taid-RUN").lstrip("-") or 1)
+        new = details(number, JobStatus.PENDING, metadata=metadata)
+        if self._rival:
+            self._rival = False
+            self.jobs.append(new)
+        if submission_id in [job.submission_id for job in self.jobs]:
+            raise RuntimeError(f"Request failed with status code 500: {submission_id} already exists.")
+        self.jobs.append(new)
+
+
+def begun(cluster: Cluster, order: Order = ORDER) -> tuple[str, bool, list[str]]:
+    said: list[str] = []
+    job, late = begin(cluster, "taid-RUN", order, {}, said.append)
+    return job, late, said
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"out": "runs/x"}, "out: runs/x is relative, .* absolute path, on a disk that all nodes .*--out"),
+        ({"out": None}, "out: missing. Name the run directory with --out"),
+        ({"out": "~/x"}, "out: ~/x is relative"),
+        ({"checkpoint__storage": "ckpt"}, "checkpoint.storage: ckpt is relative"),
+        ({"cache__directory": "outputs"}, "cache.directory: outputs is relative"),
+        ({"data__train": "here.jsonl"}, "data.train: here.jsonl is a path on this machine, .* --working-dir"),
+    ],
+)
+def test_paths_that_mean_nothing_there(
+    values: dict[str, Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.jsonl").touch()
+    with pytest.raises(ConfigError, match=told):
+        check_travels(config(**values), None)
+
+
+def test_paths_that_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.jsonl").touch()
+    check_travels(config(data__train="/not/here.jsonl", checkpoint__storage="s3://bucket/x"), None)
+    check_travels(config(data__train="here.jsonl"), tmp_path)
+
+
+def test_a_directory_has_one_name() -> None:
+    assert job_name("/runs/x") == job_name("/runs/x/") == job_name("/runs/y/../x") != job_name("/other/x")
+    found = job_name("/runs/a b/ÄÖ?#%")
+    assert found.isascii() and not set(found) & set("/?#% ")
+
+
+def test_the_runtime_environment(tmp_path: Path) -> None:
+    assert runtime_environment(None, None) == {"env_vars": STOP_WAIT}
+    path = tmp_path / "env.yaml"
+    path.write_text("{pip: [a], env_vars: {RAY_JOB_STOP_WAIT_TIME_S: 900, HF_HOME: /x}}")
+    found = runtime_environment(path, tmp_path)
+    assert found["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "900", "HF_HOME": "/x"}
+    assert (found["pip"], found["working_dir"]) == (["a"], str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("working_dir: /x", "which is --working-dir here"), ("[a]", "no mapping"), ("{", "cannot be read")],
+)
+def test_a_wrong_runtime_environment(text: str, told: str, tmp_path: Path) -> None:
+    path = tmp_path / "env.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=told):
+        runtime_environment(path, None)
+
+
+def test_which_job_is_meant() -> None:
+    ended = [details(1, JobStatus.FAILED), details(2, JobStatus.STOPPED)]
+    assert begun(Cluster())[:2] == ("taid-RUN", False)
+    assert begun(Cluster(*ended))[:2] == ("taid-RUN-3", False)
+    assert begun(Cluster(*ended[::-1], details(10, JobStatus.SUCCEEDED)))[:2] == ("taid-RUN-11", False)
+    assert begun(Cluster(*ended, details(3, JobStatus.RUNNING)))[:2] == ("taid-RUN-3", True)
+    neighbour = JobDetails(
+        type=JobType.SUBMISSION, submission_id="taid-RUN-x", status=JobStatus.RUNNING, entrypoint="x"
+    )
+    assert begun(Cluster(neighbour))[:2] == ("taid-RUN", False)
+
+
+def test_of_two_at_once_one_follows() -> None:
+    cluster = Cluster(rival=True)
+    assert begun(cluster) == ("taid-RUN", True, [])
+    assert len(cluster.jobs) == 1
+
+
+def test_another_configuration_is_told_of() -> None:
+    running = details(1, JobStatus.RUNNING, metadata=ORDER.to_metadata() | {"job_name": "x", "job_submission_id": "x"})
+    assert begun(Cluster(running))[2] == []
+    assert "another configuration" in begun(Cluster(running), Order("1", TREE | {"name": "b"}))[2][0]
+
+
+@pytest.mark.parametrize(
+    ("status", "driver", "code"),
+    [
+        (JobStatus.SUCCEEDED, 0, 0),
+        (JobStatus.STOPPED, None, 143),
+        (JobStatus.FAILED, 2, 2),
+        (JobStatus.FAILED, -9, 137),
+        (JobStatus.FAILED, None, 1),
+    ],
+)
+def test_exit_codes(status: JobStatus, driver: int | None, code: int) -> None:
+    assert jobs.exit_code(details(1, status, driver_exit_code=driver)) == code
+
+
+def test_a_cluster_without_taid_ray() -> None:
+    told = "Job entrypoint command failed with exit code 1, last logs:\npython: No module named taid_ray"
+    with pytest.raises(ClusterError, match="the cluster's Python has no taid-ray"):
+        check_end(details(1, JobStatus.FAILED, driver_exit_code=1, message=told))
+    with pytest.raises(ClusterError, match="Ray could not run the job taid-RUN: no such package"):
+        check_end(details(1, JobStatus.FAILED, message="no such package"))
+    check_end(details(1, JobStatus.FAILED, driver_exit_code=2, message="error: loss.name"))
+
+
+@given(st.text(), st.lists(st.tuples(st.integers(0, 40), st.integers(1, 7))))
+def test_a_log_is_whole_however_often_it_is_cut(text: str, cuts: list[tuple[int, int]]) -> None:
+    written: list[str] = []
+    log = jobs._Log(written.append)
+    for end, size in [*cuts, (len(text), 5)]:
+        log.place = 0
+        for start in range(0, min(end, len(text)), size):
+            log.add(text[start : min(start + size, end)])
+    assert "".join(written) == text
+
+
+def test_a_late_follower_sees_the_last_lines_once() -> None:
+    written: list[str] = []
+    log = jobs._Log(written.append)
+    lines = [f"{number}\n" for number in range(100)]
+    log.skip_all_but_last("".join(lines[:90]))
+    log.add("".join(lines[:50]))
+    log.add("".join(lines[50:]))
+    assert "".join(written) == "".join(lines[90 - jobs.SHOWN_LINES :])
+
+
+def test_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in jobs.ADDRESS_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ClusterError, match="no cluster to submit to: give --address"):
+        jobs.connect(None)
+    start = time.monotonic()
+    for address in ("http://127.0.0.1:9", "127.0.0.1:9", "nonsense://x"):
+        with pytest.raises(
+            ClusterError, match=f"{address}: no Jobs API of a Ray cluster|{address}: Ray's Jobs API refuses"
+        ):
+            jobs.connect(address)
+    assert time.monotonic() - start < jobs.CONNECT_TIMEOUT_S
+
+
+def test_the_entry_point_does_what_was_ordered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "own_version", lambda: "1")
+    done: list[Any] = []
+    monkeypatch.setattr(cli, "run", done.append)
+    monkeypatch.setattr(cli, "run_search", lambda *given, **options: done.append((*given, options)))
+    ordered(monkeypatch, ORDER)
+    obey()
+    assert done == [build_config(TREE)]
+    space = {"search": "grid", "space": {"schedule.alpha": {"choice": [0.1, 0.2]}}}
+    ordered(monkeypatch, Order("1", TREE, {"space": space, "options": {"out": "/x"}}))
+    obey()
+    assert done[1][0] == build_config(TREE) and done[1][1].num_trials == 2 and done[1][2] == {"out": "/x"}
+    ordered(monkeypatch, Order("2", TREE))
+    with pytest.raises(ConfigError, match=r"the cluster has taid-ray 1, and this job was submitted by taid-ray 2"):
+        obey()
+
+
+def ordered(monkeypatch: pytest.MonkeyPatch, order: Order) -> None:
+    metadata = {"job_submission_id": "x"} | order.to_metadata()
+    assert set(order.to_metadata()) == {METADATA_KEY}
+    monkeypatch.setenv(JOB_CONFIG, json.dumps({"runtime_env": {}, "metadata": metadata}))
+
+
+def test_what_is_wrong_here_never_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(jobs, "connect", lambda address: pytest.fail("it asked a cluster"))
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(TREE))
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({"search": "grid", "space": {"loss.nothing": {"choice": [1]}}}))
+    for wrong, told in (
+        (["loss.nothing=1"], "loss.nothing"),
+        (["--space", str(tmp_path / "s.yaml")], "loss.nothing"),
+        (["--trials", "3"], "give --space"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["taid-ray", "submit", str(tmp_path / "c.yaml"), *wrong])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code == 2 and told in capsys.readouterr().err
