@@ -4,7 +4,7 @@ Puts sizes (plan_case, plan_trace), memory (plan_memory) and time (plan_time) of
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from taid_ray.config import DistillConfig
@@ -12,25 +12,17 @@ from taid_ray.errors import ModelError
 from taid_ray.hardware import Hardware
 from taid_ray.models import check_divisible
 from taid_ray.plan_case import Case, Models, check_device
-from taid_ray.plan_memory import Parts, Worker, largest, teacher_memory, worker_memory
+from taid_ray.plan_measured import Calibration, Measured, calibrated
+from taid_ray.plan_memory import Parts, teacher_memory
 from taid_ray.plan_notes import notes
-from taid_ray.plan_sizes import Activations, ModelShape, ZeroOptions
-from taid_ray.plan_time import Bill, Load, Times, TokenFlops, bill, combined, student_times, teacher_time
+from taid_ray.plan_rates import Point, Rates, assumed_rates, scaling, simulated, times_of
+from taid_ray.plan_sizes import ModelShape
+from taid_ray.plan_time import Bill, Load, Times, TokenFlops, bill
+from taid_ray.plan_worker import WorkerMemory, worker_memories
 
 BILLION = 1e9
-
-
-@dataclass(frozen=True)
-class WorkerMemory:
-    """Of one ZeRO stage, with or without gradient checkpointing."""
-
-    zero_stage: int
-    checkpointing: bool
-    moment: str
-    """When most is needed: start, forward, backward or step."""
-    parts: Parts
-    bytes: float
-    fits: bool
+FULL = 0.9
+"""Share of the cores' time from which it is they that limit a run on one host."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +66,11 @@ class Forecast:
     """Of --tokens, else of train.steps."""
     wire_bytes_per_s: float
     """Of all answers."""
+    rates: Rates
+    """What the times are computed from."""
+    calibration: Calibration | None
+    """What was measured beside what was assumed; None without --measure."""
+    scaling: list[Point]
     notes: list[str]
 
     def as_dict(self) -> dict[str, Any]:
@@ -100,20 +97,33 @@ def forecast(
     utilisation: float,
     tokens: float | None = None,
     price_per_hour: float | None = None,
+    measured: Measured | None = None,
     on_wait: Callable[[str], None] = lambda message: None,
 ) -> Forecast:
-    """on_wait: told what takes seconds. Raises ConfigError where config and hardware contradict, ModelError as `trace`."""
+    """measured: rates and memory of real steps, which then take the place of the assumed ones. on_wait: told what takes
+    seconds. Raises ConfigError where config and hardware contradict, ModelError as `trace`."""
     check_device(config, hardware)
     case = Case(config, models, hardware)
     load, teacher_peak = case.load, 0
     if case.mode != "cache":
         on_wait("tracing the teacher's forward pass")
         teacher_peak = case.teacher_activations().forward_peak
+    on_wait("tracing the student without and with gradient checkpointing")
+    activations = {checkpointing: case.student_activations(checkpointing) for checkpointing in (False, True)}
+    rates, found_here = assumed_rates(case, utilisation), None
+    if measured is not None:
+        found_here = calibrated(case, measured, rates, activations[config.student.gradient_checkpointing], teacher_peak)
+        rates = found_here.rates
+    own_reserve, rank_reserve = hardware.reserved_bytes, hardware.teacher_reserved_bytes
+    if found_here is not None:
+        own_reserve, rank_reserve = found_here.reserves(hardware)
     memories: list[WorkerMemory] = []
     for checkpointing in (False, True):
-        on_wait(f"tracing the student {'with' if checkpointing else 'without'} gradient checkpointing")
-        memories += worker_memories(case, checkpointing, case.student_activations(checkpointing), teacher_peak)
-    times = step_times(case, utilisation)
+        memories += worker_memories(case, checkpointing, activations[checkpointing], teacher_peak, own_reserve)
+    times = times_of(case, rates)
+    on_wait("simulating 1 to 4,096 workers")
+    if measured is not None:
+        times = with_simulation(case, rates, times, measured.cores)
     processors = _processors(case, times.replicas)
     pooled = case.mode == "pool"
     wanted = tokens or (config.train.steps or 0) * load.tokens
@@ -131,7 +141,7 @@ def forecast(
         teacher=case.teacher,
         num_shared=models.num_shared,
         worker_memory=memories,
-        teacher_memory=rank_memories(case, teacher_peak) if pooled else [],
+        teacher_memory=rank_memories(case, teacher_peak, rank_reserve) if pooled else [],
         wire_bytes_per_token=case.wire_bytes,
         object_store_bytes=2 * case.in_flight_bytes * case.workers if pooled else 0.0,
         flops=case.flops,
@@ -141,38 +151,16 @@ def forecast(
         per_billion=bill(BILLION, load, times.step_s, processors, price_per_hour),
         whole=bill(wanted, load, times.step_s, processors, price_per_hour) if wanted else None,
         wire_bytes_per_s=load.tokens * case.wire_bytes[config.teacher.payload] / times.step_s if pooled else 0.0,
+        rates=rates,
+        calibration=found_here,
+        scaling=scaling(case, rates, times.replicas),
         notes=[],
     )
     found.notes.extend(notes(config, found))
     return found
 
 
-def worker_memories(case: Case, checkpointing: bool, activations: Activations, teacher_peak: int) -> list[WorkerMemory]:
-    """One for each ZeRO stage that the student's dtype allows. teacher_peak: of a local teacher's activations."""
-    student, beside = case.config.student, {}
-    if case.mode == "local":
-        beside = {"teacher": float(case.teacher_bytes * case.teacher.parameters + teacher_peak)}
-    worker = Worker(
-        shape=case.student,
-        activations=activations,
-        loss=case.loss,
-        dtype_bytes=case.student_bytes,
-        workers=case.workers,
-        accumulation=case.accumulation,
-        window_bytes=case.on_device_bytes,
-        reserved_bytes=case.hardware.reserved_bytes,
-        teacher=beside,
-    )
-    found = []
-    for stage in (1, 2, 3) if case.student_bytes == 2 else (0, 1, 2, 3):
-        options = ZeroOptions.of(student.deepspeed, stage, case.hardware.is_cpu)
-        moment, parts = largest(worker_memory(worker, stage, options))
-        total = sum(parts.values())
-        found.append(WorkerMemory(stage, checkpointing, moment, parts, total, total <= case.hardware.memory_bytes))
-    return found
-
-
-def rank_memories(case: Case, teacher_peak: int) -> list[RankMemory]:
+def rank_memories(case: Case, teacher_peak: int, reserved_bytes: float) -> list[RankMemory]:
     """For 1, 2, 4 and 8 shards, where they are possible, and the configured number."""
     found = []
     for shards in sorted({*_possible_shards(case.models), case.config.teacher.shards}):
@@ -183,30 +171,20 @@ def rank_memories(case: Case, teacher_peak: int) -> list[RankMemory]:
             shards,
             case.config.teacher.payload,
             case.answer_bytes,
-            case.hardware.reserved_bytes,
+            case.logits_bytes,
+            reserved_bytes,
         )
         total = sum(parts.values())
         found.append(RankMemory(shards, parts, total, total <= case.hardware.memory_bytes))
     return found
 
 
-def step_times(case: Case, utilisation: float) -> Times:
-    """Of one optimizer step. utilisation: share of the peak that matmuls reach."""
-    teacher, hardware, flops = case.config.teacher, case.hardware, case.flops
-    own = case.config.student.cpus_per_worker if hardware.is_cpu else 1.0
-    shards = teacher.shards * (teacher.cpus_per_shard if hardware.is_cpu else 1.0)
-    student = student_times(case.load, flops, hardware, own, case.student_bytes, utilisation)
-    teacher_s = teacher_time(
-        case.load,
-        flops,
-        hardware,
-        own if case.mode == "local" else shards,
-        case.teacher_bytes,
-        utilisation,
-        float(case.teacher_bytes * case.teacher.parameters),
-        teacher.max_tokens,
-    )
-    return combined(student, teacher_s, case.mode, (teacher.replicas.min, teacher.replicas.max), case.workers)
+def with_simulation(case: Case, rates: Rates, times: Times, cores: float | None) -> Times:
+    """The step as the simulation has it. cores: of the one host that everything shares, if there is only one."""
+    found = simulated(case, rates, times.replicas, cores)
+    busy = case.workers * times.student_s + times.teacher_s * (case.workers if case.mode == "local" else 1)
+    full = cores is not None and found.waits_for != "teacher" and busy > FULL * cores * found.step_s
+    return replace(times, step_s=found.step_s, limit="cores" if full else found.waits_for)
 
 
 def _possible_shards(models: Models) -> list[int]:

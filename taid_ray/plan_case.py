@@ -146,6 +146,11 @@ class Case:
         return float(self.loss.tokens * self.wire_bytes[self.config.teacher.payload])
 
     @property
+    def logits_bytes(self) -> float:
+        """Of all positions of one request, in float32."""
+        return 4.0 * self.loss.tokens * self.load.vocabulary
+
+    @property
     def in_flight_bytes(self) -> float:
         """Of one worker's requests."""
         return window_bytes(self.answer_bytes, self.config.teacher.window, self.config.teacher.window_mib)

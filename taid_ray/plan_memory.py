@@ -11,6 +11,8 @@ from taid_ray.plan_sizes import Activations, LossShape, ModelShape, ZeroOptions
 
 ALLREDUCE_ELEMENTS = 500_000_000
 """deepspeed.runtime.engine.MEMORY_OPT_ALLREDUCE_SIZE: gradients that are reduced at a time without ZeRO's own buckets."""
+LOGITS_CHUNK_BYTES = 128 * 2**20
+"""payload.CHUNK_BYTES"""
 CLOSED_FORM = ("taid", "forward_kl")
 """Losses whose gradient needs no graph (losses.objective)."""
 Parts = dict[str, float]
@@ -201,9 +203,12 @@ def teacher_memory(
     shards: int,
     payload: str,
     answer_bytes: float,
+    logits_bytes: float,
     reserved_bytes: float,
 ) -> Parts:
     """One process of a replica of so many shards, the leader; the others need less.
+
+    logits_bytes: of all positions of one request in float32; some payloads are made from them, in chunks.
 
     forward_peak: of the activations of one forward pass of the whole model. A shard's are smaller, but by how much depends
     on the architecture, so all of them are counted.
@@ -213,5 +218,5 @@ def teacher_memory(
     if shards > 1:  # gathered by every shard when it starts, to test it; kept on the device for topk and logits
         parts["whole head"] = float(dtype_bytes * shape.head_rows * shape.hidden_size)
     if payload in ("topk", "logits"):
-        parts["answer"] += 5 * 128 * 2**20  # payload.CHUNK_BYTES of float32 logits, and their copies
+        parts["answer"] += 5 * min(LOGITS_CHUNK_BYTES, logits_bytes)  # and their copies
     return parts

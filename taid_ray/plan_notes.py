@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def notes(config: DistillConfig, found: "Forecast") -> list[str]:
-    return [*_memory_notes(config, found), *_time_notes(found), *_assumptions(config)]
+    return [*_memory_notes(config, found), *_time_notes(found), *_scaling_notes(found), *_assumptions(config, found)]
 
 
 def _memory_notes(config: DistillConfig, found: "Forecast") -> list[str]:
@@ -48,7 +48,17 @@ def _time_notes(found: "Forecast") -> list[str]:
     return []
 
 
-def _assumptions(config: DistillConfig) -> list[str]:
+def _scaling_notes(found: "Forecast") -> list[str]:
+    reading = next((point for point in found.scaling if point.waits_for == "data"), None)
+    if reading is None:
+        return []
+    return [
+        f"on {reading.workers:,} workers with {found.load.worker_rows} rows each, reading the data takes longer than training: "
+        "every worker reads and encodes the whole batch"
+    ]
+
+
+def _assumptions(config: DistillConfig, found: "Forecast") -> list[str]:
     """What this configuration makes less certain."""
     lines, student, teacher = [], config.student, config.teacher
     zero = student.deepspeed.get("zero_optimization", {})
@@ -65,7 +75,8 @@ def _assumptions(config: DistillConfig) -> list[str]:
             f"student.workers may change while the run lasts; this plan is for the fewest, {student.workers.min}"
         )
     if student.workers.min > 1:
-        lines.append("the student's collectives are not in the step time: without a fast network steps take longer")
+        where = "in the step time" if found.calibration else "not in the step time, but in the table of workers"
+        lines.append(f"the collectives are {where} ({found.hardware.collective / 1e9:g} GB/s assumed)")
     return lines
 
 

@@ -98,10 +98,12 @@ class Times:
     balanced_replicas: int
     """Fewest that hide the teacher behind the student."""
     step_s: float
+    limit: str = ""
+    """What the simulation says that steps wait for, where there is one."""
 
     @property
     def bottleneck(self) -> str:
-        return "teacher" if self.step_s > self.student_s else "student"
+        return self.limit or ("teacher" if self.step_s > self.student_s else "student")
 
 
 def student_times(

@@ -141,7 +141,8 @@ def expected(tmp_path: Path) -> list[dict[str, Any]]:
     """What the same run says of itself on one host, with one worker and without Ray's network."""
     out = tmp_path / "LOCAL"
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    command = [sys.executable, "-m", "taid_ray.cli", "quickstart", *OVERRIDES, "teacher.mode=local", "--out", str(out)]
+    command = [sys.executable, "-m", "taid_ray.cli", "quickstart", *OVERRIDES, "teacher.mode=local"]
+    command += ["train.micro_batch_size=16", "--out", str(out)]
     subprocess.run(command, env=environment, check=True, timeout=WAIT_S, capture_output=True)
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 

@@ -12,8 +12,9 @@ PACKAGE = Path(__file__).parents[2] / "taid_ray"
 
 # Modules and subpackages directly under taid_ray/. List a new one here, as low as its imports allow.
 WITHOUT_TORCH = {
-    "aggregate", "bottleneck", "claims", "config", "config_text", "errors", "hardware", "plan_sizes", "plan_time", "sampler",
-    "schedule", "space",
+    "aggregate", "bottleneck", "claims", "config", "config_text", "errors", "hardware", "plan_sizes", "plan_time", "run_log",
+    "sampler", "schedule", "simulate", "simulate_kernel", "simulate_pipeline",
+    "space",
 }  # fmt: skip
 LAYERS = {
     # P: pure. torch at most.
@@ -21,17 +22,21 @@ LAYERS = {
     # 1: one process. No ray.
     "1": {
         "cache", "cache_store", "cached_teacher", "chat", "checkpoint", "data",
-        "device", "documents", "encoding", "evaluate", "example", "html_page", "hub", "live_file", "measure", "metrics",
-        "models", "payload", "plan", "plan_case", "plan_notes", "plan_trace",
+        "device", "documents", "encoding", "evaluate", "example", "figures", "html_page", "hub", "live_file", "measure",
+        "metrics",
+        "models", "payload", "plan", "plan_case", "plan_measured", "plan_notes", "plan_rates", "plan_tables", "plan_trace",
+        "plan_worker",
         "preflight", "progress", "record", "report", "restoring", "run_dir",
-        "run_history", "run_notes", "run_plots", "run_report", "saving",
+        "run_history", "run_notes", "run_plots", "run_report", "run_status", "saving",
         "search_notes", "search_plots", "search_report", "search_results", "search_statistics", "stream", "student",
-        "student_model", "student_state", "teacher_model", "to_device", "train", "trial_book", "vocabulary", "warmed", "world",
+        "student_model", "student_state", "teacher_model", "to_device", "trackers", "tracking", "train", "trial_book",
+        "vocabulary", "warmed", "world",
     },
     # R: Ray glue and entry points.
     "R": {
-        "__init__", "actors", "attempts", "between", "cache_commands", "cli", "cluster", "launch", "plan_command",
-        "report_command",
+        "__init__", "actors", "attempts", "between", "cache_commands", "cli", "cluster", "collectives", "launch", "plan_command",
+        "plan_measure", "plan_watch",
+        "job", "jobs", "report_command", "run_commands", "stop", "submit",
         "search_watch", "supervise", "trial", "tune", "warm", "worker",
     },
 }  # fmt: skip

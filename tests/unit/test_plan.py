@@ -14,19 +14,27 @@ from rich.console import Console
 from transformers import MixtralConfig, Qwen2Config
 from typer.testing import CliRunner
 
+from taid_ray import plan_rates
 from taid_ray.config import DistillConfig, build_config, load_config
 from taid_ray.errors import ConfigError
 from taid_ray.example import quickstart_config
 from taid_ray.hardware import hardware_named
 from taid_ray.plan import Forecast, forecast
 from taid_ray.plan_case import Case, Models, read_models
-from taid_ray.plan_command import plan, show
+from taid_ray.plan_command import plan
+from taid_ray.plan_tables import show
 from taid_ray.plan_trace import shape_of, trace
 from taid_ray.preflight import prepare
 
 CONFIGS = Path(__file__).parents[2] / "taid_ray" / "configs"
 CPU = hardware_named("cpu")
 GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def few_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands take seconds to simulate."""
+    monkeypatch.setattr(plan_rates, "WORKERS", (1, 4))
 
 
 def quickstart(*overrides: str) -> DistillConfig:
@@ -189,7 +197,7 @@ def test_waiting_and_wasted_replicas_are_said(swallow: Models) -> None:
         ("teacher.quantization={load_in_4bit: true}", "counted unquantised"),
         ("student.deepspeed={zero_optimization: {offload_optimizer: {device: cpu}}}", "not modelled"),
         ("student.workers={min: 1, max: 2}", "this plan is for the fewest, 1"),
-        ("student.workers=2", "collectives are not in the step time"),
+        ("student.workers=2", "collectives are not in the step time, but in the table of workers (0.3 GB/s assumed)"),
     ],
 )
 def test_what_makes_a_plan_less_certain_is_said(override: str, note: str) -> None:

@@ -17,9 +17,10 @@ from taid_ray.config import DistillConfig, TeacherConfig, build_config
 from taid_ray.errors import ClusterError
 from taid_ray.losses import objective
 from taid_ray.models import Head
-from taid_ray.payload import TeacherOutput
+from taid_ray.payload import CHUNK_BYTES, TeacherOutput
 from taid_ray.plan_memory import (
     CLOSED_FORM,
+    LOGITS_CHUNK_BYTES,
     Worker,
     largest,
     teacher_memory,
@@ -251,9 +252,17 @@ def test_the_window_is_that_of_the_cluster_check(window_mib: int, fits: int) -> 
 
 def test_shards_divide_what_the_plan_of_the_architecture_names() -> None:
     shape = shape_of(architecture())
-    one, two = (teacher_memory(shape, 7, 2, shards, "hidden", 5.0, 3.0) for shards in (1, 2))
+    one, two = (teacher_memory(shape, 7, 2, shards, "hidden", 5.0, 1e9, 3.0) for shards in (1, 2))
     assert one == {"weights": 2.0 * shape.parameters, "activations": 7.0, "answer": 5.0, "reserved": 3.0}
     assert two["weights"] == 2 * (shape.parameters - shape.sharded / 2)
     assert two["whole head"] == 2 * VOCABULARY * HIDDEN
     norms = (2 * 3 + 1) * HIDDEN
     assert shape.parameters - shape.sharded == norms  # everything else is split
+
+
+def test_payloads_of_logits_need_room_for_a_chunk_of_them() -> None:
+    """The teacher of a few positions does not need that of many."""
+    shape = shape_of(architecture())
+    few, many = (teacher_memory(shape, 7, 2, 1, "topk", 5.0, 4.0 * VOCABULARY * rows, 3.0) for rows in (8, 10**6))
+    assert few["answer"] == 5 + 5 * 4 * VOCABULARY * 8
+    assert many["answer"] == 5 + 5 * LOGITS_CHUNK_BYTES and LOGITS_CHUNK_BYTES == CHUNK_BYTES
