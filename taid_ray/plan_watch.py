@@ -17,11 +17,12 @@ LOOK_S = 10.0
 
 
 class MemoryWatch:
-    """Runs as an actor. Knows the most that each student worker and teacher replica begun since then has held on its node."""
+    """Runs as an actor. Knows the most that each student worker and teacher replica that came after it has held on its node."""
 
     def __init__(self, pool: str):
         self._raylet, self._pool = os.getppid(), pool
-        self._earlier = {pid for pid, _ in processes(self._raylet)}
+        # Ray keeps idle processes, which may get a role later.
+        self._earlier = {pid for pid, title in processes(self._raylet) if role_of(title, pool)}
         self._peaks: dict[str, int] = {}
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()

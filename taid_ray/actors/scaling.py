@@ -49,12 +49,16 @@ class PoolPolicy:
         return self._wanted or context.target_num_replicas, {}
 
     def _follow(self, name: str, namespace: str) -> None:
+        own = None
         while True:
             time.sleep(POLL_S)
             if self._current is None:
                 continue
             try:
                 lease = ray.get_actor(name, namespace=namespace)
+                own = own or lease._actor_id
+                if lease._actor_id != own:
+                    return  # of the next pool of that name, which must not hear how many replicas this one had
                 self._wanted = lease.replicas.remote(self._current).future().result(timeout=10 * POLL_S)
             except ValueError:
                 return  # the pool is being removed

@@ -36,8 +36,7 @@ ALONE_S = 60.0
 @pytest.mark.timeout(1200)
 def test_every_failure_one_after_another(new_run: NewRun, baseline: Run, capsys: pytest.CaptureFixture[str]) -> None:
     rng = Random(SEED)
-    # A rank that hangs is noticed after student.timeout_s + teacher.timeout_s. A pool needs more than that to start.
-    at_last = ("student.timeout_s=20", "teacher.timeout_s=6", "teacher.mode=local", "teacher.replicas=1")
+    at_last = ("teacher.mode=local", "teacher.replicas=1")
     failures: list[tuple[Failure, tuple[str, ...]]] = [
         (KILLED_RANK, ()),
         (KILLED_REPLICA, ()),
@@ -45,7 +44,6 @@ def test_every_failure_one_after_another(new_run: NewRun, baseline: Run, capsys:
         (KILLED_CONTROLLER, ()),
         (KILLED_DRIVER, ()),
         (STOPPED_DRIVER, at_last),
-        (HUNG_RANK, ()),
     ]
     run = new_run(small_config("chaos"))
     run.start()
@@ -60,7 +58,20 @@ def test_every_failure_one_after_another(new_run: NewRun, baseline: Run, capsys:
     with capsys.disabled():
         print(f"\n{shown(recoveries)}")
     check_same_result(run, baseline)
-    assert run.summary["restarts"] == run.attempts - 1 >= 5
+    assert run.summary["restarts"] == run.attempts - 1 >= 4
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_a_rank_that_hangs(new_run: NewRun, baseline: Run) -> None:
+    """It is noticed after student.timeout_s + teacher.timeout_s. A pool needs more than that to start."""
+    rng = Random(SEED)
+    run = new_run(small_config("chaos-hung"))
+    run.start("student.timeout_s=20", "teacher.timeout_s=6", "teacher.mode=local", "teacher.replicas=1")
+    inflict(run, HUNG_RANK, EVERY, rng)
+    run.wait_for_end()
+    run.check_nothing_left()
+    check_same_result(run, baseline)
 
 
 @pytest.mark.soak

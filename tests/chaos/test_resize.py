@@ -14,6 +14,7 @@ EVERY = 9
 CLOSE = 1e-5
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(1200)
 def test_stop_and_resume_in_another_layout(new_run: NewRun, baseline: Run) -> None:
     run = new_run(small_config("chaos-resize"))
