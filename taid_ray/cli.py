@@ -206,12 +206,13 @@ def named_as_arguments() -> Iterator[None]:
 
 
 def main() -> None:
-    """Entry point of the console script: one message for what a user can put right, a traceback for our own mistakes."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    """Entry point of the console script."""
     guarded(app)
 
 
 def guarded(command: Callable[..., Any]) -> None:
+    """An entry point's work: one message for what a user can put right, a traceback for our own mistakes."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         command()
     except TaidRayError as error:

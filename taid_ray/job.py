@@ -5,8 +5,6 @@ that another hash, and so relative paths another place, whenever a key changes.
 """
 
 import json
-import signal
-import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -44,7 +42,6 @@ def own_version() -> str | None:
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     cli.guarded(obey)
 
 

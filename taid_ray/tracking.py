@@ -16,6 +16,7 @@ from taid_ray.config import DistillConfig
 from taid_ray.config_text import read_tree
 from taid_ray.errors import ConfigError
 from taid_ray.figures import Figures
+from taid_ray.live_file import search_of
 from taid_ray.metrics import METRICS_FILE, SUMMARY_FILE, write_json
 from taid_ray.run_log import DRIVER, Speaker
 from taid_ray.search_results import SEARCH_FILE
@@ -135,7 +136,8 @@ def tracked(config: DistillConfig, run: str, resumed: bool, speaker: Speaker) ->
 
     Raises ConfigError if W&B or MLflow refuses a new run. A resumed one goes on without it meanwhile.
     """
-    group = search_of(config.run_dir)
+    search = search_of(config.run_dir)
+    group = str(read_tree(search / SEARCH_FILE)["id"]) if search else None
     wanted: dict[str, Callable[[], Tracker]] = {TENSORBOARD: lambda: TensorBoard(config.run_dir / TENSORBOARD)}
     if (project := config.tracking.wandb) is not None:
         wanted["wandb"] = lambda: WeightsAndBiases(project, run, config, group)
@@ -181,12 +183,6 @@ def check_installed(config: DistillConfig) -> None:
             raise ConfigError(
                 f"tracking.{name}: the package {name} is not installed here; pip install 'taid-ray[{name}]', or remove the key"
             )
-
-
-def search_of(run_dir: Path) -> str | None:
-    """Name of the search that a run is a trial of."""
-    search = run_dir.parent.parent / SEARCH_FILE
-    return str(read_tree(search)["id"]) if search.is_file() else None
 
 
 def first_line(error: BaseException) -> str:
