@@ -13,7 +13,7 @@ help:
 	@echo "make install     create $(VENV) and install taid-ray with its development tools"
 	@echo "make quickstart  distil the bundled model on a local Ray (installs first if needed)"
 	@echo "make test        all tests"
-	@echo "make test-netns  a run on three hosts that are network namespaces (Linux, root; about five minutes)"
+	@echo "make test-netns  a run on three hosts that are network namespaces (Linux, root; ten minutes)"
 	@echo "make soak        kills parts of runs at random for MINUTES=10, and counts what is lost"
 	@echo "make lint        ruff and mypy"
 	@echo "make bench       all benchmarks, or one: make bench ONLY=loss (see benchmarks/README.md)"

@@ -21,11 +21,12 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.common import local_ray, median, write
-from taid_ray.actors import teacher
+from taid_ray.actors import deployment
 from taid_ray.actors.client import PoolTeacher, replica_states
 from taid_ray.actors.lease import find_lease
 from taid_ray.actors.pool import start_pool, stop_pool
 from taid_ray.actors.scheduler import SchedulerClient, SchedulerOwner
+from taid_ray.actors.teacher import TeacherReplica
 from taid_ray.aggregate import GO_ON, StepResult
 from taid_ray.batch import Batch, Row
 from taid_ray.chunked import LogitTransform, LossParts
@@ -82,7 +83,7 @@ class TimedModel:
         return {"hidden": self._hidden[: len(loss_positions)]}
 
 
-class TimedReplica(teacher.TeacherReplica):
+class TimedReplica(TeacherReplica):
     """The pool's replica, queue and all, around a TimedModel."""
 
     async def _load(self, config: TeacherConfig, num_shared: int, device_kind: str) -> Any:
@@ -166,7 +167,7 @@ def main() -> None:
     pool = "benchmark"
     with local_ray(num_cpus=16, object_store_mib=1024):
         processes = [ray.remote(num_cpus=0)(WorkerProcess).remote() for _ in range(PROCESSES)]
-        with patch.object(teacher, "TeacherReplica", TimedReplica):
+        with patch.object(deployment, "TeacherReplica", TimedReplica):
             config = TeacherConfig(model="simulated", replicas=WORKERS_AND_REPLICAS[0][1])
             start_pool(config, HIDDEN, "cpu", pool, use_role_resources=True)
         try:

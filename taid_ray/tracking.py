@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from taid_ray.config import DistillConfig
+from taid_ray.config import DistillConfig, build_config
 from taid_ray.config_text import read_tree
 from taid_ray.errors import ConfigError
 from taid_ray.figures import Figures
 from taid_ray.live_file import search_of
-from taid_ray.metrics import METRICS_FILE, SUMMARY_FILE, write_json
+from taid_ray.metrics import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, write_json
+from taid_ray.run_dir import Run
 from taid_ray.run_log import DRIVER, Speaker
 from taid_ray.search_results import SEARCH_FILE
 from taid_ray.trackers import TENSORBOARD, MLflow, Outcome, TensorBoard, Tracker, WeightsAndBiases
@@ -158,6 +159,13 @@ def tracked(config: DistillConfig, run: str, resumed: bool, speaker: Speaker) ->
         tracking.close("stopped")
         raise
     tracking.close("finished")
+
+
+def tell_stopped(run_dir: Path, speaker: Speaker) -> None:
+    """Passes on the rest of a run whose process was ended from outside, and that it was stopped. Nothing follows it now."""
+    config = build_config(read_tree(run_dir / CONFIG_FILE))
+    with tracked(config, Run(config).id, True, speaker) as tracking:
+        tracking.close("stopped")
 
 
 def _open(follower: Follower, resumed: bool, speaker: Speaker) -> None:

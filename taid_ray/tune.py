@@ -51,7 +51,7 @@ from taid_ray.search_results import SEARCH_FILE, TRIALS, Search, Trial, read_sea
 from taid_ray.search_watch import TrialsShown, Watcher
 from taid_ray.space import Space
 from taid_ray.supervise import teacher_pool
-from taid_ray.tracking import check_installed
+from taid_ray.tracking import check_installed, tell_stopped
 from taid_ray.trial import STOP_FILE, SearchJob, pool_spec, run_trial
 from taid_ray.trial_book import TrialBook
 
@@ -155,8 +155,11 @@ def run_search(
         shared = pool_name if pooled else None
         job = SearchJob(config.run_dir, tree, plan.total_steps, shared, pool_spec(config, plan), stopped)
         run_tune(space, book, job, concurrent, signals, trials, view)
-        if signals.count:
-            raise signals.end()
+    for trial in book.with_status("stopped"):
+        if trial not in stopped:  # Ray Tune ended its process, with what it had not passed on yet
+            tell_stopped(book.run_dir(trial), view)
+    if signals.count:
+        raise signals.end()
 
 
 def run_tune(

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from ray import serve
 
+from taid_ray.actors.deployment import DEPLOYMENT
 from taid_ray.actors.gauges import STUDENT, Instruments, run_of_pool
 from taid_ray.actors.lease import keep_lease
 from taid_ray.actors.request import Patience, Request, Waiter
-from taid_ray.actors.teacher import DEPLOYMENT, Answer, HeadPiece, Question
+from taid_ray.actors.teacher import Answer, HeadPiece, Question
 from taid_ray.batch import Batch
 from taid_ray.config import TeacherConfig
 from taid_ray.errors import TeacherError

@@ -14,9 +14,9 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, DeploymentStatusTrigger
 
 from taid_ray.actors.client import replica_states
+from taid_ray.actors.deployment import DEPLOYMENT, teacher_app
 from taid_ray.actors.lease import LEASE_S, create_lease, end_lease, find_lease
 from taid_ray.actors.request import WHERE_TO_LOOK
-from taid_ray.actors.teacher import DEPLOYMENT, teacher_app
 from taid_ray.config import TeacherConfig
 from taid_ray.errors import TeacherError
 from taid_ray.teacher_model import TeacherInfo

@@ -1,4 +1,4 @@
-"""The teacher pool's replicas: a Serve deployment whose replicas are groups of tensor-parallel processes.
+"""The teacher pool's replicas: groups of tensor-parallel processes, which Serve runs (see deployment).
 
 The Serve replica is the leader, shard 0, and computes like the others; shards 1.. are its child actors, placed in its
 placement group and gone when it is gone. All shards get every request; the leader's payload is the answer.
@@ -17,12 +17,11 @@ import torch
 from ray import serve
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
-from ray.serve.schema import LoggingConfig
 from torch.distributed import TCPStore
 
 from taid_ray.actors.gauges import TEACHER, Instruments, run_of_pool
-from taid_ray.actors.lease import NAMESPACE, find_lease, lease_name
-from taid_ray.actors.scaling import REPORT_S, LoadMeter, serve_scaling
+from taid_ray.actors.lease import find_lease
+from taid_ray.actors.scaling import REPORT_S, LoadMeter
 from taid_ray.batch import Batch
 from taid_ray.config import TeacherConfig
 from taid_ray.device import collective_backend, torch_device
@@ -31,16 +30,10 @@ from taid_ray.hub import offline_if_unreachable
 from taid_ray.teacher_model import TeacherInfo, TeacherModel
 from taid_ray.wire import DamagedError, Packed, digest, pack, unpack, verify
 
-DEPLOYMENT = "teacher"
-ROLE_RESOURCE = "taid_teacher"
 LOOPBACK = "127.0.0.1"  # a replica's placement group lies on one node
 GROUP_TIMEOUT = timedelta(minutes=30)  # shards may finish loading a large model at very different times
 PING_TIMEOUT_S = 20.0
 FAILURE_PAUSE_S = 5.0
-DRAIN_S = 60.0
-"""A replica that is to go finishes what it has within this time; what is lost then is asked of another one again."""
-MAX_QUEUE = 1000
-"""Requests one replica takes; more than all windows of a large run."""
 
 T = TypeVar("T")
 Request = tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]
@@ -282,35 +275,6 @@ def load_shard(
         )
     offline_if_unreachable([config.model])
     return TeacherModel(config, num_shared, torch_device(device_kind), leader=rank == 0)
-
-
-def teacher_app(
-    config: TeacherConfig, num_shared: int, device_kind: str, app_name: str, use_role_resources: bool
-) -> serve.Application:
-    """The Serve application of a pool: replicas that are groups of config.shards processes."""
-    gpus = 1 if device_kind == "cuda" else 0
-    role = {ROLE_RESOURCE: 1} if use_role_resources else {}
-    bundle = {"CPU": config.cpus_per_shard} | ({"GPU": gpus} if gpus else {}) | role
-    actor = {"num_cpus": config.cpus_per_shard, "num_gpus": gpus, "resources": role}
-    deployment = serve.deployment(
-        name=DEPLOYMENT,
-        autoscaling_config=serve_scaling(config.replicas, lease_name(app_name), NAMESPACE),
-        # One batch is computed at a time. The others wait here: callers' routers would poll, up to half a second apart
-        # (100 requests of 7 ms took 11 s with 16 here).
-        max_ongoing_requests=MAX_QUEUE,
-        ray_actor_options=actor,
-        placement_group_bundles=[bundle] * config.shards,
-        placement_group_strategy="STRICT_PACK",
-        health_check_period_s=5,
-        health_check_timeout_s=30,
-        graceful_shutdown_wait_loop_s=0.2,
-        graceful_shutdown_timeout_s=DRAIN_S,
-        # For processes that are killed while they load; Serve tries three times per replica at most. A model that cannot
-        # be loaded ends the run before that, through the lease.
-        max_constructor_retry_count=100,
-        logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
-    )(TeacherReplica)
-    return deployment.bind(config, num_shared, device_kind, app_name, actor)
 
 
 def _timed(compute: Callable[[], T]) -> tuple[T, float]:

@@ -15,6 +15,7 @@ import yaml
 
 from taid_ray.config import DistillConfig, build_config, load_config
 from taid_ray.launch import RunResult, distill
+from taid_ray.live_file import read_live
 from taid_ray.search_results import read_search
 from taid_ray.space import Space
 from taid_ray.tune import SearchResult, search
@@ -99,6 +100,10 @@ def test_a_bad_trial_is_stopped_and_the_best_one_found(interrupted: tuple[Path, 
     assert STEPS // 2 <= found.trials[1].step < STEPS
     assert load_config(directory / "best.yaml").train.learning_rate == RATE
     assert (directory / "report.html").exists()
+    # The search's driver wrote the stopped trial's figures once more, after the end of the process that had done so.
+    (events,) = (directory / "trials/0002/tensorboard").iterdir()
+    trial = read_live(directory / "trials/0002")
+    assert trial is not None and events.name.split(".")[-2] != str(trial.pid)
     assert not [path for path in directory.rglob("*") if path.name in (".tune", ".stop") or "ray-train" in path.name]
 
 

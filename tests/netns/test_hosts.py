@@ -1,11 +1,12 @@
 """Three hosts with addresses of their own: a job scaled from another host, then a student's and the teacher's host cut off.
 
 What a cut leaves alive on the other side is the difference to a host that dies: there the workers of an attempt that is
-over go on, until they are told. Takes about five minutes, needs Linux and root: `make test-netns`.
+over go on, until they are told. Takes ten minutes, needs Linux and root: `make test-netns`.
 """
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -81,8 +82,9 @@ class RayHosts:
         log = self._logs / f"{self.head.name}-nodes.log"
         log.unlink(missing_ok=True)
         self.run(self.head, "nodes", "ray", "list", "nodes", "--format=json", "--filter=state=ALIVE", code=None)
-        text = log.read_text()
-        return len(json.loads(text[text.find("[") :])) if "[" in text else 0
+        # Ray's warnings, coloured ones too, lie around the list.
+        found = re.search(r"^\[(\{.*\})?\]$", log.read_text(), re.MULTILINE)
+        return len(json.loads(found[0])) if found else 0
 
     def run(self, host: Host, log: str, *command: str, code: int | None = 0) -> int:
         """Runs a command of this installation on a host to its end. code: that it must end with."""

@@ -15,8 +15,9 @@ from taid_ray.config import DistillConfig, build_config
 from taid_ray.errors import ConfigError
 from taid_ray.metrics import MetricLog, StepMetrics, read_metrics, write_lines
 from taid_ray.progress import ProgressView
+from taid_ray.run_dir import Run, write_config
 from taid_ray.trackers import MLflow, Outcome, Point, TensorBoard, WeightsAndBiases, point
-from taid_ray.tracking import Follower, check_installed, tracked
+from taid_ray.tracking import Follower, check_installed, tell_stopped, tracked
 
 FIGURES = [name for name in StepMetrics.__dataclass_fields__ if name != "step"]
 
@@ -196,6 +197,23 @@ def test_trackers_hear_how_a_run_ended(
     ):
         raise error
     assert memory.closed == [outcome]
+
+
+def test_what_a_stopped_trial_did_not_pass_on_arrives(
+    tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Tune ends the process of a trial, which then neither sends its last lines nor says that it is over."""
+    memory, runs = Memory(known=3), []
+    monkeypatch.setattr(tracking, "WeightsAndBiases", lambda project, run, *given: runs.append(run) or memory)
+    config = config_of(tmp_path, wandb="x")
+    write_config(config)
+    Run(config).write()
+    write_steps(tmp_path, 1, 5).close()
+    with ProgressView(console) as view:
+        tell_stopped(tmp_path, view)
+    assert runs == [Run(config).id]
+    assert memory.steps == [4, 5] and memory.closed == ["stopped"]
+    assert sorted(board(tmp_path)["train/loss"]) == [1, 2, 3, 4, 5]
 
 
 def test_a_new_run_that_is_refused_ends_and_a_resumed_one_goes_on(
