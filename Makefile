@@ -12,7 +12,7 @@ LOG := $(VENV)/install.log
 help:
 	@echo "make install     create $(VENV) and install taid-ray with its development tools"
 	@echo "make quickstart  distil the bundled model on a local Ray (installs first if needed)"
-	@echo "make test        all tests"
+	@echo "make test        all tests but those of test-netns and soak"
 	@echo "make test-netns  a run on three hosts that are network namespaces (Linux, root; ten minutes)"
 	@echo "make soak        kills parts of runs at random for MINUTES=10, and counts what is lost"
 	@echo "make lint        ruff and mypy"

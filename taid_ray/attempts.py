@@ -20,7 +20,7 @@ from ray.train import ControllerError, TrainingFailedError
 
 from taid_ray.actors.scheduler import SchedulerOwner
 from taid_ray.aggregate import STOP
-from taid_ray.cluster import Demand, workers_now
+from taid_ray.cluster import Demand, free_room, workers_now
 from taid_ray.config import StudentConfig
 from taid_ray.errors import AttemptError, ClusterError, TaidRayError
 from taid_ray.progress import ProgressView
@@ -86,8 +86,9 @@ def run_attempts(
     KeyboardInterrupt or SystemExit once a signal was obeyed.
     """
     failures = reached = 0
+    most = demand.max_workers
     while True:
-        workers = wait_for_room(demand, student.timeout_s, signals, view)
+        workers = min(wait_for_room(demand, student.timeout_s, signals, view), most)
         view.say(f"starting {workers} student worker(s)")
         followed.training = False
         watch = Watch(demand, workers, scheduler, followed, signals, view)
@@ -108,12 +109,15 @@ def run_attempts(
                 ) from error
             view.say(f"the student workers failed: {shown(error)}; going on from the last checkpoint")
             time.sleep(PAUSE_S)
+            # Where they found no room, others have what the nodes could hold.
+            most = max(demand.workers, free_room(demand)) if isinstance(error, ControllerError) else demand.max_workers
         else:
             if "stopped" not in result:
                 return result
             view.say(f"stopped after step {result['stopped']}, of which there is a checkpoint")
             if signals.count:
                 raise signals.end()
+            most = max(demand.workers, watch.room_for)
         restarts += 1
 
 
@@ -131,6 +135,8 @@ class Watch:
     ):
         self._demand, self._workers, self._scheduler, self._followed = demand, workers, scheduler, followed
         self._signals, self._view = signals, view
+        self.room_for = workers
+        """More than that, if there was room for more."""
         self._said = False
         self._room = 0
         self._next_look = 0.0
@@ -147,7 +153,8 @@ class Watch:
     def _may_grow(self) -> bool:
         if time.monotonic() >= self._next_look and self._room < GROW_CHECKS:
             self._next_look = time.monotonic() + GROW_CHECK_S
-            self._room = self._room + 1 if workers_now(self._demand) > self._workers else 0
+            self.room_for = min(workers_now(self._demand), self._workers + free_room(self._demand))
+            self._room = self._room + 1 if self.room_for > self._workers else 0
         return self._room >= GROW_CHECKS
 
     def _ask(self, message: str) -> None:

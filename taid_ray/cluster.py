@@ -175,6 +175,13 @@ def workers_now(demand: Demand) -> int:
     return next(workers for workers in reversed(room) if workers >= 0)
 
 
+def free_room(demand: Demand) -> int:
+    """How many more workers find a place now, beside everything else that is on the cluster."""
+    leaving = state.get_draining_nodes()
+    free = [node for name, node in available_resources_per_node().items() if name not in leaving]
+    return workers_beside(free, demand.replica_resources(), demand.worker_resources(), 0)[0]
+
+
 def room_for_trials(demand: Demand, own_teachers: bool) -> int:
     """How many runs as this one the cluster has room for now, beside everything else that is on it.
 

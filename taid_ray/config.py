@@ -206,8 +206,8 @@ class StudentConfig(Section):
     trust_remote_code: bool = False
     """Run Python code that ships with the student's checkpoint."""
     workers: Range = Range(min=1, max=1)
-    """Ray Train workers (one GPU each on a GPU cluster): a number, or `{min: 2, max: 8}` to take as many as the cluster has
-    room for, also when nodes come and go. Batches, learning rate and trajectory do not depend on it."""
+    """Ray Train workers (one GPU each on a GPU cluster): a number, or `{min: 2, max: 8}` to take as many as the nodes that
+    offer `taid_student` have room for, also when they come and go. Batches, learning rate and trajectory do not depend on it."""
     cpus_per_worker: Positive = 1.0
     """CPUs reserved for each worker."""
     timeout_s: Positive = 600.0
@@ -304,13 +304,13 @@ class DataConfig(Section):
     chat_template: str | None = None
     """Jinja template, or a file holding one, instead of the tokenizer's own (`format: chat | prompt_response`)."""
     loss_on: Literal["response", "all"] = "response"
-    """Which tokens of chat data carry loss; `all` is what the published TAID code trains on."""
+    """Which tokens of chat and prompt/response data carry loss; `all` is what the published TAID code trains on."""
     sequence_length: Annotated[Int, Field(ge=2)] = 2048
     """Tokens per row."""
     pack: bool = True
     """Put several documents into one row, without attention between them."""
     overlong: Literal["error", "drop", "truncate"] = "error"
-    """What to do with a chat row longer than `sequence_length`. Plain documents are cut into pieces instead."""
+    """What to do with a chat or prompt/response row longer than `sequence_length`. Plain documents are cut into pieces."""
     streaming: bool = False
     """Read the dataset as a stream instead of preparing it on disk first (large corpora)."""
     block_documents: PositiveInt = 1024

@@ -26,8 +26,11 @@ class Figures:
         self._next = (0, -1, -1)
 
     def begin(self, after: int) -> None:
-        """Takes what follows step `after`; -1: everything."""
-        self._offset, self.step, self._validated = 0, after, after
+        """Takes what follows step `after`, and that step's validation; -1: everything.
+
+        A step's line is sent up to a whole validation before its validation is there, so that may not have been taken.
+        """
+        self._offset, self.step, self._validated = 0, after, after - 1
 
     def restarted(self) -> bool:
         """Whether the workers began again, from a checkpoint, with a file of metrics that goes back to its step."""

@@ -29,6 +29,8 @@ RETRY_S, PATIENCE_S = 2.0, 120.0
 POLL_S, PENDING_S = 0.5, 10.0
 STOPPED_CODE, FAILED_CODE = 143, 1
 UNREACHABLE = (ConnectionError, requests.RequestException, aiohttp.ClientError, OSError)
+HICCUPS = (*UNREACHABLE, AuthenticationError, RuntimeError)
+"""What a cluster that answered before may fail with and answer again."""
 for _module in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
     # They would tell of connections and uploads between the job's own lines.
     logging.getLogger(f"ray.{_module}").setLevel(logging.WARNING)
@@ -75,6 +77,29 @@ def newest(client: JobSubmissionClient, name: str) -> tuple[int, JobDetails | No
     return found
 
 
+class Patience:
+    """With a cluster that does not answer: PATIENCE_S from its first failure after an answer."""
+
+    def __init__(self, client: JobSubmissionClient, job: str, say: Callable[[str], None]):
+        self._address, self._job, self._say = client.get_address(), job, say
+        self._lost: float | None = None
+
+    def answered(self) -> None:
+        self._lost = None
+
+    def lost(self, error: Exception) -> None:
+        """Raises ClusterError if it has not answered for too long."""
+        now = time.monotonic()
+        if self._lost is None:
+            self._lost = now
+            self._say(f"the connection to {self._address} was lost ({_one_line(error)}); trying again")
+        if now - self._lost > PATIENCE_S:
+            raise ClusterError(
+                f"{self._address} has not answered for {PATIENCE_S:.0f} s ({_one_line(error)}); the job {self._job} may go on "
+                "there. Give the same command again when it answers"
+            ) from error
+
+
 def follow(
     client: JobSubmissionClient, job: str, write: Callable[[str], None], say: Callable[[str], None], late: bool
 ) -> JobDetails:
@@ -82,28 +107,21 @@ def follow(
 
     Raises ClusterError if the cluster does not answer for PATIENCE_S; the job may go on.
     """
-    log, lost = _Log(write), 0.0
-    if late:
-        log.skip_all_but_last(client.get_job_logs(job))
+    log, patience = _Log(write), Patience(client, job, say)
     while True:
         try:
-            _wait_for_start(client, job, say)
-            asyncio.run(_tail(client, job, log))
+            _wait_for_start(client, job, say, patience)
+            if late:
+                log.skip_all_but_last(client.get_job_logs(job))
+                late = False
+            asyncio.run(_tail(client, job, log, patience))
             info = client.get_job_info(job)
             if info.status.is_terminal():
                 return info
-        except (*UNREACHABLE, RuntimeError) as error:
-            now = time.monotonic()
-            if not lost:
-                say(f"the connection to {client.get_address()} was lost ({_one_line(error)}); trying again")
-            lost = lost or now
-            if now - lost > PATIENCE_S:
-                raise ClusterError(
-                    f"{client.get_address()} has not answered for {PATIENCE_S:.0f} s; the job {job} may go on there. The "
-                    "same command follows it again"
-                ) from error
+        except HICCUPS as error:
+            patience.lost(error)
         else:
-            lost = 0.0
+            patience.answered()
         time.sleep(RETRY_S)
 
 
@@ -117,10 +135,12 @@ def exit_code(job: JobDetails) -> int:
     return FAILED_CODE if code is None else 128 - code if code < 0 else code
 
 
-def _wait_for_start(client: JobSubmissionClient, job: str, say: Callable[[str], None]) -> None:
+def _wait_for_start(client: JobSubmissionClient, job: str, say: Callable[[str], None], patience: Patience) -> None:
     """Until then there is no log, and installing packages may take minutes."""
     start, said = time.monotonic(), ""
+    # Of a job that runs only its log counts as an answer: something between may let requests through, but no log.
     while (info := client.get_job_info(job)).status == JobStatus.PENDING:
+        patience.answered()
         message = info.message or "it is pending"
         if message != said and time.monotonic() - start > PENDING_S:
             said = message
@@ -146,9 +166,10 @@ class _Log:
             self._write(new)
 
 
-async def _tail(client: JobSubmissionClient, job: str, log: _Log) -> None:
+async def _tail(client: JobSubmissionClient, job: str, log: _Log, patience: Patience) -> None:
     log.place = 0
     async for chunk in client.tail_job_logs(job):
+        patience.answered()
         log.add(chunk)
 
 

@@ -16,7 +16,7 @@ from taid_ray.config import DistillConfig, build_config
 from taid_ray.config_text import read_tree
 from taid_ray.errors import ConfigError
 from taid_ray.metrics import CONFIG_FILE, SUMMARY_FILE, damaged, read_json
-from taid_ray.search_results import SEARCH_FILE, TRIALS
+from taid_ray.search_results import SEARCH_FILE, TRIALS, TRIALS_FILE
 
 LIVE_FILE, ENDED_FILE = "live.json", "ended.json"
 AUTH_MODE, JOB_CONFIG, SUBMISSION_ID = "RAY_AUTH_MODE", "RAY_JOB_CONFIG_JSON_ENV_VAR", "job_submission_id"
@@ -141,6 +141,15 @@ def search_of(run_dir: Path) -> Path | None:
     """The directory of the search that a run is a trial of."""
     parent = run_dir.absolute().parent
     return parent.parent if parent.name == TRIALS and (parent.parent / SEARCH_FILE).is_file() else None
+
+
+def stopped_early(run_dir: Path) -> bool:
+    """Whether this is a trial that its search has given up."""
+    search = search_of(run_dir)
+    trials = read_json(search / TRIALS_FILE) if search else None
+    with suppress(TypeError, KeyError):  # damaged, which the status of the search says
+        return (run_dir.absolute().name, "stopped") in [(trial["name"], trial["status"]) for trial in trials or ()]
+    return False
 
 
 def not_alive(run_dir: Path, why: str) -> ConfigError:

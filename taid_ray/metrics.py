@@ -157,9 +157,12 @@ def write_json(path: Path, content: dict[str, Any] | list[dict[str, Any]]) -> No
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes through a temporary file, so that a reader never sees half of it."""
+    """Writes through a temporary file, so that nobody ever sees half of it, not even after a crash of the machine."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 

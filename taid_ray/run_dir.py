@@ -6,12 +6,13 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import yaml
 
@@ -20,6 +21,8 @@ from taid_ray.errors import ConfigError, TaidRayError
 from taid_ray.metrics import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, replace_text, write_json
 
 RUN_FILE, LOCK_FILE = "run.json", ".lock"
+LOCK_S = 1.0
+"""`status` tries a lock for a moment; who is refused for longer than this is refused by a driver."""
 
 # What a run may be resumed with other values of: where and how it is computed, not what.
 MAY_CHANGE = (
@@ -179,12 +182,13 @@ def write_config(config: DistillConfig) -> None:
 def run_directory(config: DistillConfig) -> Iterator[Run]:
     """Makes the run directory, or takes it up again, and keeps other drivers out of it.
 
-    Removes a new one again if the run ends before its first step by what a user can put right. Raises ConfigError if
+    Removes it again if it is new and the run ends before its first step by what a user can put right. Raises ConfigError if
     another driver has it.
     """
     run_dir = config.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
     with locked(run_dir):
+        new = not (run_dir / RUN_FILE).exists()
         for left in run_dir.glob(".ray-train-*"):  # by a driver that was killed
             shutil.rmtree(left, ignore_errors=True)
         run = Run(config)
@@ -194,7 +198,7 @@ def run_directory(config: DistillConfig) -> Iterator[Run]:
             yield run
         except (TaidRayError, KeyboardInterrupt, SystemExit):
             metrics = run_dir / METRICS_FILE
-            if not metrics.exists() or not metrics.stat().st_size:
+            if new and (not metrics.exists() or not metrics.stat().st_size):
                 shutil.rmtree(run_dir, ignore_errors=True)
             raise
 
@@ -206,17 +210,26 @@ def locked(run_dir: Path) -> Iterator[None]:
     Raises ConfigError if another driver has it.
     """
     path = run_dir / LOCK_FILE
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            taken = not os.path.samestat(os.fstat(file.fileno()), path.stat())
-        except (BlockingIOError, FileNotFoundError):
-            taken = True
-        if taken:  # or just released, with the file that was locked
+    deadline = time.monotonic() + LOCK_S
+    while not _has(file := path.open("a"), path):
+        file.close()
+        if time.monotonic() > deadline:
             raise ConfigError(
                 f"out: what is in {run_dir} is under way in another process; wait for it, or end it (Ctrl-C there)"
             )
+        time.sleep(LOCK_S / 10)
+    with file:
+        os.utime(path)  # `status` goes by when it was taken
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def _has(file: IO[str], path: Path) -> bool:
+    """Locks the file at `path`, opened as `file`, unless somebody has it or has removed it meanwhile."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False

@@ -1,5 +1,6 @@
 """What a run or a search does now, from the files in its directory: on any machine that sees them, and without Ray."""
 
+import fcntl
 import json
 import re
 import time
@@ -12,14 +13,14 @@ from typing import Any, Literal
 
 from taid_ray.config import DistillConfig, load_config
 from taid_ray.errors import ConfigError
-from taid_ray.live_file import ENDED_FILE, Live, death, read_live
+from taid_ray.live_file import ENDED_FILE, Live, death, read_live, stopped_early
 from taid_ray.metrics import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, TAIL, VALIDATION_FILE, read_json, read_lines
 from taid_ray.run_dir import LOCK_FILE, RUN_FILE
 from taid_ray.search_results import SEARCH_FILE, Search, read_search
 
-State = Literal["starting", "training", "searching", "stopped", "failed", "dead", "finished"]
+State = Literal["starting", "training", "searching", "finishing", "stopped", "failed", "dead", "finished"]
 START_S = 300.0
-"""A driver without live.json that took the directory longer ago than this is dead."""
+"""A driver without live.json that took the directory longer ago than this is dead, unless its lock is seen to be held."""
 RECENT_STEPS = 20
 """That speed is measured over."""
 ASK_S = 3.0
@@ -40,7 +41,7 @@ class Status:
     path: str
     state: State
     why: str | None
-    """Of `failed` and `dead`."""
+    """Of `failed` and `dead`, and of a trial that its search stopped early."""
     driver: Live | None
     """None if there is none."""
     ended_age_s: float | None
@@ -81,7 +82,8 @@ class Status:
         place = "" if self.trials is not None else f" after step {self.step} of {self.total_steps or '?'}"
         words = {
             "finished": f"finished{place}",
-            "stopped": f"stopped{place}; the same command goes on with it",
+            "finishing": "finishing: its trials are over, its report is being written",
+            "stopped": f"stopped{place}" + (f": {self.why}" if self.why else "; the same command goes on with it"),
             "failed": f"failed{place}: {self.why}",
             "dead": f"dead{place}: {self.why}; the same command goes on with it",
         }
@@ -104,8 +106,12 @@ def read_status(path: Path) -> Status:
 def _search_status(path: Path, search: Search) -> Status:
     live, ended = read_live(path), read_json(path / ENDED_FILE)
     state, why = _driver_state(path, live, ended, "searching")
-    if state is None:  # it ended without a word, which is how a search ends that has tried everything
-        state = "finished"
+    over = sum(trial.status in ("finished", "stopped", "failed") for trial in search.trials)
+    tried = over >= search.space.num_trials
+    if state is None:  # it ended without a word: with all its trials, or, after a signal, without the others
+        state = "finished" if tried else "stopped"
+    elif state == "starting" and tried:  # it has no live.json any more, not none yet
+        state = "finishing"
     best = search.best()
     return Status(
         path=str(path),
@@ -124,7 +130,15 @@ def _run_status(path: Path, config: DistillConfig) -> Status:
     run = read_json(path / RUN_FILE)
     lines = _recent(path / METRICS_FILE)
     figures = _figures(lines[-1]) if lines else {}
-    state, why = ("finished", None) if summary else _driver_state(path, live, ended, "training")
+    early = not summary and stopped_early(path)
+    state: State | None
+    why: str | None
+    if summary:
+        state, why = "finished", None
+    elif early:  # its process was killed, so its own files say nothing of it
+        state, why = "stopped", "its search stopped it early, others are better; nothing goes on with it"
+    else:
+        state, why = _driver_state(path, live, ended, "training")
     if state == "training" and (not lines or not _stepped(path, live)):
         state = "starting"
     total = (
@@ -142,7 +156,7 @@ def _run_status(path: Path, config: DistillConfig) -> Status:
         path=str(path),
         state=state or "dead",
         why=why if state else "its driver left no word of its end",
-        driver=live,
+        driver=None if early else live,
         ended_age_s=None if summary else _age(ended),
         name=config.name,
         id=run["id"],
@@ -167,14 +181,29 @@ def _driver_state(
     """Of an unfinished run or a search: the state, and why; without one if nothing tells it."""
     if live is not None:
         why = death(path, live)
+        if why and live.is_here and _is_held(path / LOCK_FILE):  # by its successor, which has no cluster yet
+            return "starting", None
         return ("dead", why) if why else (working, None)
     with suppress(FileNotFoundError):  # there from the first moment, and live.json only once there is a cluster
-        if time.time() - (path / LOCK_FILE).stat().st_mtime < START_S:
-            return "starting", None
-        return "dead", "its driver ended without a goodbye, before it had a cluster"
+        taken = (path / LOCK_FILE).stat().st_mtime
+        # What ended after the lock was taken is the driver that has it, which may be closing down for minutes.
+        if ended is None or (path / ENDED_FILE).stat().st_mtime < taken:
+            if time.time() - taken < START_S or _is_held(path / LOCK_FILE):
+                return "starting", None
+            return "dead", "its driver ended without a goodbye, before it had a cluster"
     if ended is not None:
         return ("stopped" if ended["how"] == "stopped" else "failed"), ended["error"]
     return None, None
+
+
+def _is_held(lock: Path) -> bool:
+    """Whether a process of this host has it. On another host's one nothing can be said, so False means little."""
+    with suppress(OSError), lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _stepped(path: Path, live: Live | None) -> bool:

@@ -61,7 +61,7 @@ class _Run:
         self.meetings: dict[tuple[str, int], Meeting] = {}
         self.done = np.zeros((self.total, p.workers))
         self.waits = dict.fromkeys(("teacher", "data", "collectives", "others", "schedule"), 0.0)
-        self.replica_busy = self.worker_busy = 0.0
+        self.worker_busy = 0.0
 
     def outcome(self) -> Outcome:
         p = self.p
@@ -72,9 +72,7 @@ class _Run:
         begin = ends[p.warm_up - 1] if p.warm_up else 0.0
         step_s = float(ends[-1] - begin) / p.steps
         waits = {name: seconds / p.workers / p.steps for name, seconds in self.waits.items()}
-        work = p.workers * p.micro_batches * p.teacher_s
-        use = work / (p.replicas * step_s) if p.replicas else 0.0
-        return Outcome(step_s, waits, self.replica_busy, self.worker_busy, use)
+        return Outcome(step_s, waits, self.worker_busy)
 
     def ask(self, rank: int, number: int, answer: Signal) -> Process:
         """One request on its way: to a replica, through its queue, and back over both links."""
@@ -89,9 +87,7 @@ class _Run:
             chosen = min((0, 1), key=lambda index: len(self.replicas[index]))
         replica = self.replicas[chosen]
         yield replica.turn()
-        seconds = p.teacher_s * self.asked[rank][number]
-        self.replica_busy += seconds
-        yield self.host.work(seconds)
+        yield self.host.work(p.teacher_s * self.asked[rank][number])
         replica.leave()
         yield self.host.work(p.answer_s)
         carry = p.answer_bytes / p.link_bytes_per_s
@@ -121,7 +117,7 @@ class _Worker:
         self.answers: deque[Signal] = deque()
         self.sent = 0
         self.read = [Signal() for _ in range(run.read_steps)]
-        self.begun = [Signal() for _ in range(run.read_steps)]
+        self.needed = [Signal() for _ in range(run.read_steps)]
         self.counted = False
         self.lately = {"teacher": 0.0, "data": 0.0}
         """Waits since everybody last met."""
@@ -132,7 +128,6 @@ class _Worker:
         yield from self._fill()
         for step in range(run.total):
             self.counted = step >= p.warm_up
-            self.begun[step].fire()
             factor = run.own[self.rank][step]
             for micro in range(p.micro_batches):
                 number = step * p.micro_batches + micro
@@ -155,10 +150,11 @@ class _Worker:
             run.done[step, self.rank] = run.clock.now
 
     def _read(self) -> Process:
-        """The thread that reads ahead."""
+        """The thread that reads ahead: of what was sent, as stream.read_ahead does, not of the step that is computed. A
+        window that spans more steps than it reads ahead would never be full."""
         for step, read in enumerate(self.read):
             if step > READ_AHEAD_STEPS:
-                yield self.begun[step - READ_AHEAD_STEPS - 1]
+                yield self.needed[step - READ_AHEAD_STEPS - 1]
             if self.p.read_s:
                 yield self.run.host.work(self.p.read_s)
             read.fire()
@@ -168,7 +164,9 @@ class _Worker:
         while len(self.answers) < self.p.window and self.sent < self.run.requests:
             number, answer = self.sent, Signal()
             self.sent += 1
-            yield from self._wait(self.read[number // self.p.micro_batches], "data")
+            step = number // self.p.micro_batches
+            self.needed[step].fire()
+            yield from self._wait(self.read[step], "data")
             if self.p.data_s:
                 yield self._compute(self.p.data_s)
             self.answers.append(answer)

@@ -36,6 +36,8 @@ class Clock:
         self.now = 0.0
         self._due: list[tuple[float, int, Callable[[], None]]] = []
         self._number = count()
+        self._waiting = 0
+        """Processes, for something that has not happened."""
 
     def at(self, time: float, call: Callable[[], None]) -> None:
         heapq.heappush(self._due, (time, next(self._number), call))
@@ -49,14 +51,21 @@ class Clock:
         """Runs a process up to the first signal that has not happened, and from there when that happens."""
         for signal in process:
             if not signal.done:
-                signal.calls.append(partial(self.start, process))
+                self._waiting += 1
+                signal.calls.append(partial(self._go_on, process))
                 return
 
     def run(self) -> None:
-        """Until nothing is due."""
+        """Until nothing is due. Raises RuntimeError if a process is left that waits for what will never happen."""
         while self._due:
             self.now, _, call = heapq.heappop(self._due)
             call()
+        if self._waiting:
+            raise RuntimeError(f"the simulation is at a deadlock: {self._waiting} processes wait after {self.now:g} s")
+
+    def _go_on(self, process: Process) -> None:
+        self._waiting -= 1
+        self.start(process)
 
 
 class Processors:

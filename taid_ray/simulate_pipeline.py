@@ -60,12 +60,8 @@ class Outcome:
     waits: dict[str, float]
     """Seconds of a step that a worker stands still, mean over all: for `teacher`, `data`, `collectives`, `schedule`, and
     `others` that are slower. Waiting for somebody who waited for the teacher is waiting for the teacher."""
-    replica_busy_s: float
-    """Seconds that all replicas compute in the whole simulation."""
     worker_busy_s: float
-    """Likewise all workers' own computation, their local teacher included."""
-    replica_use: float
-    """Share of a step that a replica computes."""
+    """Seconds of all workers' own computation in the whole simulation, their local teacher included."""
 
     @property
     def waits_for(self) -> str:

@@ -31,6 +31,10 @@ SHARED = {
     "cache.": "all trials share the teacher's outputs",
     "checkpoint.storage": "every trial has a directory of its own in it",
 }
+LENGTH = ("train.steps", "train.epochs")
+"""Keys that set the number of optimizer steps."""
+TOKENIZED_BY = ("student.model", "student.revision", "student.resize_to_teacher", "teacher.model", "teacher.revision")
+"""Keys that say which tokenizer makes rows of the data."""
 
 
 class Space(Section):
@@ -83,7 +87,9 @@ class Space(Section):
 
         tree: the base configuration as a nested mapping; total_steps: its optimizer steps. Raises ConfigError.
         """
-        self._check_keys(build_config(tree))
+        base = build_config(tree)
+        self._check_keys()
+        self._check_lengths(base)
         for params in self._candidates():
             try:
                 self._check_length(trial_config(tree, params, total_steps), total_steps)
@@ -104,7 +110,7 @@ class Space(Section):
             numbers = random.Random(0)
             yield from ({key: s.draw(numbers) for key, s in self.space.items()} for _ in range(DRAWS))
 
-    def _check_keys(self, base: DistillConfig) -> None:
+    def _check_keys(self) -> None:
         # A range such as student.workers is a section too, but one that a number stands for.
         known = [key for key in known_keys() if not key.endswith((".min", ".max"))]
         sections = {key[:dot] for key in known for dot in range(len(key)) if key[dot] == "."}
@@ -114,11 +120,23 @@ class Space(Section):
                     raise ConfigError(f"space.{key}: cannot be searched, because {reason}; set it in the configuration")
             if key in sections:
                 raise ConfigError(f"space.{key}: is a whole section; name one of its keys, for example {_below(key)}")
+
+    def _check_lengths(self, base: DistillConfig) -> None:
+        """What compares trials, or divides by their steps, needs all of them to have the base's number."""
+        rows_change = base.train.epochs is not None  # so that steps do
+        made_of = (*TOKENIZED_BY, "train.batch_size")
+        lengths = [k for k in self.space if k in LENGTH or (rows_change and (k in made_of or k.startswith("data.")))]
+        if lengths and self.scheduler != "fifo":
+            # ASHA would end a longer trial at the base's last step, and call it worse than others.
+            raise ConfigError(
+                f"space.{lengths[0]}: can change the number of steps, and scheduler: {self.scheduler} compares trials of "
+                "one length; set scheduler: fifo, or leave the key out"
+                + ("" if lengths[0] in LENGTH else ", or set train.steps instead of train.epochs in the configuration")
+            )
         if ALPHA_STEPS not in self.space:
             return
         if "schedule.alpha" in self.space:
             raise ConfigError(f"space: schedule.alpha and {ALPHA_STEPS} set the same value; remove one")
-        lengths = [k for k in self.space if k in ("train.epochs", "train.batch_size") or k.startswith("data.")]
         if lengths and base.train.steps is None and "train.steps" not in self.space:
             raise ConfigError(
                 f"space.{lengths[0]}: changes the number of steps of train.epochs, by which {ALPHA_STEPS} is divided; "

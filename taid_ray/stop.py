@@ -18,7 +18,8 @@ START_S = 120.0
 def stop(directory: Path, address: str | None, say: Callable[[str], None]) -> None:
     """Returns when the driver has ended. say: told of the progress.
 
-    address: of the Jobs API, if not what the driver knows. Raises ConfigError if the driver is out of reach.
+    address: of the Jobs API, if not what the driver knows. Raises ConfigError if the driver is out of reach, ClusterError
+    if it died instead of saving.
     """
     if search := search_of(directory):
         raise ConfigError(
@@ -43,7 +44,8 @@ def stop(directory: Path, address: str | None, say: Callable[[str], None]) -> No
 def _wait_for_driver(directory: Path, say: Callable[[str], None]) -> Live | None:
     start, said = time.monotonic(), False
     while directory.exists() and read_status(directory).state in ("starting", "training", "searching"):
-        if (live := read_live(directory)) is not None:
+        live = read_live(directory)
+        if live is not None and death(directory, live) is None:  # else it is of one before
             return live
         if time.monotonic() - start > START_S:
             raise ConfigError(
@@ -65,10 +67,16 @@ def _ask_job(live: Live, address: str | None, say: Callable[[str], None]) -> Cal
     with jobs.answering(client.get_address()):
         client.stop_job(job)
     say(f"asked the job {job} to stop; it saves a checkpoint after its step")
+    patience = jobs.Patience(client, job, say)
 
     def ended() -> bool:
-        with jobs.answering(client.get_address()):
-            return bool(client.get_job_status(job).is_terminal())
+        try:
+            over = bool(client.get_job_status(job).is_terminal())
+        except jobs.HICCUPS as error:
+            patience.lost(error)
+            return False
+        patience.answered()
+        return over
 
     return ended
 
@@ -99,5 +107,22 @@ def _wait_for_end(directory: Path, live: Live, ended: Callable[[], bool], say: C
             place = f", at step {status.step}" if status.trials is None else ""
             say(f"waiting for its end{place} ({now - start:.0f} s)")
         time.sleep(POLL_S)
-    if directory.exists() and (why := read_live(directory) and death(directory, live)):
-        say(f"note: {why}; the last checkpoint is what it goes on from")
+    if directory.exists() and read_live(directory) == live:  # which a driver takes away when it ends by itself
+        _tell_death(directory)
+
+
+def _tell_death(directory: Path) -> None:
+    """Raises ClusterError, unless the run was complete before."""
+    status = read_status(directory)
+    if status.state == "finished":
+        return
+    if status.trials is not None:
+        left = "its trials have the checkpoints they had"
+    elif status.checkpoint is not None:
+        left = f"its newest whole checkpoint is that of step {status.checkpoint.step}, of {status.step} steps"
+    else:
+        left = f"no whole checkpoint is seen in {status.checkpoints}"
+    raise ClusterError(
+        f"{directory}: its driver died without saving, perhaps because it was killed when its time to stop was over; {left}. "
+        "The same command goes on from there"
+    )

@@ -102,7 +102,13 @@ def search(
                 with ray_cluster():
                     demand = demand_of(config, resolve(config.device, cluster_has_gpus()))
                     check_capacity(demand)
-                    run_search(config, space, plan, demand, book, name, max_concurrent, trials, view)
+                    before = book.with_status("stopped")
+                    try:
+                        run_search(config, space, plan, demand, book, name, max_concurrent, trials, view)
+                    finally:
+                        for trial in sorted({*book.with_status("stopped")} - {*before}):
+                            # Ray Tune ended its process, with what it had not passed on yet.
+                            tell_stopped(book.run_dir(trial), view)
             found = read_search(config.run_dir)
             write_report(found)
     return SearchResult(config.run_dir, found)
@@ -155,11 +161,8 @@ def run_search(
         shared = pool_name if pooled else None
         job = SearchJob(config.run_dir, tree, plan.total_steps, shared, pool_spec(config, plan), stopped)
         run_tune(space, book, job, concurrent, signals, trials, view)
-    for trial in book.with_status("stopped"):
-        if trial not in stopped:  # Ray Tune ended its process, with what it had not passed on yet
-            tell_stopped(book.run_dir(trial), view)
-    if signals.count:
-        raise signals.end()
+        if signals.count:
+            raise signals.end()
 
 
 def run_tune(
@@ -299,7 +302,7 @@ def search_directory(config: DistillConfig, space: Space) -> Iterator[tuple[Tria
         try:
             yield book, name
         except (TaidRayError, KeyboardInterrupt, SystemExit):
-            if not book.entries:
+            if not before and not book.entries:
                 shutil.rmtree(directory, ignore_errors=True)
             raise
 

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray import serve
@@ -32,6 +32,9 @@ CLAIM_S = 2.0
 """Longer than that nobody waits to learn whether somebody else computes the same."""
 
 logger = logging.getLogger(__name__)
+
+Word = Literal["go on", "register", "over"]
+"""What a replica is to do: go on, say again who it is, or end, because the pool is being removed."""
 
 
 class Lease:
@@ -60,6 +63,7 @@ class Lease:
         same = bool(spec == self._spec) and not self._over
         if same:
             self.renew()
+            self._failure = None  # of a replica that its successor has replaced
         return same
 
     def idle_s(self) -> float:
@@ -87,14 +91,17 @@ class Lease:
         """More than one if replicas do not give identical bits."""
         return self._probe_digests
 
-    def report_load(self, replica: str, load: float) -> bool:
-        """A replica's mean number of requests since its last report. Returns whether the pool is being removed."""
+    def report_load(self, replica: str, load: float) -> Word:
+        """A replica's mean number of requests since its last report."""
         self._loads[replica] = (time.monotonic(), load)
-        return self._over
+        if self._over:
+            return "over"
+        return "register" if self._first is None else "go on"  # after a restart nobody is known
 
     def replicas(self, current: int) -> int:
         """How many replicas the pool should have. current: how many Serve tries to reach now."""
-        if self._asked is None and not self._autoscaler.replicas.min <= current <= self._autoscaler.replicas.max:
+        within = self._autoscaler.replicas.min <= current <= self._autoscaler.replicas.max
+        if self._asked is None and self._replicas is None and not within:
             self._asked = current  # this actor was restarted and has forgotten that somebody asked for them
         if self._asked is None:
             now = time.monotonic()
@@ -105,10 +112,13 @@ class Lease:
             self._replicas = self._asked
         return self._replicas
 
-    def ask_for(self, replicas: int) -> int:
-        """From now on the pool has so many replicas, whatever the load. Returns how many it should have had."""
-        self._asked, before, self._failure = replicas, self._replicas, None
-        return before or self._autoscaler.replicas.min
+    def ask_for(self, replicas: int | None) -> int | None:
+        """From now on the pool has so many replicas, whatever the load; None: as many as the load needs.
+
+        Returns what was asked for before.
+        """
+        self._asked, before, self._failure = replicas, self._asked, None
+        return before
 
     def claim(self, holder: str, keys: Sequence[str]) -> list[bool]:
         """Which of these samples a client is to ask the pool for, see `Claims`."""

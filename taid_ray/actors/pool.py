@@ -55,11 +55,10 @@ def start_pool(
                 app = teacher_app(config, num_shared, device_kind, app_name, use_role_resources)
             target = serve.RunTarget(app, name=app_name, route_prefix=None)
             serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-        _wait_until_running(config, app_name, lease, start, on_wait)
+        # Not asked through a handle: Serve's threads behind one outlive `ray.shutdown`, and would start another Ray.
+        info = _wait_until_running(config, app_name, lease, start, on_wait)
         if len(ray.get(lease.probe_digests.remote(), timeout=LEASE_S)) > 1:
             logger.warning("teacher pool %s: replicas differ in the last bits, so reruns will too", app_name)
-        # Not asked through a handle: Serve's threads behind one outlive `ray.shutdown`, and would start another Ray.
-        info: TeacherInfo = ray.get(lease.first.remote(), timeout=LEASE_S)
         return info
     except BaseException:
         stop_pool(app_name)
@@ -122,7 +121,8 @@ def _left_behind(app_name: str, spec: Any) -> ActorHandle | None:
 
 def _wait_until_running(
     config: TeacherConfig, app_name: str, lease: ActorHandle, start: float, on_wait: Callable[[str], None]
-) -> None:
+) -> TeacherInfo:
+    """What the first replica registered."""
     while True:
         lease.renew.remote()
         failure = ray.get(lease.failure.remote(), timeout=LEASE_S)
@@ -133,7 +133,9 @@ def _wait_until_running(
         states = dict(deployment.replica_states) if deployment else {}
         ready, waited = states.get("RUNNING", 0), time.monotonic() - start
         if app is not None and app.status == ApplicationStatus.RUNNING:
-            return
+            info: TeacherInfo | None = ray.get(lease.first.remote(), timeout=LEASE_S)
+            if info is not None:  # else the lease was restarted, and a replica says it again
+                return info
         message = deployment.message if deployment else ""
         # A replica that ran already and was lost is replaced, although Serve calls that a failed deployment meanwhile.
         replaced = deployment is not None and deployment.status_trigger == DeploymentStatusTrigger.HEALTH_CHECK_FAILED

@@ -105,10 +105,11 @@ class SchedulerActor:
         if before != (self.aggregator.attempt, self.aggregator.result.step):
             self._wake()
 
-    async def current(self, attempt: int) -> StepResult:
+    async def current(self, attempt: int, world_size: int) -> StepResult:
         """The newest result of `attempt`, which rank 0 has begun."""
-        while self.aggregator.attempt < attempt:  # this actor was restarted; rank 0's heartbeat will tell it
-            await self._change()
+        if self.aggregator.attempt < attempt:  # this actor was restarted since, and nobody has a result yet
+            self.aggregator.begin(attempt, world_size, None)
+            self._wake()
         return self.aggregator.result
 
     async def note(self, message: str) -> None:
@@ -219,7 +220,7 @@ class SchedulerClient:
         Returns where the attempt starts.
         """
         self._attempt, self._world_size = attempt, world_size
-        self._result = result or self._call(lambda: self._actor.current.remote(attempt), "the start")
+        self._result = result or self._call(lambda: self._actor.current.remote(attempt, world_size), "the start")
         threading.Thread(target=self._beat, name="taid-scheduler-heartbeat", daemon=True).start()
         return self._result
 

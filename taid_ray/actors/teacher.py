@@ -9,6 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,7 +21,7 @@ from ray.exceptions import RayActorError
 from torch.distributed import TCPStore
 
 from taid_ray.actors.gauges import TEACHER, Instruments, run_of_pool
-from taid_ray.actors.lease import find_lease
+from taid_ray.actors.lease import Word, find_lease
 from taid_ray.actors.scaling import REPORT_S, LoadMeter
 from taid_ray.batch import Batch
 from taid_ray.config import TeacherConfig
@@ -248,12 +249,12 @@ class TeacherReplica:
             await asyncio.sleep(REPORT_S)
             load = self._load_meter.read(time.monotonic())
             self._instruments.set("taid_teacher_queue", load)
-            try:
-                over = await lease.report_load.remote(self._name, load)
-            except RayActorError:  # it is being restarted
-                continue
-            if over:
-                self._broken = "the teacher pool is being removed"
+            with suppress(RayActorError):  # it is being restarted
+                word: Word = await lease.report_load.remote(self._name, load)
+                if word == "over":
+                    self._broken = "the teacher pool is being removed"
+                elif word == "register":
+                    await lease.register.remote(self._model.info())
 
     def _head_piece(self, start: int, stop: int) -> HeadPiece:
         head = self._model.head()

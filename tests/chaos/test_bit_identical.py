@@ -114,6 +114,7 @@ class NeighbourApp:
         return 43
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_a_run_without_a_driver_leaves_the_cluster(new_run: NewRun) -> None:
     """By itself, and leaves alone what belongs to others."""

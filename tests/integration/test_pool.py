@@ -198,10 +198,12 @@ def test_a_frozen_replica_holds_nobody_up(
     assert notes and all("asking another replica, too" in note for note in notes)
 
 
-def test_requests_of_a_replica_that_is_killed_are_asked_again(
-    pools: dict[str, TeacherInfo], connect: Callable[[str], PoolTeacher]
+@pytest.mark.parametrize(("pool", "title"), [("replicas", "ServeReplica:replicas:teacher"), ("shards", "TeacherShard")])
+def test_requests_of_a_process_that_is_killed_are_asked_again(
+    pool: str, title: str, pools: dict[str, TeacherInfo], connect: Callable[[str], PoolTeacher]
 ) -> None:
-    client, notes = connect("replicas"), list[str]()
+    """A replica, or a shard of the only one, while it computes."""
+    client, notes = connect(pool), list[str]()
     client._waiter._notify = notes.append
     rows = torch.arange(64 * 256).remainder(SHARED).view(64, 256)
     batch = Batch({"input_ids": rows}, torch.arange(rows.numel()), torch.zeros(rows.numel(), dtype=torch.int64))
@@ -210,12 +212,12 @@ def test_requests_of_a_replica_that_is_killed_are_asked_again(
     expected = client.collect(client.submit(batch)).tensors
     requests = [client.submit(batch) for _ in range(math.ceil(4.0 / (time.monotonic() - start)))]  # seconds of work
     # Not any one: the router avoids the replica that was frozen for a while.
-    max(replica_processes("replicas"), key=lambda process: process.cpu_percent(interval=0.3)).kill()
+    max(processes(title), key=lambda process: process.cpu_percent(interval=0.3)).kill()
     for request in requests:
         torch.testing.assert_close(client.collect(request).tensors, expected, atol=0, rtol=0)
     assert any("lost a request" in note for note in notes)
     deadline = time.monotonic() + 90
-    while client.num_replicas() < 2:
+    while client.num_replicas() < POOLS[pool].get("replicas", 1):  # type: ignore[operator]
         assert time.monotonic() < deadline
         time.sleep(0.5)
 

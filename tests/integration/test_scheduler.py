@@ -124,6 +124,23 @@ def test_both_ranks_get_what_an_aggregator_here_gets(actor: Any) -> None:
     assert ts == sorted(ts) and ts[0] == 0.2 and ts[-1] > 0.5
 
 
+def test_killed_before_the_workers_of_a_new_run_have_joined(actor: Any, quick_heartbeat: None) -> None:
+    """While the model is built or the teacher loads, nobody knows a result that could bring the actor back."""
+    clients = [SchedulerClient(actor, rank, ANSWER_S) for rank in (0, 1)]
+    attempt = clients[0].begin(2)
+    kill(actor)
+    for joined in [in_thread(client.join, attempt, 2, None) for client in clients]:
+        assert joined.result(ANSWER_S).step == 0
+    found = []
+    for step, sums in enumerate(SUMS, 1):
+        for client in clients:
+            client.submit(step, sums[client._rank])
+        found.append(collect(clients, step)[0])
+    for client in clients:
+        client.close()
+    assert found == undisturbed()
+
+
 def test_killed_at_chosen_moments(actor: Any, quick_heartbeat: None) -> None:
     """Before any report of a step, after one rank's, and when only one rank has the answer."""
     found: list[list[StepResult]] = []

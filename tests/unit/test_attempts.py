@@ -1,6 +1,7 @@
 """The driver's loop around the student workers, without Ray: what is tried again, what ends the run, and when."""
 
 import signal
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -43,9 +44,18 @@ class View:
 class Driver:
     """Runs the loop over attempts that end as told."""
 
-    def __init__(self, *outcomes: Any, room: Callable[[], int] = lambda: 1, failures: int = 2):
-        """outcomes: what each attempt returns, raises, or does (a function of this object)."""
-        self.outcomes, self.room = iter(outcomes), room
+    def __init__(
+        self,
+        *outcomes: Any,
+        room: Callable[[], int] = lambda: 1,
+        free: Callable[[], int] = lambda: 9,
+        failures: int = 2,
+    ):
+        """outcomes: what each attempt returns, raises, or does (a function of this object).
+
+        room: for workers on the nodes, all free; free: for more of them, as things are.
+        """
+        self.outcomes, self.room, self.free = iter(outcomes), room, free
         self.scheduler, self.view, self.followed, self.signals = Scheduler(), View(), Followed(), Signals()
         self.student = StudentConfig(model="m", workers=Range(min=1, max=2), timeout_s=0.3, max_failures=failures)
         self.started: list[tuple[int, int]] = []
@@ -69,6 +79,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(attempts, "PAUSE_S", 0.0)
     monkeypatch.setattr(attempts, "GROW_CHECK_S", 0.0)
     monkeypatch.setattr(attempts, "workers_now", lambda demand: current[0].room())
+    monkeypatch.setattr(attempts, "free_room", lambda demand: current[0].free())
     yield
 
 
@@ -140,6 +151,16 @@ def test_workers_that_ray_cannot_start_are_tried_again() -> None:
     assert driver(ControllerError(RuntimeError("timed out")), SUMMARY).run() == SUMMARY
 
 
+def test_where_others_have_the_room_fewer_workers_are_started() -> None:
+    """The nodes could hold two, but another run is on them."""
+    full = ControllerError(RuntimeError("timed out"))
+    found = driver(full, at_step(1, group(r0=ActorDiedError())), SUMMARY, room=lambda: 2, free=lambda: 1)
+    assert found.run() == SUMMARY
+    assert found.started == [(2, 0), (1, 1), (2, 2)]
+    crowded = driver(full, SUMMARY, room=lambda: 2, free=lambda: 0)
+    assert crowded.run() == SUMMARY and crowded.started == [(2, 0), (1, 1)], "never fewer than the fewest"
+
+
 def until_asked(outcome: Any, signals: int = 0) -> Callable[[Driver], Any]:
     """An attempt in its steps that ends when it is asked to stop."""
 
@@ -186,3 +207,17 @@ def test_more_room_restarts_the_workers_and_they_are_more() -> None:
     assert found.run() == SUMMARY
     assert found.started == [(1, 0), (2, 1)]
     assert any("room for more student workers" in line for line in found.view.said)
+
+
+def test_room_that_others_have_does_not_stop_the_workers() -> None:
+    def steps(driver: Driver) -> Any:
+        driver.followed.step, driver.followed.training = 5, True
+        deadline = time.monotonic() + 0.5
+        while time.monotonic() < deadline:
+            assert not driver.scheduler.asked
+            time.sleep(0.01)
+        return SUMMARY
+
+    rooms = iter([1])  # when it starts; then nodes come, and another run takes them
+    found = driver(steps, room=lambda: next(rooms, 2), free=lambda: 0)
+    assert found.run() == SUMMARY and found.started == [(1, 0)]

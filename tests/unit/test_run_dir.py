@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from taid_ray.config import DistillConfig, build_config, known_keys
-from taid_ray.errors import ClusterError, ConfigError
+from taid_ray.errors import CheckpointError, ClusterError, ConfigError
 from taid_ray.metrics import METRICS_FILE, SUMMARY_FILE
 from taid_ray.run_dir import MAY_CHANGE, check_run_dir, read_summary, run_directory, with_absolute_paths
 
@@ -91,6 +91,21 @@ def test_a_new_directory_goes_again_if_nothing_was_trained_and_an_old_one_stays(
         with pytest.raises(type(error)), run_directory(found):
             raise error
     assert check_run_dir(found) == "unfinished"
+
+
+@pytest.mark.parametrize("metrics", [None, ""])
+def test_a_run_of_before_is_never_removed(tmp_path: Path, metrics: str | None) -> None:
+    """Even if its metrics are lost: there are checkpoints, or the id that finds them."""
+    found = config(tmp_path / "run")
+    begin(found)
+    (found.run_dir / "metrics.jsonl").unlink()
+    if metrics is not None:
+        (found.run_dir / "metrics.jsonl").write_text(metrics)
+    (found.run_dir / "checkpoints").mkdir()
+    for error in (CheckpointError("bring it back"), KeyboardInterrupt()):
+        with pytest.raises(type(error)), run_directory(found):
+            raise error
+    assert (found.run_dir / "checkpoints").is_dir() and (found.run_dir / "run.json").exists()
 
 
 def test_one_driver_at_a_time_whose_lock_ends_with_it(tmp_path: Path) -> None:

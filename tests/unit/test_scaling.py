@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from taid_ray.actors.scaling import DOWN_S, UP_S, Autoscaler, LoadMeter
 from taid_ray.config import Range
 from taid_ray.live_file import LIVE_FILE
 from taid_ray.metrics import CONFIG_FILE, SUMMARY_FILE
+
+INFO: Any = SimpleNamespace(probe_digest="p")
 
 
 class Pool:
@@ -94,10 +97,19 @@ def lease(low: int, high: int) -> Lease:
 def test_a_number_asked_for_by_hand_holds_whatever_the_load() -> None:
     found = lease(1, 2)
     assert found.replicas(1) == 1
-    assert found.ask_for(5) == 1
+    assert found.ask_for(5) is None
     assert found.replicas(1) == found.replicas(5) == 5
     assert found.ask_for(2) == 5
     assert found.replicas(5) == 2
+
+
+def test_a_number_that_could_not_be_had_leaves_the_decision_to_the_load_again() -> None:
+    found = lease(1, 2)
+    assert found.replicas(1) == 1
+    before = found.ask_for(5)
+    assert found.replicas(1) == 5
+    found.ask_for(before)
+    assert found.replicas(5) == 2, "no more than the configuration allows, although Serve tries to reach five"
 
 
 def test_a_restarted_lease_keeps_what_was_asked_for() -> None:
@@ -108,9 +120,24 @@ def test_a_restarted_lease_keeps_what_was_asked_for() -> None:
 
 def test_replicas_learn_that_their_pool_is_removed() -> None:
     found = lease(1, 1)
-    assert not found.report_load("a", 0.5)
+    found.register(INFO)
+    assert found.report_load("a", 0.5) == "go on"
     found.end()
-    assert found.report_load("a", 0.5)
+    assert found.report_load("a", 0.5) == "over"
+
+
+def test_a_restarted_lease_asks_replicas_who_they_are() -> None:
+    found = lease(1, 1)
+    assert found.report_load("a", 0.5) == "register"
+    found.register(INFO)
+    assert found.report_load("a", 0.5) == "go on" and found.first() is INFO
+
+
+def test_a_pool_that_is_taken_over_forgets_why_replicas_failed_before() -> None:
+    found = Lease("pool", 600.0, Autoscaler(Range(min=1, max=1), UP_S, DOWN_S), spec="this")
+    found.report_failure(RuntimeError("full"))  # type: ignore[arg-type]
+    assert not found.renew_if("that") and found.failure() is not None
+    assert found.renew_if("this") and found.failure() is None
 
 
 def test_a_new_number_forgets_why_replicas_failed_before() -> None:

@@ -298,6 +298,36 @@ def test_alpha_steps_beside_a_number_of_steps_that_changes_is_refused() -> None:
     assert "space.train.batch_size" in refused(keys, base(steps=None, epochs=1))
 
 
+@pytest.mark.parametrize("scheduler", ["asha", "median"])
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("train.epochs", [1, 2]),
+        ("train.batch_size", [16, 32]),
+        ("data.sequence_length", [128, 256]),
+        ("data.pack", [True, False]),
+        ("teacher.revision", [None, "v2"]),
+    ],
+)
+def test_early_stopping_compares_trials_of_one_length(scheduler: str, key: str, values: list[Any]) -> None:
+    """ASHA would stop the longer ones at the base's last step, and say that others are better."""
+    keys, tree = {key: {"choice": values}}, base(steps=None, epochs=1, eval_every=10)
+    message = refused(keys, tree, scheduler=scheduler)
+    assert message.startswith(f"space.{key}: ") and f"scheduler: {scheduler}" in message
+    assert "set scheduler: fifo, or leave the key out" in message
+    assert ("set train.steps" in message) == (key != "train.epochs")
+    for search in ("random", "grid", "optuna"):
+        space(keys, search=search).check(tree, STEPS)
+    if key != "train.epochs":  # with train.steps they change no length
+        space(keys, scheduler=scheduler).check(base(eval_every=10), STEPS)
+
+
+def test_early_stopping_does_not_go_with_other_numbers_of_steps() -> None:
+    keys = {"schedule.beta": {"choice": [0.9]}, "train.steps": {"choice": [250, 500]}}
+    assert "space.train.steps: " in refused(keys, base(eval_every=10), scheduler="asha")
+    space(keys).check(base(eval_every=10), STEPS)
+
+
 def test_early_stopping_needs_validations() -> None:
     keys = {"schedule.beta": {"choice": [0.9]}}
     space(keys, scheduler="median").check(base(eval_every=50), STEPS)

@@ -18,7 +18,7 @@ from taid_ray.actors import live as driver_side
 from taid_ray.errors import ConfigError
 from taid_ray.live_file import ENDED_FILE, LIVE_FILE, SILENT_S, Live, live_pool, pid_namespace, process_start
 from taid_ray.metrics import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, TAIL, VALIDATION_FILE
-from taid_ray.run_dir import LOCK_FILE, RUN_FILE
+from taid_ray.run_dir import LOCK_FILE, RUN_FILE, locked
 from taid_ray.run_status import RECENT_STEPS, START_S, read_status
 from taid_ray.search_results import SEARCH_FILE, TRIALS, TRIALS_FILE
 from taid_ray.stop import stop
@@ -103,6 +103,33 @@ def test_a_driver_without_a_cluster_yet(tmp_path: Path) -> None:
     assert read_status(run).state == "dead"
 
 
+def test_a_driver_that_holds_its_lock_is_not_dead(tmp_path: Path) -> None:
+    run = run_dir(tmp_path / "run", steps=4, ended=ended("failed", "before"))
+    with locked(run):
+        age(run / LOCK_FILE, START_S + 100)
+        age(run / ENDED_FILE, START_S + 200)
+        assert read_status(run).state == "starting"  # Ray may take long
+        (run / LIVE_FILE).write_text(json.dumps(asdict(replace(HERE, pid=NOBODY))))
+        assert read_status(run).state == "starting"  # the one before was killed
+    assert read_status(run).state == "dead"
+
+
+def test_a_driver_that_closes_down(tmp_path: Path) -> None:
+    """Trackers and Ray may take minutes, after live.json has gone."""
+    run = run_dir(tmp_path / "run", steps=4)
+    for how, error in (("stopped", None), ("failed", "no room")):
+        with locked(run):
+            age(run / LOCK_FILE, START_S + 100)
+            (run / ENDED_FILE).write_text(json.dumps(ended(how, error)))
+            assert (read_status(run).state, read_status(run).why) == (how, error)
+    for seconds in (1, START_S + 100):
+        search = search_dir(tmp_path / f"S{seconds}", "finished", "stopped")
+        with locked(search):
+            age(search / LOCK_FILE, seconds)
+            assert read_status(search).state == "finishing"
+        assert read_status(search).state == "finished"
+
+
 def test_figures_are_those_of_the_last_steps(tmp_path: Path) -> None:
     run = run_dir(tmp_path, steps=RECENT_STEPS + 10, live=replace(HERE, total_steps=60))
     with (run / METRICS_FILE).open("a") as file:
@@ -155,6 +182,25 @@ def test_a_search(tmp_path: Path) -> None:
     found = read_status(search_dir(tmp_path / "S", "failed", "running", live=HERE))
     assert (found.state, found.trials) == ("searching", {"failed": 1, "running": 1, "all": 2})
     assert read_status(search_dir(tmp_path / "T", "finished", "stopped")).state == "finished"
+    assert read_status(search_dir(tmp_path / "U", "finished", "waiting")).state == "stopped"  # by a signal
+
+
+def test_a_trial_that_its_search_stopped_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Tune killed its process, which could say nothing."""
+    search = search_dir(tmp_path / "S", "stopped", "failed", "stopped", live=HERE)
+    (search / TRIALS).mkdir()
+    killed = replace(HERE, pid=NOBODY, total_steps=60)
+    first, second = (run_dir(search / TRIALS / name, steps=4, live=killed) for name in ("0001", "0002"))
+    (first / LOCK_FILE).touch()
+    found = read_status(first)
+    assert found.headline == (
+        "stopped after step 4 of 60: its search stopped it early, others are better; nothing goes on with it"
+    )
+    assert (found.state, found.driver) == ("stopped", None)
+    assert read_status(second).state == "dead"
+    assert read_status(run_dir(search / TRIALS / "0003", steps=40, summary={"steps": 40})).state == "finished"
+    monkeypatch.chdir(first)
+    assert read_status(Path()).state == "stopped"
 
 
 def test_what_is_neither(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 import json
 import sys
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -187,6 +189,82 @@ def test_a_late_follower_sees_the_last_lines_once() -> None:
     log.add("".join(lines[:50]))
     log.add("".join(lines[50:]))
     assert "".join(written) == "".join(lines[90 - jobs.SHOWN_LINES :])
+
+
+class Shaky(Cluster):
+    """A job whose log comes in pieces, after each of which the connection is lost for a moment, an hour passing meanwhile.
+
+    pieces: each as the whole log at that time; the last one is followed by the job's end.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, pieces: list[str], fail_log: int = 0):
+        super().__init__()
+        self._pieces, self._fail_log, self._now, self._fail_info = pieces, fail_log, 1000.0, 0
+        fake = SimpleNamespace(monotonic=lambda: self._now, sleep=self._pass)
+        monkeypatch.setattr(jobs, "time", fake)
+
+    def _pass(self, seconds: float) -> None:
+        self._now += seconds
+
+    def get_job_info(self, job: str) -> JobDetails:
+        if self._fail_info:
+            self._fail_info -= 1
+            raise ConnectionError("down")
+        return details(1, JobStatus.RUNNING if self._pieces else JobStatus.SUCCEEDED)
+
+    def get_job_logs(self, job: str) -> str:
+        if self._fail_log:
+            self._fail_log -= 1
+            raise RuntimeError("503")
+        return self._pieces[0]
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        yield self._pieces.pop(0)
+        if self._pieces:
+            self._pass(3600)
+            self._fail_info = 3
+            raise ConnectionError("cut off")
+
+
+def followed(cluster: Any, late: bool = False) -> tuple[str, list[str]]:
+    written: list[str] = []
+    said: list[str] = []
+    end = jobs.follow(cluster, "taid-RUN", written.append, said.append, late)
+    assert end.status == JobStatus.SUCCEEDED
+    return "".join(written), said
+
+
+def test_a_connection_may_be_lost_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    written, said = followed(Shaky(monkeypatch, ["a\n", "a\nb\n", "a\nb\nc\n"]))
+    assert written == "a\nb\nc\n"
+    assert said == ["the connection to http://head:8265 was lost (cut off); trying again"] * 2
+
+
+def test_a_late_follower_whose_first_request_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    written, said = followed(Shaky(monkeypatch, ["a\n", "a\nb\n"], fail_log=2), late=True)
+    assert written == "a\nb\n" and [line for line in said if "(503)" in line] == said[:1]
+
+
+def test_a_pending_job_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two moments without an answer, an hour between them."""
+    cluster = Shaky(monkeypatch, ["a\n"])
+    answers: list[Any] = [ConnectionError(), *[JobStatus.PENDING] * 7200, ConnectionError(), JobStatus.RUNNING]
+
+    def get_job_info(job: str) -> JobDetails:
+        answer = answers.pop(0) if answers else JobStatus.SUCCEEDED
+        if isinstance(answer, Exception):
+            raise answer
+        return details(1, answer)
+
+    monkeypatch.setattr(cluster, "get_job_info", get_job_info)
+    assert followed(cluster)[0] == "a\n"
+
+
+def test_a_cluster_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Shaky(monkeypatch, ["a\n"])
+    cluster._fail_info = 1000
+    with pytest.raises(ClusterError, match=r"has not answered for 120 s \(down\); the job taid-RUN may go on there"):
+        followed(cluster)
 
 
 def test_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from taid_ray import tracking
 from taid_ray.config import DistillConfig, build_config
 from taid_ray.errors import ConfigError
+from taid_ray.figures import Figures
 from taid_ray.metrics import MetricLog, StepMetrics, read_metrics, write_lines
 from taid_ray.progress import ProgressView
 from taid_ray.run_dir import Run, write_config
@@ -137,6 +138,19 @@ def test_what_a_tracker_has_already_is_not_sent_again(tmp_path: Path, follow: An
     write_steps(tmp_path, 6, 10, salt=0.1)
     follower.finish("finished")
     assert memory.steps == [5, 6, 7, 8, 9, 10]
+
+
+def test_the_validation_of_the_last_known_step_is_made_up_for(tmp_path: Path) -> None:
+    """A driver that is killed during a validation has sent the step's line already."""
+    write_validations(tmp_path, 0, 5)
+    write_steps(tmp_path, 1, 6).close()
+    figures = Figures(tmp_path)
+    figures.begin(5)
+    figures.restarted()
+    assert [(step, "validation/kl" in found) for step, found in figures.look()] == [(5, True), (6, False)]
+    figures.taken()
+    assert not figures.look()
+    figures.close()
 
 
 def test_an_outage_is_told_once_and_made_up_for(tmp_path: Path, follow: Any, console: Console) -> None:
@@ -356,6 +370,7 @@ def test_wandb_gets_every_step_under_the_run_s_id(tmp_path: Path, monkeypatch: p
     assert tracker.known == -1 and tracker.address == ""
     tracker.send([Point(step, {"train/loss": step / 4}) for step in range(3)])
     tracker.send([Point(2, {"validation/kl": 0.5}), Point(3, {"train/loss": 0.75})])
+    tracker.send([Point(1, {"validation/kl": 9.0})])  # a step that it has left: no error, and nothing changes
     tracker.close("finished")
     records = list(wandb_records(next(tmp_path.glob("wandb/offline-run-*/*.wandb"))))
     (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
@@ -366,7 +381,7 @@ def test_wandb_gets_every_step_under_the_run_s_id(tmp_path: Path, monkeypatch: p
         if record.WhichOneof("record_type") == "history"
     ]
     assert [(row["_step"], row["train/loss"]) for row in rows] == [(0, 0.0), (1, 0.25), (2, 0.5), (3, 0.75)]
-    assert rows[2]["validation/kl"] == 0.5
+    assert rows[2]["validation/kl"] == 0.5 and "validation/kl" not in rows[1]
 
 
 def wandb_records(path: Path) -> Iterator[Any]:

@@ -80,6 +80,14 @@ def test_a_search_that_fails_before_its_first_trial_leaves_nothing(tmp_path: Pat
     assert (tmp_path / "S").exists() == bool(trials)
 
 
+def test_a_search_of_before_is_never_removed(tmp_path: Path) -> None:
+    begin(tmp_path / "S")
+    (tmp_path / "S/trials.json").unlink()
+    with pytest.raises(KeyboardInterrupt), search_directory(config(tmp_path / "S"), space()):
+        raise KeyboardInterrupt
+    assert (tmp_path / "S/search.yaml").exists()
+
+
 def test_two_drivers_cannot_have_one_search(tmp_path: Path) -> None:
     begin(tmp_path / "S")
     with search_directory(config(tmp_path / "S"), space()), pytest.raises(ConfigError, match="under way"):  # noqa: SIM117
