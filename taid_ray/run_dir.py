@@ -22,7 +22,7 @@ from taid_ray.metrics import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, replace_te
 
 RUN_FILE, LOCK_FILE = "run.json", ".lock"
 LOCK_S = 1.0
-"""`status` tries a lock for a moment; who is refused for longer than this is refused by a driver."""
+"""`is_locked` has a lock for a moment; who is refused for longer than this is refused by a driver."""
 
 # What a run may be resumed with other values of: where and how it is computed, not what.
 MAY_CHANGE = (
@@ -224,6 +224,16 @@ def locked(run_dir: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def is_locked(run_dir: Path) -> bool:
+    """Whether a process of this host has it. Of those on other hosts nothing can be said, so False means little."""
+    with suppress(OSError), (run_dir / LOCK_FILE).open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _has(file: IO[str], path: Path) -> bool:

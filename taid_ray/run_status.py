@@ -1,6 +1,5 @@
 """What a run or a search does now, from the files in its directory: on any machine that sees them, and without Ray."""
 
-import fcntl
 import json
 import re
 import time
@@ -15,7 +14,7 @@ from taid_ray.config import DistillConfig, load_config
 from taid_ray.errors import ConfigError
 from taid_ray.live_file import ENDED_FILE, Live, death, read_live, stopped_early
 from taid_ray.metrics import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, TAIL, VALIDATION_FILE, read_json, read_lines
-from taid_ray.run_dir import LOCK_FILE, RUN_FILE
+from taid_ray.run_dir import LOCK_FILE, RUN_FILE, is_locked
 from taid_ray.search_results import SEARCH_FILE, Search, read_search
 
 State = Literal["starting", "training", "searching", "finishing", "stopped", "failed", "dead", "finished"]
@@ -181,29 +180,19 @@ def _driver_state(
     """Of an unfinished run or a search: the state, and why; without one if nothing tells it."""
     if live is not None:
         why = death(path, live)
-        if why and live.is_here and _is_held(path / LOCK_FILE):  # by its successor, which has no cluster yet
+        if why and live.is_here and is_locked(path):  # by its successor, which has no cluster yet
             return "starting", None
         return ("dead", why) if why else (working, None)
     with suppress(FileNotFoundError):  # there from the first moment, and live.json only once there is a cluster
         taken = (path / LOCK_FILE).stat().st_mtime
         # What ended after the lock was taken is the driver that has it, which may be closing down for minutes.
         if ended is None or (path / ENDED_FILE).stat().st_mtime < taken:
-            if time.time() - taken < START_S or _is_held(path / LOCK_FILE):
+            if time.time() - taken < START_S or is_locked(path):
                 return "starting", None
             return "dead", "its driver ended without a goodbye, before it had a cluster"
     if ended is not None:
         return ("stopped" if ended["how"] == "stopped" else "failed"), ended["error"]
     return None, None
-
-
-def _is_held(lock: Path) -> bool:
-    """Whether a process of this host has it. On another host's one nothing can be said, so False means little."""
-    with suppress(OSError), lock.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def _stepped(path: Path, live: Live | None) -> bool:

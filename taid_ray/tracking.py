@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from taid_ray.config import DistillConfig, build_config
+from taid_ray.config import DistillConfig, load_config
 from taid_ray.config_text import read_tree
 from taid_ray.errors import ConfigError
 from taid_ray.figures import Figures
@@ -163,7 +163,7 @@ def tracked(config: DistillConfig, run: str, resumed: bool, speaker: Speaker) ->
 
 def tell_stopped(run_dir: Path, speaker: Speaker) -> None:
     """Passes on the rest of a run whose process was ended from outside, and that it was stopped. Nothing follows it now."""
-    config = build_config(read_tree(run_dir / CONFIG_FILE))
+    config = load_config(run_dir / CONFIG_FILE)
     with tracked(config, Run(config).id, True, speaker) as tracking:
         tracking.close("stopped")
 
