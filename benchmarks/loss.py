@@ -20,8 +20,9 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.common import PeakMemory, in_fresh_process, machine, median, write
-from taid_ray.chunked import Projection, chunk_tokens_for, chunked_loss
-from taid_ray.device import loss_memory_mib
+from taid_ray.distributed.device import loss_memory_mib
+from taid_ray.losses.chunked import chunk_tokens_for, chunked_loss
+from taid_ray.losses.projection import Projection
 
 T = 0.4
 """The interpolation."""

@@ -20,20 +20,21 @@ import torch
 from rich.table import Table
 
 from benchmarks.common import median, write
-from taid_ray.actors.client import PoolTeacher
-from taid_ray.actors.pool import start_pool, stop_pool
-from taid_ray.actors.scheduler import SchedulerClient, SchedulerOwner
-from taid_ray.aggregate import GO_ON
-from taid_ray.batch import NO_LABEL, Batch, Row, collate
-from taid_ray.clock import PhaseClock
-from taid_ray.config import DistillConfig, build_config
-from taid_ray.data import Cursor
-from taid_ray.launch import use_deepspeed_on
-from taid_ray.metrics import StepMetrics
-from taid_ray.models import Head
-from taid_ray.payload import TeacherOutput
-from taid_ray.stream import Prefetcher, StepBatches
-from taid_ray.teacher_model import TeacherInfo
+from taid_ray.config.schema import DistillConfig, build_config
+from taid_ray.data.batch import NO_LABEL, Batch, Row, collate
+from taid_ray.data.dataset import Cursor
+from taid_ray.driver.launch import use_deepspeed_on
+from taid_ray.models.loading import Head
+from taid_ray.run.metrics import StepMetrics
+from taid_ray.scheduler.aggregate import GO_ON
+from taid_ray.scheduler.client import SchedulerClient
+from taid_ray.scheduler.owner import SchedulerOwner
+from taid_ray.student.clock import PhaseClock
+from taid_ray.student.prefetch import Prefetcher, StepBatches
+from taid_ray.teacher.payload import TeacherOutput
+from taid_ray.teacher.pool.client import PoolTeacher
+from taid_ray.teacher.pool.lifecycle import start_pool, stop_pool
+from taid_ray.teacher.protocol import TeacherInfo
 
 VOCABULARY, LENGTH, ROWS, ACCUMULATION = 32_000, 128, 4, 2
 ROUNDS, STEPS, BATCHES = 7, 3, 4
@@ -64,9 +65,9 @@ class StudentProcess:
         os.sched_setaffinity(0, {STUDENT_CORE})
         torch.set_num_threads(1)
         use_deepspeed_on("cpu")
-        from taid_ray.student import Student
-        from taid_ray.student_model import build_student
-        from taid_ray.world import World
+        from taid_ray.distributed.world import World
+        from taid_ray.models.student_init import build_student
+        from taid_ray.student.engine import Student
 
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -90,7 +91,7 @@ class StudentProcess:
 
     def train(self, kind: str, steps: int) -> list[dict[str, Any]]:
         """Metrics of the next `steps` steps, without the first: nothing could be asked before it."""
-        from taid_ray.train import train_loop
+        from taid_ray.student.loop import train_loop
 
         lines: list[StepMetrics] = []
         endless: Iterator[StepBatches] = (self.steps[n % BATCHES] for n in count())

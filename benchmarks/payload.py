@@ -19,14 +19,14 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.common import ROOT, local_ray, median, write
-from taid_ray.batch import Batch, collate
-from taid_ray.chunked import LogitTransform
-from taid_ray.config import DataConfig, Payload, TeacherConfig
-from taid_ray.data import validation_rows
-from taid_ray.models import Head, load_tokenizer
-from taid_ray.payload import TeacherOutput, bytes_per_token, encode, needs_head
-from taid_ray.teacher_model import LocalTeacher
-from taid_ray.wire import Packed, pack, unpack
+from taid_ray.config.schema import DataConfig, Payload, TeacherConfig
+from taid_ray.data.batch import Batch, collate
+from taid_ray.data.dataset import validation_rows
+from taid_ray.losses.projection import LogitTransform
+from taid_ray.models.loading import Head, load_tokenizer
+from taid_ray.teacher.local import LocalTeacher
+from taid_ray.teacher.payload import TeacherOutput, bytes_per_token, encode, needs_head
+from taid_ray.teacher.wire import Packed, pack, unpack
 
 KINDS: tuple[Payload, ...] = get_args(Payload)
 HIDDEN_SIZE, VOCABULARY, TOPK = 5120, 152_064, 64  # Qwen2.5-32B

@@ -16,14 +16,15 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import ROOT, in_fresh_process, local_ray, median, write
-from taid_ray.config import DistillConfig, build_config
-from taid_ray.example import quickstart_config
-from taid_ray.hardware import hardware_named
-from taid_ray.plan import Forecast, forecast
-from taid_ray.plan_case import Case, read_models
-from taid_ray.plan_command import UTILISATION
-from taid_ray.plan_measured import Measured
-from taid_ray.plan_rates import times_of
+from taid_ray.cli.plan import UTILISATION
+from taid_ray.cli.quickstart import quickstart_config
+from taid_ray.config.schema import DistillConfig, build_config
+from taid_ray.plan.calibration import Measured
+from taid_ray.plan.case import Case, read_models
+from taid_ray.plan.forecast import forecast
+from taid_ray.plan.forecast_type import Forecast
+from taid_ray.plan.hardware import hardware_named
+from taid_ray.plan.rates import times_of
 
 STEPS, WARM_UP = 40, 5
 CPUS = 8
@@ -138,20 +139,20 @@ def make_models(directory: Path) -> None:
 
 def empty_worker() -> int:
     """Resident bytes of a process that has imported what a student worker imports, and done nothing."""
-    from taid_ray.launch import use_deepspeed_on
-    from taid_ray.plan_watch import peak_bytes
+    from taid_ray.driver.launch import use_deepspeed_on
+    from taid_ray.plan.memory_watch import peak_bytes
 
     use_deepspeed_on("cpu")
     import os
 
-    import taid_ray.worker  # noqa: F401
+    import taid_ray.student.worker  # noqa: F401
 
     return peak_bytes(os.getpid())
 
 
 def point(trial: Trial, console: Console, empty: int) -> dict[str, Any]:
     """Measures, plans, and runs one configuration."""
-    from taid_ray.plan_measure import measure
+    from taid_ray.plan.measure import measure
 
     console.print(f"== {trial.name}: measuring", highlight=False)
     found = measure(trial.measured, console, reduced=True)
@@ -180,9 +181,10 @@ def point(trial: Trial, console: Console, empty: int) -> dict[str, Any]:
 
 def run(config: DistillConfig, console: Console) -> dict[str, Any]:
     """Median seconds of a step of a whole run, and the most its processes held."""
-    from taid_ray.launch import Surroundings, distill_among
-    from taid_ray.metrics import METRICS_FILE, read_metrics
-    from taid_ray.plan_watch import memory_watched
+    from taid_ray.driver.launch import Surroundings, distill_among
+    from taid_ray.files import read_metrics
+    from taid_ray.plan.memory_watch import memory_watched
+    from taid_ray.run.layout import METRICS_FILE
 
     with memory_watched(f"taid-teacher-{config.name}") as peaks:
         distill_among(config, Surroundings(console=console))

@@ -21,22 +21,24 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.common import local_ray, median, write
-from taid_ray.actors import deployment
-from taid_ray.actors.client import PoolTeacher, replica_states
-from taid_ray.actors.lease import find_lease
-from taid_ray.actors.pool import start_pool, stop_pool
-from taid_ray.actors.scheduler import SchedulerClient, SchedulerOwner
-from taid_ray.actors.teacher import TeacherReplica
-from taid_ray.aggregate import GO_ON, StepResult
-from taid_ray.batch import Batch, Row
-from taid_ray.chunked import LogitTransform, LossParts
-from taid_ray.clock import PhaseClock
-from taid_ray.config import ScheduleConfig, TeacherConfig, TrainConfig
-from taid_ray.data import Cursor
-from taid_ray.launch import use_deepspeed_on
-from taid_ray.metrics import StepMetrics
-from taid_ray.teacher_model import TeacherInfo
-from taid_ray.world import World
+from taid_ray.config.schema import ScheduleConfig, TeacherConfig, TrainConfig
+from taid_ray.data.batch import Batch, Row
+from taid_ray.data.dataset import Cursor
+from taid_ray.distributed.world import World
+from taid_ray.driver.launch import use_deepspeed_on
+from taid_ray.losses.chunked import LossParts
+from taid_ray.losses.projection import LogitTransform
+from taid_ray.run.metrics import StepMetrics
+from taid_ray.scheduler.aggregate import GO_ON, StepResult
+from taid_ray.scheduler.client import SchedulerClient
+from taid_ray.scheduler.owner import SchedulerOwner
+from taid_ray.student.clock import PhaseClock
+from taid_ray.teacher.pool import deployment
+from taid_ray.teacher.pool.client import PoolTeacher, replica_states
+from taid_ray.teacher.pool.lease import find_lease
+from taid_ray.teacher.pool.lifecycle import start_pool, stop_pool
+from taid_ray.teacher.pool.replica import TeacherReplica
+from taid_ray.teacher.protocol import TeacherInfo
 
 WORKERS_AND_REPLICAS = ((32, 8), (16, 4), (8, 2), (4, 1), (2, 1), (1, 1))
 """Replicas to spare: at most 4 workers ask each of them, for 4 * TEACHER_S = 0.8 s of work in a step of 1 s."""
@@ -115,7 +117,7 @@ class WorkerProcess:
 
     def __init__(self) -> None:
         use_deepspeed_on("cpu")  # the training loop imports it
-        import taid_ray.train  # noqa: F401  # now, not in the first measured step
+        import taid_ray.student.loop  # noqa: F401  # now, not in the first measured step
 
     def run(
         self, ranks: list[int], world_size: int, scheduler: ActorHandle, attempt: int, start: StepResult, pool: str
@@ -130,8 +132,8 @@ def train(
     rank: int, world_size: int, actor: ActorHandle, attempt: int, start: StepResult, pool: str
 ) -> list[tuple[float, StepMetrics]]:
     """What worker.run_worker does between building its parts and saving the model."""
-    from taid_ray.stream import Prefetcher, read_ahead, step_batches
-    from taid_ray.train import train_loop
+    from taid_ray.student.loop import train_loop
+    from taid_ray.student.prefetch import Prefetcher, read_ahead, step_batches
 
     teacher_config = TeacherConfig(model="simulated")
     scheduler, clock = SchedulerClient(actor, rank, 600), PhaseClock(TimedStudent.device)

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import MIN_WIDTH, ROOT
-from taid_ray.config import ScheduleConfig
-from taid_ray.schedule import Mode, ScheduleState, TAIDSchedule
+from taid_ray.config.schema import ScheduleConfig
+from taid_ray.scheduler.schedule import Mode, ScheduleState, TAIDSchedule
 
 PICTURE = ROOT / "docs" / "images" / "schedule.png"
 STEPS = 1000

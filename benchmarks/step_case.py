@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ROOT
-from taid_ray.batch import Batch, collate
-from taid_ray.config import DistillConfig, build_config
-from taid_ray.data import TrainingData
-from taid_ray.models import load_tokenizer
+from taid_ray.config.schema import DistillConfig, build_config
+from taid_ray.data.batch import Batch, collate
+from taid_ray.data.dataset import TrainingData
+from taid_ray.models.loading import load_tokenizer
 
 BUNDLED_TEXT = ROOT / "taid_ray" / "quickstart" / "tinystories_train.jsonl"
 SYNTHETIC_IDS = 32_000

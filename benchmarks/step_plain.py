@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.step_case import LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, Case, Outcome, Watched, batches
-from taid_ray.batch import Batch
-from taid_ray.chunked import Projection, chunk_tokens_for, chunked_loss
-from taid_ray.device import loss_memory_mib
-from taid_ray.models import hidden_states
+from taid_ray.data.batch import Batch
+from taid_ray.distributed.device import loss_memory_mib
+from taid_ray.losses.chunked import chunk_tokens_for, chunked_loss
+from taid_ray.losses.projection import Projection
+from taid_ray.models.loading import hidden_states
 
 
 def train_plain(case: Case, chunked: bool) -> Outcome:

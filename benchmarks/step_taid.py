@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.step_case import Case, Outcome, Watched, settings
-from taid_ray.metrics import METRICS_FILE, read_metrics
+from taid_ray.files import read_metrics
+from taid_ray.run.layout import METRICS_FILE
 
 POLL_S = 0.02
 STUDENT, TEACHER = "ray::RayTrainWorker", "ray::ServeReplica"

@@ -11,11 +11,11 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.common import local_ray, write
-from taid_ray.config import DistillConfig
-from taid_ray.example import quickstart_config
-from taid_ray.launch import distill
-from taid_ray.space import Space
-from taid_ray.tune import search
+from taid_ray.cli.quickstart import quickstart_config
+from taid_ray.config.schema import DistillConfig
+from taid_ray.config.space import Space
+from taid_ray.driver.launch import distill
+from taid_ray.search.driver import run_search
 
 TRIALS, CONCURRENT, STEPS, DOCUMENTS = 8, 2, 60, 300
 TARGET_TOKENS = 1.1
@@ -35,7 +35,7 @@ def main() -> None:
         out = Path(scratch)
         lone, lone_s = run(quickstart_config([f"train.steps={STEPS}"], str(out / "lone")))
         start = time.perf_counter()
-        found = search(
+        found = run_search(
             quickstart_config([f"train.steps={STEPS}"], None), Space.model_validate(SPACE), out / "search", CONCURRENT
         )
         search_s = time.perf_counter() - start

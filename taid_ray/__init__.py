@@ -3,12 +3,12 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from taid_ray.config import DistillConfig, build_config, load_config
+from taid_ray.config.schema import DistillConfig, build_config, load_config
 
 if TYPE_CHECKING:
-    from taid_ray.launch import RunResult, distill
-    from taid_ray.space import Space, load_space
-    from taid_ray.tune import SearchResult, search
+    from taid_ray.config.space import Space, load_space
+    from taid_ray.driver.launch import RunResult, distill
+    from taid_ray.search.driver import SearchResult, run_search
 
 __all__ = [
     "DistillConfig",
@@ -19,16 +19,23 @@ __all__ = [
     "distill",
     "load_config",
     "load_space",
-    "search",
+    "run_search",
 ]
-LAZY = {"RunResult": "launch", "distill": "launch", "Space": "space", "load_space": "space"} | {
-    "SearchResult": "tune",
-    "search": "tune",
+LAZY = {
+    "RunResult": "driver.launch",
+    "SearchResult": "search.driver",
+    "Space": "config.space",
+    "distill": "driver.launch",
+    "load_space": "config.space",
+    "run_search": "search.driver",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Loads what needs Ray only when it is asked for, so that the pure modules import alone."""
+    """Loads what needs Ray only when it is asked for, so that the pure modules import alone.
+
+    No name here may be a sub-package's: once that is imported, `from taid_ray import NAME` would find the package.
+    """
     if name in LAZY:
         return getattr(import_module(f"taid_ray.{LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

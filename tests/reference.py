@@ -8,12 +8,12 @@ import math
 
 import torch
 
-from taid_ray.batch import NO_LABEL
-from taid_ray.config import DistillConfig
-from taid_ray.data import TrainingData
-from taid_ray.models import load_causal_lm
-from taid_ray.preflight import run_tokenizer
-from taid_ray.student_model import build_student
+from taid_ray.config.schema import DistillConfig
+from taid_ray.data.batch import NO_LABEL
+from taid_ray.data.dataset import TrainingData
+from taid_ray.models.loading import load_causal_lm
+from taid_ray.models.pair import run_tokenizer
+from taid_ray.models.student_init import build_student
 
 
 def reference_run(config: DistillConfig) -> list[dict[str, float]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from taid_ray.config import build_config
+from taid_ray.config.schema import build_config
 
 STEPS = 40
 BASE: dict[str, Any] = {

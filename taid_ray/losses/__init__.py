@@ -1,6 +1,16 @@
-"""The menu of losses: functions of student and teacher logits [N, V] with one float32 value per loss position."""
+"""The losses: functions of student and teacher logits, and the chunked loss that gets by without [N, V] matrices.
 
-from taid_ray.losses.buckets import TopK
+A loss is a function `(student_logits [N, V], teacher_logits [N, V], ...) -> [N]` in float32, N = loss positions: no mask, no
+reduction, and N = 0 works. `registry` knows them by their names in the configuration; `chunked_loss` computes any of them
+from hidden states, a chunk of tokens at a time. Pure torch: neither Ray nor DeepSpeed nor transformers is loaded. This is
+the one room whose `__init__` re-exports its public functions, because nothing heavy comes along.
+
+Traps:
+- `chunked`, `objective` and `projection` overwrite tensors in place by contract; their docstrings say whose memory is whose.
+- Numbers are tested against `tests/golden` (the reference implementation) or a plainly written single-process loop.
+"""
+
+from taid_ray.losses.chunked import LossParts, Scores, Target, chunk_tokens_for, chunked_loss, chunked_scores
 from taid_ray.losses.divergences import (
     Divergence,
     entropy,
@@ -12,12 +22,22 @@ from taid_ray.losses.divergences import (
     skew_reverse_kl,
     tvd,
 )
-from taid_ray.losses.menu import divergence, log_target, target_entropy
+from taid_ray.losses.projection import LogitTransform, Projection
+from taid_ray.losses.registry import divergence, log_target, target_entropy
 from taid_ray.losses.taid import taid, taid_target_entropy
+from taid_ray.losses.topk import TopK
 
 __all__ = [
     "Divergence",
+    "LogitTransform",
+    "LossParts",
+    "Projection",
+    "Scores",
+    "Target",
     "TopK",
+    "chunk_tokens_for",
+    "chunked_loss",
+    "chunked_scores",
     "divergence",
     "entropy",
     "forward_kl",

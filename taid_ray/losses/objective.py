@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from taid_ray.losses.buckets import TopK, spread, tail_shares, take_buckets
 from taid_ray.losses.closed_form import pull
 from taid_ray.losses.divergences import entropy_from_log_probs, sft
-from taid_ray.losses.menu import divergence, log_target
+from taid_ray.losses.registry import divergence, log_target
 from taid_ray.losses.taid import mix
+from taid_ray.losses.topk import TopK, spread, tail_shares, take_buckets
 
 Evaluation = tuple[Tensor, Tensor | None]
 """Values [3, N] (divergence, entropy of its target, cross-entropy on the labels), gradient [N, V] if there is one."""

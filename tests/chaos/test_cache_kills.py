@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from taid_ray import cache, cache_store
-from taid_ray.cache import Cache
-from taid_ray.cache_store import SUFFIX, Store
-from taid_ray.config import CacheConfig
+from taid_ray.config.schema import CacheConfig
+from taid_ray.teacher.cache import store as cache_store
+from taid_ray.teacher.cache import tiers as cache
+from taid_ray.teacher.cache.store import SUFFIX, Store
+from taid_ray.teacher.cache.tiers import Cache
 
 PROCESSES, KEYS = 8, 3000
 SECONDS = 15.0

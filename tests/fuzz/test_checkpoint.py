@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from taid_ray.aggregate import StepResult
-from taid_ray.checkpoint import STATE_FILE, CheckpointStore, RunState, checkpoint_name, step_of, tensor_file
-from taid_ray.data import Cursor
+from taid_ray.checkpoint.restore import restore
+from taid_ray.checkpoint.store import STATE_FILE, CheckpointStore, RunState, checkpoint_name, step_of, tensor_file
+from taid_ray.data.dataset import Cursor
+from taid_ray.distributed.world import World
 from taid_ray.errors import CheckpointError
-from taid_ray.restoring import restore
-from taid_ray.world import World
+from taid_ray.scheduler.aggregate import StepResult
 from tests.fuzz.feeding import FRAGMENTS, feed, mutated
 
 OLD, NEW = checkpoint_name(10, 3), checkpoint_name(20, 3)

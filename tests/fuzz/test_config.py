@@ -8,8 +8,8 @@ import pytest
 import yaml
 from hypothesis import strategies as st
 
-from taid_ray.config import DistillConfig, build_config, known_keys, load_config
-from taid_ray.config_text import parse_yaml
+from taid_ray.config.schema import DistillConfig, build_config, known_keys, load_config
+from taid_ray.config.text import parse_yaml
 from taid_ray.errors import ConfigError
 from tests.fuzz.feeding import FRAGMENTS, feed, mutated
 

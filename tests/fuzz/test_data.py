@@ -13,13 +13,13 @@ import pytest
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from taid_ray.batch import NO_LABEL, Row
-from taid_ray.config import DataConfig
-from taid_ray.data import TrainingData, validation_rows
-from taid_ray.documents import read_blocks
-from taid_ray.encoding import Encoder, columns_of
+from taid_ray.config.schema import DataConfig
+from taid_ray.data.batch import NO_LABEL, Row
+from taid_ray.data.dataset import TrainingData, validation_rows
+from taid_ray.data.documents import read_blocks
+from taid_ray.data.encoding import Encoder, columns_of
+from taid_ray.data.packing import to_rows
 from taid_ray.errors import DataError
-from taid_ray.packing import to_rows
 from tests.fuzz.feeding import FRAGMENTS, feed, mutated
 
 TOKENIZER = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "taid_ray" / "quickstart" / "stories260k")

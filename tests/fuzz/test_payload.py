@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from taid_ray.config import Payload
+from taid_ray.config.schema import Payload
 from taid_ray.errors import TeacherError
-from taid_ray.payload import PayloadFormat, check_output
-from taid_ray.wire import digest, pack, unpack, verify
+from taid_ray.teacher.payload import PayloadFormat, check_output
+from taid_ray.teacher.wire import digest, pack, unpack, verify
 from tests.fuzz.feeding import feed
 
 ODD_NAMES = [

@@ -9,16 +9,16 @@ import pytest
 import ray
 import torch
 
-from taid_ray.actors.client import PoolTeacher
-from taid_ray.actors.lease import PoolClaims, find_lease
-from taid_ray.actors.pool import start_pool, stop_pool
-from taid_ray.batch import Batch, collate
-from taid_ray.cache import Cache
-from taid_ray.cached_teacher import CachedTeacher
-from taid_ray.config import CacheConfig, TeacherConfig
-from taid_ray.example import BUNDLE
-from taid_ray.packing import Sample, to_rows
-from taid_ray.teacher_model import LocalTeacher
+from taid_ray.cli.quickstart import BUNDLE
+from taid_ray.config.schema import CacheConfig, TeacherConfig
+from taid_ray.data.batch import Batch, collate
+from taid_ray.data.packing import Sample, to_rows
+from taid_ray.teacher.cache.cached import CachedTeacher
+from taid_ray.teacher.cache.tiers import Cache
+from taid_ray.teacher.local import LocalTeacher
+from taid_ray.teacher.pool.client import PoolTeacher
+from taid_ray.teacher.pool.lease import PoolClaims, find_lease
+from taid_ray.teacher.pool.lifecycle import start_pool, stop_pool
 
 POOL, SHARED, CPU = "test-cache", 512, torch.device("cpu")
 CONFIG = TeacherConfig(model=str(BUNDLE / "stories260k"), timeout_s=120, cpus_per_shard=0.2)

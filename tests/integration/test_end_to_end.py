@@ -47,7 +47,7 @@ def check_run(result: RunResult, steps: int) -> list[dict[str, Any]]:
 @pytest.mark.timeout(240)
 def test_the_bundled_model_learns(ray_cluster: str, tmp_path: Path) -> None:
     """Two workers, a tensor-parallel teacher, ZeRO-3, validation on the way; the saved model measures as reported."""
-    from taid_ray.measure import evaluate_model
+    from taid_ray.student.evaluate import evaluate_model
 
     config = build_config(
         {

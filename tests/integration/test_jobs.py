@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import yaml
 
-from taid_ray.example import quickstart_config
-from taid_ray.launch import distill
-from taid_ray.submit import job_name
+from taid_ray.cli.quickstart import quickstart_config
+from taid_ray.control.submit import job_name
+from taid_ray.driver.launch import distill
 
 STEPS = 100
 WAIT_S = 240.0

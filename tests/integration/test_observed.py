@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from taid_ray import build_config
-from taid_ray.actors.gauges import METRICS
-from taid_ray.attempts import Signals
-from taid_ray.launch import Surroundings, distill_among
-from taid_ray.metrics import read_lines
+from taid_ray.driver.launch import Surroundings, distill_among
+from taid_ray.driver.signals import Signals
+from taid_ray.files import read_lines
+from taid_ray.tracking.prometheus import METRICS
 
 BUNDLE = Path(__file__).parents[2] / "taid_ray" / "quickstart"
 EXPORTED_WITHIN_S = 200.0

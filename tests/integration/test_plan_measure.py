@@ -7,9 +7,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from taid_ray import plan_rates
-from taid_ray.example import quickstart_config
-from taid_ray.plan_command import plan
+from taid_ray.cli.plan import plan
+from taid_ray.cli.quickstart import quickstart_config
+from taid_ray.plan import rates as plan_rates
 
 
 @pytest.mark.timeout(150)

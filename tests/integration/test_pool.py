@@ -15,14 +15,15 @@ import ray
 import torch
 from ray import serve
 
-from taid_ray.actors.client import PoolTeacher, replica_states
-from taid_ray.actors.lease import find_lease, keep_lease
-from taid_ray.actors.pool import start_pool, stop_pool
-from taid_ray.actors.teacher import AlreadyHereError, Answer, Question
-from taid_ray.batch import NO_LABEL, Batch, Row, collate
-from taid_ray.config import TeacherConfig
+from taid_ray.config.schema import TeacherConfig
+from taid_ray.data.batch import NO_LABEL, Batch, Row, collate
 from taid_ray.errors import ModelError, TeacherError
-from taid_ray.teacher_model import LocalTeacher, TeacherInfo
+from taid_ray.teacher.local import LocalTeacher
+from taid_ray.teacher.pool.client import PoolTeacher, replica_states
+from taid_ray.teacher.pool.lease import find_lease, keep_lease
+from taid_ray.teacher.pool.lifecycle import start_pool, stop_pool
+from taid_ray.teacher.pool.replica import AlreadyHereError, Answer, Question
+from taid_ray.teacher.protocol import TeacherInfo
 
 VOCAB, SHARED = 96, 90
 IDLE_TIMEOUT_S = 12.0

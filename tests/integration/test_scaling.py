@@ -12,15 +12,18 @@ from typing import Any
 import pytest
 import torch
 
-from taid_ray.actors import live, scaling
-from taid_ray.actors.client import PoolTeacher, replica_states
-from taid_ray.actors.live import announced, scale_teacher
-from taid_ray.actors.pool import PoolWatch, start_pool, stop_pool
-from taid_ray.batch import Batch, Row, collate
-from taid_ray.config import DistillConfig, build_config
+from taid_ray.config.schema import DistillConfig, build_config
+from taid_ray.control import scale
+from taid_ray.control.scale import scale_teacher
+from taid_ray.data.batch import Batch, Row, collate
+from taid_ray.driver.live import announced
 from taid_ray.errors import ClusterError, TeacherError
-from taid_ray.live_file import LIVE_FILE, live_pool
-from taid_ray.run_dir import write_config
+from taid_ray.run.directory import write_config
+from taid_ray.run.layout import LIVE_FILE
+from taid_ray.run.live import live_pool
+from taid_ray.teacher.pool import autoscaling as scaling
+from taid_ray.teacher.pool.client import PoolTeacher, replica_states
+from taid_ray.teacher.pool.lifecycle import PoolWatch, start_pool, stop_pool
 from tests.integration.test_pool import replica_processes
 
 VOCAB = 96
@@ -167,7 +170,7 @@ def test_by_hand_past_its_deadline(
         update={"out": str(tmp_path), "teacher": config.teacher.model_copy(update={"timeout_s": 0.5})}
     )
     write_config(hurried)
-    monkeypatch.setattr(live, "POLL_S", 0.1)
+    monkeypatch.setattr(scale, "POLL_S", 0.1)
     with (
         announced(tmp_path, "by-hand"),
         pytest.raises(TeacherError, match=r"has 1 of 2 replicas after \d s"),

@@ -11,12 +11,13 @@ import pytest
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from taid_ray.actors import scheduler
-from taid_ray.actors.scheduler import SchedulerClient, SchedulerOwner
-from taid_ray.aggregate import LossAggregator, LossSums, StaleReportError, StepResult
-from taid_ray.config import ScheduleConfig
+from taid_ray.config.schema import ScheduleConfig
 from taid_ray.errors import AttemptError, NonFiniteLossError, TeacherError
-from taid_ray.schedule import TAIDSchedule
+from taid_ray.scheduler import client as scheduler
+from taid_ray.scheduler.aggregate import LossAggregator, LossSums, StaleReportError, StepResult
+from taid_ray.scheduler.client import SchedulerClient
+from taid_ray.scheduler.owner import SchedulerOwner
+from taid_ray.scheduler.schedule import TAIDSchedule
 
 STEPS = 6
 CONFIG = ScheduleConfig(t_start=0.2, alpha=0.3, beta=0.5)  # t depends on every loss before it

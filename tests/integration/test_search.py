@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import yaml
 
-from taid_ray.config import DistillConfig, build_config, load_config
-from taid_ray.launch import RunResult, distill
-from taid_ray.live_file import read_live
-from taid_ray.search_results import read_search
-from taid_ray.space import Space
-from taid_ray.tune import SearchResult, search
+from taid_ray.config.schema import DistillConfig, build_config, load_config
+from taid_ray.config.space import Space
+from taid_ray.driver.launch import RunResult, distill
+from taid_ray.report.search_results import read_search
+from taid_ray.run.live import read_live
+from taid_ray.search.driver import SearchResult, run_search
 from tests.chaos.harness import SAME, small_config
 
 STEPS, RATE, USELESS_RATE = 24, 2e-3, 1e-8
@@ -116,7 +116,7 @@ def test_a_trial_equals_the_same_run_alone(interrupted: tuple[Path, dict[str, An
 def shared(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> SearchResult:
     """Two trials at the same time, whose teacher computes each sample once."""
     space = Space.model_validate({"search": "grid", "space": {"train.learning_rate": {"choice": [RATE, RATE / 2]}}})
-    return search(build_config(tree()), space, tmp_path_factory.mktemp("shared") / "S", max_concurrent=2)
+    return run_search(build_config(tree()), space, tmp_path_factory.mktemp("shared") / "S", max_concurrent=2)
 
 
 def test_shared_outputs_change_nothing_that_matters(shared: SearchResult, alone: RunResult) -> None:
@@ -135,6 +135,6 @@ def test_a_finished_search_is_not_run_again(shared: SearchResult) -> None:
     config: DistillConfig = build_config(tree())
     space = Space.model_validate({"search": "grid", "space": {"train.learning_rate": {"choice": [RATE, RATE / 2]}}})
     before = {path: path.stat().st_mtime_ns for path in shared.path.glob("trials/*/*.json*")}
-    again = search(config, space, shared.path)
+    again = run_search(config, space, shared.path)
     assert again.best and shared.best and again.best.name == shared.best.name
     assert before == {path: path.stat().st_mtime_ns for path in shared.path.glob("trials/*/*.json*")}

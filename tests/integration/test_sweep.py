@@ -5,7 +5,7 @@ import time
 import ray
 from ray.train.v2._internal.execution.controller.placement_group_cleaner import PlacementGroupCleaner
 
-from taid_ray.actors import sweep
+from taid_ray.driver import sweep
 
 
 def test_a_cleaner_that_nobody_told_to_watch_is_ended(ray_cluster: str) -> None:

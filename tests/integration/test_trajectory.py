@@ -13,12 +13,13 @@ import pytest
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from taid_ray.actors.pool import start_pool, stop_pool
-from taid_ray.actors.scheduler import SchedulerOwner
-from taid_ray.config import DistillConfig, build_config
-from taid_ray.launch import start_worker
-from taid_ray.preflight import Job, prepare
-from taid_ray.run_dir import write_config
+from taid_ray.config.schema import DistillConfig, build_config
+from taid_ray.driver.launch import start_worker
+from taid_ray.driver.preflight import prepare
+from taid_ray.run.directory import write_config
+from taid_ray.scheduler.owner import SchedulerOwner
+from taid_ray.student.spec import Job
+from taid_ray.teacher.pool.lifecycle import start_pool, stop_pool
 from tests.reference import reference_run
 
 BUNDLE = Path(__file__).parents[2] / "taid_ray" / "quickstart"

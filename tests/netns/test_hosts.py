@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from taid_ray.example import quickstart_config
+from taid_ray.cli.quickstart import quickstart_config
 from tests.netns.hosts import Host, Switch, wait_until, why_not
 
 REASON = why_not()

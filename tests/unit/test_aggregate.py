@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taid_ray.aggregate import LossAggregator, LossSums, StaleReportError, StepResult
 from taid_ray.errors import NonFiniteLossError
-from taid_ray.schedule import TAIDSchedule
+from taid_ray.scheduler.aggregate import LossAggregator, LossSums, StaleReportError, StepResult
+from taid_ray.scheduler.schedule import TAIDSchedule
 
 STEPS, WORLD = 6, 3
 

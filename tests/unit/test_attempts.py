@@ -10,13 +10,14 @@ from ray.exceptions import ActorDiedError
 from ray.train import ControllerError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from taid_ray import attempts
-from taid_ray.aggregate import STOP
-from taid_ray.attempts import Signals, run_attempts
-from taid_ray.cluster import Demand
-from taid_ray.config import Range, StudentConfig
+from taid_ray.config.schema import Range, StudentConfig
+from taid_ray.distributed.capacity import Demand
+from taid_ray.driver import attempts, signals
+from taid_ray.driver.attempts import run_attempts
+from taid_ray.driver.signals import Signals
+from taid_ray.driver.supervise import Followed
 from taid_ray.errors import AttemptError, ClusterError, DataError
-from taid_ray.supervise import Followed
+from taid_ray.scheduler.aggregate import STOP
 
 SUMMARY = {"steps": 9}
 DEMAND = Demand("cpu", 1, 2, 1.0, 1, 1, 1, 1.0, True, True)
@@ -75,6 +76,7 @@ class Driver:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(signals, "POLL_S", 0.01)
     monkeypatch.setattr(attempts, "POLL_S", 0.01)
     monkeypatch.setattr(attempts, "PAUSE_S", 0.0)
     monkeypatch.setattr(attempts, "GROW_CHECK_S", 0.0)

@@ -16,9 +16,13 @@ import ray
 import yaml
 from huggingface_hub import constants
 
-from taid_ray import cli, example, hub, launch
-from taid_ray.config import build_config
-from taid_ray.run_dir import with_absolute_paths, write_config
+from taid_ray.cli import app as cli
+from taid_ray.cli import quickstart as example
+from taid_ray.config.paths import with_absolute_paths
+from taid_ray.config.schema import build_config
+from taid_ray.driver import launch
+from taid_ray.models import hub
+from taid_ray.run.directory import write_config
 
 ROOT = Path(__file__).parents[2]
 BUNDLE = ROOT / "taid_ray" / "quickstart"

@@ -1,6 +1,6 @@
 import torch
 
-from taid_ray.batch import NO_LABEL, PAD_ID, Row, collate
+from taid_ray.data.batch import NO_LABEL, PAD_ID, Row, collate
 
 PACKED = Row([5, 6, 7, 8, 9], [0, 1, 0, 1, 2], [6, NO_LABEL, NO_LABEL, 9, 4])
 SHORT = Row([3, 2], [0, 1], [2, NO_LABEL])

@@ -1,6 +1,6 @@
 import pytest
 
-from taid_ray.bottleneck import Usage, balanced_replicas, verdict
+from taid_ray.run.bottleneck import Usage, balanced_replicas, verdict
 
 
 def usage(wall: float, wait: float, compute: float, payload_bytes: int = 100 * 2**20) -> Usage:

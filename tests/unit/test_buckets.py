@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from taid_ray import losses
-from taid_ray.chunked import LogitTransform, Projection, TopK, chunked_loss, chunked_scores
-from taid_ray.config import WEIGHTED_LOSSES, LossName
+from taid_ray.config.schema import WEIGHTED_LOSSES, LossName
+from taid_ray.losses import TopK
+from taid_ray.losses.chunked import chunked_loss, chunked_scores
 from taid_ray.losses.objective import Objective
+from taid_ray.losses.projection import LogitTransform, Projection
 
 NAMES: tuple[str, ...] = get_args(LossName)
 N, V, K = 12, 40, 5

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from taid_ray import cache, cache_store
-from taid_ray.cache import Cache, SharedDirectory, check_directory
-from taid_ray.cache_store import FULL, MADE_ROOM, Store
-from taid_ray.config import CacheConfig
+from taid_ray.config.schema import CacheConfig
 from taid_ray.errors import ConfigError
+from taid_ray.teacher.cache import store as cache_store
+from taid_ray.teacher.cache import tiers as cache
+from taid_ray.teacher.cache.store import FULL, MADE_ROOM, Store
+from taid_ray.teacher.cache.tiers import Cache, SharedDirectory, check_directory
 from tests.disk import fill, small_disk
 
 MIB = 2**20

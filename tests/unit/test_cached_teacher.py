@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from taid_ray.batch import Batch, collate
-from taid_ray.cache import Cache
-from taid_ray.cached_teacher import CachedTeacher
-from taid_ray.claims import Claims, EverythingGranted
-from taid_ray.config import CacheConfig
+from taid_ray.config.schema import CacheConfig
+from taid_ray.data.batch import Batch, collate
+from taid_ray.data.packing import Sample, to_rows
 from taid_ray.errors import TeacherError
-from taid_ray.packing import Sample, to_rows
-from taid_ray.payload import TeacherOutput
+from taid_ray.teacher.cache.cached import CachedTeacher
+from taid_ray.teacher.cache.claims import Claims, EverythingGranted
+from taid_ray.teacher.cache.tiers import Cache
+from taid_ray.teacher.payload import TeacherOutput
 
 CPU = torch.device("cpu")
 
@@ -238,7 +238,7 @@ def test_a_killed_holder_delays_and_does_no_more(make: Make) -> None:
 
 
 def cut(asked: Batch) -> Any:
-    from taid_ray.samples import samples_of
+    from taid_ray.teacher.cache.samples import samples_of
 
     return samples_of(asked, "f", False)
 

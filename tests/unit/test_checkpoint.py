@@ -9,15 +9,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from taid_ray import saving
-from taid_ray.aggregate import StepResult
-from taid_ray.checkpoint import STATE_FILE, CheckpointStore, RunState, checkpoint_name, last_file, tensor_file
-from taid_ray.config import CheckpointConfig, build_config
-from taid_ray.data import Cursor
+from taid_ray.checkpoint import save as saving
+from taid_ray.checkpoint.restore import Restored, restore
+from taid_ray.checkpoint.save import MOST_FAILURES, Saver
+from taid_ray.checkpoint.store import (
+    STATE_FILE,
+    CheckpointStore,
+    RunState,
+    checkpoint_name,
+    last_file,
+    share,
+    tensor_file,
+)
+from taid_ray.config.schema import CheckpointConfig, build_config
+from taid_ray.data.dataset import Cursor
+from taid_ray.distributed.world import World
 from taid_ray.errors import CheckpointError, ConfigError
-from taid_ray.restoring import Restored, restore
-from taid_ray.saving import MOST_FAILURES, Saver, share
-from taid_ray.world import World
+from taid_ray.scheduler.aggregate import StepResult
 from tests.disk import fill, small_disk
 
 SHAPES = {"body/weight": (40, 30), "body/exp_avg": (40, 30), "norm/weight": (30,), "head/weight": (50, 40)}

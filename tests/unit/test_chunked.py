@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from taid_ray import losses
-from taid_ray.chunked import LogitTransform, Projection, chunk_tokens_for, chunked_loss, chunked_scores
-from taid_ray.config import LossName
+from taid_ray.config.schema import LossName
 from taid_ray.errors import ConfigError
-from taid_ray.losses.logits import add_product
+from taid_ray.losses.chunked import chunk_tokens_for, chunked_loss, chunked_scores
+from taid_ray.losses.projection import LogitTransform, Projection, add_product
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "taid_reference.json").read_text())["loss"]
 NAMES: tuple[str, ...] = get_args(LossName)
@@ -404,7 +404,7 @@ BUDGET_MIB = 64
 MEASURE = f"""
 import ctypes, sys, torch
 from pathlib import Path
-from taid_ray.chunked import LogitTransform, Projection, chunk_tokens_for, chunked_loss
+from taid_ray.losses import LogitTransform, Projection, chunk_tokens_for, chunked_loss
 
 def status(key):
     return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith(key)) / 1024

@@ -2,8 +2,8 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from taid_ray.claims import CLAIM_S, Claims, EverythingGranted
 from taid_ray.errors import TeacherError
+from taid_ray.teacher.cache.claims import CLAIM_S, Claims, EverythingGranted
 
 
 class Clock:
@@ -62,7 +62,7 @@ def test_without_the_pools_lease_everything_is_granted(monkeypatch: pytest.Monke
     import ray
     from ray.exceptions import ActorDiedError, GetTimeoutError
 
-    from taid_ray.actors import lease
+    from taid_ray.teacher.pool import lease
 
     monkeypatch.setattr(lease, "find_lease", lambda name: MagicMock())
     claims = lease.PoolClaims("pool")

@@ -3,7 +3,7 @@ import time
 import pytest
 import torch
 
-from taid_ray.clock import PhaseClock
+from taid_ray.student.clock import PhaseClock
 
 
 def test_an_inner_phase_is_taken_out_of_the_outer_one() -> None:

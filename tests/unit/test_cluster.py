@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taid_ray import cluster
-from taid_ray.cluster import (
+from taid_ray.config.schema import DistillConfig, build_config
+from taid_ray.distributed import cluster
+from taid_ray.distributed.capacity import (
     Demand,
     capacity_note,
     check_capacity,
@@ -18,7 +19,6 @@ from taid_ray.cluster import (
     most_replicas,
     workers_beside,
 )
-from taid_ray.config import DistillConfig, build_config
 from taid_ray.errors import ClusterError
 
 

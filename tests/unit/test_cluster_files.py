@@ -23,11 +23,11 @@ from ray.scripts.scripts import start
 from ray.scripts.symmetric_run import curate_and_validate_ray_start_args
 from typer.main import get_command
 
-from taid_ray.cli import app
-from taid_ray.cluster import STUDENT_RESOURCE, TEACHER_RESOURCE, Demand, check_capacity, check_object_store
-from taid_ray.config import DistillConfig, load_config
+from taid_ray.cli.app import app
+from taid_ray.config.schema import DistillConfig, load_config
+from taid_ray.distributed.capacity import STUDENT_RESOURCE, TEACHER_RESOURCE, Demand, check_capacity, check_object_store
 from taid_ray.errors import ClusterError
-from taid_ray.payload import bytes_per_token
+from taid_ray.teacher.payload import bytes_per_token
 from tests.cluster_schema import complaints
 from tests.conftest import ROOT
 from tests.kustomize import build, documents

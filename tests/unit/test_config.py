@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from taid_ray.config import DistillConfig, build_config, known_keys, load_config
-from taid_ray.config_text import read_tree
+from taid_ray.config.schema import DistillConfig, build_config, known_keys, load_config
+from taid_ray.config.text import read_tree
 from taid_ray.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

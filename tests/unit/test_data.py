@@ -11,13 +11,13 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from taid_ray.batch import NO_LABEL, Row
-from taid_ray.chat import inside
-from taid_ray.config import DataConfig
-from taid_ray.data import Cursor, TrainingData, validation_rows
+from taid_ray.config.schema import DataConfig
+from taid_ray.data.batch import NO_LABEL, Row
+from taid_ray.data.chat import inside
+from taid_ray.data.dataset import Cursor, TrainingData, validation_rows
+from taid_ray.driver.preflight import check_data as check_opened_data
 from taid_ray.errors import DataError
-from taid_ray.preflight import DataCheck
-from taid_ray.preflight import check_data as check_opened_data
+from taid_ray.student.spec import DataCheck
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared/data"

@@ -29,14 +29,14 @@ def trapped(baton):
 
 torch.utils.file_baton.FileBaton.wait = trapped
 if as_worker:
-    from taid_ray.launch import use_deepspeed_on
+    from taid_ray.driver.launch import use_deepspeed_on
     use_deepspeed_on("cpu")
 os.environ.update(DS_ACCELERATOR="cpu", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
 torch.distributed.init_process_group("gloo", init_method="file://" + store, rank=0, world_size=1)
-from taid_ray.clock import PhaseClock
-from taid_ray.student import Student
-from taid_ray.student_model import build_student
-from taid_ray.world import World
+from taid_ray.distributed.world import World
+from taid_ray.models.student_init import build_student
+from taid_ray.student.clock import PhaseClock
+from taid_ray.student.engine import Student
 from tests.unit.test_student import TIED, config_for
 config, device = config_for(TIED), torch.device("cpu")
 student = Student(config, build_student(config, None), 512, World.current(), device, PhaseClock(device))

@@ -5,7 +5,7 @@ from typing import Any
 
 import ray
 
-from taid_ray.actors.deployment import CALLER_GONE, replica_environment
+from taid_ray.teacher.pool.deployment import CALLER_GONE, replica_environment
 
 
 def test_a_replica_has_the_job_s_environment_and_ours() -> None:

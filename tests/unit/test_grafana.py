@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from ray.util.metrics import Counter, Histogram
 
-from taid_ray.actors.gauges import METRICS, OWN_TAGS, PHASES, SECONDS, Instruments
-from taid_ray.metrics import StepMetrics
+from taid_ray.run.metrics import StepMetrics
+from taid_ray.tracking.prometheus import METRICS, OWN_TAGS, PHASES, SECONDS, Instruments
 
 DASHBOARD = Path(__file__).parents[2] / "cluster" / "grafana" / "taid-ray.json"
 

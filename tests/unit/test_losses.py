@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from taid_ray import losses
-from taid_ray.config import WEIGHTED_LOSSES, LossName
+from taid_ray.config.schema import WEIGHTED_LOSSES, LossName
 from taid_ray.errors import ConfigError
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "taid_reference.json").read_text())["loss"]

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from taid_ray import cli, measure, teacher_model
+from taid_ray.cli import app as cli
+from taid_ray.data.packing import Sample
 from taid_ray.errors import ConfigError, ModelError
-from taid_ray.measure import evaluate_model, rouge_l
-from taid_ray.models import load_causal_lm, load_tokenizer
-from taid_ray.packing import Sample
+from taid_ray.models.loading import load_causal_lm, load_tokenizer
+from taid_ray.student import evaluate as measure
+from taid_ray.student.evaluate import evaluate_model, rouge_l
+from taid_ray.teacher import model as teacher_model
 
 BUNDLE = Path(__file__).parents[2] / "taid_ray" / "quickstart"
 STORIES, VALID = str(BUNDLE / "stories260k"), str(BUNDLE / "tinystories_valid.jsonl")

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from taid_ray.cluster import check_object_store
-from taid_ray.config import TeacherConfig
+from taid_ray.config.schema import TeacherConfig
+from taid_ray.distributed.capacity import check_object_store
 from taid_ray.errors import ClusterError
 
 MIB = 2**20

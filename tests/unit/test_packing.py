@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taid_ray.batch import NO_LABEL, Row
-from taid_ray.packing import Sample, cut, to_rows
+from taid_ray.data.batch import NO_LABEL, Row
+from taid_ray.data.packing import Sample, cut, to_rows
 
 LENGTH = 12
 

@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from taid_ray import payload
-from taid_ray.chunked import LogitTransform, Projection, TopK, chunked_loss, chunked_scores
 from taid_ray.errors import ConfigError, TeacherError
-from taid_ray.models import Head
-from taid_ray.payload import (
+from taid_ray.losses import TopK
+from taid_ray.losses.chunked import chunked_loss, chunked_scores
+from taid_ray.losses.projection import LogitTransform, Projection
+from taid_ray.models.loading import Head
+from taid_ray.teacher import payload
+from taid_ray.teacher.payload import (
     PayloadFormat,
     TeacherOutput,
     bytes_per_token,
@@ -19,7 +21,7 @@ from taid_ray.payload import (
     measured_error,
     needs_head,
 )
-from taid_ray.wire import pack, unpack
+from taid_ray.teacher.wire import pack, unpack
 
 CPU = torch.device("cpu")
 N, H, V, K = 37, 32, 101, 8

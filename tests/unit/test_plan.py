@@ -14,17 +14,18 @@ from rich.console import Console
 from transformers import MixtralConfig, Qwen2Config
 from typer.testing import CliRunner
 
-from taid_ray import plan_rates
-from taid_ray.config import DistillConfig, build_config, load_config
+from taid_ray.cli.plan import plan
+from taid_ray.cli.quickstart import quickstart_config
+from taid_ray.config.schema import DistillConfig, build_config, load_config
+from taid_ray.driver.preflight import prepare
 from taid_ray.errors import ConfigError
-from taid_ray.example import quickstart_config
-from taid_ray.hardware import hardware_named
-from taid_ray.plan import Forecast, forecast
-from taid_ray.plan_case import Case, Models, read_models
-from taid_ray.plan_command import plan
-from taid_ray.plan_tables import show
-from taid_ray.plan_trace import shape_of, trace
-from taid_ray.preflight import prepare
+from taid_ray.plan import rates as plan_rates
+from taid_ray.plan.case import Case, Models, read_models
+from taid_ray.plan.forecast import forecast
+from taid_ray.plan.forecast_type import Forecast
+from taid_ray.plan.hardware import hardware_named
+from taid_ray.plan.tables import show
+from taid_ray.plan.trace import shape_of, trace
 
 CONFIGS = Path(__file__).parents[2] / "taid_ray" / "configs"
 CPU = hardware_named("cpu")
@@ -274,7 +275,7 @@ def test_no_weights_are_needed(tmp_path: Path) -> None:
 
 def test_refusals_come_before_torch_is_loaded(config_file: str) -> None:
     code = (
-        "import sys, taid_ray.plan_command as c\n"
+        "import sys, taid_ray.cli.plan as c\n"
         f"try: c.plan(__import__('pathlib').Path({config_file!r}), gpu='x')\n"
         "except Exception as e: print(type(e).__name__, 'torch' in sys.modules)"
     )

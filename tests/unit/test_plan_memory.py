@@ -9,16 +9,16 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from taid_ray.batch import Batch
-from taid_ray.chunked import LogitTransform
-from taid_ray.clock import PhaseClock
-from taid_ray.cluster import check_object_store
-from taid_ray.config import DistillConfig, TeacherConfig, build_config
+from taid_ray.config.schema import DistillConfig, TeacherConfig, build_config
+from taid_ray.data.batch import Batch
+from taid_ray.distributed.capacity import check_object_store
+from taid_ray.distributed.world import World
 from taid_ray.errors import ClusterError
 from taid_ray.losses import objective
-from taid_ray.models import Head
-from taid_ray.payload import CHUNK_BYTES, TeacherOutput
-from taid_ray.plan_memory import (
+from taid_ray.losses.projection import LogitTransform
+from taid_ray.models.loading import Head
+from taid_ray.models.student_init import from_architecture
+from taid_ray.plan.memory import (
     CLOSED_FORM,
     LOGITS_CHUNK_BYTES,
     Worker,
@@ -27,10 +27,10 @@ from taid_ray.plan_memory import (
     window_bytes,
     worker_memory,
 )
-from taid_ray.plan_sizes import LossShape, ZeroOptions
-from taid_ray.plan_trace import LiveBytes, shape_of, trace
-from taid_ray.student_model import from_architecture
-from taid_ray.world import World
+from taid_ray.plan.sizes import LossShape, ZeroOptions
+from taid_ray.plan.trace import LiveBytes, shape_of, trace
+from taid_ray.student.clock import PhaseClock
+from taid_ray.teacher.payload import CHUNK_BYTES, TeacherOutput
 
 pytestmark = pytest.mark.usefixtures("one_process_group")
 
@@ -85,7 +85,7 @@ def batch() -> Batch:
 
 def measured(config: DistillConfig, model_config: Any) -> dict[str, float]:
     """Bytes: between two steps, and the peaks of the second step's second micro-batch and optimizer step."""
-    from taid_ray.student import Student
+    from taid_ray.student.engine import Student
 
     device, found = torch.device("cpu"), {}
     dtype = torch.float32 if config.student.dtype == "float32" else torch.bfloat16

@@ -9,20 +9,20 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from taid_ray import plan_rates
-from taid_ray.config import DistillConfig
+from taid_ray.cli.quickstart import quickstart_config
+from taid_ray.config.schema import DistillConfig
 from taid_ray.errors import ConfigError
-from taid_ray.example import quickstart_config
-from taid_ray.hardware import hardware_named
-from taid_ray.metrics import StepMetrics
-from taid_ray.plan import forecast, with_simulation
-from taid_ray.plan_case import Case, read_models
-from taid_ray.plan_measure import KEPT, LARGEST_NOISE, WARM_UP, check_gpu, measuring_config, rates_of
-from taid_ray.plan_measured import Measured
-from taid_ray.plan_rates import DATA_S, Rates, adapted, assumed_rates, scaling, simulated, times_of
-from taid_ray.plan_tables import calibration_table, show
-from taid_ray.plan_watch import peak_bytes, processes, role_of
-from taid_ray.simulate import simulate
+from taid_ray.plan import rates as plan_rates
+from taid_ray.plan.calibration import Measured
+from taid_ray.plan.case import Case, read_models
+from taid_ray.plan.forecast import forecast, with_simulation
+from taid_ray.plan.hardware import hardware_named
+from taid_ray.plan.measure import KEPT, LARGEST_NOISE, WARM_UP, check_gpu, measuring_config, rates_of
+from taid_ray.plan.memory_watch import peak_bytes, processes, role_of
+from taid_ray.plan.rates import DATA_S, Rates, adapted, assumed_rates, scaling, simulated, times_of
+from taid_ray.plan.simulation import simulate
+from taid_ray.plan.tables import calibration_table, show
+from taid_ray.run.metrics import StepMetrics
 
 CPU = hardware_named("cpu")
 GIB = 2**30

@@ -7,11 +7,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
-from taid_ray.config import LoraConfig
+from taid_ray.config.schema import LoraConfig
 from taid_ray.errors import ConfigError
-from taid_ray.hardware import NAMES, Hardware, hardware_named
-from taid_ray.models import hidden_states
-from taid_ray.plan_time import (
+from taid_ray.models.loading import hidden_states
+from taid_ray.models.student_init import add_lora, from_architecture
+from taid_ray.plan.hardware import NAMES, Hardware, hardware_named
+from taid_ray.plan.time import (
     BANDWIDTH_SHARE,
     LOSS_PASSES,
     OPTIMIZER_BYTES,
@@ -25,8 +26,7 @@ from taid_ray.plan_time import (
     student_times,
     teacher_time,
 )
-from taid_ray.plan_trace import shape_of
-from taid_ray.student_model import add_lora, from_architecture
+from taid_ray.plan.trace import shape_of
 
 CHIP = Hardware("chip", 1000.0, 100.0, 1e9, 1e4, 0.0)
 LENGTH = 64

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from taid_ray import progress
-from taid_ray.progress import ProgressView
+from taid_ray.driver import progress
+from taid_ray.driver.progress import ProgressView
 
 LINE = re.compile(r"\[ *(\d+\.\d)s\] (.*)")
 

@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from taid_ray.config import DistillConfig, build_config
-from taid_ray.metrics import MetricLog, StepMetrics, perplexity, read_metrics, write_json
-from taid_ray.report import result_rows, result_table, shown_name, write_model_card, write_plots
+from taid_ray.config.schema import DistillConfig, build_config
+from taid_ray.files import read_metrics, write_json
+from taid_ray.report.card import result_rows, result_table, write_model_card, write_plots
+from taid_ray.report.format import shown_name
+from taid_ray.run.metrics import MetricLog, StepMetrics, perplexity
 
 SUMMARY: dict[str, Any] = {
     "steps": 250,

@@ -10,17 +10,17 @@ import pytest
 import torch
 from ray.exceptions import ActorDiedError, RaySystemError, RayTaskError
 
-from taid_ray.actors import client
-from taid_ray.actors import request as module
-from taid_ray.actors.client import PoolTeacher
-from taid_ray.actors.request import Hedge, Patience, Request, Waiter
-from taid_ray.actors.teacher import AlreadyHereError, Answer, Question
-from taid_ray.batch import Batch
-from taid_ray.chunked import LogitTransform
-from taid_ray.config import TeacherConfig
+from taid_ray.config.schema import TeacherConfig
+from taid_ray.data.batch import Batch
 from taid_ray.errors import TeacherError
-from taid_ray.teacher_model import TeacherInfo
-from taid_ray.wire import DamagedError, digest, pack
+from taid_ray.losses.projection import LogitTransform
+from taid_ray.teacher.pool import client
+from taid_ray.teacher.pool import request as module
+from taid_ray.teacher.pool.client import PoolTeacher
+from taid_ray.teacher.pool.replica import AlreadyHereError, Answer, Question
+from taid_ray.teacher.pool.request import Hedge, Patience, Request, Waiter
+from taid_ray.teacher.protocol import TeacherInfo
+from taid_ray.teacher.wire import DamagedError, digest, pack
 
 
 def patience(multiple: float, waits: list[tuple[float, float, str]]) -> Patience:

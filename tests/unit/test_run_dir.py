@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from taid_ray.config import DistillConfig, build_config, known_keys
+from taid_ray.config.paths import with_absolute_paths
+from taid_ray.config.schema import DistillConfig, build_config, known_keys
 from taid_ray.errors import CheckpointError, ClusterError, ConfigError
-from taid_ray.metrics import METRICS_FILE, SUMMARY_FILE
-from taid_ray.run_dir import MAY_CHANGE, check_run_dir, read_summary, run_directory, with_absolute_paths
+from taid_ray.run.directory import MAY_CHANGE, check_run_dir, read_summary, run_directory
+from taid_ray.run.layout import METRICS_FILE, SUMMARY_FILE
 
 TREE: dict[str, Any] = {
     "teacher": {"model": "t"}, "student": {"model": "s"}, "data": {"train": "d"}, "train": {"steps": 9}

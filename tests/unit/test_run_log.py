@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from taid_ray import progress
+from taid_ray.driver import progress
+from taid_ray.driver.progress import ProgressView
 from taid_ray.errors import DataError
-from taid_ray.progress import ProgressView
-from taid_ray.run_log import LOG_FILE, STUDENT, logged
+from taid_ray.run.log import LOG_FILE, STUDENT, logged
 
 KEYS = {"time", "level", "run", "step", "role", "message"}
 
@@ -111,7 +111,7 @@ def test_the_error_that_ended_the_run_is_the_last_line(
 
 
 def test_warnings_of_the_package_reach_terminal_and_log_once(tmp_path: Path, view: ProgressView) -> None:
-    logger = logging.getLogger("taid_ray.actors.pool")
+    logger = logging.getLogger("taid_ray.teacher.pool.lifecycle")
     with logged(tmp_path, "run-1", view):
         logger.warning("replicas differ in %s bits", "some")
         logger.info("nobody needs this")

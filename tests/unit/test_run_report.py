@@ -13,15 +13,16 @@ import yaml
 from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
-from taid_ray.config import build_config
+from taid_ray.cli.report import report
+from taid_ray.config.schema import build_config
 from taid_ray.errors import CheckpointError, ConfigError
-from taid_ray.metrics import StepMetrics
-from taid_ray.report_command import report
-from taid_ray.run_history import COLUMNS, PHASES, History, read_history
-from taid_ray.run_notes import notes
-from taid_ray.run_plots import Bins, loss_curves, optimizer, step_time, t_curve, throughput
-from taid_ray.run_report import key_figures, shown_amount, shown_seconds, time_rows, validation_rows, write_run_report
-from taid_ray.schedule import TAIDSchedule
+from taid_ray.report.format import shown_amount, shown_seconds
+from taid_ray.report.history import COLUMNS, PHASES, History, read_history
+from taid_ray.report.run_notes import notes
+from taid_ray.report.run_page import key_figures, time_rows, validation_rows, write_run_report
+from taid_ray.report.run_plots import Bins, loss_curves, optimizer, step_time, t_curve, throughput
+from taid_ray.run.metrics import StepMetrics
+from taid_ray.scheduler.schedule import TAIDSchedule
 from tests.html_page import Page
 
 STEPS = 40
@@ -101,7 +102,7 @@ def drawn(figure: Figure) -> dict[str, list[float]]:
 
 
 def test_columns_are_those_of_the_metrics_and_the_phases_those_of_the_loop() -> None:
-    from taid_ray.train import PHASES as LOOP
+    from taid_ray.student.loop import PHASES as LOOP
 
     assert set(COLUMNS) <= {field.name for field in fields(StepMetrics)} and len(set(COLUMNS)) == len(COLUMNS)
     assert set(PHASES) == {f"{phase}_s" for phase in LOOP} | {"teacher_wait_s"}

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taid_ray.batch import Batch, collate
-from taid_ray.packing import Sample, to_rows
-from taid_ray.samples import batch_of, join, samples_of, split
+from taid_ray.data.batch import Batch, collate
+from taid_ray.data.packing import Sample, to_rows
+from taid_ray.teacher.cache.samples import batch_of, join, samples_of, split
 
 TEACHER = "f" * 64
 

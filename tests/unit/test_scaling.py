@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
-from taid_ray import cli
-from taid_ray.actors.lease import Lease
-from taid_ray.actors.scaling import DOWN_S, UP_S, Autoscaler, LoadMeter
-from taid_ray.config import Range
-from taid_ray.live_file import LIVE_FILE
-from taid_ray.metrics import CONFIG_FILE, SUMMARY_FILE
+from taid_ray.cli import app as cli
+from taid_ray.config.schema import Range
+from taid_ray.run.layout import CONFIG_FILE, LIVE_FILE, SUMMARY_FILE
+from taid_ray.teacher.pool.autoscaling import DOWN_S, UP_S, Autoscaler, LoadMeter
+from taid_ray.teacher.pool.lease import Lease
 
 INFO: Any = SimpleNamespace(probe_digest="p")
 

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taid_ray.config import ScheduleConfig, TrainConfig
+from taid_ray.config.schema import ScheduleConfig, TrainConfig
 from taid_ray.errors import ConfigError, NonFiniteLossError
-from taid_ray.schedule import Mode, ScheduleState, TAIDSchedule, adaptive_is_linear, learning_rate, sigmoid
+from taid_ray.scheduler.schedule import Mode, ScheduleState, TAIDSchedule, adaptive_is_linear, sigmoid
+from taid_ray.student.learning_rate import learning_rate
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "taid_reference.json").read_text())["schedule"]
 MODES: tuple[Mode, ...] = get_args(Mode)

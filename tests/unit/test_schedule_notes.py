@@ -4,9 +4,10 @@ from typing import Any, cast
 
 import pytest
 
-from taid_ray.config import build_config
-from taid_ray.preflight import DataCheck, Plan, notes
-from taid_ray.schedule import TAIDSchedule
+from taid_ray.config.schema import build_config
+from taid_ray.driver.preflight import notes
+from taid_ray.scheduler.schedule import TAIDSchedule
+from taid_ray.student.spec import DataCheck, Plan
 
 
 def said(steps: int = 250, loss: str = "taid", **schedule: Any) -> list[str]:

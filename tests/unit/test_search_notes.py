@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from taid_ray.search_notes import notes
-from taid_ray.search_results import read_search
-from taid_ray.search_statistics import compare_groups, trends
+from taid_ray.report.search_notes import notes
+from taid_ray.report.search_results import read_search
+from taid_ray.report.statistics import compare_groups, trends
 from tests.search_files import ALPHA, STEPS, Written, write_search
 
 KEY = "schedule.alpha_steps"

@@ -7,10 +7,10 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from taid_ray.config import load_config
-from taid_ray.search_plots import BEST, Scale, key_scale, parallel, t_curves, validation
-from taid_ray.search_report import trials_table, write_report
-from taid_ray.search_results import Search, read_search
+from taid_ray.config.schema import load_config
+from taid_ray.report.search_page import trials_table, write_report
+from taid_ray.report.search_plots import BEST, Scale, key_scale, parallel, t_curves, validation
+from taid_ray.report.search_results import Search, read_search
 from tests.html_page import Page
 from tests.search_files import ALPHA, Written, write_search
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
+from taid_ray.config.sampler import Sampler
 from taid_ray.errors import CheckpointError, ConfigError
-from taid_ray.sampler import Sampler
-from taid_ray.search_results import bounds, position, read_search, shown
+from taid_ray.report.format import shown
+from taid_ray.report.search_results import bounds, position, read_search
 from tests.search_files import STEPS, Written, write_search
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from taid_ray.simulate import READ_AHEAD_STEPS, simulate
-from taid_ray.simulate_kernel import Clock, Link, Meeting, Processors, Server, Signal
-from taid_ray.simulate_pipeline import WAITED, Outcome, Pipeline, collective_s
+from taid_ray.plan.pipeline import WAITED, Outcome, Pipeline, collective_s
+from taid_ray.plan.simulation import READ_AHEAD_STEPS, simulate
+from taid_ray.plan.simulation_kernel import Clock, Link, Meeting, Processors, Server, Signal
 
 BASE = Pipeline(
     workers=1, replicas=1, micro_batches=2, forward_s=0.2, backward_s=0.4, optimizer_s=0.1, teacher_s=0.3, steps=6

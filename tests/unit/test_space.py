@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
-from taid_ray.config import DistillConfig
-from taid_ray.config_text import read_tree
+from taid_ray.config.sampler import Sampler
+from taid_ray.config.schema import DistillConfig
+from taid_ray.config.space import Space, load_space, trial_config
+from taid_ray.config.text import read_tree
 from taid_ray.errors import ConfigError
-from taid_ray.sampler import Sampler
-from taid_ray.space import Space, load_space, trial_config
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "tune_spaces").glob("*.yaml"))

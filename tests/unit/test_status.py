@@ -13,15 +13,27 @@ from typing import Any
 import pytest
 import yaml
 
-from taid_ray import cli
-from taid_ray.actors import live as driver_side
+from taid_ray.cli import app as cli
+from taid_ray.control.status import RECENT_STEPS, START_S, read_status
+from taid_ray.control.stop import stop
+from taid_ray.driver import live as driver_side
 from taid_ray.errors import ConfigError
-from taid_ray.live_file import ENDED_FILE, LIVE_FILE, SILENT_S, Live, live_pool, pid_namespace, process_start
-from taid_ray.metrics import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, TAIL, VALIDATION_FILE
-from taid_ray.run_dir import LOCK_FILE, RUN_FILE, locked
-from taid_ray.run_status import RECENT_STEPS, START_S, read_status
-from taid_ray.search_results import SEARCH_FILE, TRIALS, TRIALS_FILE
-from taid_ray.stop import stop
+from taid_ray.files import TAIL
+from taid_ray.run.directory import locked
+from taid_ray.run.layout import (
+    CONFIG_FILE,
+    ENDED_FILE,
+    LIVE_FILE,
+    LOCK_FILE,
+    METRICS_FILE,
+    RUN_FILE,
+    SEARCH_FILE,
+    SUMMARY_FILE,
+    TRIALS,
+    TRIALS_FILE,
+    VALIDATION_FILE,
+)
+from taid_ray.run.live import SILENT_S, Live, live_pool, pid_namespace, process_start
 
 NOBODY = 2**22 + 1
 """Above the largest process id."""

@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 from ray.job_submission import JobStatus
 
-from taid_ray import jobs
-from taid_ray import stop as stopping
+from taid_ray.control import jobs
+from taid_ray.control import stop as stopping
+from taid_ray.control.stop import stop
 from taid_ray.errors import ClusterError, ConfigError
-from taid_ray.live_file import ENDED_FILE, LIVE_FILE
-from taid_ray.metrics import SUMMARY_FILE
-from taid_ray.run_dir import locked
-from taid_ray.stop import stop
+from taid_ray.run.directory import locked
+from taid_ray.run.layout import ENDED_FILE, LIVE_FILE, SUMMARY_FILE
 from tests.unit.test_status import ELSEWHERE, HERE, NOBODY, ended, run_dir, search_dir
 
 JOB = replace(ELSEWHERE, submission="taid-RUN")

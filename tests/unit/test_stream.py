@@ -9,12 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taid_ray.batch import NO_LABEL, Batch, Row, collate
-from taid_ray.clock import PhaseClock
-from taid_ray.data import Cursor
-from taid_ray.payload import TeacherOutput
-from taid_ray.stream import Prefetcher, StepBatches, num_micro_batches, read_ahead, split_evenly, step_batches
-from taid_ray.world import World
+from taid_ray.data.batch import NO_LABEL, Batch, Row, collate
+from taid_ray.data.batching import num_micro_batches, split_evenly
+from taid_ray.data.dataset import Cursor
+from taid_ray.distributed.world import World
+from taid_ray.student.clock import PhaseClock
+from taid_ray.student.prefetch import Prefetcher, StepBatches, read_ahead, step_batches
+from taid_ray.teacher.payload import TeacherOutput
 
 
 def row(number: int) -> Row:
@@ -158,7 +159,7 @@ def test_the_window_is_bounded_in_bytes_too(tokens: int, in_flight: int) -> None
 
 def test_wait_is_the_time_spent_in_collect(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([10.0, 10.5, 20.0, 23.0])
-    monkeypatch.setattr("taid_ray.stream.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("taid_ray.student.prefetch.perf_counter", lambda: next(clock))
     stream, _ = prefetcher(steps=2, accumulation=1, window=1)
     assert stream.wait_s == 0
     stream.next_step()

@@ -6,18 +6,19 @@ from typing import Any
 import pytest
 import torch
 
-from taid_ray.aggregate import GO_ON, LossAggregator, LossSums, StepResult
-from taid_ray.batch import NO_LABEL, Row, collate
-from taid_ray.chunked import LogitTransform
-from taid_ray.clock import PhaseClock
-from taid_ray.config import DistillConfig, build_config
+from taid_ray.cli.quickstart import quickstart_config
+from taid_ray.config.schema import DistillConfig, build_config
+from taid_ray.data.batch import NO_LABEL, Row, collate
+from taid_ray.driver.preflight import prepare
 from taid_ray.errors import ModelError, NonFiniteLossError
-from taid_ray.example import quickstart_config
-from taid_ray.metrics import StepMetrics
-from taid_ray.models import Head
-from taid_ray.payload import TeacherOutput, needs_head
-from taid_ray.preflight import prepare, run_tokenizer
-from taid_ray.schedule import TAIDSchedule
+from taid_ray.losses.projection import LogitTransform
+from taid_ray.models.loading import Head
+from taid_ray.models.pair import run_tokenizer
+from taid_ray.run.metrics import StepMetrics
+from taid_ray.scheduler.aggregate import GO_ON, LossAggregator, LossSums, StepResult
+from taid_ray.scheduler.schedule import TAIDSchedule
+from taid_ray.student.clock import PhaseClock
+from taid_ray.teacher.payload import TeacherOutput, needs_head
 from tests.reference import reference_run
 
 pytestmark = pytest.mark.usefixtures("one_process_group")
@@ -72,14 +73,15 @@ def config_for(student: dict[str, Any], **train: Any) -> DistillConfig:
 
 def train(config: DistillConfig) -> tuple[list[StepMetrics], Any]:
     """Runs the product's loop in this process. Returns its metrics and the student."""
-    from taid_ray.data import TrainingData
-    from taid_ray.stream import Prefetcher, num_micro_batches, step_batches
-    from taid_ray.student import Student
-    from taid_ray.student_model import build_student
-    from taid_ray.teacher_model import LocalTeacher
-    from taid_ray.train import train_loop
-    from taid_ray.worker import training_batches
-    from taid_ray.world import World
+    from taid_ray.data.batching import num_micro_batches
+    from taid_ray.data.dataset import TrainingData
+    from taid_ray.distributed.world import World
+    from taid_ray.models.student_init import build_student
+    from taid_ray.student.engine import Student
+    from taid_ray.student.loop import train_loop
+    from taid_ray.student.prefetch import Prefetcher, step_batches
+    from taid_ray.student.worker import training_batches
+    from taid_ray.teacher.local import LocalTeacher
 
     plan, world, device = prepare(config), World(), torch.device("cpu")
     clock = PhaseClock(device)
@@ -149,7 +151,7 @@ def test_gradient_checkpointing_changes_nothing(stage: int, expected: dict[str, 
 def test_lora_is_the_same_under_every_stage_and_merges(lora: dict[str, Any], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from taid_ray.student_model import build_student
+    from taid_ray.models.student_init import build_student
 
     logits, histories = [], []
     for stage in (0, 2, 3):
@@ -230,7 +232,7 @@ def test_a_saved_model_is_the_trained_one(stage: int, tmp_path: Path) -> None:
     """The saved weights reproduce the training model's own next loss, and load with plain transformers."""
     from transformers import AutoModelForCausalLM
 
-    from taid_ray.student_model import build_student
+    from taid_ray.models.student_init import build_student
 
     _, student = train(config_for(TIED | {"zero_stage": stage}))
     student.save(tmp_path)
@@ -245,9 +247,9 @@ def test_a_saved_model_is_the_trained_one(stage: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_gradient_that_is_not_finite_stops_the_run(stage: int) -> None:
     """DeepSpeed would drop the step and go on (ZeRO 1 to 3), or write NaN weights (ZeRO 0)."""
-    from taid_ray.student import Student
-    from taid_ray.student_model import build_student
-    from taid_ray.world import World
+    from taid_ray.distributed.world import World
+    from taid_ray.models.student_init import build_student
+    from taid_ray.student.engine import Student
 
     config = config_for(TIED | {"zero_stage": stage})
     device = torch.device("cpu")

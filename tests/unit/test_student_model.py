@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from taid_ray.config import DistillConfig, build_config
+from taid_ray.config.schema import DistillConfig, build_config
 from taid_ray.errors import ConfigError, ModelError
-from taid_ray.student_model import (
+from taid_ray.models.student_init import (
     add_lora,
     build_student,
     check_student,
@@ -16,7 +16,7 @@ from taid_ray.student_model import (
     resize_with_mean,
     student_model_config,
 )
-from taid_ray.vocabulary import Vocabulary
+from taid_ray.models.vocabulary import Vocabulary
 
 VOCAB = 61
 SIZES: dict[str, Any] = {

@@ -24,16 +24,16 @@ def train(stage: int, kind: str, world: Any, directory: Path, restored: Any) -> 
     import xxhash
     from safetensors.torch import load_file
 
-    from taid_ray.aggregate import StepResult
-    from taid_ray.batch import Batch
-    from taid_ray.checkpoint import CheckpointStore, RunState
-    from taid_ray.clock import PhaseClock
-    from taid_ray.config import CheckpointConfig
-    from taid_ray.data import Cursor
-    from taid_ray.preflight import prepare
-    from taid_ray.saving import Saver
-    from taid_ray.student import Student
-    from taid_ray.student_model import build_student
+    from taid_ray.checkpoint.save import Saver
+    from taid_ray.checkpoint.store import CheckpointStore, RunState
+    from taid_ray.config.schema import CheckpointConfig
+    from taid_ray.data.batch import Batch
+    from taid_ray.data.dataset import Cursor
+    from taid_ray.driver.preflight import prepare
+    from taid_ray.models.student_init import build_student
+    from taid_ray.scheduler.aggregate import StepResult
+    from taid_ray.student.clock import PhaseClock
+    from taid_ray.student.engine import Student
 
     config = config_for(TIED | {"zero_stage": stage} | KINDS[kind])
     plan, device = prepare(config), torch.device("cpu")
@@ -68,13 +68,13 @@ def work(rank: int, size: int, port: int, root: str, save: bool) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    from taid_ray.launch import use_deepspeed_on
+    from taid_ray.driver.launch import use_deepspeed_on
 
     use_deepspeed_on("cpu")
     dist.init_process_group("gloo")
-    from taid_ray.checkpoint import CheckpointStore
-    from taid_ray.restoring import restore
-    from taid_ray.world import World
+    from taid_ray.checkpoint.restore import restore
+    from taid_ray.checkpoint.store import CheckpointStore
+    from taid_ray.distributed.world import World
 
     world, found = World.current(), {}
     for stage, kind in LAYOUTS[size]:

@@ -14,12 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ray.job_submission import JobDetails, JobStatus, JobType
 
-from taid_ray import cli, job, jobs
-from taid_ray.config import DistillConfig, build_config
+from taid_ray.cli import app as cli
+from taid_ray.cli import job
+from taid_ray.cli.job import obey
+from taid_ray.config.schema import DistillConfig, build_config
+from taid_ray.control import jobs
+from taid_ray.control.order import METADATA_KEY, Order
+from taid_ray.control.submit import STOP_WAIT, begin, check_end, check_travels, job_name, runtime_environment
 from taid_ray.errors import ClusterError, ConfigError
-from taid_ray.job import METADATA_KEY, Order, obey
-from taid_ray.live_file import JOB_CONFIG
-from taid_ray.submit import STOP_WAIT, begin, check_end, check_travels, job_name, runtime_environment
+from taid_ray.run.live import JOB_CONFIG
 
 TREE: dict[str, Any] = {
     "out": "/shared/RUN",
@@ -285,7 +288,7 @@ def test_the_entry_point_does_what_was_ordered(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(job, "own_version", lambda: "1")
     done: list[Any] = []
     monkeypatch.setattr(cli, "run", done.append)
-    monkeypatch.setattr(cli, "run_search", lambda *given, **options: done.append((*given, options)))
+    monkeypatch.setattr(cli, "search", lambda *given, **options: done.append((*given, options)))
     ordered(monkeypatch, ORDER)
     obey()
     assert done == [build_config(TREE)]

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from taid_ray import device, models
-from taid_ray.batch import NO_LABEL, Batch, Row, collate
-from taid_ray.chunked import LogitTransform
-from taid_ray.config import TeacherConfig
+from taid_ray.config.schema import TeacherConfig
+from taid_ray.data.batch import NO_LABEL, Batch, Row, collate
+from taid_ray.distributed import device
 from taid_ray.errors import ClusterError, ConfigError, ModelError, TeacherError
-from taid_ray.models import (
+from taid_ray.losses.projection import LogitTransform
+from taid_ray.models import loading as models
+from taid_ray.models.loading import (
     Head,
     check_packing,
     explained_attention,
@@ -21,8 +22,9 @@ from taid_ray.models import (
     load_tokenizer,
     self_test,
 )
-from taid_ray.payload import TeacherOutput, measured_error
-from taid_ray.teacher_model import PADDING_LIMIT, LocalTeacher, TeacherModel, bit_sums, head_digest, micro_batches
+from taid_ray.teacher.local import LocalTeacher
+from taid_ray.teacher.model import PADDING_LIMIT, TeacherModel, bit_sums, head_digest, micro_batches
+from taid_ray.teacher.payload import TeacherOutput, measured_error
 
 VOCAB, SHARED = 61, 57
 CPU = torch.device("cpu")
@@ -163,7 +165,7 @@ def ragged() -> Batch:
 def test_leaving_out_what_nobody_reads_changes_nothing(
     name: str, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("taid_ray.teacher_model.PADDING_LIMIT", 10)
+    monkeypatch.setattr("taid_ray.teacher.model.PADDING_LIMIT", 10)
     attention = "eager" if name == "gemma2" else "sdpa"
     teacher, request = TeacherModel(config(saved(name), attention=attention, max_tokens=64), SHARED, CPU), ragged()
     shapes = forward_shapes(teacher)
@@ -410,7 +412,7 @@ def test_a_teacher_that_is_not_deterministic_is_refused(
     def noisy(model: Any, inputs: dict[str, Tensor]) -> Tensor:
         return hidden_states(model, inputs) + torch.randn(1) * 1e-6
 
-    monkeypatch.setattr("taid_ray.teacher_model.hidden_states", noisy)
+    monkeypatch.setattr("taid_ray.teacher.model.hidden_states", noisy)
     for kind in ("hidden", "hidden_fp8", "topk"):
         with pytest.raises(TeacherError, match="is not deterministic"):
             TeacherModel(config(saved("llama"), payload=kind, topk=5), SHARED, CPU)

@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from taid_ray import tracking
-from taid_ray.config import DistillConfig, build_config
+from taid_ray.config.schema import DistillConfig, build_config
+from taid_ray.driver.progress import ProgressView
 from taid_ray.errors import ConfigError
-from taid_ray.figures import Figures
-from taid_ray.metrics import MetricLog, StepMetrics, read_metrics, write_lines
-from taid_ray.progress import ProgressView
-from taid_ray.run_dir import Run, write_config
-from taid_ray.trackers import MLflow, Outcome, Point, TensorBoard, WeightsAndBiases, point
-from taid_ray.tracking import Follower, check_installed, tell_stopped, tracked
+from taid_ray.files import read_metrics, write_lines
+from taid_ray.run.directory import Run, write_config
+from taid_ray.run.metrics import MetricLog, StepMetrics
+from taid_ray.tracking import follow as tracking
+from taid_ray.tracking.follow import Follower, check_installed, tell_stopped, tracked
+from taid_ray.tracking.sinks import MLflow, Outcome, Point, TensorBoard, WeightsAndBiases, point
+from taid_ray.tracking.tail import Figures
 
 FIGURES = [name for name in StepMetrics.__dataclass_fields__ if name != "step"]
 

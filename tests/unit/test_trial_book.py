@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from taid_ray.errors import CheckpointError
-from taid_ray.trial_book import TrialBook
+from taid_ray.search.book import TrialBook
 
 
 def test_names_count_up_and_equal_params_are_different_trials(tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 
-from taid_ray.config import DistillConfig, build_config
+from taid_ray.config.schema import DistillConfig, build_config
+from taid_ray.config.space import Space
 from taid_ray.errors import ConfigError, TeacherError
-from taid_ray.space import Space
-from taid_ray.tune import base_config, sampled, scheduler, search_directory
+from taid_ray.search.driver import base_config, sampled, scheduler, search_directory
 from tests.chaos.harness import small_config
 
 

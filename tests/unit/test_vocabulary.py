@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 
-from taid_ray import data
-from taid_ray.batch import NO_LABEL, Row
-from taid_ray.config import build_config
+from taid_ray.config.schema import build_config
+from taid_ray.data import dataset as data
+from taid_ray.data.batch import NO_LABEL, Row
+from taid_ray.data.shared_ids import check_ids
+from taid_ray.driver.preflight import prepare
 from taid_ray.errors import ConfigError, DataError, ModelError
-from taid_ray.preflight import DataCheck, Plan, prepare
-from taid_ray.vocabulary import align, check_ids
+from taid_ray.models.vocabulary import align
+from taid_ray.student.spec import DataCheck, Plan
 
 BASE = {token: index for index, token in enumerate("abcdef")}
 BUNDLE = Path(__file__).parents[2] / "taid_ray" / "quickstart"

@@ -9,18 +9,20 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from taid_ray import cache_commands, warm
-from taid_ray.batch import Batch, collate
-from taid_ray.cache import Cache
-from taid_ray.cached_teacher import CachedTeacher
-from taid_ray.claims import EverythingGranted
-from taid_ray.config import DistillConfig, build_config
-from taid_ray.data import TrainingData, validation_rows
+from taid_ray.cli import cache as cache_commands
+from taid_ray.cli.quickstart import BUNDLE
+from taid_ray.config.schema import DistillConfig, build_config
+from taid_ray.data.batch import Batch, collate
+from taid_ray.data.dataset import TrainingData, validation_rows
+from taid_ray.driver import warm
+from taid_ray.driver.preflight import prepare
 from taid_ray.errors import ConfigError, TaidRayError, TeacherError
-from taid_ray.example import BUNDLE
-from taid_ray.preflight import model_configs, prepare, run_tokenizer, shared_vocabulary
-from taid_ray.teacher_model import LocalTeacher
-from taid_ray.warmed import WarmedTeacher, all_warmed, find_warmed
+from taid_ray.models.pair import model_configs, run_tokenizer, shared_vocabulary
+from taid_ray.teacher.cache.cached import CachedTeacher
+from taid_ray.teacher.cache.claims import EverythingGranted
+from taid_ray.teacher.cache.offline import WarmedTeacher, all_warmed, find_warmed
+from taid_ray.teacher.cache.tiers import Cache
+from taid_ray.teacher.local import LocalTeacher
 
 CPU = torch.device("cpu")
 DOCUMENTS = 40

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from taid_ray.errors import TeacherError
-from taid_ray.wire import DTYPES, DamagedError, digest, pack, unpack, verify
+from taid_ray.teacher.wire import DTYPES, DamagedError, digest, pack, unpack, verify
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values())

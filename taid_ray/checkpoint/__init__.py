@@ -1,0 +1,9 @@
+"""Checkpoints: the store, saving beside the training, restoring. Free of the layout, and of Ray.
+
+Others use `store` (CheckpointStore, RunState), `save.Saver` and `restore` (restore, Restored).
+
+Traps:
+- A checkpoint fits any number of workers and any ZeRO stage: `student.state` gathers every parameter whole, with its moments.
+- Nothing that follows from the step's number is stored: learning rate, random numbers (`Student.reseed`).
+- Nothing is pickled: who can write to the storage can stop a run, not run code in it.
+"""

@@ -1,0 +1,194 @@
+"""Saving checkpoints: when, each rank's share, written beside the training, and which of them are kept."""
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from contextlib import suppress
+
+from torch import Tensor
+
+from taid_ray.checkpoint.restore import Restored
+from taid_ray.checkpoint.store import (
+    STATE_FILE,
+    STORAGE_ERRORS,
+    CheckpointStore,
+    Index,
+    RunState,
+    TornError,
+    checkpoint_name,
+    step_of,
+    tensor_file,
+)
+from taid_ray.config.schema import CheckpointConfig
+from taid_ray.distributed.world import World
+from taid_ray.errors import CheckpointError
+from taid_ray.scheduler.aggregate import GO_ON, SAVE
+
+PART_BYTES = 2**30
+"""Of tensors in one file; a file is put together in memory."""
+MOST_FAILURES = 3
+"""In a row. A run that cannot save its state must not go on for days."""
+POLL_S = 0.5
+
+
+class Saver:
+    """Saves one run's checkpoints, on one rank. `save`, `settle` and `finish` are collective."""
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        config: CheckpointConfig,
+        world: World,
+        attempt: int,
+        restored: Restored | None,
+        timeout_s: float,
+        note: Callable[[str], None],
+    ):
+        """restored: what this attempt goes on from. timeout_s: for the other ranks' parts."""
+        self._store, self._config, self._world, self._attempt = store, config, world, attempt
+        self._timeout_s, self._note = timeout_s, note
+        self._kept = sorted([restored.name, *restored.older]) if restored else []
+        self._last_save = time.monotonic()
+        self._thread: threading.Thread | None = None
+        self._written: Future[None] = Future()
+        self._give_up = threading.Event()
+        self._failures = 0
+        self._step = 0
+
+    def wanted(self, step: int) -> int:
+        """SAVE if this rank thinks that a checkpoint is due after `step`, else GO_ON."""
+        every, minutes = self._config.every_steps, self._config.every_minutes
+        due = bool(every and step % every == 0)
+        late = minutes is not None and time.monotonic() - self._last_save >= 60 * minutes
+        return SAVE if due or late else GO_ON
+
+    def name(self, step: int) -> str:
+        return checkpoint_name(step, self._attempt)
+
+    def save(self, step: int, state: RunState, tensors: Iterable[tuple[str, Tensor | None]], best: str | None) -> None:
+        """Takes a copy of everything now and writes it in the background, once the previous checkpoint is written.
+
+        tensors: name, and the tensor on the CPU where it is this rank's to write. best: name of the checkpoint to keep,
+        however old it is. Raises CheckpointError, on every rank, after MOST_FAILURES in a row.
+        """
+        self.settle()
+        if self._failures >= MOST_FAILURES:
+            raise CheckpointError(
+                f"no checkpoint could be written {self._failures} times in a row, the last one after step {self._step}; see "
+                f"the messages before; make room in {self._store.location}, and start the run again to resume it"
+            )
+        own = [(key, tensor) for key, tensor in tensors if tensor is not None]
+        self._step, self._last_save = step, time.monotonic()
+        self._written, self._give_up = Future(), threading.Event()
+        self._thread = threading.Thread(
+            target=self._write, args=(self.name(step), state, own, best), name="taid-checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def newest(self) -> int:
+        """Step of the newest checkpoint that is written; 0 if there is none. Rank 0's."""
+        return step_of(self._kept[-1]) if self._kept else 0
+
+    def finish(self) -> None:
+        """Waits until the last checkpoint is written. Raises CheckpointError, on every rank, if it could not be."""
+        self.settle()
+        if self._failures:
+            raise CheckpointError(
+                f"the checkpoint of step {self._step} could not be written; see the message before; "
+                "the run resumes from an older one"
+            )
+
+    def last_good(self) -> str:
+        """Where the run could go on from, in words."""
+        if not self._kept:
+            return "There is no checkpoint yet."
+        return (
+            f"The last good checkpoint is of step {step_of(self._kept[-1])}: {self._store.location}/{self._kept[-1]}."
+        )
+
+    def settle(self) -> None:
+        """Waits for the checkpoint that is being written, and counts it if any rank failed to write its part."""
+        if self._thread is None:
+            return
+        try:
+            own = self._written.exception(timeout=self._timeout_s)
+        except TimeoutError:
+            raise self._stuck() from None
+        (failed,) = self._world.sum([float(own is not None)])
+        if failed:
+            self._give_up.set()  # rank 0 would wait for a part that never comes
+        self._thread.join(2 * self._timeout_s)
+        if self._thread.is_alive():
+            raise self._stuck()
+        self._thread = None
+        self._failures = self._failures + 1 if failed else 0
+        if failed and self._world.is_main:
+            with suppress(*STORAGE_ERRORS):  # what was written of it only takes room
+                self._store.delete(self.name(self._step))
+
+    def _stuck(self) -> CheckpointError:
+        return CheckpointError(
+            f"{self._store.location} has not taken the checkpoint of step {self._step} within {self._timeout_s:.0f} s "
+            "(student.timeout_s); look after the storage, and start the run again to resume it"
+        )
+
+    def _write(self, name: str, state: RunState, own: list[tuple[str, Tensor]], best: str | None) -> None:
+        start = time.monotonic()
+        try:
+            num_bytes = self._write_own(name, state, own)
+        except Exception as error:  # reported by `settle`, on every rank
+            self._note(f"the checkpoint of step {step_of(name)} could not be written, training goes on: {error}")
+            self._written.set_exception(error)
+            return
+        self._written.set_result(None)
+        if not self._world.is_main:
+            return
+        try:
+            if self._all_written(name):
+                seconds, mib = time.monotonic() - start, num_bytes * self._world.size / 2**20
+                self._note(f"checkpoint of step {step_of(name)} saved ({mib:.0f} MiB in {seconds:.1f} s)")
+                self._prune(name, best)
+        except (CheckpointError, *STORAGE_ERRORS) as error:
+            self._note(f"checkpoints in {self._store.location}: {error}")
+
+    def _write_own(self, name: str, state: RunState, own: list[tuple[str, Tensor]]) -> int:
+        files: Index = {}
+        if self._world.is_main:
+            files[STATE_FILE] = self._store.write(name, STATE_FILE, state.to_json(), [])
+        for number, part in enumerate(_parts(own)):
+            file = tensor_file(self._world.rank, number)
+            files[file] = self._store.write_tensors(name, file, dict(part))
+        self._store.finish(name, self._world.rank, self._world.size, files)
+        return sum(file.bytes for file in files.values())
+
+    def _all_written(self, name: str) -> bool:
+        deadline = time.monotonic() + self._timeout_s
+        while time.monotonic() < deadline:
+            try:
+                self._store.index(name)
+                return True
+            except TornError:
+                if self._give_up.wait(POLL_S):
+                    return False
+        return False
+
+    def _prune(self, name: str, best: str | None) -> None:
+        """Keeps the newest whole checkpoints and the best one; what else there is, torn ones for example, goes."""
+        self._kept = sorted({*self._kept, name})[-self._config.keep :]
+        for other in self._store.names():
+            if other not in (*self._kept, best):
+                self._store.delete(other)
+
+
+def _parts(tensors: list[tuple[str, Tensor]]) -> list[list[tuple[str, Tensor]]]:
+    parts: list[list[tuple[str, Tensor]]] = []
+    room = 0
+    for key, tensor in tensors:
+        if not parts or room < tensor.nbytes:
+            parts.append([])
+            room = PART_BYTES
+        parts[-1].append((key, tensor))
+        room -= tensor.nbytes
+    return parts

@@ -1,0 +1,241 @@
+"""Checkpoints: which there are, which of them are whole, and their parts, in a directory or in object storage.
+
+    STEP-ATTEMPT/state.json                    rank 0: schedule, data cursor and figures after STEP
+    STEP-ATTEMPT/rank-RRRRR-PPP.safetensors    some parameters with their optimizer state, whole and in float32
+    STEP-ATTEMPT/rank-RRRRR.json               sizes and digests of what that rank wrote; its last file
+
+A checkpoint is whole once every rank's last file is there, so nobody has to commit it, and no storage needs a rename. What
+a dead attempt left half written lies in a directory of its own. No file depends on how the run was laid out over workers
+and ZeRO stages, and none is pickled: whoever can write to the storage can stop a run, not run code in it.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import xxhash
+from fsspec.core import url_to_fs
+from pyarrow import ArrowException, ArrowInvalid
+from pyarrow.fs import FileSelector, FileSystem, FileType, FSSpecHandler, PyFileSystem
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from taid_ray.data.dataset import Cursor
+from taid_ray.errors import CheckpointError, ConfigError
+from taid_ray.scheduler.aggregate import StepResult
+
+FORMAT = 1
+STATE_FILE = "state.json"
+STORAGE_ERRORS = (OSError, ArrowException)
+
+
+class TornError(CheckpointError):
+    """A checkpoint was not written to its end."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint was written to its end, and is not what was written any more."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Everything but tensors that a run continues from."""
+
+    result: StepResult
+    """Of the last step: with the schedule's state, from which t follows."""
+    cursor: Cursor
+    """Where the data stand. What follows from the number of the step is not kept: learning rate, random numbers."""
+    record: dict[str, Any]
+    """Figures for the summary, see `student.record.Record`."""
+
+    def to_json(self) -> bytes:
+        return json.dumps({"format": FORMAT} | asdict(self)).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes) -> "RunState":
+        """Raises CheckpointError if the text is of another version of taid-ray, or nothing that `to_json` wrote."""
+        try:
+            content = json.loads(text)
+            if content["format"] != FORMAT:
+                raise CheckpointError(
+                    f"a checkpoint has format {content['format']}, and this taid-ray reads {FORMAT}; use the version that "
+                    "wrote it"
+                )
+            result, cursor = StepResult(**content["result"]), Cursor(**content["cursor"])
+            if not isinstance(content["record"], dict):
+                raise TypeError("record")
+            return cls(result, cursor, content["record"])
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise DamagedError(f"{STATE_FILE} is no state of a run ({type(error).__name__}: {error})") from error
+
+
+@dataclass(frozen=True)
+class File:
+    """What a rank wrote, as it says itself."""
+
+    bytes: int
+    digest: str
+    tensors: list[str]
+
+
+Index = dict[str, File]
+"""Every file of a checkpoint, but for the ranks' last ones."""
+
+
+class CheckpointStore:
+    """The checkpoints of one run. Every process of the run has one; all see the same files."""
+
+    def __init__(self, location: str):
+        """location: a directory or a URI. Raises ConfigError if there is no such kind of storage here."""
+        self.location = location
+        try:
+            self._fs, self._root = _file_system(location)
+        except (ValueError, ImportError, *STORAGE_ERRORS) as error:
+            raise ConfigError(
+                f"checkpoint.storage: {location} cannot be used: {error}; name a directory or a URI such as "
+                "s3://bucket/path, and install what its kind of storage needs"
+            ) from error
+
+    def names(self) -> list[str]:
+        """All checkpoints, whole or not, the newest first."""
+        found = self._fs.get_file_info(FileSelector(self._root, allow_not_found=True))
+        names = [info.base_name for info in found if info.type == FileType.Directory]
+        return sorted((name for name in names if _is_name(name)), reverse=True)
+
+    def index(self, name: str) -> Index:
+        """What a checkpoint consists of. Raises TornError, or DamagedError if a file is shorter than when it was written.
+
+        Whether the files hold what was written shows when they are read.
+        """
+        infos = self._fs.get_file_info(FileSelector(f"{self._root}/{name}", allow_not_found=True))
+        sizes = {info.base_name: info.size for info in infos if info.type == FileType.File}
+        first = self._last_file(name, 0, sizes)
+        world_size = first.get("world_size")
+        if not isinstance(world_size, int) or not 1 <= world_size <= 10**6:
+            raise DamagedError(f"{name}/{last_file(0)} names {world_size!r} ranks")
+        index: Index = {}
+        for rank in range(world_size):
+            content = first if rank == 0 else self._last_file(name, rank, sizes)
+            try:
+                index |= {file: File(**found) for file, found in content["files"].items()}
+            except (TypeError, KeyError, AttributeError) as error:
+                raise DamagedError(f"{name}/{last_file(rank)} lists no files ({error})") from error
+        for file, expected in index.items():
+            if sizes.get(file) != expected.bytes:
+                raise DamagedError(f"{name}/{file} has {sizes.get(file)} bytes, and {expected.bytes} were written")
+        return index
+
+    def read(self, name: str, file: str, expected: File) -> bytes:
+        """Raises DamagedError if the file is not what was written."""
+        content = self._read(name, file)
+        if xxhash.xxh3_128_hexdigest(content) != expected.digest:
+            raise DamagedError(f"{name}/{file} is not what was written (checksum)")
+        return content
+
+    def read_tensors(self, name: str, file: str, expected: File) -> dict[str, Tensor]:
+        """As `read`, for a safetensors file."""
+        try:
+            return load(self.read(name, file, expected))
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise DamagedError(f"{name}/{file} holds no tensors ({error})") from error
+
+    def write(self, name: str, file: str, content: bytes, tensors: list[str]) -> File:
+        """Raises CheckpointError, leaving no part of the file, if there is no room for it or the storage does not answer."""
+        path = f"{self._root}/{name}/{file}"
+        try:
+            self._fs.create_dir(f"{self._root}/{name}", recursive=True)
+            with self._fs.open_output_stream(path) as stream:
+                stream.write(content)
+        except STORAGE_ERRORS as error:
+            with suppress(*STORAGE_ERRORS):
+                self._fs.delete_file(path)
+            raise CheckpointError(f"{self.location}/{name}/{file} cannot be written: {error}") from error
+        return File(len(content), xxhash.xxh3_128_hexdigest(content), tensors)
+
+    def write_tensors(self, name: str, file: str, tensors: Mapping[str, Tensor]) -> File:
+        return self.write(name, file, save(dict(tensors)), list(tensors))
+
+    def finish(self, name: str, rank: int, world_size: int, files: Index) -> None:
+        """Writes the rank's last file, which names all others."""
+        content: dict[str, Any] = {"rank": rank, "world_size": world_size}
+        content["files"] = {file: asdict(found) for file, found in files.items()}
+        content["digest"] = _digest(content)
+        self.write(name, last_file(rank), json.dumps(content).encode(), [])
+
+    def delete(self, name: str) -> None:
+        """The ranks' last files first, so that what a crash leaves of it is torn, not damaged."""
+        infos = self._fs.get_file_info(FileSelector(f"{self._root}/{name}", allow_not_found=True))
+        for info in infos:
+            if info.base_name.endswith(".json"):
+                self._fs.delete_file(info.path)
+        self._fs.delete_dir(f"{self._root}/{name}")
+
+    def _last_file(self, name: str, rank: int, sizes: Mapping[str, int]) -> dict[str, Any]:
+        if last_file(rank) not in sizes:
+            raise TornError(f"{name}: rank {rank} did not finish writing")
+        try:
+            content = json.loads(self._read(name, last_file(rank)))
+        except (ValueError, RecursionError) as error:
+            raise TornError(f"{name}: rank {rank} did not finish writing ({error})") from error
+        if not isinstance(content, dict) or content.pop("digest", None) != _digest(content) or content["rank"] != rank:
+            raise DamagedError(f"{name}/{last_file(rank)} is not what was written (checksum)")
+        return content
+
+    def _read(self, name: str, file: str) -> bytes:
+        try:
+            with self._fs.open_input_stream(f"{self._root}/{name}/{file}") as stream:
+                return stream.read()
+        except FileNotFoundError as error:
+            raise TornError(f"{name}/{file} is missing") from error
+        except STORAGE_ERRORS as error:
+            raise DamagedError(f"{self.location}/{name}/{file} cannot be read: {error}") from error
+
+
+def checkpoint_name(step: int, attempt: int) -> str:
+    """Sorts by step, then by attempt."""
+    return f"step-{step:09d}-{attempt:020d}"
+
+
+def step_of(name: str) -> int:
+    return int(name.split("-")[1])
+
+
+def last_file(rank: int) -> str:
+    return f"rank-{rank:05d}.json"
+
+
+def tensor_file(rank: int, part: int) -> str:
+    return f"rank-{rank:05d}-{part:03d}.safetensors"
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(content).encode())
+
+
+def _is_name(name: str) -> bool:
+    parts = name.split("-")
+    return len(parts) == 3 and parts[0] == "step" and all(part.isdecimal() for part in parts[1:])
+
+
+def _file_system(location: str) -> tuple[FileSystem, str]:
+    """As Ray does: what Arrow knows itself (local, s3, gs, hdfs), and everything that fsspec has a package for."""
+    if "://" not in location:
+        return FileSystem.from_uri(location)
+    try:
+        return FileSystem.from_uri(location)
+    except ArrowInvalid:
+        fs, path = url_to_fs(location)
+        return PyFileSystem(FSSpecHandler(fs)), path
+
+
+def share(sizes: Iterable[tuple[str, int]], world_size: int) -> dict[str, int]:
+    """Which rank writes what, so that all write about the same number of bytes."""
+    load = [0] * world_size
+    owners = {}
+    for key, size in sizes:
+        owners[key] = load.index(min(load))
+        load[owners[key]] += size
+    return owners

@@ -1,0 +1,97 @@
+"""`taid-ray cache`: filling, looking at and emptying a cache of teacher outputs."""
+
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from taid_ray.config.schema import load_config
+from taid_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from taid_ray.teacher.cache.store import Store
+
+app = typer.Typer(help="Keep a teacher's outputs, and train without the teacher.", no_args_is_help=True)
+Directory = Annotated[Path, typer.Argument(help="The cache.directory of a configuration.")]
+
+
+@app.command()
+def warm(
+    config: Annotated[Path, typer.Argument(help="YAML configuration with cache.directory.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Dotted key=value pairs.")] = None,
+) -> None:
+    """Compute the teacher's outputs for all data of a configuration.
+
+    A run of it with teacher.mode=cache then needs no teacher."""
+    loaded = load_config(config, overrides or [])
+    console = Console()
+    console.print("loading Ray, torch and transformers", highlight=False)
+    from taid_ray.driver.warm import warm as fill
+
+    done = fill(loaded)
+    console.print(
+        f"{done.rows:,} rows: {done.computed:,} samples computed ({done.teacher_tokens:,} teacher tokens), {done.found:,} "
+        f"were there; the cache is {done.directory}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def stats(directory: Directory) -> None:
+    """Show what a cache holds."""
+    console = Console()
+    from taid_ray.teacher.cache.offline import all_warmed
+    from taid_ray.teacher.cache.store import SUFFIX
+
+    entries = [entry for entry in store(directory).entries() if entry.path.endswith(SUFFIX)]
+    table = Table(title=str(directory), show_header=False)
+    table.add_row("samples", f"{len(entries):,}")
+    table.add_row("size", shown_bytes(sum(entry.bytes for entry in entries)))
+    if entries:
+        table.add_row("used first, last", f"{shown_time(min(entries).used)}, {shown_time(max(entries).used)}")
+    for path, warmed in all_warmed(directory):
+        size = sum(file.stat().st_size for file in path.iterdir())
+        table.add_row(
+            f"warmed {warmed.at[:16].replace('T', ' ')}",
+            f"{warmed.model}, payload {warmed.info.payload}, {warmed.info.dtype} ({shown_bytes(size)} for its head)",
+        )
+    console.print(table)
+
+
+@app.command()
+def prune(
+    directory: Directory,
+    max_gib: Annotated[float, typer.Option(min=0, help="Size (GiB) to keep; 0 empties the cache.")],
+) -> None:
+    """Remove what was not used for longest. Also safe while runs use the cache."""
+    removed = store(directory).prune(int(max_gib * 2**30))
+    if max_gib == 0:
+        import shutil
+
+        from taid_ray.teacher.cache.offline import teachers_directory
+
+        shutil.rmtree(teachers_directory(directory), ignore_errors=True)
+    Console().print(f"{removed:,} samples removed", highlight=False)
+
+
+def store(directory: Path) -> "Store":
+    """The samples of a cache. Raises ConfigError if there is none."""
+    from taid_ray.teacher.cache.store import Store
+    from taid_ray.teacher.cache.tiers import samples_directory
+
+    samples = samples_directory(directory)
+    if not samples.is_dir():
+        raise ConfigError(f"{directory} holds no cache of teacher outputs; name the cache.directory of a configuration")
+    return Store(samples, 0, lambda message: None)
+
+
+def shown_bytes(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def shown_time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).isoformat(" ", "minutes")

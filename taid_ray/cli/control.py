@@ -1,0 +1,192 @@
+"""`taid-ray submit`, `status`, `scale` and `stop`."""
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from taid_ray.config.schema import DistillConfig, load_config
+from taid_ray.errors import ConfigError
+from taid_ray.run.live import AUTH_MODE, live_pool, read_live
+
+if TYPE_CHECKING:
+    from taid_ray.control.status import Status
+
+Address = Annotated[
+    str | None,
+    typer.Option(help="Of the cluster's Jobs API, http://HEAD:8265 (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS)."),
+]
+Directory = Annotated[Path, typer.Argument(help="Directory of a run or search.")]
+
+
+class JobEnd(SystemExit):
+    """Ends this process as a job elsewhere has ended."""
+
+
+def submit(
+    config: Annotated[Path, typer.Argument(help="YAML configuration, of this machine.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Dotted key=value pairs.")] = None,
+    address: Address = None,
+    out: Annotated[str | None, typer.Option(help="Run directory: an absolute path of the cluster.")] = None,
+    space: Annotated[Path | None, typer.Option(help="YAML search space: submits a search, as `tune`.")] = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="As `tune --trials`.")] = None,
+    max_concurrent: Annotated[int | None, typer.Option(min=1, help="As `tune --max-concurrent`.")] = None,
+    share_outputs: Annotated[bool, typer.Option(help="As `tune --share-outputs`.")] = True,
+    wait: Annotated[bool, typer.Option(help="Follow the job's log; its exit code is this command's.")] = True,
+    working_dir: Annotated[
+        Path | None, typer.Option(help="Directory to send along: relative paths are relative to it.")
+    ] = None,
+    runtime_env: Annotated[
+        Path | None, typer.Option(help="YAML with more of Ray's runtime_env, for example env_vars and pip.")
+    ] = None,
+) -> None:
+    """Distil on a cluster, as a Ray job. What is under way already is followed; what was stopped or has failed goes on.
+
+    Ctrl-C leaves the job running."""
+    loaded = load_config(config, overrides or [], {} if out is None else {"out": out})
+    search = search_order(loaded, space, trials, max_concurrent, share_outputs)
+    console = Console()
+
+    def say(message: str) -> None:
+        console.print(message, highlight=False, soft_wrap=True, markup=False)
+
+    from taid_ray.control import jobs
+    from taid_ray.control.order import Order, own_version
+    from taid_ray.control.submit import begin, check_end, check_travels, job_name, runtime_environment
+
+    check_travels(loaded, working_dir)
+    environment = runtime_environment(runtime_env, working_dir)
+    client = jobs.connect(address)
+    order = Order(own_version(), loaded.model_dump(mode="json"), search)
+    job, late = begin(client, job_name(str(loaded.out)), order, environment, say)
+    say(f"job {job} {'is under way already' if late else 'submitted'} at {client.get_address()}")
+    if not wait:
+        return
+    try:
+        ended = jobs.follow(client, job, write, say, late)
+    except KeyboardInterrupt:
+        say(
+            f"\nthe job goes on; the same command follows it again, `taid-ray stop {loaded.out}` stops it with a checkpoint"
+        )
+        raise
+    check_end(ended)
+    again = "; the same command goes on with it" if jobs.exit_code(ended) == jobs.STOPPED_CODE else ""
+    say(f"job {job}: {ended.status.lower()}{again}")
+    raise JobEnd(jobs.exit_code(ended))
+
+
+def search_order(
+    loaded: DistillConfig, space: Path | None, trials: int | None, max_concurrent: int | None, share_outputs: bool
+) -> dict[str, Any] | None:
+    """What control.order.Order says of a search. Raises ConfigError if the space does not fit the configuration."""
+    if space is None:
+        if (trials, max_concurrent, share_outputs) != (None, None, True):
+            raise ConfigError(
+                "--trials, --max-concurrent and --no-share-outputs are a search's; give --space, too, or leave them out"
+            )
+        return None
+    from taid_ray.config.space import load_space
+
+    wanted = load_space(space, {} if trials is None else {"trials": trials})
+    if loaded.train.steps is not None:
+        wanted.check(loaded.model_dump(mode="json"), loaded.train.steps)
+    options = {"out": loaded.out, "max_concurrent": max_concurrent, "share_outputs": share_outputs}
+    return {"space": wanted.model_dump(mode="json"), "options": options}
+
+
+def write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def status(
+    run: Directory,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: seconds, nats per token.")] = False,
+) -> None:
+    """Say what a run or search does: how far it is, how fast, its last checkpoint. From its files; it need not live."""
+    from taid_ray.control.status import read_status, replica_states
+
+    found = read_status(run)
+    replicas = replica_states(found.driver) if found.driver and found.state != "dead" else None
+    if as_json:
+        print(json.dumps(asdict(found) | {"teacher_replicas": replicas}, indent=2))
+        return
+    for key, value in rows(found, replicas):
+        print(f"{key:<12}{value}")
+
+
+def rows(found: "Status", replicas: dict[str, int] | None) -> list[tuple[str, str]]:
+    """What a person wants to know of it, most important first."""
+    from taid_ray.report.format import shown_seconds
+
+    def ago(seconds: float) -> str:
+        return f"{shown_seconds(max(0.0, seconds))} ago"
+
+    late = "" if found.ended_age_s is None else f" ({ago(found.ended_age_s)})"
+    shown = [("run" if found.trials is None else "search", found.path), ("state", found.headline + late)]
+    if found.trials is not None:
+        counts = [f"{count} {status}" for status, count in found.trials.items() if status != "all"]
+        shown.append(("trials", f"{', '.join(counts) or 'none begun'}; {found.trials['all']} in all"))
+    if found.best:
+        shown.append(("best", json.dumps(found.best)))
+    if found.step_age_s is not None:
+        left = f"; about {shown_seconds(found.left_s)} left" if found.left_s and found.state == "training" else ""
+        shown.append(("step", f"{found.step} of {found.total_steps or '?'}, {ago(found.step_age_s)}{left}"))
+        shown.append(("figures", f"t {found.t:.4f}, loss {found.loss:.4f}, KL {found.kl:.4f} (nats per token)"))
+    if found.step_s and found.teacher_wait_share is not None:
+        share = f"{found.teacher_wait_share:.0%} of it waiting for the teacher"
+        shown.append(("speed", f"{found.tokens_per_s:,.0f} tokens/s, {found.step_s:.3g} s a step, {share}"))
+    if last := found.validation:
+        shown.append(
+            ("validation", f"KL {last['kl']:.4f}, cross-entropy {last['cross_entropy']:.4f} after step {last['step']}")
+        )
+    if found.checkpoints and found.state != "finished":
+        whole = found.checkpoint
+        newest = f"step {whole.step}, {ago(whole.age_s)}, in " if whole else "none seen in "
+        shown.append(("checkpoint", newest + found.checkpoints))
+    if last := found.attempt:
+        shown.append(
+            ("attempts", f"{found.attempts}, the last with {last['workers']} worker(s), began {last['began']}")
+        )
+    if replicas is not None:
+        states = ", ".join(f"{count} {state}" for state, count in sorted(replicas.items()))
+        shown.append(("teacher", f"replicas: {states or 'none'}"))
+    if driver := found.driver:
+        job = f", Ray job {driver.submission}" if driver.submission else ""
+        shown.append(("driver", f"process {driver.pid} on {driver.host}{job}"))
+        shown.append(("cluster", driver.address + (f", dashboard {driver.dashboard}" if driver.dashboard else "")))
+    return shown
+
+
+def scale(
+    run: Annotated[Path, typer.Argument(help="Directory of a live run.")],
+    teacher: Annotated[int, typer.Option(help="Replicas of the teacher to have from now on.")],
+) -> None:
+    """Give the teacher pool of a live run another number of replicas. No batch is lost or repeated."""
+    if teacher < 1:
+        raise ConfigError(f"--teacher: a pool needs at least one replica (found {teacher})")
+    live = live_pool(run)
+    if live.auth_mode is not None:
+        os.environ.setdefault(AUTH_MODE, live.auth_mode)  # Ray reads it when it is imported
+    from taid_ray.control.scale import scale_teacher
+
+    console = Console()
+    scale_teacher(run, live, teacher, lambda message: console.print(message, highlight=False, soft_wrap=True))
+
+
+def stop(run: Directory, address: Address = None) -> None:
+    """End a live run or search with a checkpoint, from any machine if it is a Ray job. The same command goes on with it."""
+    from taid_ray.control.status import read_status
+
+    read_status(run)  # whether it is one
+    if (live := read_live(run)) and live.auth_mode is not None:
+        os.environ.setdefault(AUTH_MODE, live.auth_mode)  # Ray reads it when it is imported
+    console = Console()
+    from taid_ray.control.stop import stop as stop_run
+
+    stop_run(run, address, lambda message: console.print(message, highlight=False, soft_wrap=True, markup=False))

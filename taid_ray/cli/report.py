@@ -1,0 +1,19 @@
+"""`taid-ray report`: what a run did, as pictures and one page."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="Run directory; its run may be finished, interrupted or still going on.")],
+) -> None:
+    """Draw a run: how t moved, loss, where the time went, and what to make of it, in RUN/report.html."""
+    from taid_ray.report.run_page import REPORT_FILE, write_run_report
+
+    console = Console()
+    for note in write_run_report(run):
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    console.print(f"report: {run / REPORT_FILE}  (its pictures: {run / 'report'})", highlight=False, soft_wrap=True)

@@ -1,0 +1,6 @@
+"""What a run and a search are: the schema of every key, search spaces, YAML and overrides, absolute paths. Loads no torch.
+
+Others use `schema` (DistillConfig and its sections, build_config, load_config), `space` (Space, load_space), `paths` and
+`text`. What can be known to be wrong without opening a model or a cluster is refused here, naming the dotted key, the value
+found and the remedy. The text below a field is its help.
+"""

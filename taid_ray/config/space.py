@@ -1,0 +1,193 @@
+"""What a search tries: the YAML file behind `taid-ray tune --space`, typed, and checked before anything starts.
+
+The keys under `space` are those of the run configuration, plus `schedule.alpha_steps`: alpha times the number of
+optimizer steps, which is what moves t and stays comparable between runs of different lengths.
+"""
+
+import itertools
+import math
+import random
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from taid_ray.config.sampler import Sampler
+from taid_ray.config.schema import Count, DistillConfig, Int, Positive, PositiveInt, Section, build_config, known_keys
+from taid_ray.config.text import explain, read_tree
+from taid_ray.errors import ConfigError
+
+ALPHA_STEPS = "schedule.alpha_steps"
+MAX_GRID = 10_000
+DRAWS = 64
+"""Joint draws that `Space.check` puts through the configuration, besides every end of every range."""
+
+# What all trials of a search have in common, and why. A name with a dot at its end stands for all keys below it.
+SHARED = {
+    "name": "the search names its trials",
+    "out": "every trial has a directory of its own inside the search's",
+    "device": "all trials run on the same kind of device",
+    "cache.": "all trials share the teacher's outputs",
+    "checkpoint.storage": "every trial has a directory of its own in it",
+}
+LENGTH = ("train.steps", "train.epochs")
+"""Keys that set the number of optimizer steps."""
+TOKENIZED_BY = ("student.model", "student.revision", "student.resize_to_teacher", "teacher.model", "teacher.revision")
+"""Keys that say which tokenizer makes rows of the data."""
+
+
+class Space(Section):
+    """A whole search file."""
+
+    search: Literal["random", "grid", "optuna"] = "random"
+    """How the next trial is chosen. `random`: drawn. `grid`: every combination. `optuna`: learnt from those before (TPE)."""
+    scheduler: Literal["fifo", "asha", "median"] = "fifo"
+    """Which trials are stopped early. `fifo`: none. `asha`: all but the best 1/reduction at every rung. `median`: those
+    that are worse than the median of the others."""
+    metric: Literal["kl", "cross_entropy"] = "kl"
+    """The validation figure to minimise."""
+    trials: PositiveInt | None = None
+    """How many trials; default 16. Not given with `search: grid`, whose combinations are counted."""
+    seed: Annotated[Count, Field(lt=2**32)] = 0
+    """Seed of what is drawn. The trials' own seed is `train.seed`."""
+    grace_fraction: Annotated[Positive, Field(lt=1)] = 0.25
+    """Share of a run's steps before which no trial is stopped (asha, median)."""
+    reduction: Annotated[Int, Field(ge=2)] = 2
+    """Of how many trials one goes on at every rung (asha)."""
+    space: Annotated[dict[str, Sampler], Field(min_length=1)]
+    """Dotted configuration keys and how each is drawn."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Space":
+        for key, sampler in self.space.items():
+            if self.search == "grid" and sampler.kind != "choice":
+                raise ValueError(f"space.{key}: search: grid takes choice only (found {sampler.kind}); list the values")
+            if self.search == "optuna" and sampler.kind == "qloguniform":
+                raise ValueError(f"space.{key}: search: optuna has no qloguniform; use loguniform or lograndint")
+        if self.search == "grid" and self.trials is not None:
+            raise ValueError(
+                f"trials = {self.trials}, but search: grid runs each of its {self.num_trials} combinations once; remove it"
+            )
+        if self.search == "grid" and self.num_trials > MAX_GRID:
+            raise ValueError(
+                f"search: grid has {self.num_trials:,} combinations, more than {MAX_GRID:,}; use search: random"
+            )
+        return self
+
+    @property
+    def num_trials(self) -> int:
+        """Trials of the whole search."""
+        if self.search == "grid":
+            return math.prod(len(sampler.arguments) for sampler in self.space.values())
+        return self.trials or 16
+
+    def check(self, tree: Mapping[str, Any], total_steps: int) -> None:
+        """Whether every trial will have a valid configuration, so that a mistake does not show up in the tenth trial.
+
+        tree: the base configuration as a nested mapping; total_steps: its optimizer steps. Raises ConfigError.
+        """
+        base = build_config(tree)
+        self._check_keys()
+        self._check_lengths(base)
+        for params in self._candidates():
+            try:
+                self._check_length(trial_config(tree, params, total_steps), total_steps)
+            except ConfigError as error:
+                values = ", ".join(f"{key} = {value!r}" for key, value in params.items())
+                raise ConfigError(f"{error}\nThis comes from the search space, which allows {values}.") from None
+
+    def _candidates(self) -> Iterator[dict[str, Any]]:
+        """What stands for all trials: every end and choice of every key beside the first ends of the others, then the
+        whole grid or random draws, which find what only a combination does wrong."""
+        first = {key: sampler.ends[0] for key, sampler in self.space.items()}
+        for key, sampler in self.space.items():
+            yield from (first | {key: end} for end in sampler.ends)
+        if self.search == "grid":
+            choices = (sampler.arguments for sampler in self.space.values())
+            yield from (dict(zip(self.space, values, strict=True)) for values in itertools.product(*choices))
+        else:
+            numbers = random.Random(0)
+            yield from ({key: s.draw(numbers) for key, s in self.space.items()} for _ in range(DRAWS))
+
+    def _check_keys(self) -> None:
+        # A range such as student.workers is a section too, but one that a number stands for.
+        known = [key for key in known_keys() if not key.endswith((".min", ".max"))]
+        sections = {key[:dot] for key in known for dot in range(len(key)) if key[dot] == "."}
+        for key in self.space:
+            for shared, reason in SHARED.items():
+                if key == shared or (shared.endswith(".") and f"{key}.".startswith(shared)):
+                    raise ConfigError(f"space.{key}: cannot be searched, because {reason}; set it in the configuration")
+            if key in sections:
+                raise ConfigError(f"space.{key}: is a whole section; name one of its keys, for example {_below(key)}")
+
+    def _check_lengths(self, base: DistillConfig) -> None:
+        """What compares trials, or divides by their steps, needs all of them to have the base's number."""
+        rows_change = base.train.epochs is not None  # so that steps do
+        made_of = (*TOKENIZED_BY, "train.batch_size")
+        lengths = [k for k in self.space if k in LENGTH or (rows_change and (k in made_of or k.startswith("data.")))]
+        if lengths and self.scheduler != "fifo":
+            # ASHA would end a longer trial at the base's last step, and call it worse than others.
+            raise ConfigError(
+                f"space.{lengths[0]}: can change the number of steps, and scheduler: {self.scheduler} compares trials of "
+                "one length; set scheduler: fifo, or leave the key out"
+                + ("" if lengths[0] in LENGTH else ", or set train.steps instead of train.epochs in the configuration")
+            )
+        if ALPHA_STEPS not in self.space:
+            return
+        if "schedule.alpha" in self.space:
+            raise ConfigError(f"space: schedule.alpha and {ALPHA_STEPS} set the same value; remove one")
+        if lengths and base.train.steps is None and "train.steps" not in self.space:
+            raise ConfigError(
+                f"space.{lengths[0]}: changes the number of steps of train.epochs, by which {ALPHA_STEPS} is divided; "
+                "set train.steps in the configuration, or search schedule.alpha"
+            )
+
+    def _check_length(self, config: DistillConfig, total_steps: int) -> None:
+        steps, every = config.train.steps or total_steps, config.train.eval_every
+        if self.scheduler != "fifo" and not 0 < every < steps:
+            raise ConfigError(
+                f"train.eval_every: {every} gives no validation before the last of {steps} steps, and scheduler: "
+                f"{self.scheduler} compares validations; set it, for example to {max(1, steps // 10)}"
+            )
+
+
+def load_space(path: str | Path, values: Mapping[str, Any] | None = None) -> Space:
+    """Reads a search file. values: top-level keys to set beside it, such as trials. Raises ConfigError, naming the file."""
+    try:
+        return Space.model_validate(read_tree(path) | dict(values or {}))
+    except ValidationError as error:
+        lines = (f"{path}: {explain(problem, _neighbours(problem))}" for problem in error.errors())
+        raise ConfigError("\n".join(lines)) from None
+
+
+def trial_config(tree: Mapping[str, Any], params: Mapping[str, Any], total_steps: int | None) -> DistillConfig:
+    """The configuration of one trial: the base tree with params (dotted keys) set.
+
+    schedule.alpha_steps becomes schedule.alpha by the trial's own train.steps or, where it has epochs, by total_steps.
+    Raises ConfigError.
+    """
+    values = dict(params)
+    product = values.pop(ALPHA_STEPS, None)
+    config = build_config(tree, values=values)
+    if product is None:
+        return config
+    steps = config.train.steps or total_steps
+    if steps is None:
+        raise ConfigError(f"{ALPHA_STEPS} needs the number of steps, which train.epochs does not say; set train.steps")
+    if isinstance(product, bool) or not isinstance(product, int | float) or not 0 <= product <= steps:
+        raise ConfigError(
+            f"{ALPHA_STEPS} must lie within [0, {steps}]: divided by the {steps} steps it is schedule.alpha, which lies "
+            f"within [0, 1] (found {product!r})"
+        )
+    return build_config(tree, values=values | {"schedule.alpha": product / steps})
+
+
+def _below(section: str) -> str:
+    return next(key for key in known_keys() if key.startswith(f"{section}."))
+
+
+def _neighbours(problem: Any) -> list[str]:
+    """Keys an unknown one may have been meant to be: a dotted one belongs under `space`."""
+    dotted = "." in ".".join(map(str, problem["loc"][:1]))
+    return [f"space.{key}" for key in known_keys()] if dotted else list(Space.model_fields)

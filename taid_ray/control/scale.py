@@ -1,0 +1,69 @@
+"""`taid-ray scale`: gives the teacher pool of a live run another number of replicas, and waits until they run."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import ray
+from ray.actor import ActorHandle
+
+from taid_ray.distributed.capacity import check_scale, demand_of
+from taid_ray.distributed.cluster import cluster_has_gpus, join_cluster
+from taid_ray.distributed.device import resolve
+from taid_ray.errors import ClusterError, TeacherError
+from taid_ray.run.live import Live, not_alive, run_config
+from taid_ray.teacher.pool.client import replica_states
+from taid_ray.teacher.pool.lease import LEASE_S, find_lease
+from taid_ray.teacher.pool.request import WHERE_TO_LOOK
+
+POLL_S = 0.5
+
+
+def scale_teacher(run_dir: Path, live: Live, replicas: int, say: Callable[[str], None]) -> None:
+    """Returns when exactly so many replicas run. No batch is lost or repeated meanwhile.
+
+    say: told of the progress. Raises ConfigError if the run is not alive, ClusterError if its cluster has no room for so
+    many, TeacherError if they do not run within teacher.timeout_s, or cannot start; then the pool stays as it was.
+    """
+    config = run_config(run_dir)
+    try:
+        if not ray.is_initialized():
+            join_cluster(live.address)
+    except ClusterError:
+        raise not_alive(run_dir, f"the Ray cluster at {live.address}, where it was, does not answer") from None
+    pool = str(live.pool)  # which `live_pool` has seen to
+    lease = find_lease(pool)
+    if lease is None:
+        raise TeacherError(
+            f"the teacher pool of {run_dir} is not there: it is being started, or removed; try again in some seconds"
+        )
+    check_scale(demand_of(config, resolve(config.device, cluster_has_gpus())), replicas)
+    before = ray.get(lease.ask_for.remote(replicas), timeout=LEASE_S)
+    try:
+        _wait(pool, lease, replicas, config.teacher.timeout_s, say)
+    except TeacherError:
+        ray.get(lease.ask_for.remote(before), timeout=LEASE_S)
+        raise
+
+
+def _wait(pool: str, lease: ActorHandle, replicas: int, timeout_s: float, say: Callable[[str], None]) -> None:
+    start, said = time.monotonic(), ""
+    while (waited := time.monotonic() - start) < timeout_s:
+        states = replica_states(pool)
+        if not states:
+            raise TeacherError(f"the teacher pool {pool} was removed meanwhile: its run ended")
+        if states == {"RUNNING": replicas}:
+            say(f"teacher pool: {replicas} replica(s) run, after {waited:.0f} s")
+            return
+        failure = ray.get(lease.failure.remote(), timeout=LEASE_S)
+        if failure is not None:
+            raise TeacherError(f"a new replica could not start, so the pool stays as it was: {failure}")
+        shown = ", ".join(f"{count} {state.lower()}" for state, count in sorted(states.items()))
+        if shown != said:
+            said = shown
+            say(f"teacher pool: {shown}; to be {replicas}")
+        time.sleep(POLL_S)
+    raise TeacherError(
+        f"the teacher pool has {states.get('RUNNING', 0)} of {replicas} replicas after {waited:.0f} s (teacher.timeout_s), so "
+        f"it stays as it was; {WHERE_TO_LOOK}, for what holds the cluster's resources"
+    )

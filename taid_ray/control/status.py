@@ -1,0 +1,259 @@
+"""What a run or a search does now, from the files in its directory: on any machine that sees them, and without Ray."""
+
+import json
+import re
+import time
+import urllib.request
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from taid_ray.config.schema import DistillConfig, load_config
+from taid_ray.errors import ConfigError
+from taid_ray.files import TAIL, read_json, read_lines
+from taid_ray.report.search_results import Search, read_search
+from taid_ray.run.directory import is_locked
+from taid_ray.run.layout import (
+    CONFIG_FILE,
+    ENDED_FILE,
+    LOCK_FILE,
+    METRICS_FILE,
+    RUN_FILE,
+    SEARCH_FILE,
+    SUMMARY_FILE,
+    VALIDATION_FILE,
+)
+from taid_ray.run.live import Live, death, read_live, stopped_early
+
+State = Literal["starting", "training", "searching", "finishing", "stopped", "failed", "dead", "finished"]
+START_S = 300.0
+"""A driver without live.json that took the directory longer ago than this is dead, unless its lock is seen to be held."""
+RECENT_STEPS = 20
+"""That speed is measured over."""
+ASK_S = 3.0
+STEP_NAME = re.compile(r"step-(\d+)-\d+")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    step: int
+    age_s: float
+    """Since it was whole."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """Times in seconds, ages as of now. Figures are those of the last step; None before the first."""
+
+    path: str
+    state: State
+    why: str | None
+    """Of `failed` and `dead`, and of a trial that its search stopped early."""
+    driver: Live | None
+    """None if there is none."""
+    ended_age_s: float | None
+    """Of `stopped` and `failed`."""
+    name: str
+    id: str | None = None
+    step: int = 0
+    total_steps: int | None = None
+    step_age_s: float | None = None
+    """Of the last step; grows when the run hangs."""
+    t: float | None = None
+    loss: float | None = None
+    kl: float | None = None
+    step_s: float | None = None
+    """Mean of the last steps, as of the two following figures."""
+    tokens_per_s: float | None = None
+    teacher_wait_share: float | None = None
+    left_s: float | None = None
+    """Of the remaining steps, without validations and restarts."""
+    validation: dict[str, Any] | None = None
+    """The last one: step, kl, cross_entropy."""
+    checkpoints: str | None = None
+    """Where they are."""
+    checkpoint: Checkpoint | None = None
+    """The newest whole one; None if there is none, or if they are in object storage, where nobody looked."""
+    attempts: int = 0
+    """How often workers were started."""
+    attempt: dict[str, Any] | None = None
+    """The last one: began, workers, host."""
+    trials: dict[str, int] | None = None
+    """Of a search: how many by status."""
+    best: dict[str, Any] | None = None
+    """Of a search: name, value and params of the best finished trial."""
+
+    @property
+    def headline(self) -> str:
+        """One line: the state, and what it means for whoever asks."""
+        place = "" if self.trials is not None else f" after step {self.step} of {self.total_steps or '?'}"
+        words = {
+            "finished": f"finished{place}",
+            "finishing": "finishing: its trials are over, its report is being written",
+            "stopped": f"stopped{place}" + (f": {self.why}" if self.why else "; the same command goes on with it"),
+            "failed": f"failed{place}: {self.why}",
+            "dead": f"dead{place}: {self.why}; the same command goes on with it",
+        }
+        return words.get(self.state, self.state)
+
+
+def read_status(path: Path) -> Status:
+    """Raises ConfigError if this is neither a run nor a search, CheckpointError if a file in it is damaged."""
+    if (path / SEARCH_FILE).is_file():
+        return _search_status(path, read_search(path, last_lines=True))
+    if not (path / CONFIG_FILE).is_file() or not (path / RUN_FILE).is_file():
+        what = "it holds no run and no search" if path.is_dir() else "there is no such directory"
+        raise ConfigError(
+            f"{path}: {what}; name what `taid-ray train`, `tune` or `submit` was given as --out (a run that ends before its "
+            "first step takes its directory away)"
+        )
+    return _run_status(path, load_config(path / CONFIG_FILE))
+
+
+def _search_status(path: Path, search: Search) -> Status:
+    live, ended = read_live(path), read_json(path / ENDED_FILE)
+    state, why = _driver_state(path, live, ended, "searching")
+    over = sum(trial.status in ("finished", "stopped", "failed") for trial in search.trials)
+    tried = over >= search.space.num_trials
+    if state is None:  # it ended without a word: with all its trials, or, after a signal, without the others
+        state = "finished" if tried else "stopped"
+    elif state == "starting" and tried:  # it has no live.json any more, not none yet
+        state = "finishing"
+    best = search.best()
+    return Status(
+        path=str(path),
+        state=state,
+        why=why,
+        driver=live,
+        ended_age_s=_age(ended),
+        name=search.name,
+        trials=dict(Counter(trial.status for trial in search.trials)) | {"all": search.space.num_trials},
+        best={"name": best.name, search.metric: best.figure(search.metric), "params": best.params} if best else None,
+    )
+
+
+def _run_status(path: Path, config: DistillConfig) -> Status:
+    live, ended, summary = read_live(path), read_json(path / ENDED_FILE), read_json(path / SUMMARY_FILE)
+    run = read_json(path / RUN_FILE)
+    lines = _recent(path / METRICS_FILE)
+    figures = _figures(lines[-1]) if lines else {}
+    early = not summary and stopped_early(path)
+    state: State | None
+    why: str | None
+    if summary:
+        state, why = "finished", None
+    elif early:  # its process was killed, so its own files say nothing of it
+        state, why = "stopped", "its search stopped it early, others are better; nothing goes on with it"
+    else:
+        state, why = _driver_state(path, live, ended, "training")
+    if state == "training" and (not lines or not _stepped(path, live)):
+        state = "starting"
+    total = (
+        summary["steps"]
+        if summary
+        else next(
+            (found for found in (live and live.total_steps, (ended or {}).get("total_steps")) if found),
+            config.train.steps,
+        )
+    )
+    validations = read_lines(path / VALIDATION_FILE, last_only=True)
+    step_s = sum(line["step_s"] for line in lines) / len(lines) if lines else None
+    storage = config.checkpoint.storage
+    return Status(
+        path=str(path),
+        state=state or "dead",
+        why=why if state else "its driver left no word of its end",
+        driver=None if early else live,
+        ended_age_s=None if summary else _age(ended),
+        name=config.name,
+        id=run["id"],
+        **figures,
+        total_steps=total,
+        step_age_s=time.time() - (path / METRICS_FILE).stat().st_mtime if lines else None,
+        step_s=step_s,
+        tokens_per_s=sum(line["tokens"] for line in lines) / (len(lines) * step_s) if step_s else None,
+        teacher_wait_share=sum(line["teacher_wait_s"] for line in lines) / (len(lines) * step_s) if step_s else None,
+        left_s=(total - figures["step"]) * step_s if step_s and total else None,
+        validation=_picked(validations[-1], ("step", "kl", "cross_entropy")) if validations else None,
+        checkpoints=f"{storage.rstrip('/')}/{run['id']}" if storage else str(path / "checkpoints"),
+        checkpoint=_newest_checkpoint(Path(storage) / run["id"] if storage else path / "checkpoints"),
+        attempts=len(run["attempts"]),
+        attempt=run["attempts"][-1] if run["attempts"] else None,
+    )
+
+
+def _driver_state(
+    path: Path, live: Live | None, ended: dict[str, Any] | None, working: Literal["training", "searching"]
+) -> tuple[State | None, str | None]:
+    """Of an unfinished run or a search: the state, and why; without one if nothing tells it."""
+    if live is not None:
+        why = death(path, live)
+        if why and live.is_here and is_locked(path):  # by its successor, which has no cluster yet
+            return "starting", None
+        return ("dead", why) if why else (working, None)
+    with suppress(FileNotFoundError):  # there from the first moment, and live.json only once there is a cluster
+        taken = (path / LOCK_FILE).stat().st_mtime
+        # What ended after the lock was taken is the driver that has it, which may be closing down for minutes.
+        if ended is None or (path / ENDED_FILE).stat().st_mtime < taken:
+            if time.time() - taken < START_S or is_locked(path):
+                return "starting", None
+            return "dead", "its driver ended without a goodbye, before it had a cluster"
+    if ended is not None:
+        return ("stopped" if ended["how"] == "stopped" else "failed"), ended["error"]
+    return None, None
+
+
+def _stepped(path: Path, live: Live | None) -> bool:
+    """Whether there was a step since the driver began."""
+    return live is not None and (path / METRICS_FILE).stat().st_mtime > live.began
+
+
+def _recent(path: Path) -> list[dict[str, Any]]:
+    """The last lines of metrics.jsonl, without one that is being written, or was by a process that died."""
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        skipped = max(0, path.stat().st_size - TAIL)
+        file.seek(skipped)
+        lines = file.read().split(b"\n")[1 if skipped else 0 : -1]
+        return [json.loads(line) for line in lines[-RECENT_STEPS:]]
+    return []
+
+
+def _figures(line: dict[str, Any]) -> dict[str, Any]:
+    return _picked(line, ("step", "t", "loss", "kl"))
+
+
+def _picked(line: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    return {key: line[key] for key in keys}
+
+
+def _age(ended: dict[str, Any] | None) -> float | None:
+    return None if ended is None else time.time() - ended["ended"]
+
+
+def _newest_checkpoint(directory: Path) -> Checkpoint | None:
+    """The newest one that every rank has written its last file of.
+
+    As checkpoint.store.CheckpointStore, which takes 5 s to import.
+    """
+    for path in sorted(directory.glob("step-*"), reverse=True):
+        name = STEP_NAME.fullmatch(path.name)
+        with suppress(OSError, ValueError, KeyError):  # torn, or just being deleted
+            ranks = json.loads((path / "rank-00000.json").read_text(encoding="utf-8"))["world_size"]
+            written = max((path / f"rank-{rank:05d}.json").stat().st_mtime for rank in range(ranks))
+            if name:
+                return Checkpoint(int(name[1]), time.time() - written)
+    return None
+
+
+def replica_states(live: Live) -> dict[str, int] | None:
+    """How many replicas of the run's teacher pool are in which state; None if the cluster's dashboard does not say it."""
+    if live.dashboard is None or live.pool is None:
+        return None
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        with urllib.request.urlopen(f"{live.dashboard}/api/serve/applications/", timeout=ASK_S) as answer:
+            deployments = json.load(answer)["applications"][live.pool]["deployments"]
+        replicas = (replica for deployment in deployments.values() for replica in deployment["replicas"])
+        return dict(Counter(str(replica["state"]).lower() for replica in replicas))
+    return None

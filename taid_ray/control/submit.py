@@ -1,0 +1,130 @@
+"""A run or search as a Ray job: checked here, done there."""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ray.job_submission import JobDetails, JobSubmissionClient
+
+from taid_ray.config.schema import DistillConfig
+from taid_ray.control import jobs
+from taid_ray.control.order import Order
+from taid_ray.errors import ClusterError, ConfigError
+
+ENTRYPOINT = "python -m taid_ray.cli.job"
+STOP_WAIT = {"RAY_JOB_STOP_WAIT_TIME_S": "300"}
+"""Ray reads it where it stops the job's driver, and would kill one that saves a checkpoint after 3 s."""
+ABSENT = "No module named"
+TRIES = 10
+
+
+def check_travels(config: DistillConfig, working_dir: Path | None) -> None:
+    """Raises ConfigError for paths that mean nothing on the cluster."""
+    written = {
+        "out": config.out,
+        "checkpoint.storage": config.checkpoint.storage,
+        "cache.directory": config.cache.directory,
+    }
+    for key, value in written.items():
+        if value is not None and "://" not in value and not Path(value).is_absolute():
+            raise ConfigError(
+                f"{key}: {value} is relative, and what a job writes there would go with its working directory; name an "
+                f"absolute path, on a disk that all nodes of the cluster share{' (--out)' if key == 'out' else ''}"
+            )
+    if config.out is None:
+        raise ConfigError(
+            "out: missing. Name the run directory with --out, an absolute path on a disk that all nodes of the cluster share"
+        )
+    read = {
+        "teacher.model": config.teacher.model,
+        "student.model": config.student.model,
+        **{f"data.{key}": getattr(config.data, key) for key in ("train", "valid", "chat_template")},
+    }
+    for key, value in read.items():
+        if value and "{" not in value and _is_only_here(value, working_dir):
+            raise ConfigError(
+                f"{key}: {value} is a path on this machine, and does not come along; send the directory that it is in with "
+                "--working-dir, or give an absolute path of the cluster, or a hub name"
+            )
+
+
+def _is_only_here(value: str, working_dir: Path | None) -> bool:
+    with suppress(OSError, RuntimeError):  # a name too long for a file, or of nobody's home
+        path = Path(value).expanduser()
+        return not Path(value).is_absolute() and path.exists() and not (working_dir and (working_dir / value).exists())
+    return False
+
+
+def runtime_environment(path: Path | None, working_dir: Path | None) -> dict[str, Any]:
+    """The job's runtime_env: a YAML or JSON file's, if one is given, with what we need. Raises ConfigError."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) if path else {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"--runtime-env: {path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"--runtime-env: {path} holds no mapping; see Ray's documentation of runtime environments")
+    if "working_dir" in content:
+        raise ConfigError(f"--runtime-env: {path} has working_dir, which is --working-dir here; remove it there")
+    if working_dir is not None:
+        if not working_dir.is_dir():
+            raise ConfigError(f"--working-dir: {working_dir} is no directory; name one of this machine")
+        content["working_dir"] = str(working_dir.absolute())
+    variables = content.get("env_vars") or {}
+    if not isinstance(variables, dict):
+        raise ConfigError(f"--runtime-env: env_vars in {path} is no mapping; write NAME: value")
+    return content | {"env_vars": STOP_WAIT | {str(name): str(value) for name, value in variables.items()}}
+
+
+def job_name(out: str) -> str:
+    """Id of the first job of a run; that of others has a number more. The same for every submission of a run directory."""
+    path = os.path.normpath(out)
+    readable = re.sub(r"[^A-Za-z0-9_.-]+", "-", os.path.basename(path)).strip("-.")[:40]
+    return f"taid-{readable}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+
+
+def begin(
+    client: JobSubmissionClient, name: str, order: Order, environment: Mapping[str, Any], say: Callable[[str], None]
+) -> tuple[str, bool]:
+    """Submits a job for the run, unless one is under way. Returns its id, and whether it was there before."""
+    with jobs.answering(client.get_address()):
+        for _ in range(TRIES):
+            number, last = jobs.newest(client, name)
+            if last is not None and not last.status.is_terminal():
+                if last.metadata != order.to_metadata() | _given_by_ray(last):
+                    say("note: it was submitted with another configuration than this one")
+                return str(last.submission_id), True
+            wanted = name if not number else f"{name}-{number + 1}"
+            try:
+                client.submit_job(
+                    entrypoint=ENTRYPOINT,
+                    submission_id=wanted,
+                    runtime_env=dict(environment),
+                    metadata=order.to_metadata(),
+                )
+            except RuntimeError as error:
+                if "already exists" not in str(error):  # else somebody else was faster
+                    raise
+            else:
+                return wanted, False
+    raise ClusterError(f"{client.get_address()}: no job of the name {name} could be begun in {TRIES} tries; try again")
+
+
+def _given_by_ray(job: JobDetails) -> dict[str, str]:
+    return {key: value for key, value in (job.metadata or {}).items() if key.startswith("job_")}
+
+
+def check_end(job: JobDetails) -> None:
+    """Raises ClusterError if the job has failed because there is no taid-ray, or because Ray could not start it."""
+    message = job.message or ""
+    if job.driver_exit_code is None and message and jobs.exit_code(job) == jobs.FAILED_CODE:
+        raise ClusterError(f"Ray could not run the job {job.submission_id}: {message.strip()[-2000:]}")
+    if job.driver_exit_code == 1 and re.search(rf"{ABSENT} '?taid_ray\b", message):
+        raise ClusterError(
+            f"the cluster's Python has no taid-ray, or one that does not know `{ENTRYPOINT}`; use an image with this version "
+            "of it (cluster/Dockerfile)"
+        )

@@ -1,0 +1,145 @@
+"""The one global order of training rows, which every worker derives for itself, and the validation rows.
+
+Documents are read in fixed blocks in the dataset's order; a block's samples are shuffled, packed into rows, and the
+rows shuffled again, by nothing but (seed, epoch, block). So global batch n is the same for any number of workers, after
+any restart, streamed or not.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from taid_ray.config.schema import DataConfig
+from taid_ray.data.batch import Row
+from taid_ray.data.documents import num_documents, open_documents, read_blocks
+from taid_ray.data.encoding import Columns, Counts, Encoder
+from taid_ray.data.packing import to_rows
+from taid_ray.errors import DataError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """A place in the endless order of rows: everything before row `row` of block `block` of `epoch` has been used."""
+
+    epoch: int = 0
+    block: int = 0
+    row: int = 0
+    samples: int = 0
+    """Samples (documents, pieces of them, or conversations) used since the beginning of the run."""
+
+    def to_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, state: dict[str, int]) -> "Cursor":
+        return cls(**state)
+
+
+START = Cursor()
+
+
+class TrainingData:
+    """Training rows as global batches, in an order that depends on the data, `config` and `seed` only."""
+
+    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, batch_size: int) -> None:
+        """Opens `config.train`. Raises DataError if it cannot be read, or is held out for validation altogether."""
+        self._source = f"data.train: {config.train}"
+        self._config, self._tokenizer, self._seed, self._batch_size = config, tokenizer, seed, batch_size
+        self._documents = open_documents(config, "train")
+        self._held_out = config.valid_documents if config.valid is None else 0
+        self._encoder = Encoder(config, tokenizer, self._source)
+        if next(self._blocks(0), None) is None:
+            found = self.num_documents or f"at most {self._held_out}"
+            raise DataError(
+                f"{self._source} has {found} documents and the first data.valid_documents = {self._held_out} are held "
+                f"out for validation, so none is left to train on. Set data.valid, or a smaller data.valid_documents."
+            )
+
+    @property
+    def num_documents(self) -> int | None:
+        """Documents in the training data, held-out ones included; None for a stream."""
+        return num_documents(self._documents)
+
+    @property
+    def counts(self) -> Counts:
+        """What became of the documents that this process has read since it started (it reads ahead of the training)."""
+        return self._encoder.counts
+
+    def batches(self, start: Cursor = START) -> Iterator[tuple[list[Row], Cursor]]:
+        """Global batches of `batch_size` rows for ever, each with the cursor after it.
+
+        From a cursor that was yielded, exactly the batches that followed it. Raises DataError for a bad row, and if the
+        data hold nothing to learn from.
+        """
+        batch: list[Row] = []
+        for row, cursor in self._rows(start):
+            batch.append(row)
+            if len(batch) == self._batch_size:
+                yield batch, cursor
+                batch = []
+
+    def first_block(self) -> list[Row]:
+        """The rows of the first block of epoch 0. Raises DataError for a bad row."""
+        return self._block_rows(self._encoder, 0, 0, *next(self._blocks(0)))
+
+    def rows_per_epoch(self) -> int:
+        """Rows in one pass over the data, the same in every epoch. Reads and encodes all of it."""
+        encoder = Encoder(self._config, self._tokenizer, self._source)
+        blocks = enumerate(self._blocks(0))
+        return sum(len(self._block_rows(encoder, 0, block, *documents)) for block, documents in blocks)
+
+    def _rows(self, start: Cursor) -> Iterator[tuple[Row, Cursor]]:
+        epoch, first, skip, samples = start.epoch, start.block, start.row, start.samples
+        while True:
+            found = 0
+            for block, documents in enumerate(self._blocks(first), first):
+                rows = self._block_rows(self._encoder, epoch, block, *documents)
+                found += len(rows)
+                for number, row in enumerate(rows[skip:], skip + 1):
+                    samples += row.position_ids.count(0)
+                    yield row, Cursor(epoch, block, number, samples)
+                skip = 0
+            if first == 0 and not found:
+                raise _nothing_to_learn(self._source, self.counts)
+            epoch, first, skip = epoch + 1, 0, 0
+
+    def _blocks(self, first: int) -> Iterator[tuple[int, Columns]]:
+        size = self._config.block_documents
+        return read_blocks(self._documents, self._config, self._source, self._held_out + first * size, size)
+
+    def _block_rows(self, encoder: Encoder, epoch: int, block: int, first_row: int, columns: Columns) -> list[Row]:
+        samples = self._shuffled(encoder.encode(columns, first_row), epoch, block, "samples")
+        rows = to_rows(samples, self._config.sequence_length, self._config.pack)
+        return self._shuffled(rows, epoch, block, "rows")
+
+    def _shuffled(self, items: list[T], epoch: int, block: int, what: str) -> list[T]:
+        # Seeding with text uses all of it (SHA-512), whatever PYTHONHASHSEED is.
+        random.Random(f"{self._seed}/{epoch}/{block}/{what}").shuffle(items)
+        return items
+
+
+def validation_rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+    """Rows of the first `valid_documents` documents of `data.valid` or, without it, of `data.train`; never shuffled.
+
+    Raises DataError if they cannot be read or hold nothing to predict.
+    """
+    source = f"data.train: {config.train}" if config.valid is None else f"data.valid: {config.valid}"
+    encoder = Encoder(config, tokenizer, source)
+    documents = open_documents(config, "train" if config.valid is None else "valid")
+    first_row, columns = next(read_blocks(documents, config, source, 0, config.valid_documents))
+    samples = encoder.encode(columns, first_row)
+    if not samples:
+        raise _nothing_to_learn(source, encoder.counts)
+    return to_rows(samples, config.sequence_length, config.pack)
+
+
+def _nothing_to_learn(source: str, counts: Counts) -> DataError:
+    return DataError(
+        f"{source} has no loss position: none of {counts.documents} documents gave a sample ({counts.dropped} were "
+        f"dropped as empty, too long, or with their response cut off). Check data.sequence_length and data.overlong."
+    )

@@ -1,0 +1,20 @@
+"""The check that every token of the data is one which teacher and student share."""
+
+from collections.abc import Iterable, Mapping
+
+from taid_ray.data.batch import Row
+from taid_ray.errors import DataError
+
+
+def check_ids(rows: Iterable[Row], num_shared: int, tokens: Mapping[str, int] | None = None) -> None:
+    """Raises DataError if an input (and so a target) id is not shared. `tokens` (token to id) gives it its name."""
+    for number, row in enumerate(rows, 1):
+        worst = max(row.input_ids)
+        if worst < num_shared:
+            continue
+        names = [repr(token) for token, index in (tokens or {}).items() if index == worst]
+        raise DataError(
+            f"data: the token {' '.join([*names, f'with id {worst}'])} in row {number} is not known to both models: "
+            f"they share the ids below {num_shared}. Set student.resize_to_teacher: true to give the student the "
+            f"teacher's tokens, or keep this token out of the data (see data.chat_template)."
+        )

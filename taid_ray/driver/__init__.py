@@ -1,0 +1,15 @@
+"""The one process that holds references: preflight, launch, attempts, supervision, progress, liveness.
+
+A run, top to bottom: `launch.distill` -> `preflight.prepare` (gives the `Plan`) -> `launch.run_on_cluster` ->
+`student.worker.run_worker` in each Ray Train process -> `student.loop.train_loop`. The driver never holds tensors; they go
+from pool to worker. Others use `launch` (distill, distill_among), `preflight`, `supervise.teacher_pool`, `progress`,
+`signals` and `warm`.
+
+Traps:
+- DeepSpeed on a CPU would compile its shared-memory collectives at the first start. `launch.use_deepspeed_on` declares that
+  operator absent, so nothing compiles; call it before anything imports `deepspeed`.
+- Restarts are ours, not Ray Train's (`attempts` says why): each attempt is one `fit` without retries. An AttemptError is
+  tried again, every other TaidRayError ends the run.
+- `supervise` tells a restarted scheduler actor again that the pool is up.
+- After SIGKILL of a driver with a local Ray, two of Ray's own agents live on for about a minute, then end.
+"""

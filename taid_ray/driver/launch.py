@@ -1,0 +1,173 @@
+"""The driver: prepares a run, starts its parts on the cluster, follows them, and takes everything down again."""
+
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from rich.console import Console
+
+from taid_ray.config.paths import with_absolute_paths
+from taid_ray.config.schema import DistillConfig
+from taid_ray.distributed.capacity import Demand, capacity_note, check_capacity, check_object_store, demand_of
+from taid_ray.distributed.cluster import cluster_has_gpus, ray_cluster
+from taid_ray.distributed.device import collective_backend, resolve
+from taid_ray.distributed.network import RayNetworkConfig
+from taid_ray.driver.attempts import run_attempts
+from taid_ray.driver.live import announced
+from taid_ray.driver.preflight import notes, prepare
+from taid_ray.driver.progress import ProgressView
+from taid_ray.driver.signals import Signals, stop_signals
+from taid_ray.driver.supervise import followed, scheduler_actor, shared_pool, teacher_pool
+from taid_ray.driver.sweep import swept
+from taid_ray.models.hub import connection_restored
+from taid_ray.run.directory import Run, check_run_dir, read_summary, run_directory
+from taid_ray.run.log import logged
+from taid_ray.student.spec import Job, Plan
+from taid_ray.tracking.follow import check_installed, tracked
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run."""
+
+    path: Path
+    """The run directory."""
+    summary: dict[str, Any]
+    """The content of summary.json."""
+
+    @property
+    def model(self) -> Path:
+        """Hugging Face directory of the trained student."""
+        return self.path / "model"
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a run finds there already, because it is one of many."""
+
+    console: Console | None = None
+    """Where it says what it does, instead of the terminal."""
+    pool: Callable[[DistillConfig, Plan], str | None] | None = None
+    """Names the teacher pool that the run may use; None: it needs one of its own."""
+    signals: Signals | None = None
+    """Of somebody who wants it to stop, instead of this process's."""
+    on_validation: Callable[[dict[str, Any]], None] | None = None
+    """See supervise.followed."""
+
+
+ALONE = Surroundings()
+
+
+def distill(config: DistillConfig) -> RunResult:
+    """Distils `config.teacher` into `config.student` on Ray and returns when the run directory is complete.
+
+    Goes on from the last checkpoint if the directory holds the same run, unfinished; returns at once if it is finished.
+    Joins the Ray cluster this process is connected to or RAY_ADDRESS names; else starts a local one and stops it.
+    Raises a TaidRayError for everything a user can put right.
+    """
+    return distill_among(config, ALONE)
+
+
+def distill_among(config: DistillConfig, around: Surroundings) -> RunResult:
+    """`distill` for a run that may be one of many."""
+    config = with_absolute_paths(config)
+    if check_run_dir(config) == "finished":
+        return RunResult(config.run_dir, read_summary(config.run_dir))
+    check_installed(config)
+    with connection_restored(), ProgressView(around.console) as view:
+        view.say("checking models and data")
+        plan = prepare(config)
+        for note in notes(config, plan):
+            view.say(f"note: {note}")
+        view.say("connecting to Ray" if ray.is_initialized() or os.environ.get("RAY_ADDRESS") else "starting Ray here")
+        with run_directory(config) as run, logged(config.run_dir, run.id, view), ray_cluster():
+            if run.attempts:
+                view.say(
+                    f"resuming the run in {config.run_dir}; its workers were started {run.attempts} time(s) before"
+                )
+            device = resolve(config.device, cluster_has_gpus())
+            demand = demand_of(config, device)
+            check_capacity(demand)
+            if config.teacher.mode == "pool":
+                check_object_store(plan.payload_bytes, config.teacher, demand.max_workers)
+            if room := capacity_note(demand):
+                view.say(f"note: {room}")
+            with tracked(config, run.id, bool(run.attempts), view) as tracking:
+                summary = tracking.finished(run_on_cluster(config, plan, demand, run, view, around))
+    return RunResult(config.run_dir, summary)
+
+
+def run_on_cluster(
+    config: DistillConfig, plan: Plan, demand: Demand, run: Run, view: ProgressView, around: Surroundings
+) -> dict[str, Any]:
+    """Starts scheduler, teacher pool and student workers side by side; the workers wait for the pool, which outlives them."""
+    shared = around.pool(config, plan) if around.pool else None
+    own_pool = None if shared or config.teacher.mode != "pool" else f"taid-teacher-{run.id}"
+    with (
+        # First, so that taking everything down is not interrupted halfway.
+        nullcontext(around.signals) if around.signals else stop_signals() as signals,
+        announced(config.run_dir, own_pool, plan.total_steps),
+        swept(),
+        scheduler_actor(config, plan, f"taid-scheduler-{run.id}") as scheduler,
+        shared_pool(shared, scheduler.set_pool)
+        if shared
+        else teacher_pool(config, plan, demand, f"taid-teacher-{run.id}", scheduler.set_pool, view) as pool,
+        followed(scheduler, plan, view, around.on_validation) as progress,
+        tempfile.TemporaryDirectory(prefix=".ray-train-", dir=config.run_dir) as scratch,
+    ):
+
+        def fit(workers: int, restarts: int) -> Any:
+            run.begin_attempt(workers)
+            # Else Ray Train would ask a stopped process for ten minutes how it is, whatever the other workers say.
+            os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.student.timeout_s)
+            job = Job(config, plan, demand.device, scheduler.actor, pool, run.checkpoints, restarts)
+            trainer = TorchTrainer(
+                start_worker,
+                train_loop_config={"job": job},
+                torch_config=RayNetworkConfig(
+                    backend=collective_backend(demand.device), timeout_s=math.ceil(config.patience_s)
+                ),
+                scaling_config=ScalingConfig(
+                    num_workers=workers,
+                    use_gpu=demand.device == "cuda",
+                    resources_per_worker=demand.worker_resources(),
+                ),
+                run_config=RunConfig(
+                    name=f"{run.id}-{restarts}",
+                    storage_path=scratch,
+                    failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
+                ),
+            )
+            return trainer.fit().return_value
+
+        return run_attempts(fit, config.student, demand, scheduler, progress, signals, view, run.attempts)
+
+
+def start_worker(arguments: dict[str, Any]) -> dict[str, Any] | None:
+    """Runs in each Ray Train process. Everything heavy is imported here, after the environment is right for it."""
+    job: Job = arguments["job"]
+    use_deepspeed_on(job.device)
+    from taid_ray.student.worker import run_worker
+
+    return run_worker(job)
+
+
+def use_deepspeed_on(device: str) -> None:
+    """Settles DeepSpeed's accelerator before its first import.
+
+    On a CPU its optional shared-memory collectives would be compiled at the first start (minutes, and a process killed
+    meanwhile leaves a lock that hangs every later run); gloo does the same work, so that operator is declared absent.
+    """
+    os.environ["DS_ACCELERATOR"] = device
+    import deepspeed
+
+    if device == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,0 +1,95 @@
+"""Everything that can be found wrong with models and data before a cluster is touched; what is learnt becomes the plan."""
+
+from typing import Any
+
+from taid_ray.config.schema import DataConfig, DistillConfig
+from taid_ray.data.dataset import TrainingData, validation_rows
+from taid_ray.data.shared_ids import check_ids
+from taid_ray.errors import ConfigError
+from taid_ray.models.pair import check_models, model_configs, run_tokenizer, shared_vocabulary
+from taid_ray.models.vocabulary import Vocabulary
+from taid_ray.scheduler.schedule import adaptive_is_linear, sigmoid
+from taid_ray.student.spec import DataCheck, Plan
+from taid_ray.teacher.cache.offline import find_warmed
+from taid_ray.teacher.cache.tiers import check_directory
+from taid_ray.teacher.payload import check_topk, payload_bytes_per_token
+
+
+def prepare(config: DistillConfig) -> Plan:
+    """Checks teacher, student and data against each other. Downloads from the hub what is not there yet.
+
+    Raises ConfigError, ModelError or DataError.
+    """
+    teacher_config, student_config = model_configs(config)
+    check_models(config, teacher_config, student_config)
+    tokenizer = run_tokenizer(config)
+    vocabulary = shared_vocabulary(config, teacher_config, student_config)
+    if config.teacher.payload == "topk":
+        check_topk(config.teacher.topk, vocabulary.num_shared)
+    check_directory(config.cache)
+    if config.teacher.mode == "cache":
+        find_warmed(config, vocabulary.num_shared)
+    data = TrainingData(config.data, tokenizer, config.train.seed, config.train.batch_size)
+    checked = check_data(config.data, data, tokenizer, vocabulary.num_shared)
+    return Plan(
+        total_steps=config.train.steps or steps_of_epochs(config, data),
+        vocabulary=vocabulary,
+        payload_bytes=largest_payload(config, teacher_config, vocabulary),
+        data=checked,
+    )
+
+
+def notes(config: DistillConfig, plan: Plan) -> list[str]:
+    """What is allowed, but perhaps not meant: documents lost, and a schedule whose adaptive part does nothing."""
+    found, schedule = [], config.schedule
+    if plan.data.dropped or plan.data.truncated:
+        found.append(
+            f"of the first {config.data.block_documents} documents, {plan.data.dropped} are left out (empty, too long, or "
+            f"nothing left of the response) and {plan.data.truncated} are cut short (data.overlong: {config.data.overlong}); "
+            "a larger data.sequence_length keeps more"
+        )
+    t_start, t_end, steps = schedule.t_start, schedule.t_end, plan.total_steps
+    adaptive = config.loss.name == "taid" and schedule.mode in ("adaptive", "normalised") and t_start < t_end
+    gain = schedule.gain if schedule.mode == "normalised" else 0.0
+    if adaptive and adaptive_is_linear(t_start, t_end, schedule.alpha, steps, gain):
+        enough = (t_end - t_start) / ((1 - t_start) * steps * sigmoid(gain))
+        found.append(
+            f"with schedule.alpha {schedule.alpha:g} and {steps} steps, {schedule.mode} t stays on its linear floor; "
+            f"from about {enough:.2g} on it can leave it"
+        )
+    return found
+
+
+def check_data(config: DataConfig, data: TrainingData, tokenizer: Any, num_shared: int) -> DataCheck:
+    """Encodes the first block and the validation rows, so that almost every DataError comes early."""
+    tokens = tokenizer.get_vocab()
+    rows = data.first_block()
+    dropped, truncated = data.counts.dropped, data.counts.truncated
+    check_ids(rows, num_shared, tokens)
+    valid_rows = validation_rows(config, tokenizer)
+    check_ids(valid_rows, num_shared, tokens)
+    if not rows:
+        next(data.batches())  # raises unless a later block has some
+    return DataCheck(len(rows), dropped, truncated, len(valid_rows))
+
+
+def largest_payload(config: DistillConfig, teacher_config: Any, vocabulary: Vocabulary) -> int:
+    """Bytes of the teacher's answer to a micro-batch in which every position carries loss."""
+    per_token = payload_bytes_per_token(config, teacher_config, vocabulary)
+    return config.train.micro_batch_size * config.data.sequence_length * per_token
+
+
+def steps_of_epochs(config: DistillConfig, data: TrainingData) -> int:
+    """Optimizer steps of `train.epochs` passes; whole global batches only, at least one.
+
+    Raises ConfigError if the warm-up is longer.
+    """
+    train = config.train
+    assert train.epochs is not None
+    steps = max(1, int(train.epochs * data.rows_per_epoch() / train.batch_size))
+    if train.warmup_steps > steps:
+        raise ConfigError(
+            f"train.warmup_steps = {train.warmup_steps} exceeds the {steps} steps of train.epochs = {train.epochs:g}; "
+            "set fewer warm-up steps or more epochs"
+        )
+    return steps

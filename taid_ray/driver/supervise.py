@@ -1,0 +1,181 @@
+"""What the driver does beside waiting: keeping the teacher pool, and telling the terminal what the workers do."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
+from taid_ray.config.schema import DistillConfig, ScheduleConfig
+from taid_ray.distributed.capacity import Demand
+from taid_ray.driver.progress import ProgressView
+from taid_ray.errors import TaidRayError, TeacherError
+from taid_ray.run.log import STUDENT
+from taid_ray.scheduler.owner import SchedulerOwner
+from taid_ray.student.spec import Plan
+from taid_ray.teacher.pool.lease import keep_lease
+from taid_ray.teacher.pool.lifecycle import PoolWatch, start_pool, stop_pool
+
+POLL_S = 0.5
+CANCEL_S = 30.0
+RETELL_S = 5.0
+
+
+class _CancelledError(Exception):
+    """The run ended while its teacher pool was still starting."""
+
+
+@contextmanager
+def scheduler_actor(config: DistillConfig, plan: Plan, name: str) -> Iterator[SchedulerOwner]:
+    """The run's TAID scheduler actor, ended with the run."""
+    owner = SchedulerOwner(name, effective_schedule(config), plan.total_steps)
+    try:
+        yield owner
+    finally:
+        owner.close()
+
+
+def effective_schedule(config: DistillConfig) -> ScheduleConfig:
+    """The schedule of the run; every loss but TAID compares with the teacher itself, which is t = 1 throughout."""
+    if config.loss.name == "taid":
+        return config.schedule
+    return config.schedule.model_copy(update={"mode": "constant", "t_start": 1.0, "t_end": 1.0})
+
+
+@contextmanager
+def teacher_pool(
+    config: DistillConfig,
+    plan: Plan,
+    demand: Demand,
+    name: str,
+    tell: Callable[[Exception | None], None],
+    view: ProgressView,
+) -> Iterator[str]:
+    """Starts the teacher pool in the background, keeps its lease, and removes it at the end.
+
+    tell: called, every few seconds, once the pool is up (None), or with why it is not.
+    """
+    if config.teacher.mode != "pool":
+        yield name
+        return
+    up_to = f" (up to {demand.max_replicas})" if demand.max_replicas > demand.replicas else ""
+    view.say(f"starting the teacher pool: {demand.replicas} replica(s){up_to} x {demand.shards} shard(s)")
+    over = threading.Event()
+
+    def go_on(waiting_for: str) -> None:
+        if over.is_set():
+            raise _CancelledError
+        view.wait_for(waiting_for.partition(" after ")[0])
+
+    def start() -> None:
+        error: Exception | None = None
+        try:
+            num_shared = plan.vocabulary.num_shared
+            info = start_pool(config.teacher, num_shared, demand.device, name, demand.teacher_role, on_wait=go_on)
+            stop_renewing.append(keep_lease(name))
+            view.say(f"teacher pool is ready ({info.num_parameters:,} parameters, {info.dtype})")
+            if info.dropped_mass:
+                lost = f"{info.dropped_mass:.2g} of the teacher's probability on the probe"
+                view.say(f"note: {lost} lies outside the shared vocabulary")
+        except _CancelledError:
+            return
+        except TaidRayError as problem:
+            error = problem
+        except Exception as problem:
+            # Whatever went wrong, the workers wait for word of it; this one may not even pickle.
+            error = TeacherError(f"the teacher pool could not be started: {type(problem).__name__}: {problem}")
+        watch = PoolWatch(name)
+        tell(error)
+        while not over.wait(RETELL_S):
+            tell(error)  # again and again, because a restarted scheduler actor has forgotten it
+            if error is None:
+                _show_news(watch, view)
+
+    stop_renewing: list[Any] = []
+    starter = threading.Thread(target=start, name="taid-start-pool", daemon=True)
+    starter.start()
+    try:
+        yield name
+    finally:
+        over.set()
+        view.say("removing the teacher pool")
+        starter.join(timeout=CANCEL_S)
+        for stop in stop_renewing:
+            stop()
+        stop_pool(name)
+
+
+@contextmanager
+def shared_pool(name: str, tell: Callable[[Exception | None], None]) -> Iterator[str]:
+    """A teacher pool that is up already, and that somebody else keeps and removes. tell: as for `teacher_pool`."""
+    over = threading.Event()
+
+    def retell() -> None:
+        tell(None)
+        while not over.wait(RETELL_S):
+            tell(None)
+
+    threading.Thread(target=retell, name="taid-tell-pool", daemon=True).start()
+    try:
+        yield name
+    finally:
+        over.set()
+
+
+def _show_news(watch: PoolWatch, view: ProgressView) -> None:
+    with suppress(RayError, RayServeException):  # Serve or the pool's lease is being restarted, or removed
+        for line in watch.news():
+            view.say(line)
+
+
+@dataclass
+class Followed:
+    """What the driver knows of the workers' progress."""
+
+    step: int = 0
+    """The last one, of any attempt."""
+    training: bool = False
+    """Whether the current attempt has made a step."""
+
+
+@contextmanager
+def followed(
+    scheduler: SchedulerOwner,
+    plan: Plan,
+    view: ProgressView,
+    on_validation: Callable[[dict[str, Any]], None] | None = None,
+) -> Iterator[Followed]:
+    """Shows on the terminal what the scheduler actor hears from the workers.
+
+    on_validation: called, in a thread, with the figures of each validation once, those of earlier attempts included; but
+    for the one after the last step, which the summary has.
+    """
+    done, found = threading.Event(), Followed()
+
+    def follow() -> None:
+        seen, shown, validated, last = 0, 0, -1, False
+        while not last:
+            last = done.wait(POLL_S)  # once more after the end, for what was said last
+            notes, metrics, validations = scheduler.progress(seen)
+            seen += len(notes)
+            if metrics and metrics["step"] != shown:
+                shown = metrics["step"]
+                found.step, found.training = max(found.step, shown), True
+                view.step(metrics, plan.total_steps)
+            for note in notes:
+                view.say(note, STUDENT)
+            for figures in validations:
+                if on_validation is not None and validated < figures["step"] < plan.total_steps:
+                    validated = figures["step"]
+                    on_validation(figures)
+
+    thread = threading.Thread(target=follow, name="taid-follow", daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        thread.join()

@@ -1,0 +1,67 @@
+"""Ends what Ray Train leaves behind where its controller was killed in its first seconds.
+
+Beside each controller Ray Train starts a detached actor, the PlacementGroupCleaner, which ends once it sees that the
+controller is gone. It is told to watch some seconds after it was created; a controller that is killed before that leaves
+an actor that waits for ever (Ray 2.60).
+"""
+
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._private.state import state
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.state import list_actors
+from ray.util.state.exception import RayStateApiException
+
+CLEANER, CONTROLLER = "PlacementGroupCleaner", "TrainController"
+QUERY_S, END_S = 10, 20.0
+MOST = 10_000
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def swept() -> Iterator[None]:
+    """On exit ends the abandoned cleaners of this driver and of those that are dead."""
+    try:
+        yield
+    finally:
+        with suppress(RayStateApiException, RayError, OSError):  # no dashboard, say; nothing depends on this
+            end_abandoned_cleaners()
+
+
+def end_abandoned_cleaners() -> None:
+    """Ends cleaners whose job is over, and this job's if no controller of it lives."""
+    cleaners = _alive(CLEANER)
+    if not cleaners:
+        return
+    over = {job["JobID"] for job in state.job_table() if job["IsDead"]}
+    busy = {controller.job_id for controller in _alive(CONTROLLER)}
+    own = ray.get_runtime_context().get_job_id()
+    for actor in cleaners:
+        if actor.job_id in over or (actor.job_id == own and own not in busy):
+            logger.info("ending the abandoned actor %s of job %s", CLEANER, actor.job_id)
+            there = NodeAffinitySchedulingStrategy(actor.node_id, soft=False)
+            end = ray.remote(num_cpus=0, max_retries=0)(end_cleaner).options(scheduling_strategy=there)
+            ray.get(end.remote(actor.pid), timeout=END_S)
+
+
+def end_cleaner(pid: int) -> None:
+    """Runs on the actor's node. Ends the process if it is still the one that was meant."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        if CLEANER in Path(f"/proc/{pid}/cmdline").read_text():
+            os.kill(pid, signal.SIGKILL)
+
+
+def _alive(class_name: str) -> list[Any]:
+    """From the State API, which finds the cluster by RAY_ADDRESS where there are several."""
+    filters = [("class_name", "=", class_name), ("state", "=", "ALIVE")]
+    found: list[Any] = list_actors(filters=filters, detail=True, limit=MOST, timeout=QUERY_S)
+    return found

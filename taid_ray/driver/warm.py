@@ -1,0 +1,178 @@
+"""Computes the teacher's outputs for all of a configuration's data, so that runs on them need no teacher."""
+
+import math
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice, takewhile
+from typing import Any
+
+import torch
+
+from taid_ray.config.paths import with_absolute_paths
+from taid_ray.config.schema import DistillConfig
+from taid_ray.data.batch import Row, collate
+from taid_ray.data.dataset import START, Cursor, TrainingData, validation_rows
+from taid_ray.data.shared_ids import check_ids
+from taid_ray.distributed.capacity import check_capacity, demand_of
+from taid_ray.distributed.cluster import cluster_has_gpus, ray_cluster
+from taid_ray.distributed.device import resolve, torch_device
+from taid_ray.driver.preflight import prepare
+from taid_ray.driver.progress import ProgressView
+from taid_ray.errors import ConfigError
+from taid_ray.models.hub import connection_restored
+from taid_ray.models.pair import model_configs, run_tokenizer
+from taid_ray.student.clock import PhaseClock
+from taid_ray.student.prefetch import Prefetcher, StepBatches, read_ahead
+from taid_ray.student.spec import Plan
+from taid_ray.teacher.cache.cached import CachedTeacher
+from taid_ray.teacher.cache.claims import EverythingGranted
+from taid_ray.teacher.cache.offline import save_warmed
+from taid_ray.teacher.cache.store import BLOCK, FULL
+from taid_ray.teacher.cache.tiers import Cache
+from taid_ray.teacher.local import LocalTeacher
+from taid_ray.teacher.payload import payload_bytes_per_token
+from taid_ray.teacher.pool.client import PoolTeacher
+from taid_ray.teacher.pool.lifecycle import start_pool, stop_pool
+from taid_ray.teacher.protocol import TeacherClient
+
+HEADER_BYTES = 512
+"""Of a file in the store, at most."""
+REQUESTS_PER_REPLICA = 2
+
+
+@dataclass(frozen=True)
+class Warmth:
+    """What `warm` did."""
+
+    directory: str
+    rows: int
+    found: int
+    """Samples whose outputs were there already."""
+    computed: int
+    teacher_tokens: int
+
+
+def warm(config: DistillConfig) -> Warmth:
+    """Fills `config.cache.directory` with the outputs for the validation rows and every training sample.
+
+    Those of one epoch; of the run's steps, if the data are a stream. Joins Ray or starts it, and a pool with it, as a run
+    does; with teacher.mode: local neither. What is there already is verified and not computed again. Raises ConfigError,
+    before anything is started, if they do not fit into cache.disk_gib.
+    """
+    config = for_warming(with_absolute_paths(config))
+    with connection_restored(), ProgressView() as view:
+        view.say("checking models and data")
+        plan = prepare(config)
+        tokenizer = run_tokenizer(config)
+        view.wait_for("reading all data")
+        rows = check_fits(config, plan, tokenizer)
+        with running_teacher(config, plan, view) as inner:
+            teacher = CachedTeacher(inner, Cache(config.cache, view.say), EverythingGranted(), torch.device("cpu"))
+            try:
+                fill(config, teacher, all_rows(config, plan, tokenizer), rows, view)
+                held_out = collate(validation_rows(config.data, tokenizer)[: config.train.micro_batch_size])
+                save_warmed(config, inner, inner.payload_error(held_out))
+                return Warmth(
+                    str(config.cache.directory), rows, teacher.samples_found, teacher.samples_asked, teacher.tokens
+                )
+            finally:
+                teacher.close()
+
+
+def for_warming(config: DistillConfig) -> DistillConfig:
+    """With a teacher, if it is the configuration of a run without one; on disk only. Raises ConfigError."""
+    if config.cache.directory is None:
+        raise ConfigError(
+            "cache.directory is not set: name the directory to keep the teacher's outputs in, for example "
+            "cache.directory=cache"
+        )
+    mode = "pool" if config.teacher.mode == "cache" else config.teacher.mode
+    return config.model_copy(
+        update={
+            "teacher": config.teacher.model_copy(update={"mode": mode}),
+            "cache": config.cache.model_copy(update={"memory_gib": 0.0}),
+        }
+    )
+
+
+def all_rows(config: DistillConfig, plan: Plan, tokenizer: Any) -> Iterator[Row]:
+    """Rows that hold every sample a run may ask for, each checked to hold shared ids only."""
+    held_out = validation_rows(config.data, tokenizer)
+    data = TrainingData(config.data, tokenizer, config.train.seed, batch_size=1)
+    training: Iterator[tuple[list[Row], Cursor]]
+    if config.data.streaming:
+        training = islice(data.batches(), plan.total_steps * config.train.batch_size)
+    else:
+        training = takewhile(lambda batch: batch[1].epoch == 0, data.batches())
+    tokens = tokenizer.get_vocab()
+    for rows in (held_out, *(batch for batch, _ in training)):
+        check_ids(rows, plan.vocabulary.num_shared, tokens)
+        yield from rows
+
+
+def check_fits(config: DistillConfig, plan: Plan, tokenizer: Any) -> int:
+    """Counts the rows. Raises ConfigError if the cache would begin to drop outputs before all are in it."""
+    per_token = payload_bytes_per_token(config, model_configs(config)[0], plan.vocabulary)
+    rows = tokens = samples = 0
+    for row in all_rows(config, plan, tokenizer):
+        rows, tokens, samples = rows + 1, tokens + row.num_loss_tokens, samples + row.position_ids.count(0)
+    needed = (tokens * per_token + samples * (BLOCK + HEADER_BYTES)) / FULL / 2**30
+    if needed > config.cache.disk_gib:
+        enough = math.ceil(needed * 1000) / 1000 if needed < 10 else math.ceil(needed)
+        raise ConfigError(
+            f"cache.disk_gib: {config.cache.disk_gib:g} is too small for the teacher's outputs for all data: {tokens:,} loss "
+            f"positions of {per_token:,} bytes (teacher.payload: {config.teacher.payload}) need {enough:g} GiB; set "
+            f"cache.disk_gib={enough:g}, or choose a smaller teacher.payload"
+        )
+    return rows
+
+
+@contextmanager
+def running_teacher(config: DistillConfig, plan: Plan, view: ProgressView) -> Iterator[TeacherClient]:
+    """The teacher in this process, or in a pool of its own that is removed at the end."""
+    num_shared = plan.vocabulary.num_shared
+    if config.teacher.mode == "local":
+        view.say("loading the teacher")
+        yield LocalTeacher(config.teacher, num_shared, torch_device(resolve(config.device, torch.cuda.is_available())))
+        return
+    view.say("connecting to Ray")
+    with ray_cluster():
+        device = resolve(config.device, cluster_has_gpus())
+        demand = replace(demand_of(config, device), workers=0, max_workers=0)
+        check_capacity(demand)
+        name = f"taid-teacher-warm-{uuid.uuid4().hex[:8]}"
+        view.say(f"starting the teacher pool: {demand.replicas} replica(s) x {demand.shards} shard(s)")
+        try:
+            start_pool(
+                config.teacher,
+                num_shared,
+                device,
+                name,
+                demand.teacher_role,
+                on_wait=lambda what: view.wait_for(what.partition(" after ")[0]),
+            )
+            yield PoolTeacher(name, config.teacher, view.say)
+        finally:
+            view.say("removing the teacher pool")
+            stop_pool(name)
+
+
+def fill(config: DistillConfig, teacher: CachedTeacher, rows: Iterator[Row], total: int, view: ProgressView) -> None:
+    """Asks for the outputs of all rows, with enough under way to keep every replica busy."""
+    view.say(f"computing the teacher's outputs for {total:,} rows")
+    window = max(config.teacher.window, REQUESTS_PER_REPLICA * config.teacher.replicas.max)
+    steps = read_ahead(_steps(rows, config.train.micro_batch_size), window)
+    stream = Prefetcher(steps, teacher, window, config.teacher.window_mib * 2**20, PhaseClock(torch.device("cpu")))
+    done = 0
+    while done < total:
+        stream.next_step()
+        batch, _ = stream.collect()
+        done += len(batch.inputs["input_ids"])
+        view.wait_for(f"teacher's outputs: {done:,} of {total:,} rows")
+
+
+def _steps(rows: Iterator[Row], size: int) -> Iterator[StepBatches]:
+    while part := list(islice(rows, size)):
+        yield StepBatches([collate(part)], sum(row.num_loss_tokens for row in part), START)

@@ -1,0 +1,239 @@
+"""The loss from hidden states, a chunk of tokens at a time, so that no [N, V] matrix ever exists.
+
+Gradients are formed in the forward pass: a chunk's logits become their own gradient, which matmuls turn into gradients
+of hidden states, head and bias. Softmax and divergence work on blocks of rows of the chunk, so little more than two
+tensors of [chunk_tokens, V] lives beside one float32 [V, H] if the head learns.
+
+Precision: a matmul runs in the dtype of its hidden states. A head of another dtype is converted to it, as autocast
+would do (bfloat16 hidden states with a float32 head compute in bfloat16). Logits are upcast to float32 before anything
+else touches them; the head's gradient accumulates in float32; every gradient is returned in its tensor's own dtype.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from taid_ray.losses.divergences import sft
+from taid_ray.losses.objective import Objective
+from taid_ray.losses.projection import ChunkLogits, HeadGradients, Projection, slices, sum_dtype
+from taid_ray.losses.registry import divergence
+from taid_ray.losses.taid import as_tensor
+from taid_ray.losses.topk import TopK
+
+Target = Projection | TopK
+
+
+@dataclass(frozen=True)
+class LossParts:
+    """Detached sums over the tokens, float64 scalars."""
+
+    kl: Tensor
+    """The divergence."""
+    entropy: Tensor
+    """What added to `kl` gives the cross-entropy form (see losses.target_entropy)."""
+    sft: Tensor
+    """Cross-entropy on the labels; 0 without labels."""
+    tokens: Tensor
+    """N."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Sums over the tokens, float64 scalars."""
+
+    student_ce: Tensor
+    """Cross-entropy of the labels under the student."""
+    teacher_ce: Tensor
+    """Cross-entropy of the labels under the teacher."""
+    kl: Tensor
+    """KL(teacher || student)."""
+    tokens: Tensor
+    """N."""
+
+
+@dataclass(frozen=True)
+class _Work:
+    """All that the loss is made of. Tensors without graph, in the dtype of the matmuls."""
+
+    student: Projection
+    teacher: Target
+    labels: Tensor | None
+    objective: Objective
+    chunk_tokens: int
+
+    def chunks(self, student: ChunkLogits, teacher: ChunkLogits | TopK) -> Iterator[tuple[slice, Iterator[slice]]]:
+        """Loads each chunk's logits in turn; yields its tokens, whole and in blocks."""
+        block_rows = self.objective.block_rows(self.chunk_tokens, self.teacher)
+        for chunk in slices(0, len(self.student.hidden), self.chunk_tokens):
+            student.load(chunk)
+            if isinstance(teacher, ChunkLogits):
+                teacher.load(chunk)
+            yield chunk, slices(chunk.start, chunk.stop, block_rows)
+
+    def logits(self) -> tuple[ChunkLogits, ChunkLogits | TopK]:
+        teacher = self.teacher if isinstance(self.teacher, TopK) else ChunkLogits(self.teacher, self.chunk_tokens)
+        return ChunkLogits(self.student, self.chunk_tokens), teacher
+
+    def loss(self, gradients: HeadGradients | None) -> Tensor:
+        """Sums [divergence, entropy, sft], float64, without graph; adds to the gradients."""
+        student, teacher = self.logits()
+        sums = torch.zeros(3, dtype=torch.float64, device=self.student.hidden.device)
+        for chunk, blocks in self.chunks(student, teacher):
+            for rows in blocks:
+                sums += self._block(student, teacher, rows, gradients is not None)
+            if gradients is not None:
+                gradients.add(student.raw, chunk)
+        return sums
+
+    def scores(self) -> Tensor:
+        """Sums [divergence, student's and teacher's cross-entropy], float64."""
+        student, teacher = self.logits()
+        assert self.labels is not None
+        sums = torch.zeros(3, dtype=torch.float64, device=self.student.hidden.device)
+        for _, blocks in self.chunks(student, teacher):
+            for rows in blocks:
+                known, labels = teacher.rows(rows), self.labels[rows]
+                (kl, _, ce), _ = self.objective(student.rows(rows), known, labels, learn=False)
+                teacher_ce = -known.label_log_probs if isinstance(known, TopK) else sft(known, labels)
+                sums += torch.stack([kl, ce, teacher_ce]).sum(dim=1, dtype=torch.float64)
+        return sums
+
+    def _block(self, student: ChunkLogits, teacher: ChunkLogits | TopK, rows: slice, learn: bool) -> Tensor:
+        logits = student.rows(rows)
+        slope = self.student.transform.slope(logits) if learn else None
+        labels = None if self.labels is None else self.labels[rows]
+        values, gradient = self.objective(logits, teacher.rows(rows), labels, learn)
+        if gradient is not None:
+            student.put_gradient(rows, gradient, slope)
+        return values.sum(dim=1, dtype=torch.float64)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """(hidden, head, bias) -> (loss sum, detached sums). The backward pass only scales what the forward pass formed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, work: _Work, wanted: tuple[bool, bool, bool]
+    ) -> tuple[Tensor, Tensor]:
+        gradients = HeadGradients(work.student, wanted) if any(wanted) else None
+        sums = work.loss(gradients)
+        ctx.gradients = gradients.take() if gradients else None
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, head, bias)]
+        ctx.mark_non_differentiable(sums)
+        return work.objective.total(sums[0], sums[2]).to(sum_dtype(hidden)), sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:  # they are scaled in place: a second [V, H] would be the largest tensor of all
+            raise RuntimeError("a chunked loss can be differentiated once only; compute it again")
+        pairs = zip(gradients, ctx.dtypes, strict=True)
+        return (*(None if x is None else x.mul_(grad_loss).to(dtype) for x, dtype in pairs), None, None)
+
+
+_apply_chunked_loss: Callable[..., tuple[Tensor, Tensor]] = _ChunkedLoss.apply
+
+
+# fmt: off
+@overload
+def chunked_loss(
+    name: str, student: Projection, teacher: Target, *,
+    t: float | Tensor, labels: Tensor | None = None, sft_weight: float = 0.0, weight: float | None = None,
+    chunk_tokens: int, return_parts: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def chunked_loss(
+    name: str, student: Projection, teacher: Target, *,
+    t: float | Tensor, labels: Tensor | None = None, sft_weight: float = 0.0, weight: float | None = None,
+    chunk_tokens: int, return_parts: Literal[True],
+) -> tuple[Tensor, LossParts]: ...
+# fmt: on
+def chunked_loss(
+    name: str,
+    student: Projection,
+    teacher: Target,
+    *,
+    t: float | Tensor,
+    labels: Tensor | None = None,
+    sft_weight: float = 0.0,
+    weight: float | None = None,
+    chunk_tokens: int,
+    return_parts: bool = False,
+) -> Tensor | tuple[Tensor, LossParts]:
+    """Sum over N tokens of (1 - sft_weight) * divergence + sft_weight * cross-entropy on the labels.
+
+    The student's hidden states, head and bias receive gradients, if they require them and gradients are enabled; the
+    teacher never does. labels [N] int64. `name` and `weight` as in losses.divergence. `t`, used by taid only, is a
+    float within [0, 1] or a 0-dim tensor, whose value the host never looks at. N = 0 gives 0 and keeps its graph.
+
+    Returns a scalar, float32 (float64 for float64 hidden states); with return_parts also the detached LossParts.
+    Raises ValueError for shapes that do not fit together, ConfigError for a wrong name or weight.
+    """
+    if not 0 <= sft_weight <= 1 or (sft_weight > 0 and labels is None):
+        raise ValueError(f"sft_weight must lie within [0, 1] and needs labels above 0; found {sft_weight}")
+    divergence(name, weight)  # a wrong one is refused, whether there are tokens or not
+    like = student.hidden.new_empty((), dtype=sum_dtype(student.hidden))
+    objective = Objective(name, as_tensor(t, like), sft_weight, weight)
+    work = _work(student, teacher, labels, objective, chunk_tokens)
+    trained = (student.hidden, student.head, student.bias)
+    wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in trained)
+    loss, sums = _apply_chunked_loss(*trained, work, wanted)
+    if not return_parts:
+        return loss
+    kl, entropy_sum, sft_sum = sums.unbind()
+    return loss, LossParts(kl, entropy_sum, sft_sum, _count(student))
+
+
+@torch.no_grad()
+def chunked_scores(student: Projection, teacher: Target, labels: Tensor, *, chunk_tokens: int) -> Scores:
+    """Validation sums, without gradients, none of which depends on t. Arguments and errors as in chunked_loss.
+
+    With a TopK teacher, kl is the one between the buckets, a lower bound of the KL between the vocabularies.
+    """
+    like = student.hidden.new_empty((), dtype=sum_dtype(student.hidden))
+    objective = Objective("forward_kl", as_tensor(1.0, like))
+    kl, student_ce, teacher_ce = _work(student, teacher, labels, objective, chunk_tokens).scores().unbind()
+    return Scores(student_ce, teacher_ce, kl, _count(student))
+
+
+def chunk_tokens_for(vocabulary: int, memory_bytes: int) -> int:
+    """How many tokens of a vocabulary of so many ids share a chunk, for logits within memory_bytes; at least 1.
+
+    A chunk keeps two float32 tensors [chunk, V], the student's logits, which become their gradient, and the teacher's.
+    What `Objective` keeps of a block adds up to two thirds of one more. (A budget below 64 rows of logits is exceeded,
+    because a block has at least one row.)
+    """
+    return max(1, memory_bytes * 3 // (8 * 4 * vocabulary))
+
+
+def _work(
+    student: Projection, teacher: Target, labels: Tensor | None, objective: Objective, chunk_tokens: int
+) -> _Work:
+    _check(student, teacher, labels, chunk_tokens)
+    teacher = teacher if isinstance(teacher, TopK) else teacher.prepared()
+    return _Work(student.prepared(), teacher, labels, objective, chunk_tokens)
+
+
+def _check(student: Projection, teacher: Target, labels: Tensor | None, chunk_tokens: int) -> None:
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be at least 1, found {chunk_tokens}")
+    if student.head is None:
+        raise ValueError("the student's projection needs its head")
+    known = teacher.ids if isinstance(teacher, TopK) else teacher.hidden
+    tokens = [len(student.hidden), len(known)] + ([] if labels is None else [len(labels)])
+    if len(set(tokens)) > 1:
+        raise ValueError(f"student, teacher and labels must have the same number of tokens, found {tokens}")
+    if isinstance(teacher, Projection) and student.vocabulary != teacher.vocabulary:
+        raise ValueError(
+            f"the student's head has {student.vocabulary} ids, the teacher's {teacher.vocabulary}; "
+            "slice both to the ids they share"
+        )
+
+
+def _count(student: Projection) -> Tensor:
+    return torch.full((), len(student.hidden), dtype=torch.float64, device=student.hidden.device)

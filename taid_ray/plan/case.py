@@ -1,0 +1,220 @@
+"""What a plan is about: a configuration, its models' sizes and the hardware, with what follows from them directly."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, get_args
+
+import torch
+
+from taid_ray.config.schema import DistillConfig, Payload
+from taid_ray.data.batching import num_micro_batches
+from taid_ray.errors import ConfigError
+from taid_ray.models.loading import check_causal_lm, check_divisible
+from taid_ray.models.pair import context_length, model_configs, shared_vocabulary
+from taid_ray.models.student_init import check_student, origin
+from taid_ray.plan.hardware import Hardware
+from taid_ray.plan.memory import CLOSED_FORM, window_bytes
+from taid_ray.plan.sizes import Activations, LossShape, ModelShape
+from taid_ray.plan.time import Load, TokenFlops, backward_flops, body_flops, loss_flops
+from taid_ray.plan.trace import shape_of, trace
+from taid_ray.teacher.payload import bytes_per_token, needs_head
+
+
+@dataclass(frozen=True)
+class Models:
+    """The two transformers configs of a run, and how many ids they share."""
+
+    teacher: Any
+    student: Any
+    num_shared: int
+
+
+def read_models(config: DistillConfig) -> Models:
+    """Reads configs and tokenizers, no weights. Raises ConfigError or ModelError as `taid-ray check` does."""
+    teacher, student = model_configs(config)
+    check_causal_lm(teacher, "teacher.model")
+    check_divisible(teacher, config.teacher.shards, "teacher.model")
+    check_causal_lm(student, "student.model")
+    check_student(config, student)
+    longest = context_length(teacher, student)
+    if config.data.sequence_length > longest:
+        raise ConfigError(
+            f"data.sequence_length: {config.data.sequence_length} is longer than the models' context; set it to at most "
+            f"{longest}"
+        )
+    vocabulary = shared_vocabulary(config, teacher, student)
+    if vocabulary.student_rows > student.get_text_config().vocab_size:
+        student.get_text_config().vocab_size = vocabulary.student_rows
+    return Models(teacher, student, vocabulary.num_shared)
+
+
+def check_device(config: DistillConfig, hardware: Hardware) -> None:
+    """Raises ConfigError where the key `device` names the other kind of hardware."""
+    if config.device == "cpu" and not hardware.is_cpu:
+        raise ConfigError(f"device: cpu contradicts --gpu {hardware.name}; plan with --gpu cpu, or set device: auto")
+    if config.device == "cuda" and hardware.is_cpu:
+        raise ConfigError("device: cuda contradicts --gpu cpu; name a GPU, or set device: auto")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Properties are per worker (the one with most to do) or of the whole run, as their names say."""
+
+    config: DistillConfig
+    models: Models
+    hardware: Hardware
+
+    @property
+    def mode(self) -> str:
+        return self.config.teacher.mode
+
+    @property
+    def workers(self) -> int:
+        """The fewest, because then each needs most."""
+        return self.config.student.workers.min
+
+    @property
+    def student_bytes(self) -> int:
+        """Per element of the student's compute dtype."""
+        return 2 if self.config.student.dtype == "bfloat16" else 4
+
+    @cached_property
+    def teacher_bytes(self) -> int:
+        """Per element of the teacher's weights and of what it sends."""
+        kept: str = self.config.teacher.dtype
+        if kept == "auto":
+            kept = str(self.models.teacher.get_text_config().dtype).removeprefix("torch.")
+        return 2 if kept in ("bfloat16", "float16") else 4
+
+    @cached_property
+    def student(self) -> ModelShape:
+        config = self.config
+        return shape_of(self.models.student, config.student.lora, origin(config).trust_remote_code)
+
+    @cached_property
+    def teacher(self) -> ModelShape:
+        return shape_of(self.models.teacher, None, self.config.teacher.trust_remote_code)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of a worker per optimizer step."""
+        train = self.config.train
+        return num_micro_batches(train.batch_size, train.micro_batch_size, self.workers)
+
+    @cached_property
+    def load(self) -> Load:
+        train = self.config.train
+        sharers = self.workers if self.config.student.zero_stage else 1
+        return Load(
+            rows=train.batch_size,
+            worker_rows=math.ceil(train.batch_size / self.workers),
+            requests=self.workers * self.accumulation,
+            length=self.config.data.sequence_length,
+            vocabulary=self.models.num_shared,
+            trained_per_worker=self.student.trained / sharers,
+        )
+
+    @property
+    def micro_rows(self) -> int:
+        """Rows of the largest micro-batch."""
+        return math.ceil(self.load.worker_rows / self.accumulation)
+
+    @cached_property
+    def wire_bytes(self) -> dict[str, int]:
+        """Bytes per loss position of every payload."""
+        size, shared, k = self.teacher.hidden_size, self.models.num_shared, self.config.teacher.topk
+        return {kind: bytes_per_token(kind, size, shared, k, self.teacher_bytes) for kind in get_args(Payload)}
+
+    @cached_property
+    def loss(self) -> LossShape:
+        payload, loss = self.config.teacher.payload, self.config.loss
+        mib = loss.memory_mib or (128 if self.hardware.is_cpu else 2048)  # distributed.device.loss_memory_mib
+        return LossShape(
+            tokens=self.micro_rows * self.load.length,
+            vocabulary=self.models.num_shared,
+            memory_bytes=mib * 2**20,
+            payload=payload,
+            teacher_hidden=self.teacher.hidden_size,
+            teacher_dtype_bytes=self.teacher_bytes,
+            closed_form=loss.name in CLOSED_FORM or payload == "topk",
+        )
+
+    @property
+    def answer_bytes(self) -> float:
+        """Of one request, every position of which carries loss."""
+        return float(self.loss.tokens * self.wire_bytes[self.config.teacher.payload])
+
+    @property
+    def logits_bytes(self) -> float:
+        """Of all positions of one request, in float32."""
+        return 4.0 * self.loss.tokens * self.load.vocabulary
+
+    @property
+    def in_flight_bytes(self) -> float:
+        """Of one worker's requests."""
+        return window_bytes(self.answer_bytes, self.config.teacher.window, self.config.teacher.window_mib)
+
+    @property
+    def on_device_bytes(self) -> float:
+        """Answers on a worker's device: with a GPU and no cache all that have arrived, else the one in use.
+
+        On a CPU a pool's answers stay in the object store.
+        """
+        if self.mode != "pool" or self.config.cache.on:
+            return self.answer_bytes
+        return 0.0 if self.hardware.is_cpu else self.answer_bytes + self.in_flight_bytes
+
+    @property
+    def flops(self) -> TokenFlops:
+        student, teacher, config = self.student, self.teacher, self.config
+        length, packed = self.load.length, config.data.pack
+        rebuilt = needs_head(config.teacher.payload)
+        forward = body_flops(student.matmul, student.layers, student.attention_width, length, packed)
+        own_head = 0.0 if rebuilt else 2.0 * self.models.num_shared * teacher.hidden_size
+        return TokenFlops(
+            teacher=body_flops(teacher.matmul, teacher.layers, teacher.attention_width, length, packed) + own_head,
+            forward=forward,
+            backward=backward_flops(
+                student.matmul, student.matmul_trained, student.layers, student.attention_width, length, packed
+            ),
+            recompute=forward if config.student.gradient_checkpointing else 0.0,
+            loss=loss_flops(
+                self.models.num_shared,
+                student.hidden_size,
+                teacher.hidden_size if rebuilt else None,
+                student.head_trained,
+            ),
+        )
+
+    def student_activations(self, checkpointing: bool) -> Activations:
+        """Of one micro-batch. Takes seconds."""
+        student = self.config.student
+        return trace(
+            self.models.student,
+            rows=self.micro_rows,
+            length=self.load.length,
+            dtype=_dtype(self.student_bytes),
+            attention=student.attention,
+            checkpointing=checkpointing,
+            lora=student.lora,
+            trust_remote_code=origin(self.config).trust_remote_code,
+        )
+
+    def teacher_activations(self) -> Activations:
+        """Of one forward pass of the whole teacher. Takes seconds."""
+        teacher = self.config.teacher
+        return trace(
+            self.models.teacher,
+            rows=min(self.micro_rows, max(1, teacher.max_tokens // self.load.length)),
+            length=self.load.length,
+            dtype=_dtype(self.teacher_bytes),
+            attention=teacher.attention,
+            learns=False,
+            trust_remote_code=teacher.trust_remote_code,
+            key="teacher.model",
+        )
+
+
+def _dtype(itemsize: int) -> torch.dtype:
+    return torch.bfloat16 if itemsize == 2 else torch.float32

@@ -1,0 +1,9 @@
+"""Reading runs and searches back: history, notes, plots, pages, the model card. Free of Ray.
+
+Others use `run_page.write_run_report`, `search_page.write_report`, `search_results.read_search`, the notes of runs and
+searches, `card` (model card, closing table) and `format`.
+
+Traps:
+- `page` is the shell of both pages; they load nothing from elsewhere.
+- `run_plots` and `search_plots` draw without pyplot, which is not safe beside threads.
+"""

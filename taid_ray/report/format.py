@@ -1,0 +1,46 @@
+"""Values, names, seconds and amounts of data as text for tables, pages and the model card."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def shown_name(name: str) -> str:
+    """A hub name as it is; of a local path only the last part."""
+    return Path(name).name if Path(name).exists() or Path(name).is_absolute() else name
+
+
+UNITS = ((86400, 3600, ("d", "h")), (3600, 60, ("h", "min")), (60, 1, ("min", "s")))
+
+
+def shown_seconds(seconds: float) -> str:
+    """At most two units: 42.0 s, 12 min 5 s, 3 h 20 min, 2 d 4 h."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    large, small, names = next(unit for unit in UNITS if seconds >= unit[0])
+    whole, rest = divmod(int(seconds), large)
+    return f"{whole} {names[0]} {rest // small} {names[1]}"
+
+
+def shown_amount(size: float, tokens: float) -> str:
+    """Bytes in all and per loss token."""
+    unit, name = next(
+        (unit, name)
+        for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (0, ""))
+        if size >= unit
+    )
+    shown = f"{size / unit:,.1f} {name}" if unit else f"{size:,.0f} bytes"
+    return f"{shown}, {size / max(tokens, 1):,.0f} bytes per loss token"
+
+
+def shown(value: Any) -> str:
+    """A value of a searched key in a table or on an axis: short, and text without quotes."""
+    text = full_text(value)
+    return text if len(text) <= 24 else f"{text[:9]}...{text[-12:]}"  # paths differ at their ends
+
+
+def full_text(value: Any) -> str:
+    """A value as text, different for different choices."""
+    if isinstance(value, float):
+        return f"{value:.6g}" if len(repr(value)) <= 8 else f"{value:.4g}"  # all digits of what somebody wrote
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,118 @@
+"""A run as its directory tells it: every step's figures as columns, validations, attempts, and how far it came.
+
+Reads finished, unfinished and running runs alike, and changes nothing in them.
+"""
+
+import json
+from array import array
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from taid_ray.config.schema import DistillConfig, load_config
+from taid_ray.errors import ConfigError
+from taid_ray.files import damaged, read_json, read_lines
+from taid_ray.run.layout import CONFIG_FILE, METRICS_FILE, RUN_FILE, SEARCH_FILE, SUMMARY_FILE, VALIDATION_FILE
+
+PHASES = ("data_s", "forward_s", "loss_s", "backward_s", "optimizer_s", "schedule_wait_s", "teacher_wait_s")
+"""What `step_s` is made of, but for bookkeeping."""
+COLUMNS = (
+    "step", "epoch", "t", "momentum", "loss", "kl", "entropy_pt", "sft", "floor_active", "lr", "grad_norm", "tokens", "step_s",
+    *PHASES, "teacher_compute_s", "payload_bytes", "samples_seen",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class History:
+    """All that is known of a run that made at least one step."""
+
+    path: Path
+    config: DistillConfig
+    id: str
+    attempts: list[dict[str, Any]]
+    """Each start of workers: `began` (UTC, ISO 8601), `workers`, `host`."""
+    columns: dict[str, np.ndarray]
+    """Of COLUMNS, float64, one value per step; see `run.metrics.StepMetrics`."""
+    validations: list[dict[str, Any]]
+    """Lines of validation.jsonl."""
+    summary: dict[str, Any] | None
+    """Of a finished run."""
+    written: datetime
+    """When the last step was."""
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.columns[name]
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps made."""
+        return len(self["step"])
+
+    @property
+    def total_steps(self) -> int | None:
+        """Of the whole run; None if that follows from train.epochs and the run has not ended."""
+        return int(self.summary["steps"]) if self.summary is not None else self.config.train.steps
+
+    def floor(self) -> np.ndarray | None:
+        """The linear floor under the t of each step, capped as t is; None without `total_steps`."""
+        schedule, total = self.config.schedule, self.total_steps
+        if total is None:
+            return None
+        # The t of a step follows from the loss of the step before, and the first loss only starts the comparison.
+        share = np.maximum(self["step"] - 2, 0) / total
+        return np.minimum(schedule.t_end, schedule.t_start + (schedule.t_end - schedule.t_start) * share)
+
+
+def read_history(path: Path) -> History:
+    """Raises ConfigError if this is no run directory or no step was made yet, CheckpointError if a file is damaged."""
+    _check_is_run(path)
+    run, summary = read_json(path / RUN_FILE), read_json(path / SUMMARY_FILE)
+    metrics = path / METRICS_FILE
+    columns = _read_columns(metrics) if metrics.exists() else {}
+    if not columns:
+        raise ConfigError(
+            f"the run in {path} has made no step yet, so there is nothing to report; come back after the first"
+        )
+    try:
+        identity, attempts = str(run["id"]), list(run["attempts"])
+    except (TypeError, KeyError):
+        raise damaged(path / RUN_FILE, "it does not hold id and attempts") from None
+    written = datetime.fromtimestamp(metrics.stat().st_mtime, UTC)
+    validations = read_lines(path / VALIDATION_FILE)
+    return History(path, load_config(path / CONFIG_FILE), identity, attempts, columns, validations, summary, written)
+
+
+def _check_is_run(path: Path) -> None:
+    if (path / SEARCH_FILE).is_file():
+        raise ConfigError(
+            f"{path} is the directory of a search, which has a report.html of its own; name one of its trials, "
+            f"{path}/trials/NAME"
+        )
+    for name in (CONFIG_FILE, RUN_FILE):
+        if not (path / name).is_file():
+            what = f"it holds no {name}" if path.is_dir() else "there is no such directory"
+            raise ConfigError(f"{path} is not a run directory: {what}; name what `taid-ray train` was given as --out")
+
+
+def _read_columns(path: Path) -> dict[str, np.ndarray]:
+    """Column by column and 8 bytes a value, so that a million steps take little memory. Empty before the first step."""
+    pick, values = itemgetter(*COLUMNS), array("d")
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):  # it is being written, or was by a process that died
+                break
+            try:
+                found = pick(json.loads(line))
+                if found[0] != number:
+                    raise ValueError(f"it is of step {found[0]}")
+                values.extend(found)
+            except KeyError as error:
+                raise damaged(path, f"line {number} has no {error}; was it written by another version?") from None
+            except (ValueError, TypeError) as error:
+                raise damaged(path, f"line {number} is not that of step {number} ({error})") from None
+    table = np.frombuffer(values, dtype=np.float64).reshape(-1, len(COLUMNS))
+    return {name: table[:, place] for place, name in enumerate(COLUMNS)} if len(table) else {}

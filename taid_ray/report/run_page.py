@@ -1,0 +1,184 @@
+"""`taid-ray report`: RUN/report.html and its pictures, of a run that is finished, was interrupted or still goes on."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from taid_ray.errors import ConfigError
+from taid_ray.files import replace_text
+from taid_ray.report.format import shown_amount, shown_name, shown_seconds
+from taid_ray.report.history import PHASES, History, read_history
+from taid_ray.report.page import details_part, notes_part, page, picture_part, table_part
+from taid_ray.report.run_notes import notes
+from taid_ray.report.run_plots import PHASE_COLOURS, REST, loss_curves, optimizer, step_time, t_curve, throughput
+from taid_ray.run.metrics import perplexity
+
+REPORT_FILE = "report.html"
+PLOTS = {
+    "t.png": (t_curve, "How t moved"),
+    "loss.png": (loss_curves, "Loss"),
+    "step_time.png": (step_time, "Where the time of a step went"),
+    "throughput.png": (throughput, "Throughput, and waiting for the teacher"),
+    "optimizer.png": (optimizer, "Gradient norm and learning rate"),
+}
+LATEST = 100
+"""The loss at the end is the mean of so many steps, or of a tenth of the run if that is less."""
+BAR = 40  # characters of a whole step
+
+
+def write_run_report(path: Path) -> list[str]:
+    """Leaves RUN/report/*.png and RUN/report.html, a second time over the first. Returns the page's notes.
+
+    Raises ConfigError if this is no run directory, has no step yet, or cannot be written to; CheckpointError if a file
+    of it is damaged.
+    """
+    history = read_history(path)
+    try:
+        (path / "report").mkdir(exist_ok=True)
+        parts = [
+            notes_part(notes(history)),
+            table_part("Key figures", (), key_figures(history)),
+            *_validation_part(history),
+            *(picture_part(title, draw(history), path / "report" / name) for name, draw, title in _plots(history)),
+            table_part(
+                "Where the time of all steps went", ("phase", "", "seconds per step", "share"), time_rows(history)
+            ),
+            _attempts_part(history),
+            details_part("config.yaml", _config_text(history)),
+        ]
+        replace_text(path / REPORT_FILE, page(f"Run {history.config.name}", _summary(history), parts))
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: the report cannot be written there ({error}); make room, or copy the run"
+        ) from error
+    return notes(history)
+
+
+def key_figures(history: History) -> list[tuple[str, str]]:
+    """Names and values, for people."""
+    config, tokens, seconds = history.config, history["tokens"].sum(), history["step_s"].sum()
+    student, summary = config.student, history.summary or {}
+    origin = {"cut": f"layers {student.layers} of the teacher", "scratch": "new weights"}
+    rows = [
+        ("run", history.id),
+        (
+            "teacher",
+            f"{shown_name(config.teacher.model)}{_parameters(summary, 'teacher')}, payload {config.teacher.payload}",
+        ),
+        ("student", f"{origin.get(student.init, shown_name(str(student.model)))}{_parameters(summary, 'after')}"),
+        ("loss", _loss_name(history)),
+        ("optimizer steps", _progress(history)),
+        ("data read", _data_read(history)),
+        ("loss at the end", _last_loss(history)),
+        ("time of all steps", shown_seconds(float(seconds))),
+        ("throughput", f"{tokens / max(seconds, 1e-9):,.0f} loss tokens per second"),
+        ("wait for the teacher", f"{history['teacher_wait_s'].sum() / max(seconds, 1e-9):.1%} of that time"),
+        ("received from the teacher", shown_amount(float(history["payload_bytes"].sum()), float(tokens))),
+        ("workers started", f"{len(history.attempts)} times" if len(history.attempts) != 1 else "once"),
+    ]
+    if config.loss.name == "taid":
+        rows.insert(6, ("t in the last step", f"{history['t'][-1]:.4f}"))
+    if "wall_s" in summary:
+        rows.append(("time with validation and saving", shown_seconds(summary["wall_s"])))
+    if dropped := summary.get("dropped_documents"):
+        rows.append(("documents dropped", f"{dropped:,} of {summary['documents_read']:,}"))
+    return rows
+
+
+def time_rows(history: History) -> list[tuple[str, str, str, str]]:
+    """Each phase with a bar, its mean seconds, and its share of the step, the longest first."""
+    step = float(history["step_s"].mean())
+    seconds = {PHASE_COLOURS[key][0]: float(history[key].mean()) for key in PHASES}
+    seconds[REST[0]] = max(0.0, step - sum(seconds.values()))
+    ordered = sorted(seconds.items(), key=lambda item: -item[1])
+    shares = [value / max(step, 1e-9) for _, value in ordered]
+    rows = [
+        (name, "█" * round(BAR * share), f"{value:.4f}", f"{share:.1%}")
+        for (name, value), share in zip(ordered, shares, strict=True)
+    ]
+    return [*rows, ("whole step", "", f"{step:.4f}", "")]
+
+
+def validation_rows(history: History) -> list[tuple[str, ...]]:
+    """Teacher, then the student before, at its best and at last; nats per token. Needs one validation."""
+    lines = history.validations
+    best = min(lines, key=lambda line: line["kl"])
+    named = {"student, first": lines[0], "student, lowest KL": best, "student, last": lines[-1]}
+    teacher = lines[0]["teacher_cross_entropy"]
+    rows: list[tuple[str, ...]] = [("teacher", "", f"{teacher:.4f}", f"{perplexity(teacher):.2f}", "-")]
+    for name, line in named.items():
+        loss = line["cross_entropy"]
+        rows.append((name, f"{line['step']:,}", f"{loss:.4f}", f"{perplexity(loss):.2f}", f"{line['kl']:.4f}"))
+    return rows
+
+
+def _plots(history: History) -> list[tuple[str, Any, str]]:
+    """Without t where the loss knows none."""
+    taid = history.config.loss.name == "taid"
+    return [(name, draw, title) for name, (draw, title) in PLOTS.items() if taid or name != "t.png"]
+
+
+def _summary(history: History) -> str:
+    state = "Finished" if history.summary is not None else "Not finished"
+    found = f"{state}: {_progress(history)} steps."
+    if history.validations:
+        first, last = history.validations[0], history.validations[-1]
+        found += f" KL to the teacher on the validation rows: {first['kl']:.4f} after step {first['step']:,}"
+        found += f", {last['kl']:.4f} after step {last['step']:,}." if last is not first else "."
+    return found
+
+
+def _progress(history: History) -> str:
+    return f"{history.steps:,} of {history.total_steps:,}" if history.total_steps else f"{history.steps:,}"
+
+
+def _loss_name(history: History) -> str:
+    loss, schedule = history.config.loss, history.config.schedule
+    name: str = loss.name
+    if name == "taid":
+        name += f", schedule {schedule.mode}, t {schedule.t_start:g} to {schedule.t_end:g}"
+        name += (
+            f", alpha {schedule.alpha:g}, beta {schedule.beta:g}" if schedule.mode in ("adaptive", "normalised") else ""
+        )
+    return f"{name}; {loss.sft_weight:g} of it cross-entropy on the labels" if loss.sft_weight else name
+
+
+def _data_read(history: History) -> str:
+    samples, tokens, epoch = history["samples_seen"][-1], history["tokens"].sum(), history["epoch"][-1] + 1
+    return f"{samples:,.0f} samples, {tokens:,.0f} loss tokens, now in pass {epoch:.0f} over the data"
+
+
+def _parameters(summary: dict[str, Any], key: str) -> str:
+    return f", {summary[key]['parameters']:,} parameters" if key in summary else ""
+
+
+def _last_loss(history: History) -> str:
+    count = max(1, min(LATEST, history.steps // 10))
+    loss, divergence = (float(history[key][-count:].mean()) for key in ("loss", "kl"))
+    over = f", mean of the last {count} steps" if count > 1 else ""
+    return f"{loss:.4f} nats per token, of it divergence {divergence:.4f}{over}"
+
+
+def _validation_part(history: History) -> list[str]:
+    if not history.validations:
+        return []
+    heading = ("", "after step", "cross-entropy", "perplexity", "KL to the teacher")
+    return [table_part("Validation, nats per token", heading, validation_rows(history))]
+
+
+def _attempts_part(history: History) -> str:
+    rows = [
+        (
+            str(number),
+            str(attempt["began"]).replace("T", " ").replace("+00:00", " UTC"),
+            str(attempt["workers"]),
+            str(attempt["host"]),
+        )
+        for number, attempt in enumerate(history.attempts, start=1)
+    ]
+    return table_part("Starts of the workers", ("start", "when", "workers", "driver's host"), rows)
+
+
+def _config_text(history: History) -> str:
+    return yaml.safe_dump(history.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

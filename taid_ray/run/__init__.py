@@ -1,0 +1,11 @@
+"""A run's directory: names of its files, lock and manifest, liveness, log, metrics. Loads no torch.
+
+Others use `layout` (names of files), `directory` (run_directory, Run, locked), `live` (Live, read_live), `log.logged`,
+`metrics` (StepMetrics, MetricLog) and `bottleneck` (what holds a run back).
+
+Traps:
+- A run directory has one driver (a file lock), and a run one name on its cluster (run.json), so what a dead driver left
+  behind is its successor's.
+- live.json is what the driver leaves of itself while it works, ended.json an end that is not the run's own.
+- A run directory on object storage is not supported (checkpoints are).
+"""

@@ -1,0 +1,209 @@
+"""The run directory before the run: whether it may be used or taken up again, and what identifies the run in it."""
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import yaml
+
+from taid_ray.config.paths import flat, with_absolute_paths
+from taid_ray.config.schema import DistillConfig, load_config
+from taid_ray.errors import ConfigError, TaidRayError
+from taid_ray.files import replace_text, write_json
+from taid_ray.run.layout import CONFIG_FILE, LOCK_FILE, METRICS_FILE, RUN_FILE, SUMMARY_FILE
+
+LOCK_S = 1.0
+"""`is_locked` has a lock for a moment; who is refused for longer than this is refused by a driver."""
+
+# What a run may be resumed with other values of: where and how it is computed, not what.
+MAY_CHANGE = (
+    "name",
+    "out",
+    *(
+        f"teacher.{key}"
+        for key in (
+            "mode", "replicas", "shards", "cpus_per_shard", "max_tokens", "window", "window_mib", "hedge_after", "timeout_s",
+            "idle_timeout_s",
+        )
+    ),
+    *(
+        f"student.{key}"
+        for key in (
+            "workers", "cpus_per_worker", "zero_stage", "deepspeed", "gradient_checkpointing", "timeout_s", "max_failures"
+        )
+    ),
+    "loss.memory_mib",
+    "train.micro_batch_size",
+    "train.eval_every",
+    *(f"checkpoint.{key}" for key in ("every_steps", "every_minutes", "keep", "best")),
+    "cache",
+    "tracking",
+)  # fmt: skip
+
+
+def check_run_dir(config: DistillConfig) -> Literal["new", "unfinished", "finished"]:
+    """What `config.run_dir` holds of this run. Raises ConfigError if it holds anything else, or cannot be made."""
+    run_dir = config.run_dir
+    try:
+        run_dir.exists()
+    except OSError as error:
+        raise ConfigError(
+            f"out: {str(run_dir)[:100]} cannot be a directory ({error.strerror}); choose another one"
+        ) from None
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"out: {run_dir} is a file; name a directory that does not exist yet")
+    if run_dir.exists() and any(run_dir.iterdir()):
+        if not (run_dir / CONFIG_FILE).exists() or not (run_dir / RUN_FILE).exists():
+            raise ConfigError(
+                f"out: {run_dir} already holds other files than a run's; choose another directory with --out, or remove it"
+            )
+        _check_same(config)
+        return "finished" if (run_dir / SUMMARY_FILE).exists() else "unfinished"
+    existing = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".taid-probe-", dir=existing):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"out: {run_dir} cannot be made, because nothing can be written to {existing} ({error.strerror}); "
+            "choose another directory with --out"
+        ) from None
+    return "new"
+
+
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """Of a finished run."""
+    summary: dict[str, Any] = json.loads((run_dir / SUMMARY_FILE).read_text(encoding="utf-8"))
+    return summary
+
+
+def _check_same(config: DistillConfig) -> None:
+    """Raises ConfigError if the directory's run was begun with something else that its trajectory depends on."""
+    changed = changed_keys(load_config(config.run_dir / CONFIG_FILE), with_absolute_paths(config))
+    if changed:
+        raise ConfigError(
+            f"out: {config.run_dir} holds a run that was begun with other values of keys that may not change: "
+            f"{'; '.join(changed)}. Give them their old values to resume it, or choose another directory with --out"
+        )
+
+
+def changed_keys(before: DistillConfig, now: DistillConfig) -> list[str]:
+    """Keys that a trajectory depends on and that differ, each with both values."""
+    old, new = (flat(each.model_dump(mode="json")) for each in (before, now))
+    return [
+        f"{key} (was {json.dumps(old.get(key))}, now {json.dumps(new.get(key))})"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in MAY_CHANGE)
+    ]
+
+
+class Run:
+    """RUN/run.json: what the drivers of one run, one after another, know it by."""
+
+    def __init__(self, config: DistillConfig):
+        self._path = config.run_dir / RUN_FILE
+        if self._path.exists():
+            self._content = json.loads(self._path.read_text(encoding="utf-8"))
+        else:
+            self._content = {"id": f"{config.name}-{uuid.uuid4().hex[:8]}", "attempts": []}
+        self.id: str = self._content["id"]
+        storage = config.checkpoint.storage
+        self.checkpoints = f"{storage.rstrip('/')}/{self.id}" if storage else str(config.run_dir / "checkpoints")
+        """Where they are: a directory or a URI."""
+
+    @property
+    def attempts(self) -> int:
+        """How often workers were started."""
+        return len(self._content["attempts"])
+
+    def begin_attempt(self, workers: int) -> None:
+        began = datetime.now(UTC).isoformat(timespec="seconds")
+        self._content["attempts"].append({"began": began, "workers": workers, "host": socket.gethostname()})
+        self.write()
+
+    def write(self) -> None:
+        write_json(self._path, self._content)
+
+
+def write_config(config: DistillConfig) -> None:
+    """Makes the run directory and leaves the resolved configuration in it."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    replace_text(config.run_dir / CONFIG_FILE, text)
+
+
+@contextmanager
+def run_directory(config: DistillConfig) -> Iterator[Run]:
+    """Makes the run directory, or takes it up again, and keeps other drivers out of it.
+
+    Removes it again if it is new and the run ends before its first step by what a user can put right. Raises ConfigError if
+    another driver has it.
+    """
+    run_dir = config.run_dir
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with locked(run_dir):
+        new = not (run_dir / RUN_FILE).exists()
+        for left in run_dir.glob(".ray-train-*"):  # by a driver that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        run = Run(config)
+        run.write()
+        write_config(config)
+        try:
+            yield run
+        except (TaidRayError, KeyboardInterrupt, SystemExit):
+            metrics = run_dir / METRICS_FILE
+            if new and (not metrics.exists() or not metrics.stat().st_size):
+                shutil.rmtree(run_dir, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Keeps other drivers out of a directory. The lock ends with this process, however that ends.
+
+    Raises ConfigError if another driver has it.
+    """
+    path = run_dir / LOCK_FILE
+    deadline = time.monotonic() + LOCK_S
+    while not _has(file := path.open("a"), path):
+        file.close()
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"out: what is in {run_dir} is under way in another process; wait for it, or end it (Ctrl-C there)"
+            )
+        time.sleep(LOCK_S / 10)
+    with file:
+        os.utime(path)  # `status` goes by when it was taken
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def is_locked(run_dir: Path) -> bool:
+    """Whether a process of this host has it. Of those on other hosts nothing can be said, so False means little."""
+    with suppress(OSError), (run_dir / LOCK_FILE).open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _has(file: IO[str], path: Path) -> bool:
+    """Locks the file at `path`, opened as `file`, unless somebody has it or has removed it meanwhile."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False

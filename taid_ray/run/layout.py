@@ -1,0 +1,14 @@
+"""Names of the files in a run's and a search's directory, for everything that writes or reads them."""
+
+from typing import Literal
+
+LIVE_FILE, ENDED_FILE = "live.json", "ended.json"
+
+CONFIG_FILE, METRICS_FILE, SUMMARY_FILE = "config.yaml", "metrics.jsonl", "summary.json"
+VALIDATION_FILE = "validation.jsonl"
+
+RUN_FILE, LOCK_FILE = "run.json", ".lock"
+
+SEARCH_FILE, TRIALS_FILE, TRIALS = "search.yaml", "trials.json", "trials"
+
+Status = Literal["waiting", "running", "finished", "stopped", "failed"]

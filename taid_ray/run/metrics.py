@@ -1,0 +1,105 @@
+"""What a run writes about itself: one JSON line per optimizer step, validations, and the summary."""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from taid_ray.errors import CheckpointError, ClusterError
+from taid_ray.files import replace_text
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One line of metrics.jsonl. Loss values are nats per loss position, means over the global batch."""
+
+    step: int
+    """Counts from 1."""
+    epoch: int
+    t: float
+    """The t used in this step."""
+    momentum: float
+    loss: float
+    """Cross-entropy form of the divergence: kl + entropy_pt."""
+    kl: float
+    entropy_pt: float
+    sft: float
+    floor_active: bool
+    lr: float
+    grad_norm: float
+    """Before clipping."""
+    tokens: int
+    """Loss positions in this step, over all workers."""
+    tokens_per_s: float
+    step_s: float
+    teacher_wait_s: float
+    """Longest time any worker stood still for the teacher in this step."""
+    data_s: float
+    """This and the following times are rank 0's; with `teacher_wait_s` they make up `step_s`, but for bookkeeping. Here:
+    reading the next batches and sending them to the teacher."""
+    forward_s: float
+    """Without the loss."""
+    loss_s: float
+    """Heads, divergence, and the gradients that are formed with it."""
+    backward_s: float
+    optimizer_s: float
+    """With the reduction of the gradients that is left over."""
+    schedule_wait_s: float
+    """Waiting for the next t after the optimizer."""
+    teacher_compute_s: float
+    """Seconds of computation that all teacher replicas spent on this step."""
+    payload_bytes: int
+    samples_seen: int
+
+
+class MetricLog:
+    """Appends lines to metrics.jsonl, each before the next step starts. Rank 0 keeps one."""
+
+    def __init__(self, path: Path, last_step: int):
+        """Keeps the lines up to `last_step`; those that follow will be written again.
+
+        Raises CheckpointError if one of them is not there.
+        """
+        kept = _lines_until(path, last_step)
+        # In a new file: a rank 0 that everybody thinks dead, and that writes once more, then writes to the old one.
+        replace_text(path, "".join(kept))
+        self._path, self._file = path, path.open("a", encoding="utf-8")
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Raises ClusterError if there is no room for it."""
+        try:
+            self._file.write(json.dumps(asdict(metrics)) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise ClusterError(
+                f"out: {self._path} cannot be written after step {metrics.step}: {error}; make room, and start the run again "
+                "to resume it"
+            ) from error
+
+    def sync(self) -> None:
+        """After a crash of the machine, too, all lines will be there."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _lines_until(path: Path, last_step: int) -> list[str]:
+    lines = path.read_text("utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
+    for step in range(1, last_step + 1):
+        try:
+            found = json.loads(lines[step - 1])["step"]
+        except (IndexError, ValueError, TypeError, KeyError):
+            found = None
+        if found != step:
+            raise CheckpointError(
+                f"{path} has no line for step {step}, and the newest checkpoint is of step {last_step}: the file was changed; "
+                "bring it back, or begin in another directory with --out"
+            )
+    return lines[:last_step]
+
+
+def perplexity(cross_entropy: float) -> float:
+    """exp(nats per token); infinite rather than an overflow error for an untrained giant."""
+    return math.exp(cross_entropy) if cross_entropy < 700 else math.inf

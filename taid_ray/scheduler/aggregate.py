@@ -1,0 +1,141 @@
+"""One global loss per optimizer step, whatever the number of ranks: the state behind the TAID scheduler actor.
+
+Every rank reports its sums once per step. When the last one is in, the token-weighted global loss is formed in rank
+order, the schedule moves once, and the result is the same for everybody. Nothing here knows Ray; the actor adds
+transport, the single-process loop uses it as it is.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from taid_ray.errors import AttemptError
+from taid_ray.scheduler.schedule import TAIDSchedule
+
+GO_ON, SAVE, STOP = 0, 1, 2
+"""What is to follow a step on every rank: the next one; a checkpoint first; a checkpoint, and the end of the attempt."""
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """One rank's sums over its loss positions of one optimizer step, all micro-batches together."""
+
+    kl: float
+    """The divergence, in nats."""
+    entropy: float
+    """What turns the divergence into its cross-entropy form (for TAID the entropy of p_t)."""
+    sft: float
+    """Cross-entropy on the labels; 0 where no labels are mixed in."""
+    tokens: int
+    teacher_wait_s: float = 0.0
+    """Time this rank stood still for teacher outputs."""
+    payload_bytes: int = 0
+    teacher_compute_s: float = 0.0
+    """Time the teacher computed for this rank."""
+    request: int = GO_ON
+    """What this rank asks all of them to do after the step."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What every rank learns after a step: the schedule's state for the next one, and the global means of this one."""
+
+    step: int
+    """Finished optimizer steps."""
+    schedule: dict[str, Any]
+    """`TAIDSchedule.state_dict()` after this step; its `t` is the one to use next."""
+    kl: float = 0.0
+    entropy: float = 0.0
+    sft: float = 0.0
+    tokens: int = 0
+    teacher_wait_s: float = 0.0
+    """The longest of any rank."""
+    payload_bytes: int = 0
+    teacher_compute_s: float = 0.0
+    request: int = GO_ON
+    """The most that any rank, or the driver, asked for: one word for all ranks, after the same step."""
+
+    @property
+    def t(self) -> float:
+        return float(self.schedule["t"])
+
+
+class StaleReportError(AttemptError):
+    """A report of an attempt or a step that is over. Its sender belongs to a dead worker group and must end."""
+
+
+class LossAggregator:
+    """Collects the reports of one attempt at a time; see DESIGN 4b, "Scheduler protocol"."""
+
+    def __init__(self, schedule: TAIDSchedule, signal: Literal["cross_entropy", "kl"]):
+        self.schedule = schedule
+        self.signal = signal
+        self.attempt = 0
+        self.world_size = 0
+        self.result = self._start = StepResult(0, schedule.state_dict())
+        self._reports: dict[int, LossSums] = {}
+        self.requested = GO_ON
+        """What the driver asks for after the step that is under way."""
+
+    def begin(self, attempt: int, world_size: int, result: StepResult | None) -> None:
+        """A new worker group starts, from a checkpoint's `result` or (None) from where the schedule stood first.
+
+        It may go back in steps. Raises StaleReportError for an attempt that is not newer.
+        """
+        if attempt <= self.attempt:
+            raise StaleReportError(f"attempt {attempt} cannot begin: attempt {self.attempt} already has")
+        self.attempt, self.world_size, self.requested = attempt, world_size, GO_ON
+        self._adopt(result or self._start)
+
+    def seed(self, attempt: int, world_size: int, result: StepResult) -> None:
+        """A rank tells the newest result it knows; after a restart of the actor this rebuilds the state.
+
+        The newest attempt wins, within it the highest step. Older ones are ignored: they carry nothing new.
+        """
+        if attempt > self.attempt or (attempt == self.attempt and result.step > self.result.step):
+            self.attempt, self.world_size = attempt, world_size
+            self._adopt(result)
+
+    def report(self, attempt: int, step: int, rank: int, sums: LossSums) -> StepResult | None:
+        """Takes rank's sums of optimizer step `step` (1-based). Returns the result once every rank has reported.
+
+        Repeating a report is harmless. A report of the step just finished returns its result again.
+
+        Raises:
+            StaleReportError: for an older attempt, or a step further back.
+            NonFiniteLossError: when the global loss is not finite; the schedule is untouched.
+        """
+        if attempt != self.attempt:
+            raise StaleReportError(f"report of attempt {attempt} refused: attempt {self.attempt} is running")
+        if step == self.result.step:
+            return self.result
+        if step != self.result.step + 1:
+            raise StaleReportError(f"report of step {step} refused: step {self.result.step + 1} is due")
+        self._reports[rank] = sums
+        return self._finish(step) if len(self._reports) == self.world_size else None
+
+    def _finish(self, step: int) -> StepResult:
+        reports = [self._reports[rank] for rank in sorted(self._reports)]
+        tokens = sum(r.tokens for r in reports)
+        kl, entropy, sft = (
+            sum(getattr(r, name) for r in reports) / max(tokens, 1) for name in ("kl", "entropy", "sft")
+        )
+        self.schedule.update(kl + entropy if self.signal == "cross_entropy" else kl)
+        self._reports = {}
+        self.result = StepResult(
+            step,
+            self.schedule.state_dict(),
+            kl,
+            entropy,
+            sft,
+            tokens,
+            max(r.teacher_wait_s for r in reports),
+            sum(r.payload_bytes for r in reports),
+            sum(r.teacher_compute_s for r in reports),
+            max(self.requested, *(r.request for r in reports)),
+        )
+        return self.result
+
+    def _adopt(self, result: StepResult) -> None:
+        self.schedule.load_state_dict(result.schedule)
+        self.result = result
+        self._reports = {}

@@ -1,0 +1,10 @@
+"""Ray Tune: the driver of a search, its trials, the book of trials, callbacks.
+
+Others use `driver` (run_search, SearchResult).
+
+Traps:
+- A trial (`trial.run_trial`) runs in Ray Tune's process and is itself a driver (`driver.launch.distill_among`), with what is
+  there already (`Surroundings`: pool, log, the wish to stop, who hears of validations).
+- The truth is in trials.json (`book`) and in the trials' run directories; known trials are replayed into a new Tuner, whose
+  own state is never read back.
+"""

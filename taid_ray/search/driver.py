@@ -1,0 +1,321 @@
+"""The driver of a search: one teacher pool, many trials chosen by Ray Tune, and the report on them.
+
+Every trial is an ordinary run in a directory of its own (see trial). What is known of a search is in these directories
+and in trials.json, so a search that was interrupted goes on by starting a new Ray Tune experiment, in which trials of
+before report what they have done already. Ray Tune's own state is pickled, may lag behind, and is never read back.
+"""
+
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import yaml
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
+from ray.tune.search.optuna import OptunaSearch
+
+from taid_ray.config.paths import with_absolute_paths
+from taid_ray.config.schema import CacheConfig, DistillConfig, Range, build_config
+from taid_ray.config.space import Space
+from taid_ray.config.text import read_tree
+from taid_ray.distributed.capacity import Demand, check_capacity, check_object_store, demand_of, room_for_trials
+from taid_ray.distributed.cluster import cluster_has_gpus, ray_cluster
+from taid_ray.distributed.device import resolve
+from taid_ray.driver.live import announced
+from taid_ray.driver.preflight import notes, prepare
+from taid_ray.driver.progress import ProgressView
+from taid_ray.driver.signals import Signals, attend, stop_signals
+from taid_ray.driver.supervise import teacher_pool
+from taid_ray.driver.sweep import swept
+from taid_ray.errors import ClusterError, ConfigError, TaidRayError
+from taid_ray.files import replace_text
+from taid_ray.models.hub import connection_restored
+from taid_ray.report.search_page import write_report
+from taid_ray.report.search_results import Search, Trial, read_search
+from taid_ray.run.directory import changed_keys, locked
+from taid_ray.run.layout import SEARCH_FILE, TRIALS
+from taid_ray.run.log import logged
+from taid_ray.search.book import TrialBook
+from taid_ray.search.callbacks import TrialsShown, Watcher
+from taid_ray.search.trial import STOP_FILE, SearchJob, pool_spec, run_trial
+from taid_ray.student.spec import Plan
+from taid_ray.teacher.cache.tiers import Cache
+from taid_ray.tracking.follow import check_installed, tell_stopped
+
+SCRATCH = ".tune"
+TRIAL_RESOURCES = {"CPU": 0, "node:__internal_head__": 0.001}
+"""Of the process that drives a trial; its workers ask for their own. It lives on the head node, as the search does."""
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """A search whose trials have all ended."""
+
+    path: Path
+    """Its directory, with report.html and best.yaml."""
+    search: Search
+
+    @property
+    def best(self) -> Trial | None:
+        """None if no trial finished."""
+        return self.search.best()
+
+
+def run_search(
+    config: DistillConfig,
+    space: Space,
+    out: str | Path | None = None,
+    max_concurrent: int | None = None,
+    share_outputs: bool = True,
+) -> SearchResult:
+    """Tries the values of `space` on `config` and returns when every trial has ended.
+
+    out: its directory; default runs/NAME-search. Goes on with what it holds, if that is the same search. max_concurrent:
+    default: as many as the cluster has room for. share_outputs: lets the teacher compute each sample once for all trials,
+    which changes figures in the sixth digit. Raises a TaidRayError for everything a user can put right.
+    """
+    config = base_config(config, out, share_outputs)
+    check_installed(config)
+    trials = TrialsShown(config.run_dir)
+    with connection_restored(), ProgressView(above=trials.table) as view:
+        view.say("checking models, data and the search space")
+        plan = prepare(config)
+        space.check(config.model_dump(mode="json"), plan.total_steps)
+        if not any(key.startswith("schedule.") for key in space.space):
+            for note in notes(config, plan):
+                view.say(f"note: {note}")
+        with search_directory(config, space) as (book, name), logged(config.run_dir, name, view):
+            if len(book.with_status("finished", "stopped")) < space.num_trials:
+                with ray_cluster():
+                    demand = demand_of(config, resolve(config.device, cluster_has_gpus()))
+                    check_capacity(demand)
+                    before = book.with_status("stopped")
+                    try:
+                        run_trials(config, space, plan, demand, book, name, max_concurrent, trials, view)
+                    finally:
+                        for trial in sorted({*book.with_status("stopped")} - {*before}):
+                            # Ray Tune ended its process, with what it had not passed on yet.
+                            tell_stopped(book.run_dir(trial), view)
+            found = read_search(config.run_dir)
+            write_report(found)
+    return SearchResult(config.run_dir, found)
+
+
+def run_trials(
+    config: DistillConfig,
+    space: Space,
+    plan: Plan,
+    demand: Demand,
+    book: TrialBook,
+    name: str,
+    max_concurrent: int | None,
+    trials: TrialsShown,
+    view: ProgressView,
+) -> None:
+    """Keeps one teacher pool up while Ray Tune runs the trials. Ends early, resumable, after Ctrl-C or SIGTERM."""
+    own_teachers = any(key.startswith("teacher.") for key in space.space)
+    up: Future[None] = Future()
+
+    def tell(error: Exception | None) -> None:
+        if not up.done():
+            up.set_exception(error) if error else up.set_result(None)
+
+    pooled = config.teacher.mode == "pool" and not own_teachers
+    pool_name = f"taid-teacher-{name}"
+    with (
+        stop_signals() as signals,
+        announced(config.run_dir, pool_name if pooled else None),
+        swept(),
+        # What trials keep in memory would go with the last of them that runs.
+        closing(Cache(config.cache, view.say)) if config.cache.on else nullcontext(),
+        teacher_pool(config, plan, demand, pool_name, tell, view) if pooled else nullcontext(),
+    ):
+        if pooled:
+            wait_for_pool(up, signals)
+        room = room_for_trials(demand, own_teachers)
+        concurrent = min(max_concurrent or room, room)
+        if not concurrent:
+            raise ClusterError(
+                "the cluster has no room for a trial at present: other jobs hold what its nodes have; see `ray status`"
+            )
+        if pooled:
+            check_object_store(plan.payload_bytes, config.teacher, concurrent * demand.workers)
+        view.say(
+            f"{space.num_trials} trials, {concurrent} at a time, {len(book.with_status('finished'))} finished before"
+        )
+        stopped = frozenset(book.with_status("stopped"))
+        tree = config.model_dump(mode="json")
+        shared = pool_name if pooled else None
+        job = SearchJob(config.run_dir, tree, plan.total_steps, shared, pool_spec(config, plan), stopped)
+        run_tune(space, book, job, concurrent, signals, trials, view)
+        if signals.count:
+            raise signals.end()
+
+
+def run_tune(
+    space: Space,
+    book: TrialBook,
+    job: SearchJob,
+    concurrent: int,
+    signals: Signals,
+    trials: TrialsShown,
+    view: ProgressView,
+) -> None:
+    """Returns when all trials have ended, or those that ran when a signal came."""
+    for name, value in {
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # metrics.jsonl has it all
+        "RAY_AIR_NEW_OUTPUT": "0",  # no tables of its own
+        "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # told by Watcher
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that is asked to stop may have nothing to report
+    }.items():
+        os.environ.setdefault(name, value)
+    stop_file = job.directory / STOP_FILE
+    stop_file.unlink(missing_ok=True)
+    watcher = Watcher(book, signals, view)
+    trials.begun = True
+
+    def named(trial: Any) -> str:
+        return book.name_of(trial.config)
+
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(run_trial, job=job), TRIAL_RESOURCES),
+        param_space=None if space.search == "optuna" else sampled(space),
+        tune_config=tune.TuneConfig(
+            metric=space.metric,
+            mode="min",
+            num_samples=1 if space.search == "grid" else space.num_trials,
+            max_concurrent_trials=concurrent if space.search == "optuna" else None,
+            search_alg=searcher(space, book, concurrent),
+            scheduler=scheduler(space, job.total_steps),
+            trial_name_creator=named,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name=SCRATCH, storage_path=str(job.directory), verbose=0, callbacks=[watcher], stop=watcher.stopper()
+        ),
+    )
+
+    def look() -> None:
+        view.wait_for(trials.activity())
+        if signals.count > 1:
+            raise signals.end()
+        if signals.count and not stop_file.exists():
+            view.say("stopping: the trials save a checkpoint after their step; once more to stop at once")
+            stop_file.touch()
+
+    try:
+        attend(tuner.fit, look)
+    finally:
+        stop_file.unlink(missing_ok=True)
+        for left in (job.directory / SCRATCH, *job.directory.glob(f"{TRIALS}/*/.ray-train-*")):  # of stopped trials
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def sampled(space: Space) -> dict[str, Any]:
+    """The space in Ray Tune's words."""
+    if space.search == "grid":
+        return {key: tune.grid_search(list(sampler.arguments)) for key, sampler in space.space.items()}
+    found = {}
+    for key, sampler in space.space.items():
+        arguments = [list(sampler.arguments)] if sampler.kind == "choice" else sampler.arguments
+        found[key] = getattr(tune, sampler.kind)(*arguments)
+    return found
+
+
+def searcher(space: Space, book: TrialBook, concurrent: int) -> Searcher | SearchAlgorithm:
+    """How the next trial is chosen. Trials of an earlier driver come first, with the same values."""
+    if space.search != "optuna":
+        return BasicVariantGenerator(random_state=space.seed, max_concurrent=concurrent)  # draws the same again
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # Its random numbers start anew; with the same seed it would propose the known trials once more.
+    seed = space.seed + len(book.entries)
+    return OptunaSearch(
+        space=sampled(space), metric=space.metric, mode="min", seed=seed, points_to_evaluate=book.params() or None
+    )
+
+
+def scheduler(space: Space, total_steps: int) -> TrialScheduler:
+    """Which trials are stopped early, by their validations."""
+    grace = max(1, round(space.grace_fraction * total_steps))
+    if space.scheduler == "asha":
+        return ASHAScheduler(time_attr="step", max_t=total_steps, grace_period=grace, reduction_factor=space.reduction)
+    if space.scheduler == "median":
+        return MedianStoppingRule(time_attr="step", grace_period=grace)
+    return FIFOScheduler()
+
+
+def wait_for_pool(up: Future[None], signals: Signals) -> None:
+    """Raises what the pool failed with."""
+    while not up.done():
+        if signals.count:
+            raise signals.end()
+        time.sleep(0.1)
+    up.result()
+
+
+def base_config(config: DistillConfig, out: str | Path | None, share_outputs: bool) -> DistillConfig:
+    """What all trials have in common, with the search's directory as `out`."""
+    directory = Path(out or f"runs/{config.name}-search").expanduser().absolute()
+    cache = config.cache
+    if not share_outputs and config.teacher.mode != "cache":
+        cache = CacheConfig()
+    elif not cache.on:
+        cache = cache.model_copy(update={"directory": str(directory / "cache")})
+    workers = Range(min=config.student.workers.min, max=config.student.workers.min)  # the others' room is no room
+    student = config.student.model_copy(update={"workers": workers})
+    return with_absolute_paths(config.model_copy(update={"out": str(directory), "cache": cache, "student": student}))
+
+
+@contextmanager
+def search_directory(config: DistillConfig, space: Space) -> Iterator[tuple[TrialBook, str]]:
+    """Makes the search's directory, or takes it up again, and keeps other drivers out. Yields its book and its name.
+
+    Removes a new one again if the search ends before its first trial. Raises ConfigError if the directory holds anything
+    but the same search, or is in use.
+    """
+    directory = config.run_dir
+    path = directory / SEARCH_FILE
+    if directory.exists() and not path.exists() and any(directory.iterdir()):
+        raise ConfigError(f"out: {directory} holds other files than a search's; choose another directory with --out")
+    directory.mkdir(parents=True, exist_ok=True)
+    with locked(directory):
+        before = read_tree(path) if path.exists() else {}
+        book = TrialBook(directory)
+        if before:
+            _check_same(before, config, space, book)
+        name = before.get("id") or f"{config.name}-{uuid.uuid4().hex[:8]}"
+        content = {"id": name, "config": config.model_dump(mode="json"), "space": space.model_dump(mode="json")}
+        replace_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+        try:
+            yield book, name
+        except (TaidRayError, KeyboardInterrupt, SystemExit):
+            if not before and not book.entries:
+                shutil.rmtree(directory, ignore_errors=True)
+            raise
+
+
+def _check_same(before: dict[str, Any], config: DistillConfig, space: Space, book: TrialBook) -> None:
+    """Raises ConfigError if the directory's search was begun with something else."""
+    changed = changed_keys(build_config(before["config"]), config)
+    now, old = space.model_dump(mode="json"), before["space"]
+    changed += [
+        f"{key} (was {old.get(key)}, now {now[key]})" for key in now if key != "trials" and now[key] != old.get(key)
+    ]
+    if changed:
+        raise ConfigError(
+            f"out: {config.run_dir} holds a search that was begun with other values of {'; '.join(changed)}. Give them their "
+            "old values to go on with it, or choose another directory with --out"
+        )
+    if space.num_trials < len(book.entries):
+        raise ConfigError(
+            f"trials: {space.num_trials} is fewer than the {len(book.entries)} that {config.run_dir} has already; ask for more"
+        )

@@ -1,0 +1,128 @@
+"""One trial of a search: an ordinary run, driven by Ray Tune's process for it instead of by a terminal."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from rich.console import Console
+
+from taid_ray.config.schema import DistillConfig
+from taid_ray.config.space import trial_config
+from taid_ray.driver.launch import Surroundings, distill_among
+from taid_ray.driver.signals import Signals
+from taid_ray.errors import TaidRayError
+from taid_ray.files import read_metrics
+from taid_ray.run.directory import check_run_dir
+from taid_ray.run.layout import TRIALS, VALIDATION_FILE
+from taid_ray.student.spec import Plan
+
+STOP_FILE, ERROR_SUFFIX, LOG_SUFFIX = ".stop", ".error", ".log"
+POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class SearchJob:
+    """What the search's driver hands to every trial."""
+
+    directory: Path
+    """The search's."""
+    tree: dict[str, Any]
+    """The base configuration."""
+    total_steps: int
+    """Of a run of the base configuration."""
+    pool: str | None
+    """Name of the teacher pool's Serve application; None: the trials have teachers of their own."""
+    pool_spec: Any
+    """See `pool_spec`."""
+    stopped: frozenset[str]
+    """Trials that the scheduler stopped while an earlier driver ran."""
+
+
+def pool_spec(config: DistillConfig, plan: Plan) -> Any:
+    """What two runs must have in common to use the same teacher pool. The others of the section are the clients' own."""
+    own = {"window", "window_mib", "hedge_after", "timeout_s"}
+    return config.teacher.model_dump(mode="json", exclude=own), plan.vocabulary.num_shared
+
+
+def run_trial(params: dict[str, Any], job: SearchJob) -> None:
+    """Ray Tune's trainable. Reports each validation once: step, kl, cross_entropy; the last when the run is complete.
+
+    What an earlier driver's trial has done is not done again: its validations are reported, and it goes on from there.
+    Raises what the run failed with, which is then left beside its directory.
+    """
+    name = str(tune.get_context().get_trial_name())
+    run_dir = job.directory / TRIALS / name
+    error_file = run_dir.with_suffix(ERROR_SUFFIX)
+    error_file.unlink(missing_ok=True)
+    # Ray's own helpers look for a cluster by this variable; a second cluster on this machine would confuse them.
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    try:
+        if name in job.stopped:
+            report_all(run_dir)
+        elif not (job.directory / STOP_FILE).exists():
+            distil_trial(named(job.tree, name, run_dir), params, job)
+    except Exception as error:
+        told = str(error) if isinstance(error, TaidRayError) else f"{type(error).__name__}: {error}"
+        error_file.write_text(told, encoding="utf-8")
+        raise
+
+
+def distil_trial(tree: dict[str, Any], params: dict[str, Any], job: SearchJob) -> None:
+    """Runs it to its end, or until the search is asked to stop."""
+    config = trial_config(tree, params, job.total_steps)
+    if check_run_dir(config) == "finished":
+        report_all(config.run_dir)
+        return
+
+    def shared(own: DistillConfig, plan: Plan) -> str | None:
+        return job.pool if job.pool and pool_spec(own, plan) == job.pool_spec else None
+
+    config.run_dir.parent.mkdir(parents=True, exist_ok=True)
+    with config.run_dir.with_suffix(LOG_SUFFIX).open("a", encoding="utf-8") as log, asked(job.directory) as signals:
+        console = Console(file=log, width=130)
+        try:
+            result = distill_among(config, Surroundings(console, shared, signals, report))
+        except (KeyboardInterrupt, SystemExit):
+            return  # the search was asked to stop, and the run has a checkpoint
+    # Not before the summary is there: a scheduler ends a trial that has reported its last step.
+    report(result.summary["validations"][-1])
+
+
+def named(tree: dict[str, Any], name: str, run_dir: Path) -> dict[str, Any]:
+    """The base configuration with a trial's own name and directory."""
+    return tree | {"name": f"{tree['name']}-{name}", "out": str(run_dir)}
+
+
+def report(figures: dict[str, Any]) -> None:
+    """Tells Ray Tune of one validation."""
+    tune.report({key: figures[key] for key in ("step", "kl", "cross_entropy")})
+
+
+def report_all(run_dir: Path) -> None:
+    for figures in read_metrics(run_dir / VALIDATION_FILE):
+        report(figures)
+
+
+@contextmanager
+def asked(directory: Path) -> Iterator[Signals]:
+    """The wish to stop with a checkpoint, which the search's driver leaves as a file."""
+    signals, over = Signals(), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(POLL_S):
+            if (directory / STOP_FILE).exists():
+                signals.first, signals.count = signal.SIGTERM, 1
+                return
+
+    threading.Thread(target=watch, name="taid-asked", daemon=True).start()
+    try:
+        yield signals
+    finally:
+        over.set()

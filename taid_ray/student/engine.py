@@ -1,0 +1,261 @@
+"""The student: a Hugging Face causal language model in a DeepSpeed engine, trained from hidden states.
+
+Body and loss both run inside `engine(...)`, the loss inside the head module's own forward. Under ZeRO-3 that is the
+only place where the head's weight is whole (outside it has shape (0,), and tied heads would train silently wrong).
+"""
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from taid_ray.checkpoint.restore import Restored
+from taid_ray.config.schema import DistillConfig
+from taid_ray.data.batch import Batch
+from taid_ray.distributed.device import loss_memory_mib
+from taid_ray.distributed.world import World
+from taid_ray.errors import NonFiniteLossError
+from taid_ray.losses.chunked import LossParts, Scores, Target, chunk_tokens_for, chunked_loss, chunked_scores
+from taid_ray.losses.projection import LogitTransform, Projection
+from taid_ray.models.loading import Head, head_of, hidden_states
+from taid_ray.models.student_init import add_lora, merged_model
+from taid_ray.student.clock import PhaseClock
+from taid_ray.student.state import load_optimizer, load_weights, training_state
+from taid_ray.teacher.payload import TeacherOutput
+
+HeadFunction = Callable[[Tensor, Tensor, Tensor | None], Any]
+
+
+class Distiller(nn.Module):
+    """Runs `function(hidden [N, H], head weight [V, H], head bias)` inside the model's head module."""
+
+    def __init__(self, model: nn.Module, causal_lm: Any):
+        super().__init__()
+        self.model = model
+        self.causal_lm = [causal_lm]  # in a list: with LoRA it is a part of `model` and must not be registered twice
+        let_head_run_functions(causal_lm.get_output_embeddings())
+
+    def forward(self, inputs: dict[str, Tensor], loss_positions: Tensor, function: HeadFunction) -> Any:
+        causal_lm = self.causal_lm[0]
+        hidden = hidden_states(causal_lm, inputs).flatten(0, 1)[loss_positions]
+        return causal_lm.get_output_embeddings()(hidden, function)
+
+
+def let_head_run_functions(head: Any) -> None:
+    """Gives a head module's forward an optional function of (hidden, whole weight, bias) to run instead of a matmul."""
+    plain = head.forward
+    adapters = getattr(head, "lora_A", None)
+
+    def forward(hidden: Tensor, function: HeadFunction | None = None) -> Any:
+        if function is None:
+            return plain(hidden)
+        base = head.base_layer if adapters else head
+        weight = base.weight
+        if adapters:  # an adapted head is W + s B A; get_delta_weight keeps the graph to A and B
+            weight = weight + head.get_delta_weight("default")
+        return function(hidden, weight, base.bias)
+
+    head.forward = forward
+    if adapters:  # ZeRO-3 gathers a module's own parameters only; these belong to the head's children
+        for parameter in head.parameters():
+            deepspeed.zero.register_external_parameter(head, parameter)
+
+
+class Student:
+    def __init__(
+        self,
+        config: DistillConfig,
+        model: Any,
+        num_shared: int,
+        world: World,
+        device: torch.device,
+        clock: PhaseClock,
+        restored: Restored | None = None,
+    ):
+        """Wraps `model` (on CPU, float32). All ranks must pass identical weights.
+
+        num_shared: vocabulary ids that teacher and student share; the loss sees these rows of the head only.
+        clock: told of the time the loss takes. restored: a checkpoint to go on from.
+        """
+        self.world, self.config, self.num_shared, self.device = world, config, num_shared, device
+        self.clock = clock
+        self.transform: LogitTransform = head_of(model).transform
+        self.causal_lm = model
+        self.num_parameters = int(model.num_parameters())
+        if config.student.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.trained = add_lora(model, config.student.lora, config.train.seed) if config.student.lora else model
+        self.trained.train()
+        if restored is not None:
+            load_weights(self.trained, restored.tensor)
+        optimizer = torch.optim.AdamW(
+            _decay_groups(self.trained, config.train.weight_decay),
+            lr=config.train.learning_rate,
+            betas=config.train.betas,
+            eps=config.train.epsilon,
+            fused=True,
+        )
+        self.grad_norm = 0.0
+        self.clips_itself = config.student.zero_stage == 0
+        if self.clips_itself:
+            # ZeRO 0 hands clipping to a helper that keeps no norm; this hook runs after the gradients are reduced.
+            optimizer.register_step_pre_hook(self._clip)
+        memory_mib = config.loss.memory_mib or loss_memory_mib(device)
+        self.chunk_tokens = chunk_tokens_for(num_shared, memory_mib * 2**20)
+        self.engine, *_ = deepspeed.initialize(
+            model=Distiller(self.trained, model).to(device),
+            optimizer=optimizer,
+            config=deepspeed_config(config),
+        )
+        if restored is not None:
+            load_optimizer(self.engine, self.trained, restored.tensor, restored.state.result.step, world)
+
+    def reseed(self, step: int) -> None:
+        """Begins the optimizer step's random numbers (dropout), which follow from (seed, step, rank) and nothing else."""
+        torch.manual_seed(random.Random(f"{self.config.train.seed}/{step}/{self.world.rank}").getrandbits(63))
+
+    def forward(
+        self, batch: Batch, teacher_output: TeacherOutput, teacher_head: Head | None, t: float
+    ) -> tuple[Tensor, LossParts]:
+        """The loss summed over this micro-batch's loss positions, and its detached parts.
+
+        teacher_head: None where the teacher's payload carries probabilities.
+        """
+        loss = self.config.loss
+        teacher, labels = self._target(batch, teacher_output, teacher_head)
+
+        def compute(hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> tuple[Tensor, LossParts]:
+            with self.clock.phase("loss"):
+                return chunked_loss(
+                    loss.name,
+                    self._projection(hidden, head_weight, head_bias),
+                    teacher,
+                    # A tensor, so that its changing value recompiles nothing; on the CPU, so that no device waits for it.
+                    t=torch.tensor(t, dtype=torch.float64),
+                    labels=labels,
+                    sft_weight=loss.sft_weight,
+                    weight=loss.weight,
+                    chunk_tokens=self.chunk_tokens,
+                    return_parts=True,
+                )
+
+        total, parts = self._run(batch, compute)
+        return total, parts
+
+    @torch.no_grad()
+    def score(self, batch: Batch, teacher_output: TeacherOutput, teacher_head: Head | None) -> Scores:
+        """Validation sums of this micro-batch. Collective under ZeRO-3: every rank must call it equally often."""
+        teacher, labels = self._target(batch, teacher_output, teacher_head)
+
+        def compute(hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> Scores:
+            student = self._projection(hidden, head_weight, head_bias)
+            return chunked_scores(student, teacher, labels, chunk_tokens=self.chunk_tokens)
+
+        self.engine.eval()
+        scores: Scores = self._run(batch, compute)
+        self.engine.train()
+        return scores
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds this rank's share of a loss that is SUMMED over ranks (DeepSpeed averages, so undo its 1 / size)."""
+        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> float:
+        """One optimizer step. Returns the global gradient norm before clipping.
+
+        Raises NonFiniteLossError if that is not finite: DeepSpeed would drop the step and go on.
+        """
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.engine.step()
+        return self.grad_norm if self.clips_itself else finite_norm(float(self.engine.get_global_grad_norm()))
+
+    def state(self) -> Iterator[tuple[str, Tensor | None]]:
+        """What `restored` needs to continue from here, see state.training_state. Collective."""
+        return training_state(self.engine, self.trained, self.world)
+
+    def save(self, directory: Path) -> None:
+        """Writes a Hugging Face model directory on rank 0 (adapters merged). Collective under ZeRO-3."""
+        state = self._gathered_state()
+        if self.world.is_main:
+            merged_model(self.config, self.causal_lm, state).save_pretrained(directory)
+        self.world.barrier()
+
+    def _run(self, batch: Batch, function: HeadFunction) -> Any:
+        inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.inputs.items()}
+        return self.engine(inputs, batch.loss_positions.to(self.device), function)
+
+    def _target(self, batch: Batch, teacher_output: TeacherOutput, teacher_head: Head | None) -> tuple[Target, Tensor]:
+        """The teacher's side of the loss, and the labels, on this device."""
+        labels = batch.labels.to(self.device, non_blocking=True)
+        return teacher_output.to(self.device).target(teacher_head), labels
+
+    def _projection(self, hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> Projection:
+        """The student's side of the loss, cut to the shared vocabulary."""
+        if head_weight.shape[0] > self.num_shared:
+            head_weight = head_weight[: self.num_shared]
+            head_bias = None if head_bias is None else head_bias[: self.num_shared]
+        return Projection(hidden, head_weight, head_bias, self.transform)
+
+    def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        limit = self.config.train.max_grad_norm or float("inf")
+        self.grad_norm = finite_norm(float(torch.nn.utils.clip_grad_norm_(parameters, limit)))
+
+    def _gathered_state(self) -> dict[str, Tensor]:
+        """All parameters and saved buffers of the trained model, whole, on rank 0's CPU; {} elsewhere."""
+        saved = self.trained.state_dict().keys()  # leaves out buffers that are computed anew, such as rotary tables
+        state = {name: buffer.detach().cpu() for name, buffer in self.trained.named_buffers() if name in saved}
+        partitioned = self.config.student.zero_stage == 3
+        for name, parameter in self.trained.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=partitioned):
+                if self.world.is_main:
+                    state[name] = parameter.detach().cpu().clone()
+        return state if self.world.is_main else {}
+
+
+def finite_norm(grad_norm: float) -> float:
+    """The norm itself. Raises NonFiniteLossError, on every rank alike, if it is NaN or infinite."""
+    if not math.isfinite(grad_norm):
+        raise NonFiniteLossError(
+            f"the gradient norm became {grad_norm}, so this step was not taken; lower train.learning_rate, set "
+            "train.max_grad_norm, or look for damaged rows in the data"
+        )
+    return grad_norm
+
+
+def deepspeed_config(config: DistillConfig) -> dict[str, Any]:
+    """The DeepSpeed configuration: what taid-ray owns, merged over what the user passes through."""
+    student, passed = config.student, dict(config.student.deepspeed)
+    zero = {"stage": student.zero_stage} | passed.pop("zero_optimization", {})
+    if student.zero_stage < 2:
+        zero["overlap_comm"] = False  # DeepSpeed refuses it below stage 2 when the loop owns the step
+    owned: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "managed_gradient_accumulation": False,  # backward() accumulates, step() reduces: the loop owns the step
+        # DeepSpeed clips at 1.0 unless told otherwise.
+        "gradient_clipping": 0.0 if student.zero_stage == 0 else config.train.max_grad_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # the native CPU optimizer would compile at the first start
+        "bf16": {"enabled": student.dtype == "bfloat16"},
+        "steps_per_print": 10**9,
+    }
+    if student.dtype == "bfloat16":
+        # Summing micro-batches in bfloat16 would make the trajectory depend on their number.
+        owned["data_types"] = {"grad_accum_dtype": "fp32"}
+    return passed | owned
+
+
+def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW groups: matrices decay, vectors (biases, norms) do not."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trainable if p.dim() >= 2]
+    vectors = [p for p in trainable if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,216 @@
+"""`taid-ray eval`: measures a finished model against its teacher on any data, in one process and without Ray."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from taid_ray.config.schema import DataConfig, DistillConfig, build_config
+from taid_ray.data.batch import Batch, collate
+from taid_ray.data.dataset import validation_rows
+from taid_ray.data.documents import open_documents, read_blocks
+from taid_ray.data.encoding import Encoder
+from taid_ray.data.packing import Sample
+from taid_ray.data.shared_ids import check_ids
+from taid_ray.distributed.device import loss_memory_mib, resolve, torch_device
+from taid_ray.errors import ConfigError, DataError
+from taid_ray.losses.chunked import chunk_tokens_for, chunked_scores
+from taid_ray.losses.projection import Projection
+from taid_ray.models.hub import connection_restored
+from taid_ray.models.loading import Head, hidden_states, load_causal_lm, tested_head
+from taid_ray.models.pair import check_models, context_length, model_configs, run_tokenizer, shared_vocabulary
+from taid_ray.run.metrics import perplexity
+from taid_ray.teacher.model import TeacherModel
+from taid_ray.teacher.payload import TeacherOutput
+
+ROUGE_ROWS, ROUGE_NEW_TOKENS = 64, 128
+BATCH_ROWS = 8
+# Keys that change a measurement, by section; the others are about training.
+USED_KEYS = {
+    "teacher": {"model", "revision", "dtype", "quantization", "attention", "trust_remote_code", "max_tokens"},
+    "student": {"model", "revision", "dtype", "attention", "trust_remote_code"},
+    "data": set(DataConfig.model_fields) - {"train", "split", "block_documents"},
+}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Means over the loss positions, in nats, and optionally ROUGE-L (0 to 1)."""
+
+    cross_entropy: float
+    teacher_cross_entropy: float
+    kl: float
+    tokens: int
+    sequence_length: int
+    rouge_l: float | None
+    teacher_rouge_l: float | None
+
+
+def evaluate_model(model: str, teacher: str, data: str, overrides: Sequence[str], rouge: bool) -> Measurement:
+    """Scores `model` and `teacher` on at most data.valid_documents documents.
+
+    overrides: dotted keys of teacher, student and data sections. data.sequence_length defaults to what both models hold,
+    student.dtype to the checkpoint's own. Raises a TaidRayError for everything a user can put right.
+    """
+    config = _config(model, teacher, data, overrides)
+    check_used(overrides)
+    if rouge:
+        check_rouge(config)
+    with connection_restored():
+        return _measure(config, rouge)
+
+
+def _measure(config: DistillConfig, rouge: bool) -> Measurement:
+    teacher_config, student_config = model_configs(config)
+    if "sequence_length" not in config.data.model_fields_set:
+        longest = min(context_length(teacher_config, student_config), config.data.sequence_length)
+        config = config.model_copy(update={"data": config.data.model_copy(update={"sequence_length": longest})})
+    check_models(config, teacher_config, student_config)
+    device = torch_device(resolve(config.device, torch.cuda.is_available()))
+    tokenizer = run_tokenizer(config)
+    vocabulary = shared_vocabulary(config, teacher_config, student_config)
+    rows = validation_rows(config.data, tokenizer)
+    check_ids(rows, vocabulary.num_shared, tokenizer.get_vocab())
+    student, head = load_student(config, device)
+    teacher = load_teacher(config, vocabulary.num_shared, device)
+    sums = torch.zeros(4, dtype=torch.float64)
+    for start in range(0, len(rows), BATCH_ROWS):
+        batch = collate(rows[start : start + BATCH_ROWS])
+        sums += _score(student, head.rows(vocabulary.num_shared), teacher, batch, device)
+    scores: list[float | None] = [None, None]
+    if rouge:
+        samples = _conversations(config, tokenizer)
+        scores = [rouge_l(each, tokenizer, samples, device) for each in (student, teacher.model)]
+    student_ce, teacher_ce, kl, tokens = sums.tolist()
+    length = config.data.sequence_length
+    return Measurement(student_ce / tokens, teacher_ce / tokens, kl / tokens, int(tokens), length, *scores)
+
+
+def load_student(config: DistillConfig, device: torch.device) -> tuple[Any, Head]:
+    """The model to measure and its head, tested like a student of a run."""
+    student = config.student
+    model = load_causal_lm(
+        str(student.model),
+        revision=student.revision,
+        dtype=student.dtype if "dtype" in student.model_fields_set else "auto",
+        attention=student.attention,
+        trust_remote_code=student.trust_remote_code,
+        device=device,
+        key="student.model",
+    ).to(device)
+    return model, tested_head(model, "student.model", config.data.pack)
+
+
+def load_teacher(config: DistillConfig, num_shared: int, device: torch.device) -> TeacherModel:
+    """The teacher. Raises ModelError if it cannot be given the rows that the student is given."""
+    teacher = TeacherModel(config.teacher, num_shared, device)
+    if config.data.pack:
+        teacher.info().require_packing()
+    return teacher
+
+
+def measurement_table(found: Measurement) -> Table:
+    """One row for the model, one for its teacher."""
+    table = Table(title=f"{found.tokens:,} tokens, in rows of at most {found.sequence_length}")
+    for column in (
+        "",
+        "cross-entropy",
+        "perplexity",
+        "KL to the teacher",
+        *(["ROUGE-L"] if found.rouge_l is not None else []),
+    ):
+        table.add_column(column, justify="right" if column else "left")
+
+    def row(name: str, cross_entropy: float, kl: str, rouge: float | None) -> None:
+        shown = [] if rouge is None else [f"{rouge:.4f}"]
+        table.add_row(name, f"{cross_entropy:.4f}", f"{perplexity(cross_entropy):.2f}", kl, *shown)
+
+    row("model", found.cross_entropy, f"{found.kl:.4f}", found.rouge_l)
+    row("teacher", found.teacher_cross_entropy, "-", found.teacher_rouge_l)
+    return table
+
+
+def _config(model: str, teacher: str, data: str, overrides: Sequence[str]) -> DistillConfig:
+    tree = {
+        "teacher": {"model": teacher},
+        "student": {"model": model},
+        "data": {"train": data, "valid": data},
+        "train": {"steps": 1},
+    }
+    return build_config(tree, overrides)
+
+
+def check_used(overrides: Sequence[str]) -> None:
+    """Raises ConfigError for a key that would change nothing."""
+    for override in overrides:
+        key = override.partition("=")[0]
+        section, _, rest = key.partition(".")
+        if rest.partition(".")[0] not in USED_KEYS.get(section, set()) and key != "device":
+            used = [f"{section}.{name}" for name in sorted(USED_KEYS.get(section, ()))] or [f"{s}.*" for s in USED_KEYS]
+            raise ConfigError(f"{key}: eval makes no use of this key; leave it out. It uses {', '.join(used)}")
+
+
+@torch.no_grad()
+def _score(student: Any, head: Head, teacher: TeacherModel, batch: Batch, device: torch.device) -> torch.Tensor:
+    """Sums over the batch's loss positions, [student's cross-entropy, teacher's, KL, positions]."""
+    inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
+    hidden = hidden_states(student, inputs).flatten(0, 1)[batch.loss_positions.to(device)]
+    answer = teacher.score(batch.inputs, batch.loss_positions, batch.labels)
+    teacher.info().check_output(answer, batch.num_loss_tokens)
+    scores = chunked_scores(
+        Projection(hidden, head.weight, head.bias, head.transform),
+        TeacherOutput("hidden", answer).target(teacher.head().to(device)),
+        batch.labels.to(device),
+        chunk_tokens=chunk_tokens_for(head.weight.shape[0], loss_memory_mib(device) * 2**20),
+    )
+    figures = (scores.student_ce, scores.teacher_ce, scores.kl, batch.num_loss_tokens)
+    return torch.tensor([float(figure) for figure in figures], dtype=torch.float64)
+
+
+def check_rouge(config: DistillConfig) -> None:
+    """Raises ConfigError if the data have no responses, or the package rouge-score is missing."""
+    if config.data.format == "text":
+        raise ConfigError("--rouge needs prompts and responses; set format=chat or format=prompt_response (found text)")
+    if find_spec("rouge_score") is None:
+        raise ConfigError("--rouge needs the package rouge-score; run `pip install 'taid-ray[eval]'`")
+
+
+def _conversations(config: DistillConfig, tokenizer: Any) -> list[Sample]:
+    # Whatever carries loss, it is responses that are generated.
+    data = config.data.model_copy(update={"loss_on": "response"})
+    source = f"data.valid: {data.valid}"
+    size = min(ROUGE_ROWS, data.valid_documents)
+    first_row, columns = next(read_blocks(open_documents(data, "valid"), data, source, 0, size))
+    samples = Encoder(data, tokenizer, source).encode(columns, first_row)
+    if not samples:
+        raise DataError(f"{source}: none of the first {size} rows fits into data.sequence_length; make it larger")
+    return samples
+
+
+@torch.no_grad()
+def rouge_l(model: Any, tokenizer: Any, samples: Sequence[Sample], device: torch.device) -> float:
+    """Mean ROUGE-L F1 of greedy generations against each sample's first response. Needs the package rouge-score."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    total = 0.0
+    for sample in samples:
+        start = sample.loss_mask.index(True)
+        stop = start + next((i for i, kept in enumerate(sample.loss_mask[start:]) if not kept), len(sample.loss_mask))
+        prompt = torch.tensor([sample.input_ids[:start]], device=device)
+        generated = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=ROUGE_NEW_TOKENS,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+        )
+        texts = [
+            tokenizer.decode(ids, skip_special_tokens=True)
+            for ids in (sample.input_ids[start:stop], generated[0][start:])
+        ]
+        total += scorer.score(*texts)["rougeL"].fmeasure
+    return total / len(samples)

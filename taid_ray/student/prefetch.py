@@ -1,0 +1,137 @@
+"""From global batches to this rank's micro-batches, with the teacher already working on the next ones."""
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, TypeVar
+
+from taid_ray.data.batch import Batch, Row, collate
+from taid_ray.data.batching import split_evenly
+from taid_ray.data.dataset import Cursor
+from taid_ray.distributed.world import World
+from taid_ray.errors import DataError
+from taid_ray.student.clock import PhaseClock
+from taid_ray.teacher.payload import TeacherOutput
+from taid_ray.teacher.protocol import TeacherClient
+
+T = TypeVar("T")
+DATA_S = 1800.0
+"""How long the next rows may take to be read and encoded."""
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """This rank's part of one optimizer step."""
+
+    batches: list[Batch]
+    num_loss_tokens: int
+    """Loss positions of the GLOBAL batch: the one denominator. Every rank reads all rows, so it needs no collective."""
+    cursor: Cursor
+    """Where the data stand after this step; what a checkpoint stores (prefetch has read further)."""
+    documents: list[int] = field(default_factory=list)
+    """The documents in this rank's rows, ascending and each once, by their numbers from 1 in the dataset."""
+
+
+def step_batches(
+    global_batches: Iterator[tuple[list[Row], Cursor]], world: World, accumulation: int
+) -> Iterator[StepBatches]:
+    """Cuts each global batch into this rank's contiguous share, and that into `accumulation` micro-batches."""
+    for rows, cursor in global_batches:
+        own = split_evenly(rows, world.size)[world.rank]
+        batches = [collate(part) for part in split_evenly(own, accumulation)]
+        documents = sorted({document for row in own for document in row.documents})
+        yield StepBatches(batches, sum(row.num_loss_tokens for row in rows), cursor, documents)
+
+
+def read_ahead(items: Iterator[T], depth: int) -> Iterator[T]:
+    """The same items in the same order, made by a thread up to `depth` ahead of their use. Errors arrive in their place."""
+    made: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=depth)
+
+    def make() -> None:
+        try:
+            for item in items:
+                made.put((item, None))
+        except BaseException as error:  # handed over, to be raised where the item is missed
+            made.put((None, error))
+        else:
+            made.put((None, StopIteration()))
+
+    threading.Thread(target=make, name="taid-read-ahead", daemon=True).start()
+    while True:
+        try:
+            item, error = made.get(timeout=DATA_S)
+        except queue.Empty:
+            raise DataError(
+                f"no training data came for {DATA_S:.0f} s; check the network or the disk that data.train is read from"
+            ) from None
+        if isinstance(error, StopIteration):
+            return
+        if error is not None:
+            raise error
+        yield item  # type: ignore[misc]
+
+
+class Prefetcher:
+    """Hands out steps, and their micro-batches with the teacher's outputs, in order.
+
+    At any time up to `window` requests, of answers of at most `window_bytes` together, are at the teacher or wait here,
+    across step boundaries; one always is. They depend on neither t nor the student, so reading ahead changes nothing.
+    """
+
+    def __init__(
+        self, steps: Iterator[StepBatches], teacher: TeacherClient, window: int, window_bytes: int, clock: PhaseClock
+    ):
+        self._steps, self._teacher, self._clock = steps, teacher, clock
+        self._window, self._window_tokens = window, window_bytes // teacher.info().bytes_per_token
+        self._announced: deque[StepBatches] = deque()
+        self._unsent: deque[Batch] = deque()
+        self._in_flight: deque[tuple[Batch, Any]] = deque()
+        self._tokens_in_flight = 0
+        self.documents: list[int] = []
+        """Of this rank's rows in the step handed out last."""
+        self.wait_s = 0.0
+        """Total time `collect` has stood still for the teacher."""
+        self._fill()
+
+    def next_step(self) -> StepBatches:
+        """Raises StopIteration after the last step."""
+        if not self._announced:
+            with self._clock.phase("data"):
+                self._read()
+        step = self._announced.popleft()
+        self.documents = step.documents
+        return step
+
+    def collect(self) -> tuple[Batch, TeacherOutput]:
+        """The next micro-batch of the step handed out last. Sends the requests that now find room before it returns."""
+        batch, request = self._in_flight.popleft()
+        start = perf_counter()
+        with self._clock.phase("teacher_wait"):
+            output = self._teacher.collect(request)
+        self.wait_s += perf_counter() - start
+        self._tokens_in_flight -= batch.num_loss_tokens
+        self._fill()
+        return batch, output
+
+    def _read(self) -> None:
+        step = next(self._steps)
+        self._announced.append(step)
+        self._unsent.extend(step.batches)
+
+    def _fill(self) -> None:
+        with self._clock.phase("data"):
+            while len(self._in_flight) < self._window:
+                if not self._unsent:
+                    try:
+                        self._read()
+                    except StopIteration:
+                        return
+                tokens = self._unsent[0].num_loss_tokens
+                if self._in_flight and self._tokens_in_flight + tokens > self._window_tokens:
+                    return
+                batch = self._unsent.popleft()
+                self._in_flight.append((batch, self._teacher.submit(batch)))
+                self._tokens_in_flight += tokens

@@ -1,0 +1,102 @@
+"""What the summary needs to know of a run, over all its attempts."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from taid_ray.data.encoding import Counts
+from taid_ray.run.bottleneck import Usage
+from taid_ray.run.metrics import StepMetrics
+from taid_ray.student.validation import Evaluation
+from taid_ray.teacher.protocol import TeacherInfo
+
+
+@dataclass
+class Record:
+    """Rank 0's is the one that is saved and used; all ranks keep one."""
+
+    payload_error: float = 0.0
+    validations: dict[int, Evaluation] = field(default_factory=dict)
+    """By the step after which they were made."""
+    tokens: int = 0
+    payload_bytes: int = 0
+    teacher_tokens: int = 0
+    """Of earlier attempts, up to the checkpoint."""
+    wall_s: float = 0.0
+    """Of earlier attempts, up to the checkpoint."""
+    samples: int = 0
+    t: float = 0.0
+    """Of the last step."""
+    best: str | None = None
+    """Name of the checkpoint with the best validation."""
+    usage: Usage = field(default_factory=Usage)
+    """Since it was last told what holds the run back."""
+    started: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "Record":
+        """From what `state` gave, on the way through JSON."""
+        validations = {
+            found["step"]: Evaluation(**{key: value for key, value in found.items() if key != "step"})
+            for found in state["validations"]
+        }
+        return cls(**{**state, "validations": validations})
+
+    def state(self, teacher_tokens: int) -> dict[str, Any]:
+        """What a checkpoint keeps. teacher_tokens: of this attempt, over all ranks."""
+        return {
+            "payload_error": self.payload_error,
+            "validations": self.validation_lines(),
+            "tokens": self.tokens,
+            "payload_bytes": self.payload_bytes,
+            "teacher_tokens": self.teacher_tokens + teacher_tokens,
+            "wall_s": self.wall_s + time.monotonic() - self.started,
+            "samples": self.samples,
+            "t": self.t,
+            "best": self.best,
+        }
+
+    def add(self, metrics: StepMetrics) -> None:
+        self.tokens += metrics.tokens
+        self.payload_bytes += metrics.payload_bytes
+        self.samples, self.t = metrics.samples_seen, metrics.t
+
+    def is_best(self, step: int, figure: str) -> bool:
+        """Whether the validation after `step` has the lowest `figure` of all so far."""
+        lowest = min(self.validations, key=lambda other: (getattr(self.validations[other], figure), other))
+        return step == lowest
+
+    def summary(
+        self, steps: int, teacher: TeacherInfo, teacher_tokens: int, parameters: int, counts: Counts, restarts: int
+    ) -> dict[str, Any]:
+        """The content of summary.json. parameters: the student's. counts: of the data, by the last attempt."""
+        first, final = self.validations[0], self.validations[steps]
+
+        def figures(found: Evaluation) -> dict[str, Any]:
+            return {"cross_entropy": found.cross_entropy, "kl": found.kl, "parameters": parameters}
+
+        total = self.state(teacher_tokens)
+        return {
+            "steps": steps,
+            "teacher": {"cross_entropy": first.teacher_cross_entropy, "parameters": teacher.num_parameters},
+            "before": figures(first),
+            "after": figures(final),
+            "validations": total["validations"],
+            "t": self.t,
+            "tokens": self.tokens,
+            "samples": self.samples,
+            "wall_s": total["wall_s"],
+            "teacher_tokens": total["teacher_tokens"],
+            "payload_bytes": self.payload_bytes,
+            "payload_error": self.payload_error,
+            "dropped_teacher_mass": teacher.dropped_mass,
+            "documents_read": counts.documents,
+            "dropped_documents": counts.dropped,
+            "truncated_documents": counts.truncated,
+            "restarts": restarts,
+        }
+
+    def validation_lines(self) -> list[dict[str, Any]]:
+        """In the order of their steps; what validation.jsonl holds."""
+        return [{"step": step} | asdict(found) for step, found in sorted(self.validations.items())]

@@ -1,0 +1,238 @@
+"""A teacher that is asked only for what the cache does not hold."""
+
+import queue
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from taid_ray.data.batch import Batch
+from taid_ray.errors import TeacherError
+from taid_ray.models.loading import Head
+from taid_ray.teacher.cache.claims import RENEW_S, ClaimDesk
+from taid_ray.teacher.cache.samples import CutSample, batch_of, join, samples_of, split
+from taid_ray.teacher.cache.tiers import Cache
+from taid_ray.teacher.payload import TeacherOutput
+from taid_ray.teacher.protocol import TeacherClient, TeacherInfo
+from taid_ray.teacher.transfer import ToDevice
+
+POLL_S = 0.05
+"""How often a sample that another process computes is looked for."""
+CLOSE_S = 5.0
+
+
+@dataclass
+class Asked:
+    """What the teacher itself was asked for."""
+
+    request: Any
+    """Of the inner client."""
+    samples: list[CutSample]
+    """In the order of its answer."""
+
+
+@dataclass
+class CachedRequest:
+    """A batch on its way through the threads."""
+
+    batch: Batch
+    samples: list[CutSample] = field(default_factory=list)
+    parts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """By the samples' keys, on CPU: what is known of the answer."""
+    asked: Asked | None = None
+    compute_s: float = 0.0
+    output: Future[Any] = field(default_factory=Future)
+
+    def missing(self) -> list[CutSample]:
+        """Each once."""
+        return list({sample.key: sample for sample in self.samples if sample.key not in self.parts}.values())
+
+
+class CachedTeacher:
+    """A TeacherClient in front of another one, which must answer on CPU and is asked for each sample once.
+
+    Three threads work ahead of `collect`, each through the requests in order. The first looks into the cache and asks for
+    what is missing, in one request. The second keeps the answers as soon as they are there, because others wait for them;
+    it waits for nobody but the teacher. The third waits for what others compute, and puts the answers together.
+    """
+
+    def __init__(self, inner: TeacherClient, cache: Cache, claims: ClaimDesk, device: torch.device):
+        self._inner, self._cache, self._claims, self._device = inner, cache, claims, device
+        self._to_device = ToDevice(device)
+        self._holder = uuid.uuid4().hex
+        self._held: set[str] = set()
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self.samples_found = self.samples_asked = 0
+        """How many were in the cache when they were needed first, and how many the teacher was asked for."""
+        stages = (self._look, self._keep, self._assemble)
+        self._queues: list[queue.SimpleQueue[CachedRequest | None]] = [queue.SimpleQueue() for _ in stages]
+        self._threads = [
+            threading.Thread(target=self._run, args=(number, stage), name=f"taid-cache-{number}", daemon=True)
+            for number, stage in enumerate(stages)
+        ]
+        self._threads.append(threading.Thread(target=self._renew, name="taid-cache-claims", daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def tokens(self) -> int:
+        return self._inner.tokens
+
+    @property
+    def inner(self) -> TeacherClient:
+        """The teacher itself."""
+        return self._inner
+
+    def submit(self, batch: Batch) -> CachedRequest | None:
+        if not batch.num_loss_tokens:
+            return None
+        request = CachedRequest(batch)
+        self._queues[0].put(request)
+        return request
+
+    def collect(self, request: CachedRequest | None) -> TeacherOutput:
+        """The answer, usually there already. Raises TeacherError as the teacher itself."""
+        if request is None:
+            return self.info().empty_output(self._device)
+        output, copied = request.output.result()
+        self._to_device.wait(output, copied)
+        found: TeacherOutput = output
+        return found
+
+    def payload_error(self, batch: Batch) -> float:
+        return self._inner.payload_error(batch)
+
+    def head(self) -> Head:
+        return self._inner.head()
+
+    def info(self) -> TeacherInfo:
+        return self._inner.info()
+
+    def close(self) -> None:
+        self._stopped.set()
+        self._queues[0].put(None)
+        self._inner.close()
+        for thread in self._threads:
+            thread.join(CLOSE_S)
+        with self._lock:
+            self._claims.release(self._holder, self._scoped(self._held))
+        self._cache.close()
+
+    def _run(self, number: int, stage: Callable[[CachedRequest], None]) -> None:
+        following = self._queues[number + 1] if number + 1 < len(self._queues) else None
+        while (request := self._queues[number].get()) is not None:
+            try:
+                stage(request)
+            except BaseException as error:  # handed over, to be raised by `collect`
+                request.output.set_exception(error)
+            else:
+                if following is not None:
+                    following.put(request)
+        if following is not None:
+            following.put(None)
+
+    def _look(self, request: CachedRequest) -> None:
+        info = self.info()
+        request.samples = samples_of(request.batch, info.fingerprint, with_labels=info.payload == "topk")
+        self._find(request)
+        with self._lock:
+            self.samples_found += len(request.parts)
+        mine = self._claim(request)
+        if mine:
+            request.asked = self._ask(mine, request.batch, whole=len(mine) == len(request.samples))
+
+    def _keep(self, request: CachedRequest) -> None:
+        if request.asked is not None:
+            self._take(request, request.asked)
+
+    def _assemble(self, request: CachedRequest) -> None:
+        while request.missing():
+            self._find(request)
+            mine = self._claim(request) if request.missing() else []
+            if mine:  # whoever computed them did not keep them
+                self._take(request, self._ask(mine, request.batch))
+            elif request.missing() and self._stopped.wait(POLL_S):
+                raise TeacherError("the client of the cache was closed")
+        tensors = join(request.samples, request.parts)
+        request.parts.clear()
+        output = TeacherOutput(self.info().payload, tensors, request.compute_s)
+        request.output.set_result(self._to_device.copy(output))
+
+    def _find(self, request: CachedRequest) -> None:
+        """Takes from the cache what of the missing samples is there."""
+        for sample in request.missing():
+            tensors = self._cache.get(sample.key)
+            if tensors is not None and self._fits(tensors, sample):
+                request.parts[sample.key] = tensors
+
+    def _fits(self, tensors: dict[str, Tensor], sample: CutSample) -> bool:
+        try:
+            self.info().check_output(tensors, sample.num_positions)
+        except TeacherError:
+            return False
+        return True
+
+    def _claim(self, request: CachedRequest) -> list[CutSample]:
+        """Those of the missing samples that are ours to compute, and not there yet after all."""
+        missing = request.missing()
+        with self._lock:
+            wanted = [sample.key for sample in missing if sample.key not in self._held]
+            granted = {key for key, mine in zip(wanted, self._granted(wanted), strict=True) if mine}
+            self._held |= granted
+        self._find(request)  # somebody may have finished and released them since we looked
+        mine = [sample for sample in missing if sample.key in granted]
+        self._release([sample for sample in mine if sample.key in request.parts])
+        return [sample for sample in mine if sample.key not in request.parts]
+
+    def _granted(self, keys: Sequence[str]) -> list[bool]:
+        return self._claims.claim(self._holder, self._scoped(keys)) if keys else []
+
+    def _scoped(self, keys: Iterable[str]) -> list[str]:
+        """Whoever does not see our cache must not wait for it."""
+        return [f"{self._cache.scope} {key}" for key in keys]
+
+    def _release(self, samples: Sequence[CutSample]) -> None:
+        keys = [sample.key for sample in samples]
+        with self._lock:
+            self._held.difference_update(keys)
+        if keys:
+            self._claims.release(self._holder, self._scoped(keys))
+
+    def _ask(self, samples: list[CutSample], batch: Batch, whole: bool = False) -> Asked:
+        """Sends one request for these samples of the batch.
+
+        whole: they are all of it, so that it is sent as it is, and answered to the bit as without a cache.
+        """
+        try:
+            if not whole:
+                may_share_rows = self.info().packing_error is None
+                batch, samples = batch_of(samples, batch.inputs["input_ids"].shape[1], may_share_rows)
+            with self._lock:
+                self.samples_asked += len(samples)
+            return Asked(self._inner.submit(batch), samples)
+        except BaseException:
+            self._release(samples)
+            raise
+
+    def _take(self, request: CachedRequest, asked: Asked) -> None:
+        """Waits for an answer and keeps it."""
+        try:
+            output = self._inner.collect(asked.request)
+            found = split({name: tensor.cpu() for name, tensor in output.tensors.items()}, asked.samples)
+            request.compute_s += output.compute_s
+            request.parts |= found
+            for key, tensors in found.items():
+                self._cache.put(key, tensors)
+        finally:
+            self._release(asked.samples)
+
+    def _renew(self) -> None:
+        while not self._stopped.wait(RENEW_S):
+            with self._lock:
+                self._granted(list(self._held))

@@ -1,0 +1,212 @@
+"""What `taid-ray cache warm` leaves of a teacher besides its outputs, and the run that has nothing else of it.
+
+DIRECTORY/teachers/FINGERPRINT/teacher.json        what is known of it, and what its weights were
+DIRECTORY/teachers/FINGERPRINT/head.safetensors    its head, where the payload needs one
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import xxhash
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from taid_ray.config.schema import DistillConfig, TeacherConfig
+from taid_ray.data.batch import Batch
+from taid_ray.errors import ConfigError, TeacherError
+from taid_ray.files import write_json
+from taid_ray.losses.projection import LogitTransform
+from taid_ray.models.loading import Head, load_model_config
+from taid_ray.teacher.cache.samples import samples_of
+from taid_ray.teacher.model import head_digest
+from taid_ray.teacher.payload import TeacherOutput, needs_head
+from taid_ray.teacher.protocol import TeacherClient, TeacherInfo
+
+TEACHER_FILE, HEAD_FILE = "teacher.json", "head.safetensors"
+FORMAT = 1
+END_BYTES = 2**20
+WARM = "run `taid-ray cache warm` with this configuration"
+
+
+@dataclass(frozen=True)
+class Warmed:
+    """Content of a teacher.json."""
+
+    info: TeacherInfo
+    settings: str
+    """SHA-256 of what the configuration says of the teacher, and its model's config."""
+    model: str
+    revision: str | None
+    weights: dict[str, list[Any]]
+    """By the name of each file, its size and the digest of its ends."""
+    payload_error: float
+    at: str
+    """When it was warmed."""
+
+
+class WarmedTeacher:
+    """The TeacherClient of mode `cache`: knows the teacher, and answers nothing."""
+
+    tokens = 0
+
+    def __init__(self, config: DistillConfig, num_shared: int):
+        """Raises ConfigError as `find_warmed`."""
+        self._directory, self._warmed = find_warmed(config, num_shared)
+
+    def submit(self, batch: Batch) -> NoReturn:
+        """Raises TeacherError: somebody asks for what the cache does not hold."""
+        count = len(samples_of(batch, "", with_labels=False))
+        raise TeacherError(
+            f"teacher.mode: cache: {count} sample(s) of a batch are not in the cache {self._directory.parents[1]}; {WARM}. If "
+            "you did, they were removed since: raise cache.disk_gib"
+        )
+
+    def collect(self, request: NoReturn) -> TeacherOutput:
+        raise AssertionError("nothing was asked for")
+
+    def payload_error(self, batch: Batch) -> float:
+        """As measured when the cache was warmed."""
+        return self._warmed.payload_error
+
+    def head(self) -> Head:
+        """Raises TeacherError if it is not what was written."""
+        path, info = self._directory / HEAD_FILE, self._warmed.info
+        try:
+            tensors = load_file(path)
+            head = Head(tensors["weight"], tensors.get("bias"), info.transform)
+            fine = head_digest(head) == info.head_digest
+        except (OSError, SafetensorError, ValueError, LookupError):
+            fine = False
+        if not fine:
+            raise TeacherError(f"the teacher's head in {path} is damaged or missing; {WARM}")
+        return head
+
+    def info(self) -> TeacherInfo:
+        return self._warmed.info
+
+    def close(self) -> None:
+        pass
+
+
+def save_warmed(config: DistillConfig, teacher: TeacherClient, payload_error: float) -> None:
+    """Leaves in the cache what a later run without the teacher needs."""
+    info = teacher.info()
+    directory = teachers_directory(str(config.cache.directory)) / info.fingerprint
+    directory.mkdir(parents=True, exist_ok=True)
+    if needs_head(info.payload):
+        head = teacher.head()
+        bias = {} if head.bias is None else {"bias": head.bias.cpu().contiguous()}
+        temporary = directory / "head.tmp"
+        save_file({"weight": head.weight.cpu().contiguous()} | bias, temporary)
+        temporary.replace(directory / HEAD_FILE)
+    found = Warmed(
+        info=info,
+        settings=_settings(config, info.num_shared),
+        model=config.teacher.model,
+        revision=config.teacher.revision,
+        weights=weight_files(config.teacher),
+        payload_error=payload_error,
+        at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    write_json(directory / TEACHER_FILE, {"format": FORMAT} | asdict(found))
+
+
+def find_warmed(config: DistillConfig, num_shared: int) -> tuple[Path, Warmed]:
+    """Directory and content of the newest record of the teacher that `config` means.
+
+    Raises ConfigError if there is none, or if the weights that are here are others than those that were warmed.
+    """
+    directory = str(config.cache.directory)
+    settings = _settings(config, num_shared)
+    known = [found for found in all_warmed(directory) if found[1].settings == settings]
+    weights = weight_files(config.teacher)
+    if weights:
+        fitting = [found for found in known if found[1].weights == weights]
+        if known and not fitting:
+            raise ConfigError(
+                f"teacher.mode: cache: the weights of teacher.model = {config.teacher.model} are others than those whose "
+                f"outputs cache.directory = {directory} holds (warmed {known[0][1].at}); {WARM}, or name the old ones"
+            )
+        known = fitting
+    else:  # else two finetunings of one model could not be told apart
+        named = [found for found in known if (found[1].model, found[1].revision) == _name(config.teacher)]
+        known = named or (known if len({found[1].info.fingerprint for found in known}) == 1 else [])
+    if not known:
+        raise ConfigError(
+            f"teacher.mode: cache: cache.directory = {directory} holds no outputs of teacher.model = {config.teacher.model} "
+            f"with these teacher settings; {WARM}"
+        )
+    return known[0]
+
+
+def all_warmed(directory: str | Path) -> list[tuple[Path, Warmed]]:
+    """Every teacher whose outputs a cache was warmed with, the newest first; what cannot be read is left out."""
+    found = []
+    for path in teachers_directory(directory).glob(f"*/{TEACHER_FILE}"):
+        try:
+            found.append((path.parent, _read(path)))
+        except (OSError, ValueError, TypeError, LookupError):
+            continue
+    return sorted(found, key=lambda each: each[1].at, reverse=True)
+
+
+def weight_files(config: TeacherConfig) -> dict[str, list[Any]]:
+    """Name, size and digest of the ends of the files that hold the teacher's weights; nothing if they are not here."""
+    directory = _model_directory(config)
+    files = sorted([*directory.glob("*.safetensors"), *directory.glob("pytorch_model*.bin")]) if directory else []
+    return {path.name: [path.stat().st_size, _ends(path)] for path in files}
+
+
+def teachers_directory(directory: str | Path) -> Path:
+    return Path(directory).expanduser() / "teachers"
+
+
+def _model_directory(config: TeacherConfig) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    directory = Path(config.model).expanduser()
+    if directory.is_dir():
+        return directory
+    try:
+        return Path(snapshot_download(config.model, revision=config.revision, local_files_only=True))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError):
+        return None
+
+
+def _ends(path: Path) -> str:
+    result = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        result.update(file.read(END_BYTES))
+        file.seek(max(0, path.stat().st_size - END_BYTES))
+        result.update(file.read(END_BYTES))
+    return result.hexdigest()
+
+
+def _name(config: TeacherConfig) -> tuple[str, str | None]:
+    return config.model, config.revision
+
+
+def _settings(config: DistillConfig, num_shared: int) -> str:
+    """What must be equal for outputs to be the same, as far as it is known without the weights."""
+    teacher = config.teacher
+    model = load_model_config(teacher.model, teacher.revision, teacher.trust_remote_code, key="teacher.model").to_dict()
+    known = {key: value for key, value in model.items() if key not in ("_name_or_path", "transformers_version")}
+    topk = teacher.topk if teacher.payload == "topk" else None
+    sent = [known, teacher.dtype, teacher.quantization, teacher.payload, topk, num_shared]
+    return hashlib.sha256(json.dumps(sent, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _read(path: Path) -> Warmed:
+    """Raises ValueError, TypeError or LookupError for what is no record of this version."""
+    content: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if content["format"] != FORMAT:
+        raise ValueError("of another version")
+    values = {key: value for key, value in content.items() if key != "format"}
+    info = values["info"]
+    return Warmed(**values | {"info": TeacherInfo(**info | {"transform": LogitTransform(**info["transform"])})})

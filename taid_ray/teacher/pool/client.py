@@ -1,0 +1,188 @@
+"""The teacher pool as a student worker sees it."""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from ray import serve
+
+from taid_ray.config.schema import TeacherConfig
+from taid_ray.data.batch import Batch
+from taid_ray.errors import TeacherError
+from taid_ray.models.loading import Head
+from taid_ray.teacher.model import head_digest
+from taid_ray.teacher.payload import TeacherOutput
+from taid_ray.teacher.pool.deployment import DEPLOYMENT
+from taid_ray.teacher.pool.lease import keep_lease
+from taid_ray.teacher.pool.replica import Answer, HeadPiece, Question
+from taid_ray.teacher.pool.request import Patience, Request, Waiter
+from taid_ray.teacher.protocol import TeacherInfo
+from taid_ray.teacher.transfer import ToDevice
+from taid_ray.teacher.wire import DamagedError, unpack, verify
+from taid_ray.tracking.prometheus import STUDENT, Instruments, run_of_pool
+
+PIECE_BYTES = 64 * 2**20
+CLOSE_S = 5.0
+CPU = torch.device("cpu")
+
+logger = logging.getLogger(__name__)
+
+
+class PoolTeacher:
+    """A TeacherClient of a running pool, for one student worker. Keeps the pool's lease while it exists.
+
+    A thread takes the answers in the order of the requests, so that `collect` finds them checked and on the device.
+    """
+
+    def __init__(
+        self,
+        app_name: str,
+        config: TeacherConfig,
+        notify: Callable[[str], None] = logger.warning,
+        device: torch.device = CPU,
+    ):
+        """`notify` is told of long waits, late, lost and damaged requests. Raises TeacherError if there is no such pool."""
+        self._app_name = app_name
+        self._stop_renewing = keep_lease(app_name)
+        self._handle = serve.get_app_handle(app_name)
+        self.tokens = 0
+        self._info: TeacherInfo | None = None
+        self._waiter = Waiter(app_name, config, notify)
+        self._patience = Patience(config.hedge_after)
+        self._instruments = Instruments(run_of_pool(app_name), STUDENT)
+        self._to_device = ToDevice(device)
+        self._device = device
+        self._requests: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._fetch_all, name=f"fetch-{app_name}", daemon=True)
+        self._thread.start()
+
+    def submit(self, batch: Batch) -> Request | None:
+        """Sends the batch and returns at once. Answers are fetched in the order of the calls, so collect them in it."""
+        if not batch.num_loss_tokens:
+            return None  # there is nothing to ask
+        question, num_positions = Question.of(batch), batch.num_loss_tokens
+        self.tokens += batch.inputs["input_ids"].numel()
+        request = Request(
+            lambda request_id: self._handle.score.remote(question, request_id),
+            lambda answer: (answer, self._accepted(answer, num_positions)),
+        )
+        self._requests.put(request)
+        return request
+
+    def collect(self, request: Request | None) -> TeacherOutput:
+        """The answer, in memory that must not be written to. Usually it is there already.
+
+        Raises TeacherError after config.timeout_s, or if the answers are damaged, of the wrong kind or not finite each
+        time they are asked for.
+        """
+        if request is None:
+            return self.info().empty_output(self._device)
+        request.wanted = True
+        output, copied = request.output.result()
+        self._to_device.wait(output, copied)
+        return output
+
+    def payload_error(self, batch: Batch) -> float:
+        question = Question.of(batch)
+        return float(self._ask(lambda: self._handle.payload_error.remote(question)))
+
+    def info(self) -> TeacherInfo:
+        """Asks the pool once."""
+        if self._info is None:
+            self._info = self._ask(lambda: self._handle.info.remote())
+        assert self._info is not None
+        return self._info
+
+    def head(self) -> Head:
+        """The head's shared rows, on CPU, fetched in pieces of at most PIECE_BYTES and verified.
+
+        Raises TeacherError if what arrives is not the head that the pool's first replica has.
+        """
+        info = self.info()
+        dtype = getattr(torch, info.dtype)
+        weight = torch.empty(info.num_shared, info.hidden_size, dtype=dtype)
+        bias = torch.empty(info.num_shared, dtype=dtype) if info.has_bias else None
+        rows = max(1, PIECE_BYTES // (info.hidden_size * dtype.itemsize))
+        for start in range(0, info.num_shared, rows):
+            stop = min(start + rows, info.num_shared)
+            piece = self._head_piece(start, stop)
+            weight[start:stop] = unpack(piece.rows["weight"])
+            if bias is not None:
+                bias[start:stop] = unpack(piece.rows["bias"])
+        head = Head(weight, bias, info.transform)
+        if head_digest(head) != info.head_digest:
+            raise TeacherError(
+                f"the head fetched from the teacher pool {self._app_name} is damaged; start the run again"
+            )
+        return head
+
+    def num_replicas(self) -> int:
+        """Replicas that run now."""
+        return replica_states(self._app_name).get("RUNNING", 0)
+
+    def close(self) -> None:
+        """Withdraws what is still under way and stops keeping the lease."""
+        self._waiter.stopped = True
+        self._requests.put(None)
+        self._thread.join(CLOSE_S)
+        self._stop_renewing()
+
+    def _head_piece(self, start: int, stop: int) -> HeadPiece:
+        piece: HeadPiece = self._ask(lambda: self._handle.head_piece.remote(start, stop), _accepted_piece)
+        if piece.fingerprint != self.info().fingerprint:
+            raise TeacherError(
+                f"the teacher pool {self._app_name} changed its model while its head was read; start again"
+            )
+        return piece
+
+    def _ask(self, send: Callable[[], Any], accept: Callable[[Any], Any] = lambda answer: answer) -> Any:
+        """The answer to something that somebody waits for now."""
+        request = Request(lambda _: send(), accept)
+        request.wanted = True
+        return self._waiter.answer(request)
+
+    def _fetch_all(self) -> None:
+        while (request := self._requests.get()) is not None:
+            try:
+                found = self._fetch(request)
+            except BaseException as error:  # handed over, to be raised by `collect`
+                request.cancel()
+                request.output.set_exception(error)
+            else:
+                request.output.set_result(found)
+
+    def _fetch(self, request: Request) -> tuple[TeacherOutput, Any]:
+        hedge = self._patience.hedge(request.submitted)
+        answer, output = self._waiter.answer(request, hedge)
+        again = {"damaged": request.damaged > 0, "lost": request.lost is not None and not request.damaged}
+        for reason, happened in (again | {"late": hedge.begun}).items():
+            self._instruments.add("taid_requests_again", float(happened), reason)
+        self._patience.answered(request.submitted, time.monotonic(), answer)
+        return self._to_device.copy(output)
+
+    def _accepted(self, answer: Answer, num_positions: int) -> TeacherOutput:
+        """The answer, on CPU. Raises DamagedError, naming the replica, for one that cannot be right."""
+        info = self.info()
+        try:
+            verify(answer.payload, answer.checksum)
+            tensors = {name: unpack(packed) for name, packed in answer.payload.items()}
+            info.check_output(tensors, num_positions)
+        except TeacherError as error:
+            raise DamagedError(f"{error} (sent by replica {answer.replica})") from error
+        return TeacherOutput(info.payload, tensors, answer.compute_s)
+
+
+def _accepted_piece(piece: HeadPiece) -> HeadPiece:
+    verify(piece.rows, piece.checksum)
+    return piece
+
+
+def replica_states(app_name: str) -> dict[str, int]:
+    """How many of a pool's replicas are RUNNING, STARTING, STOPPING ...; nothing if there is no such pool."""
+    app = serve.status().applications.get(app_name)
+    deployment = app.deployments.get(DEPLOYMENT) if app else None
+    return dict(deployment.replica_states) if deployment else {}

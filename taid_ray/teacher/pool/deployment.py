@@ -1,0 +1,66 @@
+"""The teacher pool as a Serve application: what a replica is given, and how Serve starts, watches and stops it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.schema import LoggingConfig
+
+from taid_ray.config.schema import TeacherConfig
+from taid_ray.teacher.pool.autoscaling import serve_scaling
+from taid_ray.teacher.pool.lease import NAMESPACE, lease_name
+from taid_ray.teacher.pool.replica import TeacherReplica
+
+DEPLOYMENT = "teacher"
+ROLE_RESOURCE = "taid_teacher"
+DRAIN_S = 60.0
+"""A replica that is to go finishes what it has within this time; what is lost then is asked of another one again."""
+MAX_QUEUE = 1000
+"""Requests one replica takes; more than all windows of a large run."""
+CALLER_GONE = {
+    "RAY_grpc_client_keepalive_timeout_ms": "20000",
+    "RAY_core_worker_rpc_server_reconnect_timeout_base_s": "5",
+    "RAY_core_worker_rpc_server_reconnect_timeout_max_s": "5",
+}
+"""How soon a replica gives up a caller: 20 s without an acknowledgement, then a look every 5 s whether its node is dead.
+
+Serve streams its answers, and at the end of such a stream Ray (2.60) holds up the whole replica until the caller has
+confirmed it. A caller on a host that is cut off never does; Ray's own patience is over two minutes, of which Serve's
+health checks grant a minute and a half.
+"""
+
+
+def teacher_app(
+    config: TeacherConfig, num_shared: int, device_kind: str, app_name: str, use_role_resources: bool
+) -> serve.Application:
+    """The Serve application of a pool: replicas that are groups of config.shards processes."""
+    gpus = 1 if device_kind == "cuda" else 0
+    role = {ROLE_RESOURCE: 1} if use_role_resources else {}
+    bundle = {"CPU": config.cpus_per_shard} | ({"GPU": gpus} if gpus else {}) | role
+    actor = {"num_cpus": config.cpus_per_shard, "num_gpus": gpus, "resources": role}
+    environment = replica_environment(ray.get_runtime_context().runtime_env)
+    deployment = serve.deployment(
+        name=DEPLOYMENT,
+        autoscaling_config=serve_scaling(config.replicas, lease_name(app_name), NAMESPACE),
+        # One batch is computed at a time. The others wait here: callers' routers would poll, up to half a second apart
+        # (100 requests of 7 ms took 11 s with 16 here).
+        max_ongoing_requests=MAX_QUEUE,
+        ray_actor_options=actor | {"runtime_env": environment},
+        placement_group_bundles=[bundle] * config.shards,
+        placement_group_strategy="STRICT_PACK",
+        health_check_period_s=5,
+        health_check_timeout_s=30,
+        graceful_shutdown_wait_loop_s=0.2,
+        graceful_shutdown_timeout_s=DRAIN_S,
+        # For processes that are killed while they load; Serve tries three times per replica at most. A model that cannot
+        # be loaded ends the run before that, through the lease.
+        max_constructor_retry_count=100,
+        logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
+    )(TeacherReplica)
+    return deployment.bind(config, num_shared, device_kind, app_name, actor)
+
+
+def replica_environment(job: Mapping[str, Any]) -> dict[str, Any]:
+    """The runtime environment of a replica. job: the driver's, which Serve gives only to a replica that has none of its own."""
+    return {**job, "env_vars": {**job.get("env_vars", {}), **CALLER_GONE}}

@@ -1,0 +1,321 @@
+"""The teacher pool's replicas: groups of tensor-parallel processes, which Serve runs (see deployment).
+
+The Serve replica is the leader, shard 0, and computes like the others; shards 1.. are its child actors, placed in its
+placement group and gone when it is gone. All shards get every request; the leader's payload is the answer.
+"""
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
+
+import ray
+import torch
+from ray import serve
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
+from torch.distributed import TCPStore
+
+from taid_ray.config.schema import TeacherConfig
+from taid_ray.data.batch import Batch
+from taid_ray.distributed.device import collective_backend, torch_device
+from taid_ray.errors import TaidRayError, TeacherError
+from taid_ray.models.hub import offline_if_unreachable
+from taid_ray.teacher.model import TeacherModel
+from taid_ray.teacher.pool.autoscaling import REPORT_S, LoadMeter
+from taid_ray.teacher.pool.lease import Word, find_lease
+from taid_ray.teacher.protocol import TeacherInfo
+from taid_ray.teacher.wire import DamagedError, Packed, digest, pack, unpack, verify
+from taid_ray.tracking.prometheus import TEACHER, Instruments, run_of_pool
+
+LOOPBACK = "127.0.0.1"  # a replica's placement group lies on one node
+GROUP_TIMEOUT = timedelta(minutes=30)  # shards may finish loading a large model at very different times
+PING_TIMEOUT_S = 20.0
+FAILURE_PAUSE_S = 5.0
+
+T = TypeVar("T")
+Request = tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]
+"""Inputs, loss positions and labels."""
+
+
+class Question(NamedTuple):
+    """A request on its way to a replica."""
+
+    inputs: dict[str, Packed]
+    targets: dict[str, Packed]
+    """loss_positions and labels."""
+    checksum: str
+    """Of everything above."""
+
+    @classmethod
+    def of(cls, batch: Batch) -> "Question":
+        inputs = _packed(batch.inputs)
+        targets = _packed({"loss_positions": batch.loss_positions, "labels": batch.labels})
+        return cls(inputs, targets, digest(_joined(inputs, targets)))
+
+    def unpacked(self) -> Request:
+        """Raises DamagedError if this is not what was sent."""
+        verify(_joined(self.inputs, self.targets), self.checksum)
+        inputs = {name: unpack(packed) for name, packed in self.inputs.items()}
+        return inputs, unpack(self.targets["loss_positions"]), unpack(self.targets["labels"])
+
+
+class HeadPiece(NamedTuple):
+    """Some rows of the head."""
+
+    fingerprint: str
+    """Of the teacher."""
+    rows: dict[str, Packed]
+    """weight, and bias if there is one."""
+    checksum: str
+    """Of the rows."""
+
+
+class Answer(NamedTuple):
+    """A replica's answer to one request."""
+
+    payload: dict[str, Packed]
+    """See payload."""
+    compute_s: float
+    """Seconds of computation, without waiting for other requests."""
+    replica: str
+    """Identifies who computed it."""
+    checksum: str
+    """Of the payload."""
+
+
+class ReplicaBrokenError(TeacherError):
+    """A shard of this replica is lost; another replica, or this one's successor, can answer."""
+
+
+class AlreadyHereError(TeacherError):
+    """This replica is computing that very request, or has it in its queue; another one is to be asked."""
+
+
+class TeacherShard:
+    """One process of a tensor-parallel teacher other than the leader. Runs as an actor; blocking work in threads."""
+
+    async def load(self, config: TeacherConfig, num_shared: int, device_kind: str, rank: int, port: int) -> None:
+        def work() -> TeacherModel:
+            return load_shard(config, num_shared, device_kind, rank, TCPStore(LOOPBACK, port, timeout=GROUP_TIMEOUT))
+
+        self._model = await asyncio.to_thread(work)
+
+    async def score(self, question: Question) -> None:
+        await asyncio.to_thread(self._model.score, *question.unpacked())
+
+    async def ping(self) -> None:
+        pass
+
+
+class TeacherReplica:
+    """The leader. Runs as a Serve replica; its health checks stay responsive while a batch is computed."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self,
+        config: TeacherConfig,
+        num_shared: int,
+        device_kind: str,
+        app_name: str,
+        shard_options: dict[str, Any],
+    ):
+        """Loads the model on all shards. Raises ModelError or TeacherError, which also goes to the pool's lease."""
+        self._one_at_a_time = asyncio.Lock()
+        self._here: set[str] = set()
+        self._load_meter = LoadMeter(time.monotonic())
+        self._name = serve.get_replica_context().replica_id.unique_id
+        self._broken: str | None = None
+        self._instruments = Instruments(run_of_pool(app_name), TEACHER)
+        lease = await asyncio.to_thread(find_lease, app_name)
+        shard = ray.remote(TeacherShard).options(**shard_options)
+        self._shards = [shard.remote() for _ in range(1, config.shards)]
+        try:
+            self._model = await self._load(config, num_shared, device_kind)
+            if lease is not None:
+                _check_same(await lease.register.remote(self._model.info()), self._model.info())
+        except RayActorError:  # a shard was killed: Serve starts the replica again
+            raise
+        except Exception as error:
+            failure = _startup_failure(error)
+            if lease is not None:
+                await lease.report_failure.remote(failure)
+                # The driver polls and removes the pool meanwhile; Serve would print a traceback and try again.
+                await asyncio.sleep(FAILURE_PAUSE_S)
+            raise failure from error
+        if lease is not None:
+            self._reporting = asyncio.create_task(self._report_load(lease))
+
+    async def score(self, question: Question, request_id: str) -> Answer:
+        """The payload at the loss positions, as TeacherModel.score.
+
+        Raises AlreadyHereError at once if a request of that id is here, DamagedError, TeacherError, ReplicaBrokenError.
+        """
+        if request_id in self._here:
+            raise AlreadyHereError(f"replica {self._name} has this request already")
+        request = self._request(question)
+
+        def compute() -> tuple[dict[str, torch.Tensor], float]:
+            return _timed(lambda: self._model.score(*request))
+
+        def share() -> list[ray.ObjectRef]:
+            return [shard.score.remote(question) for shard in self._shards]
+
+        self._here.add(request_id)
+        try:
+            tensors, seconds = await self._in_turn(request, compute, share)
+        finally:
+            self._here.discard(request_id)
+        self._instruments.add("taid_teacher_requests", 1)
+        self._instruments.add("taid_teacher_compute_seconds", seconds)
+        self._instruments.observe("taid_teacher_request_seconds", seconds)
+        payload, checksum = await asyncio.to_thread(_sealed, tensors)
+        return Answer(payload, seconds, self._name, checksum)
+
+    async def payload_error(self, question: Question) -> float:
+        """What the payload loses on this request, as TeacherModel.payload_error; errors as in `score`."""
+        request = self._request(question)
+        return await self._in_turn(
+            request,
+            lambda: self._model.payload_error(*request[:2]),
+            lambda: [shard.score.remote(question) for shard in self._shards],
+        )
+
+    async def head_piece(self, start: int, stop: int) -> HeadPiece:
+        """Rows start..stop of the shared head."""
+        return await asyncio.to_thread(self._head_piece, start, stop)
+
+    async def info(self) -> TeacherInfo:
+        return self._model.info()
+
+    async def check_health(self) -> None:
+        """Serve replaces the replica, with all its shards, when this raises."""
+        if self._broken is not None:
+            raise ReplicaBrokenError(self._broken)
+        await asyncio.wait_for(asyncio.gather(*[shard.ping.remote() for shard in self._shards]), PING_TIMEOUT_S)
+
+    def _request(self, question: Question) -> Request:
+        try:
+            return question.unpacked()
+        except DamagedError as error:
+            raise DamagedError(f"{error} (at replica {self._name})") from error
+
+    async def _load(self, config: TeacherConfig, num_shared: int, device_kind: str) -> TeacherModel:
+        store = None
+        if config.shards > 1:
+            # Port 0: the system picks a free one, so replicas on one node cannot collide.
+            store = TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False, timeout=GROUP_TIMEOUT)
+        others = [
+            shard.load.remote(config, num_shared, device_kind, rank, store.port)
+            for rank, shard in enumerate(self._shards, start=1)
+            if store is not None
+        ]
+        leader = asyncio.to_thread(load_shard, config, num_shared, device_kind, 0, store)
+        return (await asyncio.gather(leader, *others))[0]  # the first failure of any shard ends the wait
+
+    async def _in_turn(self, request: Request, compute: Callable[[], T], share: Callable[[], list[Any]]) -> T:
+        """What `compute` returns, after all earlier requests; `share` starts the other shards' part of it."""
+        self._load_meter.add(1, time.monotonic())
+        try:
+            # A caller that gives up while its request waits takes it out of the queue.
+            await self._one_at_a_time.acquire()
+            # Once started, all shards must finish together before the next batch, whether or not anybody listens.
+            return await asyncio.shield(asyncio.create_task(self._compute(request, compute, share)))
+        finally:
+            self._load_meter.add(-1, time.monotonic())
+
+    async def _compute(self, request: Request, compute: Callable[[], T], share: Callable[[], list[Any]]) -> T:
+        try:
+            if self._broken is not None:
+                raise ReplicaBrokenError(self._broken)
+            # Before any shard sees the request: an impossible one must not stop the group inside a collective.
+            self._model.check_request(*request)
+            try:
+                found: T = (await asyncio.gather(asyncio.to_thread(compute), *share()))[0]
+            except Exception as error:
+                if not self._shards:
+                    raise
+                self._broken = f"a shard failed on node {socket.gethostname()}: {type(error).__name__}: {error}"
+                raise ReplicaBrokenError(self._broken) from error
+            return found
+        finally:
+            self._one_at_a_time.release()
+
+    async def _report_load(self, lease: ActorHandle) -> None:
+        """Tells the pool's lease how much there is to do here, until the pool is removed."""
+        while self._broken is None:
+            await asyncio.sleep(REPORT_S)
+            load = self._load_meter.read(time.monotonic())
+            self._instruments.set("taid_teacher_queue", load)
+            with suppress(RayActorError):  # it is being restarted
+                word: Word = await lease.report_load.remote(self._name, load)
+                if word == "over":
+                    self._broken = "the teacher pool is being removed"
+                elif word == "register":
+                    await lease.register.remote(self._model.info())
+
+    def _head_piece(self, start: int, stop: int) -> HeadPiece:
+        head = self._model.head()
+        tensors = {"weight": head.weight} if head.bias is None else {"weight": head.weight, "bias": head.bias}
+        return HeadPiece(self._model.info().fingerprint, *_sealed({n: x[start:stop] for n, x in tensors.items()}))
+
+
+def load_shard(
+    config: TeacherConfig, num_shared: int, device_kind: str, rank: int, store: TCPStore | None
+) -> TeacherModel:
+    """Joins the replica's process group, if it has one, and loads this shard. All shards call it together."""
+    if device_kind == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # transformers would otherwise split the model over the node's GPUs
+    if store is not None:
+        os.environ["LOCAL_RANK"] = "0"  # transformers' index of the GPU; Ray shows each shard one only
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        torch.distributed.init_process_group(
+            collective_backend(device_kind), store=store, rank=rank, world_size=config.shards, timeout=GROUP_TIMEOUT
+        )
+    offline_if_unreachable([config.model])
+    return TeacherModel(config, num_shared, torch_device(device_kind), leader=rank == 0)
+
+
+def _timed(compute: Callable[[], T]) -> tuple[T, float]:
+    start = time.perf_counter()
+    found = compute()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return found, time.perf_counter() - start
+
+
+def _packed(tensors: dict[str, torch.Tensor]) -> dict[str, Packed]:
+    return {name: pack(tensor) for name, tensor in tensors.items()}
+
+
+def _sealed(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, Packed], str]:
+    """The packed tensors and their checksum."""
+    packed = _packed(tensors)
+    return packed, digest(packed)
+
+
+def _joined(inputs: dict[str, Packed], targets: dict[str, Packed]) -> dict[str, Packed]:
+    """Under names that cannot coincide: a model may have an input called labels."""
+    return {f"inputs.{name}": packed for name, packed in inputs.items()} | targets
+
+
+def _check_same(first: TeacherInfo, own: TeacherInfo) -> None:
+    if first.fingerprint != own.fingerprint or first.head_digest != own.head_digest:
+        raise TeacherError(
+            f"the replica on node {socket.gethostname()} loaded another teacher (fingerprint {own.fingerprint[:12]}) than "
+            f"the pool's first replica ({first.fingerprint[:12]}); make the same files and package versions visible on "
+            "all nodes"
+        )
+
+
+def _startup_failure(error: Exception) -> TaidRayError:
+    """The cause of a failed start as an error for the driver: one string, no traceback."""
+    cause = getattr(error, "cause", None) or error  # a shard's error arrives wrapped by Ray
+    if isinstance(cause, TaidRayError):
+        return type(cause)(str(cause.args[0]))
+    return TeacherError(
+        f"a teacher replica on node {socket.gethostname()} failed to start: {type(cause).__name__}: {cause}"
+    )

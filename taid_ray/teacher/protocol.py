@@ -1,0 +1,88 @@
+"""What a student worker needs of any teacher, be it in the same process, in a pool or in a cache."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from taid_ray.config.schema import Payload
+from taid_ray.data.batch import Batch
+from taid_ray.errors import ModelError
+from taid_ray.losses.projection import LogitTransform
+from taid_ray.models.loading import Head
+from taid_ray.teacher.payload import PayloadFormat, TeacherOutput, check_output
+
+
+@dataclass(frozen=True)
+class TeacherInfo:
+    """What identifies a loaded teacher. Equal for all replicas of a pool, `probe_digest` possibly excepted."""
+
+    fingerprint: str
+    """SHA-256 of architecture, precision, shared rows, payload, top-k and sums over all bits of the weights (of one shard,
+    if split)."""
+    probe_digest: str
+    """SHA-256 of the bits of the answer to a fixed probe; differs between kinds of hardware."""
+    head_digest: str
+    """SHA-256 of the head's shared rows (and bias)."""
+    dtype: str
+    """Of its hidden states and logits, for example bfloat16."""
+    hidden_size: int
+    num_parameters: int
+    vocab_rows: int
+    """Rows of the whole head."""
+    num_shared: int
+    """Rows that are used: the ids shared with the student."""
+    payload: Payload
+    topk: int
+    """Ids per loss position of payload topk."""
+    bytes_per_token: int
+    """Bytes of an answer per loss position."""
+    transform: LogitTransform
+    has_bias: bool
+    dropped_mass: float
+    """Mean probability on ids >= num_shared, on the probe."""
+    packing_error: str | None
+    """Why packed rows must not be sent to this teacher; None if they may."""
+
+    def require_packing(self) -> None:
+        """Raises ModelError if packed rows must not be sent to this teacher."""
+        if self.packing_error:
+            raise ModelError(f"teacher.model: {self.packing_error}")
+
+    def check_output(self, tensors: Mapping[str, Tensor], num_positions: int) -> None:
+        """Raises TeacherError unless these may be this teacher's answer for so many loss positions."""
+        check_output(tensors, self._format, num_positions)
+
+    def empty_output(self, device: torch.device) -> TeacherOutput:
+        """The answer for no loss positions."""
+        return self._format.empty(device)
+
+    @property
+    def _format(self) -> PayloadFormat:
+        return PayloadFormat(self.payload, self.hidden_size, self.num_shared, self.topk, getattr(torch, self.dtype))
+
+
+class TeacherClient(Protocol):
+    """A teacher as a student worker sees it. Requests are pure: any of them may be computed again."""
+
+    @property
+    def tokens(self) -> int:
+        """Total positions the teacher was asked to compute (rows x length)."""
+
+    def submit(self, batch: Batch) -> Any:
+        """Starts a request and returns at once."""
+
+    def collect(self, request: Any) -> TeacherOutput:
+        """Waits for the answer. Raises TeacherError if there is none."""
+
+    def payload_error(self, batch: Batch) -> float:
+        """What the payload loses on a batch, see TeacherModel.payload_error."""
+
+    def head(self) -> Head:
+        """The head's shared rows."""
+
+    def info(self) -> TeacherInfo: ...
+
+    def close(self) -> None: ...

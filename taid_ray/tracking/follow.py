@@ -1,0 +1,203 @@
+"""The driver passes a run's figures on while it works: it follows metrics.jsonl and validation.jsonl as they grow.
+
+So no training step ever waits for a tracker, credentials stay with the driver, and what did not arrive (the network was
+away) is still in the files and is sent later.
+"""
+
+import importlib.util
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from taid_ray.config.schema import DistillConfig, load_config
+from taid_ray.config.text import read_tree
+from taid_ray.errors import ConfigError
+from taid_ray.files import write_json
+from taid_ray.run.directory import Run
+from taid_ray.run.layout import CONFIG_FILE, METRICS_FILE, SEARCH_FILE, SUMMARY_FILE
+from taid_ray.run.live import search_of
+from taid_ray.run.log import DRIVER, Speaker
+from taid_ray.tracking.sinks import TENSORBOARD, MLflow, Outcome, TensorBoard, Tracker, WeightsAndBiases
+from taid_ray.tracking.tail import Figures
+
+POLL_S = 2.0
+AGAIN_S = 30.0
+"""After a failure the next try comes so much later."""
+CLOSE_S = 120.0
+"""Longer than that the end of a run does not wait for a tracker."""
+
+
+class Follower:
+    """Keeps one tracker up to date, in a thread of its own."""
+
+    def __init__(self, name: str, run_dir: Path, begin: Callable[[], Tracker], speaker: Speaker):
+        self.name, self._begin, self._speaker = name, begin, speaker
+        self._figures = Figures(run_dir)
+        self._tracker: Tracker | None = None
+        self._over = threading.Event()
+        self._outcome: Outcome = "failed"
+        self._thread = threading.Thread(target=self._follow, name=f"taid-{name}", daemon=True)
+        self.missing: str | None = None
+        """What did not arrive, and why."""
+
+    def open(self) -> Tracker:
+        """Raises what the tracker's library raises if it cannot be reached."""
+        self._tracker = self._begin()
+        self._figures.begin(self._tracker.known)
+        return self._tracker
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def finish(self, outcome: Outcome) -> None:
+        """Sends what is left and closes the tracker; waits for that, but not for ever."""
+        self._outcome = outcome
+        self._over.set()
+        self._thread.join(CLOSE_S)
+        if self._thread.is_alive():
+            self.missing = f"it did not take everything within {CLOSE_S:.0f} s"
+        if self.missing:
+            self._say(f"{self.name}: {self.missing}; {METRICS_FILE} has all figures")
+
+    def _follow(self) -> None:
+        last = False
+        while not last:
+            last = self._over.wait(AGAIN_S if self.missing else POLL_S)
+            try:
+                self._send_new()
+                if last and self._tracker is not None:
+                    self._tracker.close(self._outcome)
+            except Exception as error:  # of any library; it must not end a run
+                self._failed(error)
+            else:
+                self._arrived()
+        self._figures.close()
+
+    def _send_new(self) -> None:
+        restarted = self._figures.restarted()
+        if self._tracker is None or (restarted and self._tracker.anew):
+            old, self._tracker = self._tracker, None
+            if old is not None:
+                old.close("stopped")
+            self.open()
+        assert self._tracker is not None
+        more = True
+        while more:
+            points = self._figures.look()
+            if points:
+                self._tracker.send(points)
+            more = self._figures.taken()
+
+    def _failed(self, error: Exception) -> None:
+        first = self.missing is None
+        since = f"what follows step {max(0, self._figures.step)} has not arrived"
+        self.missing = f"{since} ({type(error).__name__}: {first_line(error)})"
+        if first:
+            self._say(f"{self.name}: {self.missing}; the run goes on, and it is tried again every {AGAIN_S:.0f} s")
+
+    def _arrived(self) -> None:
+        if self.missing is not None:
+            self.missing = None
+            self._say(f"{self.name}: everything has arrived again")
+
+    def _say(self, message: str) -> None:
+        self._speaker.say(message, DRIVER, logging.WARNING)
+
+
+class Tracking:
+    """All trackers of a run."""
+
+    def __init__(self, followers: list[Follower], run_dir: Path):
+        self._followers, self._run_dir = followers, run_dir
+        self._closed = False
+
+    def finished(self, summary: dict[str, Any]) -> dict[str, Any]:
+        """The run is complete. Returns its summary with what did not arrive, which is then in summary.json, too."""
+        self.close("finished")
+        missing = {follower.name: follower.missing for follower in self._followers if follower.missing}
+        if missing:
+            summary = summary | {"not_tracked": missing}
+            write_json(self._run_dir / SUMMARY_FILE, summary)
+        return summary
+
+    def close(self, outcome: Outcome) -> None:
+        """At most once."""
+        if not self._closed:
+            self._closed = True
+            for follower in self._followers:
+                follower.finish(outcome)
+
+
+@contextmanager
+def tracked(config: DistillConfig, run: str, resumed: bool, speaker: Speaker) -> Iterator[Tracking]:
+    """Passes on the figures of a run until it ends.
+
+    Raises ConfigError if W&B or MLflow refuses a new run. A resumed one goes on without it meanwhile.
+    """
+    search = search_of(config.run_dir)
+    group = str(read_tree(search / SEARCH_FILE)["id"]) if search else None
+    wanted: dict[str, Callable[[], Tracker]] = {TENSORBOARD: lambda: TensorBoard(config.run_dir / TENSORBOARD)}
+    if (project := config.tracking.wandb) is not None:
+        wanted["wandb"] = lambda: WeightsAndBiases(project, run, config, group)
+    if (experiment := config.tracking.mlflow) is not None:
+        wanted["mlflow"] = lambda: MLflow(experiment, run, config, group)
+    followers = [Follower(name, config.run_dir, begin, speaker) for name, begin in wanted.items()]
+    for follower in followers:
+        if follower.name != TENSORBOARD:
+            _open(follower, resumed, speaker)
+        follower.start()
+    tracking = Tracking(followers, config.run_dir)
+    try:
+        yield tracking
+    except Exception:
+        tracking.close("failed")
+        raise
+    except BaseException:  # Ctrl-C or SIGTERM
+        tracking.close("stopped")
+        raise
+    tracking.close("finished")
+
+
+def tell_stopped(run_dir: Path, speaker: Speaker) -> None:
+    """Passes on the rest of a run whose process was ended from outside, and that it was stopped. Nothing follows it now."""
+    config = load_config(run_dir / CONFIG_FILE)
+    with tracked(config, Run(config).id, True, speaker) as tracking:
+        tracking.close("stopped")
+
+
+def _open(follower: Follower, resumed: bool, speaker: Speaker) -> None:
+    name = follower.name
+    speaker.say(f"connecting to {name}")
+    try:
+        tracker = follower.open()
+    except Exception as error:
+        if resumed:
+            return  # the follower will say so, and try again
+        raise ConfigError(
+            f"tracking.{name}: {name} refused the run ({type(error).__name__}: {first_line(error)}); put that right (its own "
+            f"environment variables say where it is and who you are), or remove tracking.{name}"
+        ) from error
+    if address := getattr(tracker, "address", ""):
+        speaker.say(f"{name}: {address}")
+
+
+def check_installed(config: DistillConfig) -> None:
+    """Raises ConfigError if a package that `tracking` needs is not there."""
+    for name in ("wandb", "mlflow"):
+        if getattr(config.tracking, name) is not None and not _installed(name):
+            raise ConfigError(
+                f"tracking.{name}: the package {name} is not installed here; pip install 'taid-ray[{name}]', or remove the key"
+            )
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:300]
+
+
+def _installed(name: str) -> bool:
+    """A directory of that name, which W&B leaves where it worked, is no package."""
+    spec = importlib.util.find_spec(name)
+    return spec is not None and spec.origin is not None

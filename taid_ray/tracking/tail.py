@@ -1,0 +1,87 @@
+"""A run's figures as its files grow: metrics.jsonl and validation.jsonl, read line by line while rank 0 writes them."""
+
+import io
+import os
+from json import loads
+from pathlib import Path
+from typing import Any
+
+from taid_ray.files import read_lines
+from taid_ray.run.layout import METRICS_FILE, VALIDATION_FILE
+from taid_ray.tracking.sinks import Point, point
+
+MOST_LINES = 500
+"""Lines that are read and sent at a time."""
+
+
+class Figures:
+    """The lines that were added to a run's files since they were last taken."""
+
+    def __init__(self, run_dir: Path):
+        self._metrics, self._validation = run_dir / METRICS_FILE, run_dir / VALIDATION_FILE
+        self._file: io.BufferedReader | None = None
+        self._inode = -1
+        self._offset = 0
+        self.step = self._validated = -1
+        """The last one that was taken."""
+        self._next = (0, -1, -1)
+
+    def begin(self, after: int) -> None:
+        """Takes what follows step `after`, and that step's validation; -1: everything.
+
+        A step's line is sent up to a whole validation before its validation is there, so that may not have been taken.
+        """
+        self._offset, self.step, self._validated = 0, after, after - 1
+
+    def restarted(self) -> bool:
+        """Whether the workers began again, from a checkpoint, with a file of metrics that goes back to its step."""
+        try:
+            new = self._metrics.stat().st_ino
+        except FileNotFoundError:
+            return False
+        if new == self._inode:
+            return False
+        again = self._file is not None
+        self.close()
+        self._file, self._offset = self._metrics.open("rb"), 0
+        self._inode = os.fstat(self._file.fileno()).st_ino
+        return again
+
+    def look(self) -> list[Point]:
+        """The next points, in the order of their steps; the same again until they are `taken`."""
+        lines, end = self._new_lines()
+        # Rank 0 leaves a validation before the line of the following step, so after reading this line it is there.
+        until = lines[-1]["step"] if len(lines) == MOST_LINES else None
+        validations = [
+            found
+            for found in read_lines(self._validation)
+            if found["step"] > self._validated and (until is None or found["step"] <= until)
+        ]
+        points = [point(line, "train") for line in lines if line["step"] > self.step]
+        points += [point(found, "validation") for found in validations]
+        last = max([self.step, *(line["step"] for line in lines)])
+        self._next = (end, last, max([self._validated, *(found["step"] for found in validations)]))
+        return sorted(points, key=lambda each: each.step)
+
+    def taken(self) -> bool:
+        """They have arrived. Returns whether there may be more."""
+        more = self._next[0] > self._offset
+        self._offset, self.step, self._validated = self._next
+        return more
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _new_lines(self) -> tuple[list[dict[str, Any]], int]:
+        """Whole lines only, and where they end."""
+        if self._file is None:
+            return [], self._offset
+        self._file.seek(self._offset)
+        lines: list[dict[str, Any]] = []
+        end = self._offset
+        while len(lines) < MOST_LINES and (line := self._file.readline()).endswith(b"\n"):
+            lines.append(loads(line))
+            end += len(line)
+        return lines, end
