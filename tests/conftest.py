@@ -2,12 +2,11 @@
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+from tests.support.paths import ROOT
 
 # One thread each: the tests share two cores with Ray's processes, and sums come out the same on any machine.
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -1,13 +1,11 @@
 """Runs for the tests to hurt, and one that nobody hurts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.chaos.harness import LOG_TAIL, Run, Tree, small_config
-
-NewRun = Callable[[Tree], Run]
+from tests.support.harness import LOG_TAIL, NewRun, Run, Tree, small_config
 
 
 @pytest.fixture

@@ -10,8 +10,7 @@ import pytest
 import ray
 from ray import serve
 
-from tests.chaos.conftest import NewRun
-from tests.chaos.failures import (
+from tests.support.failures import (
     HUNG_RANK,
     KILLED_CONTROLLER,
     KILLED_DRIVER,
@@ -24,7 +23,7 @@ from tests.chaos.failures import (
     inflict,
     shown,
 )
-from tests.chaos.harness import GONE_S, Run, check_same_result, small_config, wait_for_death
+from tests.support.harness import GONE_S, NewRun, Run, check_same_result, small_config, wait_for_death
 
 SEED = 4
 EVERY = 6

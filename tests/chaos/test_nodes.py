@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from tests.chaos.harness import LOG_TAIL, Run, Tree, small_config, wait_for_death
+from tests.support.harness import LOG_TAIL, Run, Tree, small_config, wait_for_death
 
 DRAIN_S = 45.0
 """From the notice to the end of a node; clouds give 30 s to 2 min."""

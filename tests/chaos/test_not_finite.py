@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.chaos.conftest import NewRun
-from tests.chaos.harness import BUNDLE, Run, Tree, small_config
+from tests.support.harness import BUNDLE, NewRun, Run, Tree, small_config
 
 BAD_DOCUMENT = 61
 """Of the training data, by its number from 1; read somewhere after the first checkpoint, as documents come in blocks of 8."""

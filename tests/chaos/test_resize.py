@@ -4,8 +4,7 @@ import signal
 
 import pytest
 
-from tests.chaos.conftest import NewRun
-from tests.chaos.harness import Run, small_config
+from tests.support.harness import NewRun, Run, small_config
 
 LAYOUTS = (2, 2), (1, 3), (2, 1)
 """Workers and ZeRO stage of each driver."""

@@ -7,9 +7,8 @@ from random import Random
 
 import pytest
 
-from tests.chaos.conftest import NewRun
-from tests.chaos.failures import AT_ANY_TIME
-from tests.chaos.harness import Run, Tree, check_same_result, small_config
+from tests.support.failures import AT_ANY_TIME
+from tests.support.harness import NewRun, Run, Tree, check_same_result, small_config
 
 MINUTES = float(os.environ.get("TAID_SOAK_MINUTES", "10"))
 LONGEST_PAUSE_S = 40.0

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.conftest import NewRun
-from tests.chaos.harness import Run, check_same_result, small_config
-from tests.disk import fill, small_disk
+from tests.support.disk import fill, small_disk
+from tests.support.harness import NewRun, Run, check_same_result, small_config
 
 
 @pytest.fixture

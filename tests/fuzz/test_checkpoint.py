@@ -14,7 +14,7 @@ from taid_ray.data.dataset import Cursor
 from taid_ray.distributed.world import World
 from taid_ray.errors import CheckpointError
 from taid_ray.scheduler.aggregate import StepResult
-from tests.fuzz.feeding import FRAGMENTS, feed, mutated
+from tests.support.feeding import FRAGMENTS, feed, mutated
 
 OLD, NEW = checkpoint_name(10, 3), checkpoint_name(20, 3)
 RANKS = 2

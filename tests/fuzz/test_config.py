@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from taid_ray.config.schema import DistillConfig, build_config, known_keys, load_config
 from taid_ray.config.text import parse_yaml
 from taid_ray.errors import ConfigError
-from tests.fuzz.feeding import FRAGMENTS, feed, mutated
+from tests.support.feeding import FRAGMENTS, feed, mutated
+from tests.support.paths import CONFIGS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Generating overly large repr")
-SHIPPED = sorted((Path(__file__).parents[2] / "taid_ray" / "configs").glob("*.yaml"))
+SHIPPED = sorted(CONFIGS.glob("*.yaml"))
 KEYS = sorted(known_keys())
 SECTIONS = sorted({key.rpartition(".")[0] for key in KEYS} - {""})
 BOMB = "{a0: &a0 [x, x], " + ", ".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 40)) + "}"

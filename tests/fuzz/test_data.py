@@ -20,9 +20,10 @@ from taid_ray.data.documents import read_blocks
 from taid_ray.data.encoding import Encoder, columns_of
 from taid_ray.data.packing import to_rows
 from taid_ray.errors import DataError
-from tests.fuzz.feeding import FRAGMENTS, feed, mutated
+from tests.support.feeding import FRAGMENTS, feed, mutated
+from tests.support.paths import BUNDLE
 
-TOKENIZER = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "taid_ray" / "quickstart" / "stories260k")
+TOKENIZER = AutoTokenizer.from_pretrained(BUNDLE / "stories260k")
 LENGTH = 24
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -13,7 +13,7 @@ from taid_ray.config.schema import Payload
 from taid_ray.errors import TeacherError
 from taid_ray.teacher.payload import PayloadFormat, check_output
 from taid_ray.teacher.wire import digest, pack, unpack, verify
-from tests.fuzz.feeding import feed
+from tests.support.feeding import feed
 
 ODD_NAMES = [
     "float99", "Tensor", "tensor", "", "__class__", "float32 ", "Float32", "float", "half", "double", "int8", "uint8", "int64",

@@ -7,8 +7,7 @@ import pytest
 
 from taid_ray import build_config, distill
 from taid_ray.errors import ClusterError
-
-BUNDLE = Path(__file__).parents[2] / "taid_ray" / "quickstart"
+from tests.support.paths import BUNDLE
 
 
 @pytest.mark.parametrize(

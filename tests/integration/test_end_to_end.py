@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from taid_ray import RunResult, build_config, distill
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 BUNDLE = ROOT / "taid_ray" / "quickstart"
 SHARED = ROOT.parent / "shared" / "data"
 METRIC_KEYS = {

@@ -16,8 +16,8 @@ from taid_ray.driver.launch import Surroundings, distill_among
 from taid_ray.driver.signals import Signals
 from taid_ray.files import read_lines
 from taid_ray.tracking.prometheus import METRICS
+from tests.support.paths import BUNDLE
 
-BUNDLE = Path(__file__).parents[2] / "taid_ray" / "quickstart"
 EXPORTED_WITHIN_S = 200.0
 RARE = {"taid_requests_again"}
 """Only there once something was lost."""

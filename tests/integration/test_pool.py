@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from taid_ray.teacher.pool.lease import find_lease, keep_lease
 from taid_ray.teacher.pool.lifecycle import start_pool, stop_pool
 from taid_ray.teacher.pool.replica import AlreadyHereError, Answer, Question
 from taid_ray.teacher.protocol import TeacherInfo
+from tests.support.processes import processes, replica_processes
 
 VOCAB, SHARED = 96, 90
 IDLE_TIMEOUT_S = 12.0
@@ -221,19 +221,6 @@ def test_requests_of_a_process_that_is_killed_are_asked_again(
     while client.num_replicas() < POOLS[pool].get("replicas", 1):  # type: ignore[operator]
         assert time.monotonic() < deadline
         time.sleep(0.5)
-
-
-def replica_processes(pool: str) -> list[psutil.Process]:
-    return processes(f"ServeReplica:{pool}:teacher")
-
-
-def processes(title: str) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):  # it has ended
-            if title in " ".join(process.cmdline()):
-                found.append(process)
-    return found
 
 
 def test_a_replica_refuses_what_it_has_already(

@@ -24,7 +24,7 @@ from taid_ray.run.live import live_pool
 from taid_ray.teacher.pool import autoscaling as scaling
 from taid_ray.teacher.pool.client import PoolTeacher, replica_states
 from taid_ray.teacher.pool.lifecycle import PoolWatch, start_pool, stop_pool
-from tests.integration.test_pool import replica_processes
+from tests.support.processes import replica_processes
 
 VOCAB = 96
 WINDOW = 8

@@ -19,7 +19,7 @@ from taid_ray.driver.launch import RunResult, distill
 from taid_ray.report.search_results import read_search
 from taid_ray.run.live import read_live
 from taid_ray.search.driver import SearchResult, run_search
-from tests.chaos.harness import SAME, small_config
+from tests.support.harness import SAME, small_config
 
 STEPS, RATE, USELESS_RATE = 24, 2e-3, 1e-8
 WAIT_S = 240.0

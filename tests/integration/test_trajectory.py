@@ -20,9 +20,9 @@ from taid_ray.run.directory import write_config
 from taid_ray.scheduler.owner import SchedulerOwner
 from taid_ray.student.spec import Job
 from taid_ray.teacher.pool.lifecycle import start_pool, stop_pool
-from tests.reference import reference_run
+from tests.support.paths import BUNDLE
+from tests.support.reference import reference_run
 
-BUNDLE = Path(__file__).parents[2] / "taid_ray" / "quickstart"
 STEPS = 6
 
 # replicas, shards, payload

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from taid_ray.cli.quickstart import quickstart_config
-from tests.netns.hosts import Host, Switch, wait_until, why_not
+from tests.support.hosts import Host, Switch, wait_until, why_not
 
 REASON = why_not()
 pytestmark = [

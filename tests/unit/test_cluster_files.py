@@ -28,9 +28,9 @@ from taid_ray.config.schema import DistillConfig, load_config
 from taid_ray.distributed.capacity import STUDENT_RESOURCE, TEACHER_RESOURCE, Demand, check_capacity, check_object_store
 from taid_ray.errors import ClusterError
 from taid_ray.teacher.payload import bytes_per_token
-from tests.cluster_schema import complaints
-from tests.conftest import ROOT
-from tests.kustomize import build, documents
+from tests.support.cluster_schema import complaints
+from tests.support.kustomize import build, documents
+from tests.support.paths import ROOT
 
 FILES = ROOT / "cluster"
 KUBERAY = FILES / "kuberay"

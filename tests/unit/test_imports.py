@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import taid_ray
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 CONTRACTS = {
     contract["id"]: contract
     for contract in tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][

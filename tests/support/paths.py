@@ -1,0 +1,13 @@
+"""Where the tests find the repository, what ships with it, and what only developers have."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "taid_ray"
+BUNDLE = PACKAGE / "quickstart"
+"""The bundled teacher, `stories260k`, and the bundled stories."""
+CONFIGS = PACKAGE / "configs"
+GOLDEN_FILE = ROOT / "tests" / "golden" / "taid_reference.json"
+"""Inputs and outputs of the reference implementation."""
+SHARED = ROOT.parent / "shared" / "data"
+"""Larger models, texts and tokenizers. Only developers have them; tests that need them skip without."""

@@ -1,0 +1,257 @@
+"""What `status` says of a directory, and what `stop` does with it: states, figures, and what is too old to be believed."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from taid_ray.cli import app as cli
+from taid_ray.control.status import RECENT_STEPS, START_S, read_status
+from taid_ray.control.stop import stop
+from taid_ray.driver import live as driver_side
+from taid_ray.errors import ConfigError
+from taid_ray.files import TAIL
+from taid_ray.run.directory import locked
+from taid_ray.run.layout import (
+    ENDED_FILE,
+    LIVE_FILE,
+    LOCK_FILE,
+    METRICS_FILE,
+    SUMMARY_FILE,
+    TRIALS,
+    VALIDATION_FILE,
+)
+from taid_ray.run.live import SILENT_S, live_pool, process_start
+from tests.support.run_files import ELSEWHERE, HERE, NOBODY, ended, run_dir, search_dir
+
+
+def age(path: Path, seconds: float) -> None:
+    os.utime(path, (time.time() - seconds,) * 2)
+
+
+def test_states_of_a_run(tmp_path: Path) -> None:
+    def state(name: str, **content: Any) -> tuple[str, str | None]:
+        found = read_status(run_dir(tmp_path / name, **content))
+        return found.state, found.why
+
+    assert state("a", steps=4, live=HERE) == ("training", None)
+    assert state("b", live=HERE) == ("starting", None)
+    assert state("c", steps=4, live=replace(HERE, began=time.time() + 60)) == ("starting", None)  # a resumed one
+    assert state("d", steps=4, ended=ended("stopped")) == ("stopped", None)
+    assert state("e", steps=4, ended=ended("failed", "no room")) == ("failed", "no room")
+    assert state("f", steps=40, summary={"steps": 40}) == ("finished", None)
+    assert state("g", steps=4) == ("dead", "its driver left no word of its end")
+    assert state("h", steps=4, live=replace(HERE, pid=NOBODY))[0] == "dead"
+    assert state("i", steps=4, live=replace(HERE, process="a later one"))[0] == "dead"  # its id was given again
+    assert state("j", steps=4, live=ELSEWHERE) == ("training", None)
+
+
+def test_a_driver_elsewhere_is_believed_as_long_as_it_gives_signs(tmp_path: Path) -> None:
+    run = run_dir(tmp_path, steps=4, live=ELSEWHERE)
+    age(run / LIVE_FILE, SILENT_S - 10)
+    assert read_status(run).state == "training"
+    age(run / LIVE_FILE, SILENT_S + 10)
+    found = read_status(run)
+    assert found.state == "dead" and "on another-host, has given no sign of life for 70 s" in found.headline
+    with pytest.raises(ConfigError, match="no sign of life"):
+        live_pool(run)
+
+
+def test_a_driver_without_a_cluster_yet(tmp_path: Path) -> None:
+    run = run_dir(tmp_path)
+    (run / LOCK_FILE).touch()
+    assert read_status(run).state == "starting"
+    age(run / LOCK_FILE, START_S + 1)
+    assert read_status(run).state == "dead"
+
+
+def test_a_driver_that_holds_its_lock_is_not_dead(tmp_path: Path) -> None:
+    run = run_dir(tmp_path / "run", steps=4, ended=ended("failed", "before"))
+    with locked(run):
+        age(run / LOCK_FILE, START_S + 100)
+        age(run / ENDED_FILE, START_S + 200)
+        assert read_status(run).state == "starting"  # Ray may take long
+        (run / LIVE_FILE).write_text(json.dumps(asdict(replace(HERE, pid=NOBODY))))
+        assert read_status(run).state == "starting"  # the one before was killed
+    assert read_status(run).state == "dead"
+
+
+def test_a_driver_that_closes_down(tmp_path: Path) -> None:
+    """Trackers and Ray may take minutes, after live.json has gone."""
+    run = run_dir(tmp_path / "run", steps=4)
+    for how, error in (("stopped", None), ("failed", "no room")):
+        with locked(run):
+            age(run / LOCK_FILE, START_S + 100)
+            (run / ENDED_FILE).write_text(json.dumps(ended(how, error)))
+            assert (read_status(run).state, read_status(run).why) == (how, error)
+    for seconds in (1, START_S + 100):
+        search = search_dir(tmp_path / f"S{seconds}", "finished", "stopped")
+        with locked(search):
+            age(search / LOCK_FILE, seconds)
+            assert read_status(search).state == "finishing"
+        assert read_status(search).state == "finished"
+
+
+def test_figures_are_those_of_the_last_steps(tmp_path: Path) -> None:
+    run = run_dir(tmp_path, steps=RECENT_STEPS + 10, live=replace(HERE, total_steps=60))
+    with (run / METRICS_FILE).open("a") as file:
+        file.write('{"step": 31, "t"')  # being written
+    age(run / METRICS_FILE, 30)
+    (run / VALIDATION_FILE).write_text(json.dumps({"step": 25, "kl": 0.5, "cross_entropy": 2.0, "rows": 9}) + "\n")
+    found = read_status(run)
+    assert (found.step, found.total_steps, found.t, found.kl) == (30, 60, 0.3, 1.0)
+    assert found.step_s == 1.5 and found.tokens_per_s == pytest.approx(500 / 1.5)  # ten of 1 s, ten of 2 s
+    assert found.left_s == pytest.approx(30 * 1.5) and found.teacher_wait_share == pytest.approx(0.25)
+    assert found.step_age_s == pytest.approx(30, abs=5)
+    assert found.validation == {"step": 25, "kl": 0.5, "cross_entropy": 2.0}
+
+
+def test_a_long_file_is_read_from_its_end(tmp_path: Path) -> None:
+    run = run_dir(tmp_path, steps=3000, live=HERE)
+    assert (run / METRICS_FILE).stat().st_size > 2 * TAIL
+    found = read_status(run)
+    assert (found.step, found.step_s) == (3000, 2.0)
+
+
+def test_a_torn_checkpoint_does_not_count(tmp_path: Path) -> None:
+    run = run_dir(tmp_path, steps=4, live=HERE)
+    assert read_status(run).checkpoint is None
+
+    def checkpoint(step: int, ranks: int) -> None:
+        path = run / "checkpoints" / f"step-{step:09d}-{1:020d}"
+        path.mkdir(parents=True)
+        for rank in range(ranks):
+            (path / f"rank-{rank:05d}.json").write_text(json.dumps({"rank": rank, "world_size": 2}))
+
+    checkpoint(10, 2)
+    checkpoint(20, 1)
+    found = read_status(run).checkpoint
+    assert found is not None and found.step == 10 and found.age_s < 60
+
+
+def test_a_search(tmp_path: Path) -> None:
+    found = read_status(search_dir(tmp_path / "S", "failed", "running", live=HERE))
+    assert (found.state, found.trials) == ("searching", {"failed": 1, "running": 1, "all": 2})
+    assert read_status(search_dir(tmp_path / "T", "finished", "stopped")).state == "finished"
+    assert read_status(search_dir(tmp_path / "U", "finished", "waiting")).state == "stopped"  # by a signal
+
+
+def test_a_trial_that_its_search_stopped_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Tune killed its process, which could say nothing."""
+    search = search_dir(tmp_path / "S", "stopped", "failed", "stopped", live=HERE)
+    (search / TRIALS).mkdir()
+    killed = replace(HERE, pid=NOBODY, total_steps=60)
+    first, second = (run_dir(search / TRIALS / name, steps=4, live=killed) for name in ("0001", "0002"))
+    (first / LOCK_FILE).touch()
+    found = read_status(first)
+    assert found.headline == (
+        "stopped after step 4 of 60: its search stopped it early, others are better; nothing goes on with it"
+    )
+    assert (found.state, found.driver) == ("stopped", None)
+    assert read_status(second).state == "dead"
+    assert read_status(run_dir(search / TRIALS / "0003", steps=40, summary={"steps": 40})).state == "finished"
+    monkeypatch.chdir(first)
+    assert read_status(Path()).state == "stopped"
+
+
+def test_what_is_neither(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(ConfigError, match="what `taid-ray train`, `tune` or `submit` was given as --out"):
+            read_status(path)
+
+
+def test_the_driver_leaves_word_of_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver_side, "_this_driver", lambda pool, total: replace(HERE, pool=pool, total_steps=total))
+    monkeypatch.setattr(driver_side, "BEAT_S", 0.01)
+    run = run_dir(tmp_path, steps=4, ended=ended("failed", "before"))
+    with pytest.raises(SystemExit), driver_side.announced(run, "p", 7):
+        assert read_status(run).state == "training" and read_status(run).total_steps == 7
+        assert not (run / ENDED_FILE).exists()
+        age(run / LIVE_FILE, 1000)
+        deadline = time.monotonic() + 20
+        while time.time() - (run / LIVE_FILE).stat().st_mtime > 500:
+            assert time.monotonic() < deadline, "no sign of life"
+            time.sleep(0.01)
+        raise SystemExit(143)
+    assert read_status(run).state == "stopped" and not (run / LIVE_FILE).exists()
+    with pytest.raises(ConfigError), driver_side.announced(run, None):
+        raise ConfigError("loss.name: wrong")
+    assert (read_status(run).state, read_status(run).why) == ("failed", "loss.name: wrong")
+    with driver_side.announced(run, None):
+        (run / SUMMARY_FILE).write_text('{"steps": 4}')
+    assert read_status(run).state == "finished" and not (run / ENDED_FILE).exists()
+
+
+DRIVER = """
+import os, pathlib, signal, sys, time
+def end(number, frame):
+    pathlib.Path(sys.argv[1]).unlink()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, end)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_stop_ends_a_driver_of_this_host(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path / LIVE_FILE)], stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    run = run_dir(tmp_path, steps=4, live=replace(HERE, pid=process.pid, process=process_start(process.pid)))
+    (run / f"{ENDED_FILE}").write_text(json.dumps(ended("stopped")))
+    said: list[str] = []
+    stop(run, None, said.append)
+    assert process.wait(timeout=10) == 143
+    assert said[0] == f"asked process {process.pid} to stop; it saves a checkpoint after its step"
+    assert said[-1] == "stopped after step 4 of 50; the same command goes on with it"
+
+
+def test_stop_where_there_is_nothing_to_stop(tmp_path: Path) -> None:
+    said: list[str] = []
+    stop(run_dir(tmp_path / "a", steps=40, summary={"steps": 40}), None, said.append)
+    stop(run_dir(tmp_path / "b", steps=4, live=replace(HERE, pid=NOBODY)), None, said.append)
+    assert said[0] == "nothing to stop: finished after step 40 of 40"
+    assert said[1].startswith("nothing to stop: dead after step 4 of 40: its driver")
+
+
+def test_stop_where_it_cannot_reach(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"process {NOBODY} on another-host, and no Ray job.*`kill {NOBODY}` there"):
+        stop(run_dir(tmp_path / "a", steps=4, live=ELSEWHERE), None, print)
+    trials = search_dir(tmp_path / "S", "running", live=HERE) / TRIALS
+    trials.mkdir()
+    with pytest.raises(ConfigError, match=rf"is a trial of a search; stop the search, {tmp_path}/S"):
+        stop(run_dir(trials / "0001", steps=4, live=HERE), None, print)
+
+
+def test_scale_a_trial_of_a_shared_pool(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="uses the teacher pool of its search; scale that one"):
+        live_pool(run_dir(tmp_path, steps=4, live=replace(HERE, pool=None)))
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_dir(tmp_path, steps=30, live=replace(HERE, submission="taid-job"))
+
+    def output(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["taid-ray", "status", str(run), *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code == 0
+        return capsys.readouterr().out
+
+    found = json.loads(output("--json"))
+    assert (found["state"], found["step"], found["teacher_replicas"]) == ("training", 30, None)
+    shown = output()
+    for part in (
+        "state       training",
+        "30 of 40",
+        "t 0.3000",
+        "333 tokens/s",
+        "25% of it waiting",
+        "Ray job taid-job",
+    ):
+        assert part in shown

@@ -1,0 +1,132 @@
+"""The run directory as a driver finds it: new, taken up again, in use, or of another run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from taid_ray.config.paths import with_absolute_paths
+from taid_ray.config.schema import DistillConfig, build_config, known_keys
+from taid_ray.errors import CheckpointError, ClusterError, ConfigError
+from taid_ray.run.directory import MAY_CHANGE, check_run_dir, read_summary, run_directory
+from taid_ray.run.layout import METRICS_FILE, SUMMARY_FILE
+from tests.support.paths import ROOT
+
+TREE: dict[str, Any] = {
+    "teacher": {"model": "t"}, "student": {"model": "s"}, "data": {"train": "d"}, "train": {"steps": 9}
+}  # fmt: skip
+
+
+def config(directory: Path, *overrides: str) -> DistillConfig:
+    return with_absolute_paths(build_config(TREE, overrides, {"out": str(directory)}))
+
+
+def begin(found: DistillConfig) -> str:
+    """Leaves a run that has made a step; its id."""
+    with run_directory(found) as run:
+        run.begin_attempt(2)
+        (found.run_dir / METRICS_FILE).write_text("{}\n")
+        return run.id
+
+
+def test_an_unfinished_run_is_taken_up_again_under_its_id(tmp_path: Path) -> None:
+    found = config(tmp_path / "run")
+    assert check_run_dir(found) == "new"
+    first = begin(found)
+    assert check_run_dir(found) == "unfinished"
+    with run_directory(found) as run:
+        assert (run.id, run.attempts) == (first, 1)
+        assert run.checkpoints == str(tmp_path / "run" / "checkpoints")
+        run.begin_attempt(1)
+    attempts = json.loads((found.run_dir / "run.json").read_text())["attempts"]
+    assert [attempt["workers"] for attempt in attempts] == [2, 1]
+    assert {path.name for path in found.run_dir.iterdir()} == {"config.yaml", "run.json", METRICS_FILE}
+
+
+def test_a_finished_run_is_known(tmp_path: Path) -> None:
+    found = config(tmp_path / "run")
+    begin(found)
+    (found.run_dir / SUMMARY_FILE).write_text('{"steps": 9}')
+    assert check_run_dir(found) == "finished" and read_summary(found.run_dir) == {"steps": 9}
+
+
+def test_every_key_that_may_change_exists_and_may(tmp_path: Path) -> None:
+    begin(config(tmp_path / "run"))
+    keys = {f"{key}." for key in known_keys()}
+    assert all(any(key.startswith(f"{free}.") for key in keys) for free in MAY_CHANGE)
+    free = [
+        "teacher.replicas=3", "teacher.window=9", "student.workers=4", "student.zero_stage=3", "train.micro_batch_size=1",
+        "student.deepspeed={zero_optimization: {reduce_bucket_size: 1000}}", "checkpoint.keep=7", "name=other",
+    ]  # fmt: skip
+    assert check_run_dir(config(tmp_path / "run", *free)) == "unfinished"
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("train.learning_rate=0.5", "train.learning_rate (was 0.0001, now 0.5)"),
+        ("train.steps=10", "train.steps (was 9, now 10)"),
+        ("teacher.model=u", 'teacher.model (was "t", now "u")'),
+        ("teacher.payload=hidden_int8", "teacher.payload"),
+        ("student.lora={rank: 2}", "student.lora.rank (was null, now 2)"),
+        ("schedule.alpha=0.1", "schedule.alpha"),
+        ("checkpoint.storage=/elsewhere", "checkpoint.storage"),
+    ],
+)
+def test_what_the_trajectory_depends_on_may_not_change(override: str, named: str, tmp_path: Path) -> None:
+    begin(config(tmp_path / "run"))
+    with pytest.raises(ConfigError) as refused:
+        check_run_dir(config(tmp_path / "run", override))
+    assert named in str(refused.value) and "--out" in str(refused.value)
+
+
+def test_a_new_directory_goes_again_if_nothing_was_trained_and_an_old_one_stays(tmp_path: Path) -> None:
+    found = config(tmp_path / "run")
+    with pytest.raises(ClusterError), run_directory(found):
+        raise ClusterError("no room")
+    assert not found.run_dir.exists()
+    begin(found)
+    for error in (ClusterError("no room"), KeyboardInterrupt(), SystemExit(143)):
+        with pytest.raises(type(error)), run_directory(found):
+            raise error
+    assert check_run_dir(found) == "unfinished"
+
+
+@pytest.mark.parametrize("metrics", [None, ""])
+def test_a_run_of_before_is_never_removed(tmp_path: Path, metrics: str | None) -> None:
+    """Even if its metrics are lost: there are checkpoints, or the id that finds them."""
+    found = config(tmp_path / "run")
+    begin(found)
+    (found.run_dir / "metrics.jsonl").unlink()
+    if metrics is not None:
+        (found.run_dir / "metrics.jsonl").write_text(metrics)
+    (found.run_dir / "checkpoints").mkdir()
+    for error in (CheckpointError("bring it back"), KeyboardInterrupt()):
+        with pytest.raises(type(error)), run_directory(found):
+            raise error
+    assert (found.run_dir / "checkpoints").is_dir() and (found.run_dir / "run.json").exists()
+
+
+def test_one_driver_at_a_time_whose_lock_ends_with_it(tmp_path: Path) -> None:
+    found = config(tmp_path / "run")
+    begin(found)
+    script = f"""
+import sys, time
+from pathlib import Path
+from taid_ray.config.paths import with_absolute_paths
+from taid_ray.config.schema import build_config
+from taid_ray.run.directory import run_directory
+with run_directory(with_absolute_paths(build_config({TREE!r}, [], {{"out": {str(found.run_dir)!r}}}))):
+    print("in", flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=ROOT) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"in\n"
+        with pytest.raises(ConfigError, match="under way in another process"), run_directory(found):
+            pass
+        other.kill()
+    with run_directory(found) as run:
+        assert run.attempts == 1

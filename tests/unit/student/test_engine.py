@@ -1,0 +1,240 @@
+"""The student in a DeepSpeed engine, one process: every ZeRO stage follows the plain reference, whatever the head is."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from taid_ray.cli.quickstart import quickstart_config
+from taid_ray.config.schema import DistillConfig, build_config
+from taid_ray.data.batch import NO_LABEL, Row, collate
+from taid_ray.driver.preflight import prepare
+from taid_ray.errors import ModelError, NonFiniteLossError
+from taid_ray.losses.projection import LogitTransform
+from taid_ray.models.loading import Head
+from taid_ray.models.pair import run_tokenizer
+from taid_ray.run.metrics import StepMetrics
+from taid_ray.scheduler.aggregate import GO_ON, LossAggregator, LossSums, StepResult
+from taid_ray.scheduler.schedule import TAIDSchedule
+from taid_ray.student.clock import PhaseClock
+from taid_ray.teacher.payload import TeacherOutput, needs_head
+from tests.support.reference import reference_run
+from tests.support.students import TIED, config_for
+
+pytestmark = pytest.mark.usefixtures("one_process_group")
+
+UNTIED: dict[str, Any] = {"init": "scratch", "architecture": {"tie_word_embeddings": False, "num_hidden_layers": 2}}
+LORA_HEAD: dict[str, Any] = {"rank": 4, "target_modules": ["lm_head", "q_proj"]}
+
+
+class LocalScheduler:
+    """What the scheduler actor does, for one rank in the same process."""
+
+    def __init__(self, config: DistillConfig, total_steps: int):
+        s = config.schedule
+        schedule = TAIDSchedule(s.t_start, s.t_end, s.alpha, s.beta, total_steps, s.mode)
+        self.aggregator = LossAggregator(schedule, s.signal)
+        self.aggregator.begin(1, 1, None)
+        self.answer: StepResult | None = None
+
+    def submit(self, step: int, sums: LossSums) -> None:
+        self.answer = self.aggregator.report(1, step, 0, sums)
+
+    def collect(self, step: int) -> StepResult:
+        assert self.answer is not None and self.answer.step == step
+        return self.answer
+
+
+def train(config: DistillConfig) -> tuple[list[StepMetrics], Any]:
+    """Runs the product's loop in this process. Returns its metrics and the student."""
+    from taid_ray.data.batching import num_micro_batches
+    from taid_ray.data.dataset import TrainingData
+    from taid_ray.distributed.world import World
+    from taid_ray.models.student_init import build_student
+    from taid_ray.student.engine import Student
+    from taid_ray.student.loop import train_loop
+    from taid_ray.student.prefetch import Prefetcher, step_batches
+    from taid_ray.student.worker import training_batches
+    from taid_ray.teacher.local import LocalTeacher
+
+    plan, world, device = prepare(config), World(), torch.device("cpu")
+    clock = PhaseClock(device)
+    student = Student(config, build_student(config, plan.vocabulary), plan.vocabulary.num_shared, world, device, clock)
+    teacher = LocalTeacher(config.teacher, plan.vocabulary.num_shared, device)
+    scheduler = LocalScheduler(config, plan.total_steps)
+    accumulation = num_micro_batches(config.train.batch_size, config.train.micro_batch_size, 1)
+    tokenizer = run_tokenizer(config)
+    data = TrainingData(config.data, tokenizer, config.train.seed, config.train.batch_size)
+    batches = step_batches(training_batches(data, plan, tokenizer), world, accumulation)
+    lines: list[StepMetrics] = []
+    start = scheduler.aggregator.result
+    stream = Prefetcher(batches, teacher, config.teacher.window, config.teacher.window_mib * 2**20, clock)
+    head = teacher.head() if needs_head(config.teacher.payload) else None
+    on_step = lambda metrics, result, cursor: lines.append(metrics)  # noqa: E731
+    train_loop(
+        config.train, plan.total_steps, student, head, scheduler, stream, start, clock, lambda step: GO_ON, on_step
+    )
+    return lines, student
+
+
+def assert_follows(lines: list[StepMetrics], expected: list[dict[str, float]]) -> None:
+    for line, reference in zip(lines, expected, strict=True):
+        for key in ("t", "loss", "kl"):
+            assert getattr(line, key) == pytest.approx(reference[key], rel=0, abs=1e-5), (line.step, key)
+        assert line.grad_norm == pytest.approx(reference["grad_norm"], rel=1e-4), line.step
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, list[dict[str, float]]]:
+    return {
+        "tied": reference_run(config_for(TIED)),
+        "untied": reference_run(config_for(UNTIED)),
+        "no clipping": reference_run(config_for(TIED, max_grad_norm=0.0)),
+    }
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("head", ["tied", "untied"])
+def test_every_stage_follows_the_reference(head: str, stage: int, expected: dict[str, Any]) -> None:
+    lines, _ = train(config_for((TIED if head == "tied" else UNTIED) | {"zero_stage": stage}))
+    assert_follows(lines, expected[head])
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_max_grad_norm_0_does_not_clip(stage: int, expected: dict[str, Any]) -> None:
+    lines, _ = train(config_for(TIED | {"zero_stage": stage}, max_grad_norm=0.0))
+    assert_follows(lines, expected["no clipping"])
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_raw_deepspeed_configuration_reaches_the_engine(stage: int, expected: dict[str, Any]) -> None:
+    """Optimizer state offloaded to the CPU changes where it lies and nothing else."""
+    offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    lines, student = train(config_for(TIED | {"zero_stage": stage, "deepspeed": offload}))
+    assert_follows(lines, expected["tied"])
+    assert student.engine.zero_offload_optimizer().device == "cpu"
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_gradient_checkpointing_changes_nothing(stage: int, expected: dict[str, Any]) -> None:
+    lines, _ = train(config_for(TIED | {"zero_stage": stage, "gradient_checkpointing": True}))
+    assert_follows(lines, expected["tied"])
+
+
+@pytest.mark.parametrize("lora", [{"rank": 4}, LORA_HEAD], ids=["body", "head"])
+def test_lora_is_the_same_under_every_stage_and_merges(lora: dict[str, Any], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from taid_ray.models.student_init import build_student
+
+    logits, histories = [], []
+    for stage in (0, 2, 3):
+        lines, student = train(config_for(UNTIED | {"zero_stage": stage, "lora": lora}))
+        histories.append([(line.loss, line.grad_norm) for line in lines])
+        trainable = [name for name, p in student.trained.named_parameters() if p.requires_grad]
+        assert trainable and all("lora_" in name for name in trainable)
+        student.save(tmp_path / str(stage))
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / str(stage))
+        assert not any("lora" in name for name, _ in merged.named_parameters())
+        logits.append(merged(torch.arange(20)[None]).logits)
+    for history, each in zip(histories[1:], logits[1:], strict=True):
+        assert history == [pytest.approx(step, rel=1e-4) for step in histories[0]]
+        torch.testing.assert_close(each, logits[0], rtol=1e-3, atol=1e-5)
+    untrained = build_student(config_for(UNTIED), None)
+    assert not torch.allclose(untrained(torch.arange(20)[None]).logits, logits[0], atol=1e-4)
+
+
+def test_an_adapter_on_a_tied_head_is_refused() -> None:
+    with pytest.raises(ModelError, match="leave the head out"):
+        train(config_for(TIED | {"zero_stage": 0, "lora": LORA_HEAD}))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bfloat16_stays_near_the_reference(stage: int, expected: dict[str, Any]) -> None:
+    lines, _ = train(config_for(TIED | {"zero_stage": stage, "dtype": "bfloat16"}))
+    for line, reference in zip(lines, expected["tied"], strict=True):
+        assert line.loss == pytest.approx(reference["loss"], rel=5e-3), line.step
+
+
+@pytest.mark.timeout(240)
+def test_quantised_payloads_stay_near_the_exact_run() -> None:
+    """The beginning of the quickstart: t within 1e-3 and the loss within 1 % at every step."""
+    runs = {}
+    for payload in ("hidden", "hidden_int8", "hidden_fp8"):
+        config = quickstart_config(["teacher.mode=local", f"teacher.payload={payload}", "train.steps=25"], "unused")
+        runs[payload], _ = train(config)
+    exact = runs.pop("hidden")
+    for payload, lines in runs.items():
+        for line, expected in zip(lines, exact, strict=True):
+            assert line.t == pytest.approx(expected.t, abs=1e-3), (payload, line.step)
+            assert line.loss == pytest.approx(expected.loss, rel=1e-2), (payload, line.step)
+        assert [line.loss for line in lines] != [line.loss for line in exact]  # the payload did reach the loss
+
+
+@pytest.mark.parametrize("head", [TIED, UNTIED], ids=["tied", "untied"])
+def test_a_step_is_accounted_for(head: dict[str, Any]) -> None:
+    lines, _ = train(config_for(head))
+    for line in lines[1:]:
+        phases = (line.data_s, line.teacher_wait_s, line.forward_s, line.loss_s, line.backward_s, line.optimizer_s)
+        assert all(seconds > 0 for seconds in phases)
+        assert 0.9 * line.step_s <= sum(phases) + line.schedule_wait_s <= 1.01 * line.step_s
+        # A local teacher computes while the student waits, and at no other time.
+        assert 0 < line.teacher_compute_s <= line.teacher_wait_s
+
+
+@pytest.mark.parametrize(
+    "name", ["taid", "forward_kl", "reverse_kl", "js", "tvd", "skew_forward_kl", "skew_reverse_kl"]
+)
+def test_training_on_the_top_k_alone(name: str) -> None:
+    """Under ZeRO-3 and without the teacher's head the run follows the exact one where the top k leave little out."""
+    found = {}
+    for payload in ("hidden", "topk"):
+        config = config_for(TIED | {"zero_stage": 3}, steps=8)
+        tree = config.model_dump()
+        tree["teacher"] |= {"payload": payload, "topk": 256}
+        tree["loss"]["name"] = name
+        found[payload], _ = train(build_config(tree))
+    for exact, line in zip(found["hidden"], found["topk"], strict=True):
+        assert line.kl == pytest.approx(exact.kl, rel=0.02), line.step
+        assert line.loss == pytest.approx(exact.loss, rel=0.02), line.step
+        assert line.grad_norm == pytest.approx(exact.grad_norm, rel=0.05), line.step
+    assert len({line.kl for line in found["topk"]}) == 8
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_saved_model_is_the_trained_one(stage: int, tmp_path: Path) -> None:
+    """The saved weights reproduce the training model's own next loss, and load with plain transformers."""
+    from transformers import AutoModelForCausalLM
+
+    from taid_ray.models.student_init import build_student
+
+    _, student = train(config_for(TIED | {"zero_stage": stage}))
+    student.save(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    state = student._gathered_state()
+    for name, parameter in loaded.named_parameters():
+        torch.testing.assert_close(parameter.data, state[name], rtol=0, atol=0)
+    before = dict(build_student(config_for(TIED), None).named_parameters())
+    assert any(not torch.equal(parameter, before[name]) for name, parameter in loaded.named_parameters())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_gradient_that_is_not_finite_stops_the_run(stage: int) -> None:
+    """DeepSpeed would drop the step and go on (ZeRO 1 to 3), or write NaN weights (ZeRO 0)."""
+    from taid_ray.distributed.world import World
+    from taid_ray.models.student_init import build_student
+    from taid_ray.student.engine import Student
+
+    config = config_for(TIED | {"zero_stage": stage})
+    device = torch.device("cpu")
+    student = Student(config, build_student(config, None), 512, World(), device, PhaseClock(device))
+    batch = collate([Row([1, 2, 3], [0, 1, 2], [2, 3, NO_LABEL])])
+    head = Head(torch.randn(512, 64), None, LogitTransform())
+    loss, _ = student.forward(batch, TeacherOutput("hidden", {"hidden": torch.randn(2, 64)}), head, 0.5)
+    student.backward(loss * float("inf"))
+    before = {name: tensor.clone() for name, tensor in student._gathered_state().items()}
+    with pytest.raises(NonFiniteLossError, match="gradient norm"):
+        student.step(1e-3)
+    for name, tensor in student._gathered_state().items():
+        assert torch.equal(tensor, before[name]), name

@@ -1,0 +1,127 @@
+"""Checkpoints of the real student in the real engine: bit for bit in the same layout, to rounding in any other."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from tests.support.students import TIED, config_for
+
+SAVED, STEPS, ROWS, LENGTH, IDS = 3, 5, 4, 12, 400
+# workers -> (ZeRO stage, further keys); every one saves a checkpoint, which all layouts of both world sizes read.
+LAYOUTS = {1: [(0, ""), (3, "")], 2: [(0, ""), (1, ""), (2, ""), (3, "")]}
+KINDS: dict[str, dict[str, Any]] = {"": {}, "lora": {"lora": {"rank": 4}}, "bf16": {"dtype": "bfloat16"}}
+LAYOUTS[2] += [(3, "lora"), (1, "bf16"), (3, "bf16")]
+
+
+def train(stage: int, kind: str, world: Any, directory: Path, restored: Any) -> tuple[list[float], str]:
+    """Losses of the steps from the checkpoint (or 1) to STEPS, and the digest of the model then; saves after SAVED."""
+    import xxhash
+    from safetensors.torch import load_file
+
+    from taid_ray.checkpoint.save import Saver
+    from taid_ray.checkpoint.store import CheckpointStore, RunState
+    from taid_ray.config.schema import CheckpointConfig
+    from taid_ray.data.batch import Batch
+    from taid_ray.data.dataset import Cursor
+    from taid_ray.driver.preflight import prepare
+    from taid_ray.models.student_init import build_student
+    from taid_ray.scheduler.aggregate import StepResult
+    from taid_ray.student.clock import PhaseClock
+    from taid_ray.student.engine import Student
+
+    config = config_for(TIED | {"zero_stage": stage} | KINDS[kind])
+    plan, device = prepare(config), torch.device("cpu")
+    model = build_student(config, plan.vocabulary).eval()
+    student = Student(config, model, plan.vocabulary.num_shared, world, device, PhaseClock(device), restored)
+    losses = []
+    for step in range(restored.state.result.step if restored else 0, STEPS):
+        ids = torch.randint(IDS, (ROWS, LENGTH), generator=torch.Generator().manual_seed(step))
+        own = ids.chunk(world.size)[world.rank]
+        inputs = {"input_ids": own, "position_ids": torch.arange(LENGTH).expand(own.shape)}
+        labels = own.flatten()
+
+        def loss(hidden: torch.Tensor, weight: torch.Tensor, _: Any, labels: torch.Tensor = labels) -> torch.Tensor:
+            return torch.nn.functional.cross_entropy(hidden @ weight[:IDS].T, labels, reduction="sum")
+
+        total = student._run(Batch(inputs, torch.arange(own.numel()), labels), loss)
+        student.backward(total / ids.numel())
+        student.step(1e-3)
+        losses.append(world.sum([total.item() / ids.numel()])[0])
+        if step + 1 == SAVED and not restored:
+            saver = Saver(CheckpointStore(str(directory)), CheckpointConfig(), world, 1, None, 60.0, print)
+            saver.save(SAVED, RunState(StepResult(SAVED, {}), Cursor(), {}), student.state(), None)
+            saver.finish()
+    student.save(directory / "model")
+    world.barrier()
+    weights = load_file(directory / "model" / "model.safetensors")
+    return losses, xxhash.xxh3_64_hexdigest(b"".join(weights[key].float().numpy().tobytes() for key in sorted(weights)))
+
+
+def work(rank: int, size: int, port: int, root: str, save: bool) -> None:
+    """One rank: with `save`, every layout of this world size from the start; then all from all checkpoints."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    from taid_ray.driver.launch import use_deepspeed_on
+
+    use_deepspeed_on("cpu")
+    dist.init_process_group("gloo")
+    from taid_ray.checkpoint.restore import restore
+    from taid_ray.checkpoint.store import CheckpointStore
+    from taid_ray.distributed.world import World
+
+    world, found = World.current(), {}
+    for stage, kind in LAYOUTS[size]:
+        if save:
+            directory = Path(root) / f"{size}-{stage}-{kind}"
+            found[f"{size}-{stage}-{kind} from -"] = train(stage, kind, world, directory, None)
+            sources = [directory]
+        else:
+            sources = sorted(path for path in Path(root).iterdir() if path.name.endswith(f"-{kind}"))
+            sources = [path for path in sources if path.name in ("1-3-", "2-1-")]
+        for source in sources:
+            restored = restore(CheckpointStore(str(source)), world, print)
+            assert restored is not None and restored.state.result.step == SAVED
+            found[f"{size}-{stage}-{kind} from {source.name}"] = train(stage, kind, world, source, restored)
+    if rank == 0:
+        (Path(root) / f"{size}-{save}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[float], str]]:
+    root, found = tmp_path_factory.mktemp("states"), {}
+    for save in (True, False):
+        for size in LAYOUTS:
+            port = 29610 + 2 * size + save
+            mp.spawn(work, (size, port, str(root), save), nprocs=size)
+            file = root / f"{size}-{save}.json"
+            found |= json.loads(file.read_text())
+            file.unlink()
+    return found
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "layout", [f"{size}-{stage}-{kind}" for size, found in LAYOUTS.items() for stage, kind in found]
+)
+def test_a_layout_goes_on_bit_for_bit(layout: str, runs: dict[str, tuple[list[float], str]]) -> None:
+    whole, resumed = runs[f"{layout} from -"], runs[f"{layout} from {layout}"]
+    assert resumed[0] == whole[0][SAVED:]
+    assert resumed[1] == whole[1]
+
+
+@pytest.mark.timeout(300)
+def test_any_layout_goes_on_from_any_other(runs: dict[str, tuple[list[float], str]]) -> None:
+    pairs = {key: key.split(" from ") for key in runs}
+    others = {key: source for key, (layout, source) in pairs.items() if source not in ("-", layout)}
+    assert len(others) == 10
+    for key, source in others.items():
+        losses = runs[key][0]
+        assert losses == pytest.approx(runs[f"{source} from -"][0][SAVED:], rel=0, abs=1e-5), key
