@@ -23,13 +23,13 @@ from benchmarks.common import median, write
 from taid_ray.config.schema import DistillConfig, build_config
 from taid_ray.data.batch import NO_LABEL, Batch, Row, collate
 from taid_ray.data.dataset import Cursor
-from taid_ray.driver.launch import use_deepspeed_on
 from taid_ray.models.loading import Head
 from taid_ray.run.metrics import StepMetrics
 from taid_ray.scheduler.aggregate import GO_ON
 from taid_ray.scheduler.client import SchedulerClient
 from taid_ray.scheduler.owner import SchedulerOwner
 from taid_ray.student.clock import PhaseClock
+from taid_ray.student.deepspeed_internals import use_deepspeed_on
 from taid_ray.student.prefetch import Prefetcher, StepBatches
 from taid_ray.teacher.payload import TeacherOutput
 from taid_ray.teacher.pool.client import PoolTeacher

@@ -139,8 +139,8 @@ def make_models(directory: Path) -> None:
 
 def empty_worker() -> int:
     """Resident bytes of a process that has imported what a student worker imports, and done nothing."""
-    from taid_ray.driver.launch import use_deepspeed_on
     from taid_ray.plan.memory_watch import peak_bytes
+    from taid_ray.student.deepspeed_internals import use_deepspeed_on
 
     use_deepspeed_on("cpu")
     import os

@@ -25,7 +25,6 @@ from taid_ray.config.schema import ScheduleConfig, TeacherConfig, TrainConfig
 from taid_ray.data.batch import Batch, Row
 from taid_ray.data.dataset import Cursor
 from taid_ray.distributed.world import World
-from taid_ray.driver.launch import use_deepspeed_on
 from taid_ray.losses.chunked import LossParts
 from taid_ray.losses.projection import LogitTransform
 from taid_ray.run.metrics import StepMetrics
@@ -33,6 +32,7 @@ from taid_ray.scheduler.aggregate import GO_ON, StepResult
 from taid_ray.scheduler.client import SchedulerClient
 from taid_ray.scheduler.owner import SchedulerOwner
 from taid_ray.student.clock import PhaseClock
+from taid_ray.student.deepspeed_internals import use_deepspeed_on
 from taid_ray.teacher.pool import deployment
 from taid_ray.teacher.pool.client import PoolTeacher, replica_states
 from taid_ray.teacher.pool.lease import find_lease

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray._private.state import available_resources_per_node, state
 
 from taid_ray.config.schema import DistillConfig, TeacherConfig
+from taid_ray.distributed.ray_internals import draining_nodes, free_resources
 from taid_ray.errors import ClusterError
 
 STUDENT_RESOURCE, TEACHER_RESOURCE = "taid_student", "taid_teacher"
@@ -108,7 +108,7 @@ def capacity_note(demand: Demand, nodes: list[dict[str, Any]] | None = None) -> 
 
 def workers_now(demand: Demand) -> int:
     """The most workers that the living nodes, those about to leave left out, hold beside as many replicas as they can."""
-    leaving = state.get_draining_nodes()
+    leaving = draining_nodes()
     alive = _alive([node for node in ray.nodes() if node["NodeID"] not in leaving])
     room = workers_beside(alive, demand.replica_resources(), demand.worker_resources(), demand.replicas)
     return next(workers for workers in reversed(room) if workers >= 0)
@@ -116,8 +116,8 @@ def workers_now(demand: Demand) -> int:
 
 def free_room(demand: Demand) -> int:
     """How many more workers find a place now, beside everything else that is on the cluster."""
-    leaving = state.get_draining_nodes()
-    free = [node for name, node in available_resources_per_node().items() if name not in leaving]
+    leaving = draining_nodes()
+    free = [node for name, node in free_resources().items() if name not in leaving]
     return workers_beside(free, demand.replica_resources(), demand.worker_resources(), 0)[0]
 
 
@@ -126,7 +126,7 @@ def room_for_trials(demand: Demand, own_teachers: bool) -> int:
 
     own_teachers: every run has replicas of its own; else they share a pool that is up already.
     """
-    free = list(available_resources_per_node().values())
+    free = list(free_resources().values())
     replicas = demand.replicas if own_teachers else 0
     count = 0
     while True:

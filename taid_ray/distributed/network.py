@@ -1,11 +1,13 @@
 """The student workers' process group: over the network that Ray itself uses between their nodes, and gone if it fails."""
 
 import os
+from typing import Any
 
 import psutil
 import ray.util
 from ray.train.torch import TorchConfig
-from ray.train.torch.config import _TorchBackend
+
+from taid_ray.distributed.ray_internals import torch_backend
 
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
@@ -17,11 +19,11 @@ class RayNetworkConfig(TorchConfig):
     """
 
     @property
-    def backend_cls(self) -> type[_TorchBackend]:
+    def backend_cls(self) -> type[Any]:
         return _RayNetworkBackend
 
 
-class _RayNetworkBackend(_TorchBackend):
+class _RayNetworkBackend(torch_backend()):  # type: ignore[misc]  # known at run time only
     def on_start(self, worker_group, backend_config) -> None:  # type: ignore[no-untyped-def]  # Ray's, not public
         try:
             worker_group.execute(use_ray_network)

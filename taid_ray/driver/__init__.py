@@ -6,8 +6,6 @@ from pool to worker. Others use `launch` (distill, distill_among), `preflight`, 
 `signals` and `warm`.
 
 Traps:
-- DeepSpeed on a CPU would compile its shared-memory collectives at the first start. `launch.use_deepspeed_on` declares that
-  operator absent, so nothing compiles; call it before anything imports `deepspeed`.
 - Restarts are ours, not Ray Train's (`attempts` says why): each attempt is one `fit` without retries. An AttemptError is
   tried again, every other TaidRayError ends the run.
 - `supervise` tells a restarted scheduler actor again that the pool is up.

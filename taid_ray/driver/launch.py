@@ -30,6 +30,7 @@ from taid_ray.driver.sweep import swept
 from taid_ray.models.hub import connection_restored
 from taid_ray.run.directory import Run, check_run_dir, read_summary, run_directory
 from taid_ray.run.log import logged
+from taid_ray.student.deepspeed_internals import use_deepspeed_on
 from taid_ray.student.spec import Job, Plan
 from taid_ray.tracking.follow import check_installed, tracked
 
@@ -158,16 +159,3 @@ def start_worker(arguments: dict[str, Any]) -> dict[str, Any] | None:
     from taid_ray.student.worker import run_worker
 
     return run_worker(job)
-
-
-def use_deepspeed_on(device: str) -> None:
-    """Settles DeepSpeed's accelerator before its first import.
-
-    On a CPU its optional shared-memory collectives would be compiled at the first start (minutes, and a process killed
-    meanwhile leaves a lock that hangs every later run); gloo does the same work, so that operator is declared absent.
-    """
-    os.environ["DS_ACCELERATOR"] = device
-    import deepspeed
-
-    if device == "cpu":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

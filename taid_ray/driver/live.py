@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private.services import get_webui_url_from_internal_kv
 
+from taid_ray.distributed.ray_internals import dashboard_address
 from taid_ray.errors import TaidRayError
 from taid_ray.files import write_json
 from taid_ray.run.layout import ENDED_FILE, LIVE_FILE
@@ -48,7 +48,7 @@ def announced(run_dir: Path, pool: str | None, total_steps: int | None = None) -
 
 
 def _this_driver(pool: str | None, total_steps: int | None) -> Live:
-    dashboard = get_webui_url_from_internal_kv()
+    dashboard = dashboard_address()
     pid = os.getpid()
     return Live(
         address=ray.get_runtime_context().gcs_address,

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private.state import state
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray.util.state import list_actors
 from ray.util.state.exception import RayStateApiException
+
+from taid_ray.distributed.ray_internals import dead_jobs
 
 CLEANER, CONTROLLER = "PlacementGroupCleaner", "TrainController"
 QUERY_S, END_S = 10, 20.0
@@ -42,7 +43,7 @@ def end_abandoned_cleaners() -> None:
     cleaners = _alive(CLEANER)
     if not cleaners:
         return
-    over = {job["JobID"] for job in state.job_table() if job["IsDead"]}
+    over = dead_jobs()
     busy = {controller.job_id for controller in _alive(CONTROLLER)}
     own = ray.get_runtime_context().get_job_id()
     for actor in cleaners:

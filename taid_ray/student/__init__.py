@@ -8,5 +8,8 @@ Traps:
 - ZeRO 0 in float32 clips in an optimizer hook of ours: DeepSpeed keeps no norm there. ZeRO 0 with bfloat16 is refused.
 - The denominator of the loss comes from the batch itself; the loop compares it with what the scheduler actor summed up.
 - Where a step's time goes is measured by one `clock.PhaseClock`, which loop, prefetcher and engine share.
+- DeepSpeed on a CPU would compile its shared-memory collectives at the first start.
+  `deepspeed_internals.use_deepspeed_on` declares that operator absent, so nothing compiles; call it before anything imports
+  `deepspeed`.
 - All that DeepSpeed keeps private and the package uses stands in `deepspeed_internals`; pyproject.toml bounds its version.
 """

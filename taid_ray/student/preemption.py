@@ -4,8 +4,9 @@ import threading
 from contextlib import suppress
 
 import ray
-from ray._private.state import state
 from ray.exceptions import RayError
+
+from taid_ray.distributed.ray_internals import draining_nodes
 
 POLL_S = 2.0
 
@@ -22,5 +23,5 @@ class LeaveNotice:
         stopped = threading.Event()
         while not self.given and ray.is_initialized():
             with suppress(RayError):  # the head is being restarted
-                self.given = self._node in state.get_draining_nodes()
+                self.given = self._node in draining_nodes()
             stopped.wait(POLL_S)

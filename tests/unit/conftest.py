@@ -12,7 +12,7 @@ def one_process_group() -> Iterator[None]:
     """A process group of this process alone. One for all tests, because DeepSpeed keeps the first one it finds."""
     import torch.distributed as dist
 
-    from taid_ray.driver.launch import use_deepspeed_on
+    from taid_ray.student.deepspeed_internals import use_deepspeed_on
 
     use_deepspeed_on("cpu")
     with socket.socket() as free:

@@ -1,6 +1,7 @@
 """The build trap: a lock that a killed compiler left behind, on which DeepSpeed on a CPU would wait forever.
 
-A worker declares the operator absent (`launch.use_deepspeed_on`), so it neither compiles nor waits, whatever lies there.
+A worker declares the operator absent (`deepspeed_internals.use_deepspeed_on`), so it neither compiles nor
+waits, whatever lies there.
 """
 
 import os
@@ -30,7 +31,7 @@ def trapped(baton):
 
 torch.utils.file_baton.FileBaton.wait = trapped
 if as_worker:
-    from taid_ray.driver.launch import use_deepspeed_on
+    from taid_ray.student.deepspeed_internals import use_deepspeed_on
     use_deepspeed_on("cpu")
 os.environ.update(DS_ACCELERATOR="cpu", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
 torch.distributed.init_process_group("gloo", init_method="file://" + store, rank=0, world_size=1)

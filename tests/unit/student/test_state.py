@@ -68,7 +68,7 @@ def work(rank: int, size: int, port: int, root: str, save: bool) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    from taid_ray.driver.launch import use_deepspeed_on
+    from taid_ray.student.deepspeed_internals import use_deepspeed_on
 
     use_deepspeed_on("cpu")
     dist.init_process_group("gloo")
