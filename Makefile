@@ -7,15 +7,19 @@ BENCHMARKS := loss payload overlap scheduler step scale_out tune plan
 LOG := $(VENV)/install.log
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-netns soak lint bench bench-tune clean
+.PHONY: help install quickstart test test-more test-all test-wheel test-all-layouts test-netns soak lint bench bench-tune clean
 
 help:
 	@echo "make install     create $(VENV) and install taid-ray with its development tools"
 	@echo "make quickstart  distil the bundled model on a local Ray (installs first if needed)"
-	@echo "make test        all tests but those of test-netns and soak"
+	@echo "make test        a strong test of every property: on two cores about 10 minutes"
+	@echo "make test-more   the others: searches, jobs, scaling, further failures, a wheel (about 25 minutes)"
+	@echo "make test-all    both"
+	@echo "make test-wheel  a wheel in an empty environment runs the quickstart (part of test-more)"
+	@echo "make test-all-layouts  one trajectory in every layout of workers, ZeRO stages, pools and micro-batches (by hand)"
 	@echo "make test-netns  a run on three hosts that are network namespaces (Linux, root; ten minutes)"
 	@echo "make soak        kills parts of runs at random for MINUTES=10, and counts what is lost"
-	@echo "make lint        ruff and mypy"
+	@echo "make lint        ruff, mypy, import rules (import-linter), declared dependencies (deptry)"
 	@echo "make bench       all benchmarks, or one: make bench ONLY=loss (see benchmarks/README.md)"
 	@echo "make bench-tune  what a search costs beside one run (some minutes)"
 	@echo "make clean       remove $(VENV) and caches (runs/ stays)"
@@ -44,8 +48,22 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: install
 	@$(BIN)/taid-ray quickstart
 
+# Tests in one process each go first, on two processes; those that share a Ray follow. Each closes with the slowest ten and
+# the time by folder.
 test: install
-	$(BIN)/python -m pytest --durations=10
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=10 tests/unit tests/fuzz
+	$(BIN)/python -m pytest --durations=10 tests/integration tests/chaos
+
+test-more: install
+	$(BIN)/python -m pytest -m more --durations=10
+
+test-all: test test-more
+
+test-wheel: install
+	$(BIN)/python -m pytest -m more tests/wheel
+
+test-all-layouts: install
+	$(BIN)/python -m pytest -m layouts --durations=10 tests/integration
 
 test-netns: install
 	$(BIN)/python -m pytest -m netns tests/netns
@@ -57,6 +75,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/deptry taid_ray
+	$(BIN)/deptry . --ignore DEP004
 
 # One after another, each in a process of its own; a failure does not keep the others from running.
 bench: $(BENCH_STAMP)

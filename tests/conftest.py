@@ -1,7 +1,10 @@
 """For all tests. Those that need Ray share one local cluster: it takes 10 s to start, a Serve or Train start 10 to 40 s more."""
 
 import os
+import tempfile
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +23,8 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     PYTHONPATH=str(ROOT),  # drivers in processes of their own bring no runtime environment
 )
+if len(tempfile.gettempdir()) > 36:  # paths of sockets have at most 107 characters, and Ray's part of them up to 71
+    os.environ.setdefault("RAY_TMPDIR", "/tmp")
 
 
 @pytest.fixture(scope="session")
@@ -44,3 +49,20 @@ def ray_cluster() -> Iterator[str]:
     serve.shutdown()
     ray.shutdown()
     os.environ.pop("RAY_ADDRESS", None)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Where the time went, by folder, beside the slowest tests that `--durations` lists. Seconds of all processes together."""
+    if config.getoption("durations") is None:
+        return
+    seconds: Counter[str] = Counter()
+    tests: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                folder = report.nodeid.partition("::")[0].rpartition("/")[0]
+                seconds[folder] += report.duration
+                tests[folder] += report.when == "call"
+    terminalreporter.section("time by folder")
+    for folder, spent in seconds.most_common():
+        terminalreporter.write_line(f"{spent:7.1f} s  {tests[folder]:5d} tests  {folder}")

@@ -8,10 +8,8 @@ import pytest
 import torch
 
 from taid_ray import RunResult, build_config, distill
-from tests.support.paths import ROOT
+from tests.support.paths import BUNDLE, ROOT, SHARED
 
-BUNDLE = ROOT / "taid_ray" / "quickstart"
-SHARED = ROOT.parent / "shared" / "data"
 METRIC_KEYS = {
     "step", "epoch", "t", "momentum", "loss", "kl", "entropy_pt", "sft", "floor_active", "lr", "grad_norm", "tokens",
     "tokens_per_s", "step_s", "teacher_wait_s", "data_s", "forward_s", "loss_s", "backward_s", "optimizer_s",
@@ -113,6 +111,7 @@ def random_model(path: Path, tokenizer: Path, rows: int, hidden: int, layers: in
 
 
 @needs_shared
+@pytest.mark.more
 @pytest.mark.timeout(240)
 def test_instructions_with_a_padded_152k_vocabulary(ray_cluster: str, tmp_path: Path) -> None:
     """Real instruction rows; 152,064 teacher rows, 151,936 student rows and 151,646 real ids; labels mixed in."""
@@ -153,6 +152,7 @@ def test_instructions_with_a_padded_152k_vocabulary(ray_cluster: str, tmp_path: 
 
 
 @needs_shared
+@pytest.mark.more
 @pytest.mark.timeout(240)
 def test_streamed_text_with_a_32k_vocabulary_and_lora(ray_cluster: str, tmp_path: Path) -> None:
     tokenizer = SHARED / "tokenizers" / "tinyllama"

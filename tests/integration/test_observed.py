@@ -18,6 +18,7 @@ from taid_ray.files import read_lines
 from taid_ray.tracking.prometheus import METRICS
 from tests.support.paths import BUNDLE
 
+pytestmark = pytest.mark.more
 EXPORTED_WITHIN_S = 200.0
 RARE = {"taid_requests_again"}
 """Only there once something was lost."""

@@ -12,7 +12,8 @@ from taid_ray.cli.quickstart import quickstart_config
 from taid_ray.plan import rates as plan_rates
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.more
+@pytest.mark.timeout(300)
 def test_real_steps_take_the_place_of_assumptions(
     ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

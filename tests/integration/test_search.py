@@ -23,7 +23,7 @@ from tests.support.harness import SAME, small_config
 
 STEPS, RATE, USELESS_RATE = 24, 2e-3, 1e-8
 WAIT_S = 240.0
-pytestmark = pytest.mark.timeout(600)  # the fixtures hold whole searches
+pytestmark = [pytest.mark.more, pytest.mark.timeout(600)]  # the fixtures hold whole searches
 
 
 def tree() -> dict[str, Any]:

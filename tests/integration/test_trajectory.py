@@ -4,9 +4,9 @@ All layouts of one world size share a single Ray Train start, and each kind of t
 """
 
 import json
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from typing import Any
 
 import pytest
@@ -27,12 +27,15 @@ STEPS = 6
 
 # replicas, shards, payload
 POOLS = {"1x1": (1, 1, "hidden"), "2x1": (2, 1, "hidden"), "1x2": (1, 2, "hidden"), "logits": (1, 1, "logits")}
-# workers -> (pool or local teacher, ZeRO stage, micro-batch size). 5 rows per step: on 2 workers the split is uneven,
-# and with micro-batches of 1 the smaller share leaves a worker an empty micro-batch.
-LAYOUTS = {
+Layout = tuple[str, int, int]
+"""Pool, or `local` for a teacher in the workers; ZeRO stage; micro-batch size."""
+# By number of workers. 5 rows per step: on 2 workers the split is uneven, and with micro-batches of 1 the smaller share
+# leaves a worker an empty micro-batch.
+LAYOUTS: dict[int, list[Layout]] = {
     1: [("local", 2, 5), ("1x1", 0, 2), ("2x1", 3, 1), ("1x2", 1, 5), ("logits", 2, 2)],
     2: [("local", 0, 3), ("2x1", 1, 1), ("1x2", 3, 1), ("logits", 2, 3), ("1x1", 3, 3)],
 }
+ALL_LAYOUTS = {workers: list(product(["local", *POOLS], [0, 1, 2, 3], [1, 2, 5])) for workers in (1, 2, 3)}
 
 
 def config_for(pool: str, zero_stage: int, micro_batch_size: int, workers: int, out: str) -> DistillConfig:
@@ -86,10 +89,15 @@ def reference() -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def pools(ray_cluster: Any) -> Iterator[dict[str, str]]:
+    """Names of the teacher pools by kind, started side by side."""
     names = {kind: f"trajectory-{kind}" for kind in POOLS}
-    for kind, name in names.items():
+
+    def start(kind: str) -> None:
         config = config_for(kind, 2, 5, 1, "unused")
-        start_pool(config.teacher, prepare(config).vocabulary.num_shared, "cpu", name, use_role_resources=True)
+        start_pool(config.teacher, prepare(config).vocabulary.num_shared, "cpu", names[kind], use_role_resources=True)
+
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(start, POOLS))
     yield names
     for name in names.values():
         stop_pool(name)
@@ -100,13 +108,29 @@ def run_jobs(arguments: dict[str, Any]) -> None:
         start_worker({"job": job})
 
 
-@pytest.fixture(scope="module", params=sorted(LAYOUTS))
-def runs(request: pytest.FixtureRequest, pools: dict[str, str]) -> dict[tuple[str, int, int], list[dict[str, Any]]]:
-    """metrics.jsonl of every layout of one world size."""
-    workers = request.param
-    root = Path(tempfile.mkdtemp(prefix="taid-trajectory-"))
+@pytest.fixture(
+    scope="module",
+    params=[
+        *(
+            pytest.param((workers, layouts), id=f"{workers}", marks=pytest.mark.timeout(420))
+            for workers, layouts in LAYOUTS.items()
+        ),
+        *(
+            pytest.param(
+                (workers, layouts), id=f"{workers}-all", marks=[pytest.mark.layouts, pytest.mark.timeout(5400)]
+            )
+            for workers, layouts in ALL_LAYOUTS.items()
+        ),
+    ],
+)
+def runs(
+    request: pytest.FixtureRequest, pools: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[Layout, list[dict[str, Any]]]:
+    """metrics.jsonl of every layout of one number of workers."""
+    workers, layouts = request.param
+    root = tmp_path_factory.mktemp(f"trajectory-{workers}")
     jobs, schedulers = [], []
-    for pool, stage, micro in LAYOUTS[workers]:
+    for pool, stage, micro in layouts:
         config = config_for(pool, stage, micro, workers, str(root / f"{pool}-zero{stage}-micro{micro}"))
         write_config(config)
         plan = prepare(config)
@@ -123,15 +147,16 @@ def runs(request: pytest.FixtureRequest, pools: dict[str, str]) -> dict[tuple[st
         scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 1, "taid_student": 1}),
         run_config=RunConfig(name=f"trajectory-{workers}", storage_path=str(root / "train")),
     ).fit()
+    for scheduler in schedulers:
+        scheduler.close()
     return {
         layout: [json.loads(line) for line in (job.config.run_dir / "metrics.jsonl").read_text().splitlines()]
-        for layout, job in zip(LAYOUTS[workers], jobs, strict=True)
+        for layout, job in zip(layouts, jobs, strict=True)
     }
 
 
-@pytest.mark.timeout(420)
 def test_every_layout_follows_the_reference(
-    runs: dict[tuple[str, int, int], list[dict[str, Any]]], reference: list[dict[str, float]]
+    runs: dict[Layout, list[dict[str, Any]]], reference: list[dict[str, float]]
 ) -> None:
     for layout, lines in runs.items():
         assert [line["step"] for line in lines] == list(range(1, STEPS + 1)), layout
