@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +23,8 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     PYTHONPATH=str(ROOT),  # drivers in processes of their own bring no runtime environment
 )
+for name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS"):  # rich and typer would write colours, also into pipes
+    os.environ.pop(name, None)
 if len(tempfile.gettempdir()) > 36:  # paths of sockets have at most 107 characters, and Ray's part of them up to 71
     os.environ.setdefault("RAY_TMPDIR", "/tmp")
 
@@ -55,7 +57,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     """Where the time went, by folder, beside the slowest tests that `--durations` lists. Seconds of all processes together."""
     if config.getoption("durations") is None:
         return
-    seconds: Counter[str] = Counter()
+    seconds: defaultdict[str, float] = defaultdict(float)
     tests: Counter[str] = Counter()
     for reports in terminalreporter.stats.values():
         for report in reports:
@@ -64,5 +66,5 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
                 seconds[folder] += report.duration
                 tests[folder] += report.when == "call"
     terminalreporter.section("time by folder")
-    for folder, spent in seconds.most_common():
+    for folder, spent in sorted(seconds.items(), key=lambda entry: -entry[1]):
         terminalreporter.write_line(f"{spent:7.1f} s  {tests[folder]:5d} tests  {folder}")

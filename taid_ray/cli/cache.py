@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from taid_ray.config.schema import load_config
 from taid_ray.errors import ConfigError
@@ -37,29 +36,30 @@ def warm(
         f"were there; the cache is {done.directory}",
         highlight=False,
         soft_wrap=True,
+        markup=False,
     )
 
 
 @app.command()
 def stats(directory: Directory) -> None:
     """Show what a cache holds."""
-    console = Console()
     from taid_ray.teacher.cache.offline import all_warmed
     from taid_ray.teacher.cache.store import SUFFIX
 
     entries = [entry for entry in store(directory).entries() if entry.path.endswith(SUFFIX)]
-    table = Table(title=str(directory), show_header=False)
-    table.add_row("samples", f"{len(entries):,}")
-    table.add_row("size", shown_bytes(sum(entry.bytes for entry in entries)))
+    shown = [
+        ("cache", str(directory)),
+        ("samples", f"{len(entries):,}"),
+        ("size", shown_bytes(sum(entry.bytes for entry in entries))),
+    ]
     if entries:
-        table.add_row("used first, last", f"{shown_time(min(entries).used)}, {shown_time(max(entries).used)}")
+        shown.append(("used", f"{shown_time(min(entries).used)} (first) to {shown_time(max(entries).used)} (last)"))
     for path, warmed in all_warmed(directory):
         size = sum(file.stat().st_size for file in path.iterdir())
-        table.add_row(
-            f"warmed {warmed.at[:16].replace('T', ' ')}",
-            f"{warmed.model}, payload {warmed.info.payload}, {warmed.info.dtype} ({shown_bytes(size)} for its head)",
-        )
-    console.print(table)
+        what = f"{warmed.model}, payload {warmed.info.payload}, {warmed.info.dtype} ({shown_bytes(size)} for its head)"
+        shown.append(("warmed", f"{warmed.at[:16].replace('T', ' ')}: {what}"))
+    for key, value in shown:
+        print(f"{key:<9}{value}")  # no table: it would break paths over lines
 
 
 @app.command()

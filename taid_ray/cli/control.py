@@ -176,7 +176,9 @@ def scale(
     from taid_ray.control.scale import scale_teacher
 
     console = Console()
-    scale_teacher(run, live, teacher, lambda message: console.print(message, highlight=False, soft_wrap=True))
+    scale_teacher(
+        run, live, teacher, lambda message: console.print(message, highlight=False, soft_wrap=True, markup=False)
+    )
 
 
 def stop(run: Directory, address: Address = None) -> None:

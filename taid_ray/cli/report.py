@@ -15,5 +15,7 @@ def report(
 
     console = Console()
     for note in write_run_report(run):
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
-    console.print(f"report: {run / REPORT_FILE}  (its pictures: {run / 'report'})", highlight=False, soft_wrap=True)
+        console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
+    console.print(
+        f"report: {run / REPORT_FILE}  (its pictures: {run / 'report'})", highlight=False, soft_wrap=True, markup=False
+    )

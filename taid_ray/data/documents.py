@@ -1,5 +1,6 @@
 """Opening datasets and reading them block by block. Everything that can be wrong with a file is said here."""
 
+import glob
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,7 +57,8 @@ def load_documents(name: str, subset: str | None, split: str, streaming: bool, k
             if not size or (size < BLANK_BYTES and not any(file.read_bytes().strip() for file in files)):
                 raise _empty(source)
         reader = READERS[files[0].suffix.lower()]
-        arguments: dict[str, Any] = {"path": reader, "data_files": {"train": [str(f) for f in files]}, "split": "train"}
+        names = [glob.escape(str(file)) for file in files]  # `datasets` takes them for patterns
+        arguments: dict[str, Any] = {"path": reader, "data_files": {"train": names}, "split": "train"}
         what, progress = f"cannot be read as {reader}. Repair or convert the file", size > LARGE_FILES
     else:
         reader, arguments = None, {"path": name, "name": subset, "split": split}

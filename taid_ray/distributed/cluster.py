@@ -18,7 +18,10 @@ CONNECT_TIMEOUT_S = 5.0
 
 @contextmanager
 def ray_cluster() -> Iterator[None]:
-    """Joins the cluster this process is connected to, or that RAY_ADDRESS names; else starts one and stops it again."""
+    """Joins the cluster this process is connected to, or that RAY_ADDRESS names; else starts one and stops it again.
+
+    Raises ClusterError if nothing answers at RAY_ADDRESS, or if the path of the temporary directory is too long for Ray.
+    """
     if ray.is_initialized():
         yield
         return
@@ -30,9 +33,17 @@ def ray_cluster() -> Iterator[None]:
         # Both roles get a resource of their own, as nodes of a real cluster should.
         roles = {STUDENT_RESOURCE: 1000, TEACHER_RESOURCE: 1000}
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        context = ray.init(
-            address="local", num_cpus=max(2, cores), resources=roles, logging_level="ERROR", log_to_driver=False
-        )
+        try:
+            context = ray.init(
+                address="local", num_cpus=max(2, cores), resources=roles, logging_level="ERROR", log_to_driver=False
+            )
+        except OSError as error:
+            if "AF_UNIX" not in str(error):
+                raise
+            raise ClusterError(
+                f"Ray cannot make its sockets in the temporary directory, whose path is too long ({error}); "
+                "set RAY_TMPDIR to a shorter one, such as /tmp"
+            ) from error
         # Ray's own helpers look for a cluster by this variable; a second cluster on this machine would confuse them.
         os.environ["RAY_ADDRESS"] = context.address_info["gcs_address"]
     _end_by_sigterm()

@@ -34,14 +34,19 @@ class _Bar(Progress):
 class ProgressView:
     """Thread-safe. `say` leaves a line behind, `step` moves the bar; a daemon thread fills silences."""
 
-    def __init__(self, console: Console | None = None, above: Callable[[], RenderableType] | None = None):
-        """above: what stands above the bar, asked for several times a second."""
-        self.console, self._above = console or Console(), above
+    def __init__(
+        self,
+        console: Console | None = None,
+        above: Callable[[], RenderableType] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """above: what stands above the bar, asked for several times a second. clock: in seconds."""
+        self.console, self._above, self._clock = console or Console(), above, clock
         self.records = Records()
         """All that is said, for `run.log.logged`."""
         self.made = 0
         """The last step."""
-        self._started = time.monotonic()
+        self._started = self._clock()
         self._last_line = self._last_figures = self._last_logged = self._started
         self._activity, self._activity_since = "starting", self._started
         self._step_s: float | None = None
@@ -79,7 +84,7 @@ class ProgressView:
         """Something begins or has happened: prints it, and shows it as the current activity. role: who says it."""
         with self._lock:
             self.records.add(message, role, self.made, level)
-            self._activity, self._activity_since = message, time.monotonic()
+            self._activity, self._activity_since = message, self._clock()
             self._print(message)
             if self._bar is not None:
                 self._bar.update(self._task, description=message, figures="")
@@ -99,11 +104,11 @@ class ProgressView:
         figures = f"step {metrics['step']}/{total_steps}  {numbers}  {left}"
         with self._lock:
             self.made = metrics["step"]
-            if time.monotonic() - self._last_logged >= LOGGED_S or self.made == total_steps:
-                self._last_logged = time.monotonic()
+            if self._clock() - self._last_logged >= LOGGED_S or self.made == total_steps:
+                self._last_logged = self._clock()
                 self.records.add(figures, STUDENT, self.made, logging.INFO)
             following = min(metrics["step"] + 1, total_steps)
-            self._activity, self._activity_since = f"step {following} of {total_steps}", time.monotonic()
+            self._activity, self._activity_since = f"step {following} of {total_steps}", self._clock()
             if self._bar is not None:
                 # One more than the steps, for validating and saving: rich freezes a bar that is full.
                 self._bar.update(
@@ -113,19 +118,23 @@ class ProgressView:
                     completed=metrics["step"],
                     figures=figures,
                 )
-            elif time.monotonic() - self._last_figures >= FIGURES_S or metrics["step"] == total_steps:
-                self._last_figures = time.monotonic()
+            elif self._clock() - self._last_figures >= FIGURES_S or metrics["step"] == total_steps:
+                self._last_figures = self._clock()
                 self._print(figures)
 
     def _print(self, message: str) -> None:
-        self._last_line = time.monotonic()
+        self._last_line = self._clock()
         self.console.print(
             f"[{self._last_line - self._started:6.1f}s] {message}", markup=False, highlight=False, soft_wrap=True
         )
 
+    def look(self) -> None:
+        """Repeats what is being waited for if nothing was printed for a while. Called every TICK_S where there is no bar."""
+        with self._lock:
+            if self._clock() - self._last_line >= SILENCE_S:
+                waited = self._clock() - self._activity_since
+                self._print(f"... still at: {self._activity} ({waited:.0f} s)")
+
     def _fill_silence(self) -> None:
         while not self._closed.wait(TICK_S):
-            with self._lock:
-                if time.monotonic() - self._last_line >= SILENCE_S:
-                    waited = time.monotonic() - self._activity_since
-                    self._print(f"... still at: {self._activity} ({waited:.0f} s)")
+            self.look()

@@ -45,7 +45,7 @@ def show(found: Forecast, console: Console) -> None:
         if (made := table(found)) is not None:
             console.print(made)
     for line in found.notes:
-        console.print(f"note: {line}", highlight=False, soft_wrap=True)
+        console.print(f"note: {line}", highlight=False, soft_wrap=True, markup=False)
 
 
 def models_table(found: Forecast) -> Table:

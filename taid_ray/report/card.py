@@ -39,7 +39,7 @@ def result_table(summary: dict[str, Any]) -> Table:
     """Teacher, student before and student after, one row each. Nats per token; KL is KL(teacher || student)."""
     table = Table(title="Validation")
     for column in COLUMNS:
-        table.add_column(column, justify="right" if column else "left")
+        table.add_column(column, justify="right" if column else "left", overflow="fold")
     for row in result_rows(summary):
         table.add_row(*row)
     return table

@@ -122,7 +122,7 @@ def measurement_table(found: Measurement) -> Table:
         "KL to the teacher",
         *(["ROUGE-L"] if found.rouge_l is not None else []),
     ):
-        table.add_column(column, justify="right" if column else "left")
+        table.add_column(column, justify="right" if column else "left", overflow="fold")
 
     def row(name: str, cross_entropy: float, kl: str, rouge: float | None) -> None:
         shown = [] if rouge is None else [f"{rouge:.4f}"]

@@ -313,7 +313,7 @@ SCRIPTS = sorted((FILES / "slurm").iterdir())
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_bash_reads_the_script(script: Path) -> None:
-    subprocess.run(["bash", "-n", str(script)], check=True, timeout=20)
+    subprocess.run(["bash", "-n", str(script)], check=True, timeout=60)
 
 
 @pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
@@ -335,8 +335,9 @@ STUBS = {
         for id in "${!names[@]}"; do SLURM_NODEID=$id SLURM_GPUS_ON_NODE=4 SLURM_CPUS_ON_NODE=32 "$@" || exit; done""",
     "ray": """
         if [[ $1 == get-auth-token ]]; then [[ $RAY_AUTH_MODE == token ]]; exit; fi
-        printf -v call '%s\\n' "$@" ----  # written at once: both roles of a job start at the same time
-        printf %s "$call" >>"$CALLS"
+        printf -v call '%s\\n' "$@"
+        # Written at once, because both roles of a job start at the same time; printf itself would write line by line.
+        cat >>"$CALLS" <<<"$call----"
         if [[ $* == *fails* ]]; then exit 7; fi""",
 }
 
@@ -357,7 +358,7 @@ def batch(environment: dict[str, str], script: str, *command: str) -> int:
     # A copy, as Slurm runs one: the script cannot look beside itself.
     copy = Path(environment["SLURM_SUBMIT_DIR"]) / "slurm_script"
     copy.write_text((FILES / "slurm" / script).read_text())
-    return subprocess.run(["bash", str(copy), *command], env=environment, capture_output=True, timeout=30).returncode
+    return subprocess.run(["bash", str(copy), *command], env=environment, capture_output=True, timeout=60).returncode
 
 
 def started_nodes(environment: dict[str, str], command: list[str], count: int) -> list[dict[str, float]]:

@@ -14,8 +14,10 @@ import pytest
 from tests.support.paths import PACKAGE, ROOT
 
 pytestmark = pytest.mark.more
-ENVIRONMENT = {
-    key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "RAY_ADDRESS", "VIRTUAL_ENV")
+ENVIRONMENT = {"COLUMNS": "100"} | {
+    key: value
+    for key, value in os.environ.items()
+    if key not in ("COLUMNS", "PYTHONPATH", "RAY_ADDRESS", "VIRTUAL_ENV")
 }
 """Without the clone on Python's path, which tests/conftest.py puts there."""
 

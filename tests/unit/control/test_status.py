@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +31,7 @@ from taid_ray.run.layout import (
     VALIDATION_FILE,
 )
 from taid_ray.run.live import SILENT_S, live_pool, process_start
+from tests.support.journal import WITHIN_S
 from tests.support.run_files import ELSEWHERE, HERE, NOBODY, ended, run_dir, search_dir
 
 
@@ -54,11 +58,12 @@ def test_states_of_a_run(tmp_path: Path) -> None:
 
 def test_a_driver_elsewhere_is_believed_as_long_as_it_gives_signs(tmp_path: Path) -> None:
     run = run_dir(tmp_path, steps=4, live=ELSEWHERE)
-    age(run / LIVE_FILE, SILENT_S - 10)
+    age(run / LIVE_FILE, SILENT_S / 2)
     assert read_status(run).state == "training"
     age(run / LIVE_FILE, SILENT_S + 10)
     found = read_status(run)
-    assert found.state == "dead" and "on another-host, has given no sign of life for 70 s" in found.headline
+    told = re.search(r"on another-host, has given no sign of life for (\d+) s", found.headline)
+    assert found.state == "dead" and told and 70 <= int(told[1]) < 100
     with pytest.raises(ConfigError, match="no sign of life"):
         live_pool(run)
 
@@ -102,13 +107,13 @@ def test_figures_are_those_of_the_last_steps(tmp_path: Path) -> None:
     run = run_dir(tmp_path, steps=RECENT_STEPS + 10, live=replace(HERE, total_steps=60))
     with (run / METRICS_FILE).open("a") as file:
         file.write('{"step": 31, "t"')  # being written
-    age(run / METRICS_FILE, 30)
+    age(run / METRICS_FILE, 3000)
     (run / VALIDATION_FILE).write_text(json.dumps({"step": 25, "kl": 0.5, "cross_entropy": 2.0, "rows": 9}) + "\n")
     found = read_status(run)
     assert (found.step, found.total_steps, found.t, found.kl) == (30, 60, 0.3, 1.0)
     assert found.step_s == 1.5 and found.tokens_per_s == pytest.approx(500 / 1.5)  # ten of 1 s, ten of 2 s
     assert found.left_s == pytest.approx(30 * 1.5) and found.teacher_wait_share == pytest.approx(0.25)
-    assert found.step_age_s == pytest.approx(30, abs=5)
+    assert found.step_age_s == pytest.approx(3000, abs=60)
     assert found.validation == {"step": 25, "kl": 0.5, "cross_entropy": 2.0}
 
 
@@ -169,15 +174,21 @@ def test_what_is_neither(tmp_path: Path) -> None:
 def test_the_driver_leaves_word_of_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver_side, "_this_driver", lambda pool, total: replace(HERE, pool=pool, total_steps=total))
     monkeypatch.setattr(driver_side, "BEAT_S", 0.01)
+    touched, utime = threading.Event(), os.utime
+
+    def touch(path: Path) -> None:
+        utime(path)
+        touched.set()
+
+    monkeypatch.setattr(driver_side, "os", SimpleNamespace(utime=touch))
     run = run_dir(tmp_path, steps=4, ended=ended("failed", "before"))
     with pytest.raises(SystemExit), driver_side.announced(run, "p", 7):
         assert read_status(run).state == "training" and read_status(run).total_steps == 7
         assert not (run / ENDED_FILE).exists()
         age(run / LIVE_FILE, 1000)
-        deadline = time.monotonic() + 20
-        while time.time() - (run / LIVE_FILE).stat().st_mtime > 500:
-            assert time.monotonic() < deadline, "no sign of life"
-            time.sleep(0.01)
+        touched.clear()
+        assert touched.wait(WITHIN_S), "no sign of life"
+        assert time.time() - (run / LIVE_FILE).stat().st_mtime < 500
         raise SystemExit(143)
     assert read_status(run).state == "stopped" and not (run / LIVE_FILE).exists()
     with pytest.raises(ConfigError), driver_side.announced(run, None):
@@ -189,24 +200,25 @@ def test_the_driver_leaves_word_of_its_end(tmp_path: Path, monkeypatch: pytest.M
 
 
 DRIVER = """
-import os, pathlib, signal, sys, time
+import pathlib, signal, sys
 def end(number, frame):
     pathlib.Path(sys.argv[1]).unlink()
     sys.exit(143)
 signal.signal(signal.SIGTERM, end)
 print("ready", flush=True)
-time.sleep(60)
+sys.stdin.read()
 """
 
 
 def test_stop_ends_a_driver_of_this_host(tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path / LIVE_FILE)], stdout=subprocess.PIPE)
-    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-    run = run_dir(tmp_path, steps=4, live=replace(HERE, pid=process.pid, process=process_start(process.pid)))
-    (run / f"{ENDED_FILE}").write_text(json.dumps(ended("stopped")))
+    command = [sys.executable, "-c", DRIVER, str(tmp_path / LIVE_FILE)]
     said: list[str] = []
-    stop(run, None, said.append)
-    assert process.wait(timeout=10) == 143
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        run = run_dir(tmp_path, steps=4, live=replace(HERE, pid=process.pid, process=process_start(process.pid)))
+        (run / f"{ENDED_FILE}").write_text(json.dumps(ended("stopped")))
+        stop(run, None, said.append)
+        assert process.wait(WITHIN_S) == 143
     assert said[0] == f"asked process {process.pid} to stop; it saves a checkpoint after its step"
     assert said[-1] == "stopped after step 4 of 50; the same command goes on with it"
 
@@ -224,7 +236,7 @@ def test_stop_where_it_cannot_reach(tmp_path: Path) -> None:
         stop(run_dir(tmp_path / "a", steps=4, live=ELSEWHERE), None, print)
     trials = search_dir(tmp_path / "S", "running", live=HERE) / TRIALS
     trials.mkdir()
-    with pytest.raises(ConfigError, match=rf"is a trial of a search; stop the search, {tmp_path}/S"):
+    with pytest.raises(ConfigError, match=re.escape(f"is a trial of a search; stop the search, {tmp_path}/S")):
         stop(run_dir(trials / "0001", steps=4, live=HERE), None, print)
 
 

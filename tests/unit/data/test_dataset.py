@@ -184,6 +184,17 @@ def test_a_directory_is_read_in_order_of_names(tmp_path: Path, tokenizer: Any) -
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["c++ (a) [b] {c}", "what? [!a-z]*", "a[", "**"])
+def test_a_path_is_no_pattern(tmp_path: Path, tokenizer: Any, name: str, streaming: bool) -> None:
+    (tmp_path / "neighbour").mkdir()
+    write(tmp_path / "neighbour/d [1].jsonl", [{"text": "another's"} for _ in range(9)])
+    (tmp_path / name).mkdir()
+    path = write(tmp_path / name / "d [1].jsonl", [{"text": f"row {i}"} for i in range(9)])
+    rows = validation_rows(config_of(path, pack=False, streaming=streaming), tokenizer)
+    assert texts_of(rows, tokenizer) == [f"row {i}</s>" for i in range(4)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_a_row_knows_the_documents_it_is_made_of(tmp_path: Path, tokenizer: Any, streaming: bool) -> None:
     """Counted from 1 in the file, held-out and dropped ones included; a long document stands there once per piece."""
     texts = [f"story {i}" + " and the dog" * (i % 31) for i in range(41)]

@@ -1,12 +1,12 @@
 import os
 import socket
-import time
 from itertools import product
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ray._private.utils import validate_socket_filepath
 
 from taid_ray.config.schema import DistillConfig, build_config
 from taid_ray.distributed import cluster
@@ -183,11 +183,30 @@ def test_a_dead_address_is_refused_within_seconds(monkeypatch: pytest.MonkeyPatc
         address = f"127.0.0.1:{free.getsockname()[1]}"  # bound and not listening
         monkeypatch.setenv("RAY_ADDRESS", address)
         monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
-        started = time.monotonic()
+        timeouts: list[float] = []
+        connect = socket.create_connection
+
+        def knock(address: tuple[str, int], timeout: float) -> socket.socket:
+            timeouts.append(timeout)
+            return connect(address, timeout)
+
+        monkeypatch.setattr(cluster.socket, "create_connection", knock)
+        monkeypatch.setattr(cluster.ray, "init", lambda **_: pytest.fail("Ray itself would try for minutes"))
         with pytest.raises(ClusterError, match=f"RAY_ADDRESS = {address}.*unset it"), cluster.ray_cluster():
             pass
-    assert time.monotonic() - started < cluster.CONNECT_TIMEOUT_S + 1
+    assert timeouts == [cluster.CONNECT_TIMEOUT_S] and cluster.CONNECT_TIMEOUT_S <= 5
     assert os.environ["RAY_ADDRESS"] == address
+
+
+def test_a_temporary_directory_too_long_for_rays_sockets_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(**_: Any) -> None:
+        validate_socket_filepath("/tmp/" + "deep/" * 20 + "ray/session/sockets/plasma_store")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "init", start)
+    with pytest.raises(ClusterError, match=r"107 bytes: /tmp/deep/.*set RAY_TMPDIR"), cluster.ray_cluster():
+        pass
 
 
 def test_an_address_that_ray_cannot_find_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,9 @@
 """The driver's loop around the student workers, without Ray: what is tried again, what ends the run, and when."""
 
 import signal
-import time
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from taid_ray.driver.signals import Signals
 from taid_ray.driver.supervise import Followed
 from taid_ray.errors import AttemptError, ClusterError, DataError
 from taid_ray.scheduler.aggregate import STOP
+from tests.support.journal import WITHIN_S, Journal
 
 SUMMARY = {"steps": 9}
 DEMAND = Demand("cpu", 1, 2, 1.0, 1, 1, 1, 1.0, True, True)
@@ -25,7 +27,7 @@ DEMAND = Demand("cpu", 1, 2, 1.0, 1, 1, 1, 1.0, True, True)
 
 class Scheduler:
     def __init__(self) -> None:
-        self.asked: list[int] = []
+        self.asked = Journal()
 
     def ask(self, request: int) -> None:
         self.asked.append(request)
@@ -58,7 +60,7 @@ class Driver:
         """
         self.outcomes, self.room, self.free = iter(outcomes), room, free
         self.scheduler, self.view, self.followed, self.signals = Scheduler(), View(), Followed(), Signals()
-        self.student = StudentConfig(model="m", workers=Range(min=1, max=2), timeout_s=0.3, max_failures=failures)
+        self.student = StudentConfig(model="m", workers=Range(min=1, max=2), timeout_s=30.0, max_failures=failures)
         self.started: list[tuple[int, int]] = []
 
     def fit(self, workers: int, restarts: int) -> Any:
@@ -75,14 +77,18 @@ class Driver:
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between attempts time passes as soon as somebody waits."""
+    now = [1000.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(attempts, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
     monkeypatch.setattr(signals, "POLL_S", 0.01)
-    monkeypatch.setattr(attempts, "POLL_S", 0.01)
-    monkeypatch.setattr(attempts, "PAUSE_S", 0.0)
     monkeypatch.setattr(attempts, "GROW_CHECK_S", 0.0)
     monkeypatch.setattr(attempts, "workers_now", lambda demand: current[0].room())
     monkeypatch.setattr(attempts, "free_room", lambda demand: current[0].free())
-    yield
 
 
 current: list[Driver] = []
@@ -144,7 +150,7 @@ def test_too_little_room_is_waited_for_and_then_named() -> None:
     rooms = iter([0, 0, 1, 1, 1])
     assert driver(SUMMARY, room=lambda: next(rooms)).run() == SUMMARY
     found = driver(SUMMARY, room=lambda: 0)
-    with pytest.raises(ClusterError, match=r"room for 0 of 1 student worker.*student\.timeout_s"):
+    with pytest.raises(ClusterError, match=r"room for 0 of 1 student worker.* for 30 s \(student\.timeout_s"):
         found.run()
     assert not found.started
 
@@ -169,8 +175,7 @@ def until_asked(outcome: Any, signals: int = 0) -> Callable[[Driver], Any]:
     def attempt(driver: Driver) -> Any:
         driver.followed.step, driver.followed.training = 5, True
         driver.signals.first, driver.signals.count = signals, bool(signals)
-        while STOP not in driver.scheduler.asked:
-            pass
+        driver.scheduler.asked.wait_for(STOP)
         return outcome
 
     return attempt
@@ -185,17 +190,17 @@ def test_a_signal_stops_the_workers_with_a_checkpoint(number: int, error: type[B
     assert "stopped after step 5, of which there is a checkpoint" in found.view.said
 
 
-@pytest.mark.timeout(10)
 def test_a_signal_before_the_first_step_and_a_second_one_end_at_once() -> None:
+    over = threading.Event()
+
     def never(driver: Driver) -> Any:
         driver.signals.first, driver.signals.count = signal.SIGINT, 1
-        while driver.room() == 1:
-            pass
+        over.wait(WITHIN_S)
+        return SUMMARY
 
-    rooms = [1]
     with pytest.raises(KeyboardInterrupt):
-        driver(never, room=lambda: rooms[0]).run()
-    rooms[0] = 0
+        driver(never).run()
+    over.set()
 
 
 def test_more_room_restarts_the_workers_and_they_are_more() -> None:
@@ -214,12 +219,14 @@ def test_more_room_restarts_the_workers_and_they_are_more() -> None:
 def test_room_that_others_have_does_not_stop_the_workers() -> None:
     def steps(driver: Driver) -> Any:
         driver.followed.step, driver.followed.training = 5, True
-        deadline = time.monotonic() + 0.5
-        while time.monotonic() < deadline:
-            assert not driver.scheduler.asked
-            time.sleep(0.01)
+        looks.wait_length(2 * attempts.GROW_CHECKS)
         return SUMMARY
 
+    def free() -> int:
+        looks.append("at the cluster")
+        return 0
+
+    looks = Journal()
     rooms = iter([1])  # when it starts; then nodes come, and another run takes them
-    found = driver(steps, room=lambda: next(rooms, 2), free=lambda: 0)
-    assert found.run() == SUMMARY and found.started == [(1, 0)]
+    found = driver(steps, room=lambda: next(rooms, 2), free=free)
+    assert found.run() == SUMMARY and found.started == [(1, 0)] and not found.scheduler.asked

@@ -106,6 +106,17 @@ def test_table() -> None:
     assert cells == ["student after", "2.2500", "9.49", "0.7123", "136,512"]
 
 
+@pytest.mark.parametrize("width", [40, 60])
+def test_a_narrow_table_cuts_no_figure(width: int) -> None:
+    console = Console(width=width)
+    with console.capture() as captured:
+        console.print(result_table(SUMMARY))
+    rows = [line.split("│")[1:-1] for line in captured.get().splitlines() if "│" in line]
+    columns = ["".join(cell.strip() for cell in column) for column in zip(*rows, strict=True)]
+    for column, cells in zip(columns, zip(*result_rows(SUMMARY), strict=True), strict=True):
+        assert column == "".join(cells).replace(" ", "")
+
+
 def test_perplexity_never_overflows() -> None:
     assert perplexity(0.0) == 1 and perplexity(math.log(50)) == pytest.approx(50)
     assert perplexity(1e6) == math.inf

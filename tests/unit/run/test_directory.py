@@ -114,16 +114,17 @@ def test_one_driver_at_a_time_whose_lock_ends_with_it(tmp_path: Path) -> None:
     found = config(tmp_path / "run")
     begin(found)
     script = f"""
-import sys, time
+import sys
 from pathlib import Path
 from taid_ray.config.paths import with_absolute_paths
 from taid_ray.config.schema import build_config
 from taid_ray.run.directory import run_directory
 with run_directory(with_absolute_paths(build_config({TREE!r}, [], {{"out": {str(found.run_dir)!r}}}))):
     print("in", flush=True)
-    time.sleep(60)
+    sys.stdin.read()
 """
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=ROOT) as other:
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as other:
         assert other.stdout is not None and other.stdout.readline() == b"in\n"
         with pytest.raises(ConfigError, match="under way in another process"), run_directory(found):
             pass

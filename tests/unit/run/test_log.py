@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from taid_ray.driver import progress
 from taid_ray.driver.progress import ProgressView
 from taid_ray.errors import DataError
 from taid_ray.run.log import LOG_FILE, STUDENT, logged
@@ -64,13 +63,10 @@ def test_a_line_knows_the_step_after_which_it_was_said(tmp_path: Path, view: Pro
     assert [(line["step"], line["message"]) for line in lines(tmp_path)] == [(7, "a checkpoint")]
 
 
-def test_figures_are_logged_now_and_then_and_at_the_end(
-    tmp_path: Path, view: ProgressView, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_figures_are_logged_now_and_then_and_at_the_end(tmp_path: Path, view: ProgressView) -> None:
     """A week of steps must not fill the disk; metrics.jsonl has them all."""
     now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    view = ProgressView(view.console)
+    view = ProgressView(view.console, clock=lambda: now[0])
     with logged(tmp_path, "run-1", view):
         for step in range(1, 131):
             now[0] = float(step)

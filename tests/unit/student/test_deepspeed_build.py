@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -47,11 +46,10 @@ print("norm", student.step(1e-3), flush=True)
 """
 
 
-def run_process(kind: str, extensions: Path) -> tuple[int, str, float]:
-    """Exit code, output and seconds of a fresh process whose extensions are built in `extensions`."""
+def run_process(kind: str, extensions: Path) -> tuple[int, str]:
+    """Exit code and output of a fresh process whose extensions are built in `extensions`."""
     environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(extensions), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     environment.pop("DS_ACCELERATOR", None)
-    start = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", PROCESS, kind, str(extensions.with_name(f"store-{kind}"))],
         env=environment,
@@ -59,7 +57,7 @@ def run_process(kind: str, extensions: Path) -> tuple[int, str, float]:
         text=True,
         timeout=WITHIN_S,
     )
-    return done.returncode, done.stdout + done.stderr, time.monotonic() - start
+    return done.returncode, done.stdout + done.stderr
 
 
 def content(directory: Path) -> dict[str, tuple[int, int]]:
@@ -80,16 +78,15 @@ def locked(tmp_path: Path) -> Path:
 
 def test_a_stale_lock_does_not_hold_a_worker(locked: Path) -> None:
     before = content(locked)
-    code, output, seconds = run_process("worker", locked)
+    code, output = run_process("worker", locked)
     assert code == 0, output
     assert "norm" in output and "built successfully" not in output
     assert content(locked) == before
-    assert seconds < WITHIN_S / 2
 
 
 @pytest.mark.skipif(not shutil.which("ninja") or not shutil.which("c++"), reason="needs ninja and a C++ compiler")
 def test_the_lock_is_where_deepspeed_looks(locked: Path) -> None:
     """Without the declaration DeepSpeed does wait for this very lock, so the test above tests something."""
-    code, output, _ = run_process("plain", locked)
+    code, output = run_process("plain", locked)
     assert code == 3, output
     assert f"waits for {locked / OPERATOR / 'lock'}" in output

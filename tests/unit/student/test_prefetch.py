@@ -1,4 +1,4 @@
-import time
+import threading
 from collections.abc import Iterator
 from math import ceil
 from types import SimpleNamespace
@@ -16,6 +16,7 @@ from taid_ray.distributed.world import World
 from taid_ray.student.clock import PhaseClock
 from taid_ray.student.prefetch import Prefetcher, StepBatches, read_ahead, step_batches
 from taid_ray.teacher.payload import TeacherOutput
+from tests.support.journal import WITHIN_S, Journal
 
 
 def row(number: int) -> Row:
@@ -37,6 +38,7 @@ def global_batches(steps: int, size: int) -> Iterator[tuple[list[Row], Cursor]]:
         yield [row(n) for n in range(first, first + size)], Cursor(samples=first + size - 1)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(), max_size=50), st.integers(1, 20))
 def test_split_evenly(items: list[Any], parts: int) -> None:
     pieces = split_evenly(items, parts)
@@ -189,31 +191,35 @@ def test_read_ahead_changes_nothing(items: list[Any], depth: int) -> None:
 
 
 def test_read_ahead_works_while_nobody_takes_but_not_without_limit() -> None:
-    made: list[int] = []
+    made, taken, depth = Journal(), [0], 2
 
     def make() -> Iterator[int]:
         for number in range(100):
-            made.append(number)
+            made.append((number, taken[0]))
             yield number
 
-    items = read_ahead(make(), 2)
-    assert next(items) == 0
-    deadline = time.monotonic() + 10
-    while len(made) < 4 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.1)
-    assert made == [0, 1, 2, 3]  # one taken, two waiting, one ready to join them
-    assert list(items) == list(range(1, 100))
+    items = read_ahead(make(), depth)
+    for number in range(100):
+        taken[0] += 1
+        assert next(items) == number
+        # One taken, two waiting, and one ready to join them: without anybody taking more, but with nothing beyond.
+        made.wait_length(min(100, number + depth + 2))
+    assert list(items) == []
+    assert all(number < at + depth + 1 for number, at in made)
 
 
 def test_read_ahead_raises_an_error_in_its_place() -> None:
+    broken = threading.Event()
+
     def make() -> Iterator[int]:
         yield 1
         yield 2
+        broken.set()
         raise ValueError("bad row")
 
     items = read_ahead(make(), 8)
-    time.sleep(0.1)
-    assert [next(items), next(items)] == [1, 2]
+    assert next(items) == 1
+    assert broken.wait(WITHIN_S)
+    assert next(items) == 2
     with pytest.raises(ValueError, match="bad row"):
         next(items)

@@ -1,8 +1,7 @@
 """The teacher behind a cache: what it is asked for, and that nobody can tell the answers apart."""
 
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +13,12 @@ from taid_ray.config.schema import CacheConfig
 from taid_ray.data.batch import Batch, collate
 from taid_ray.data.packing import Sample, to_rows
 from taid_ray.errors import TeacherError
+from taid_ray.teacher.cache import cached
 from taid_ray.teacher.cache.cached import CachedTeacher
 from taid_ray.teacher.cache.claims import Claims, EverythingGranted
 from taid_ray.teacher.cache.tiers import Cache
 from taid_ray.teacher.payload import TeacherOutput
+from tests.support.journal import WITHIN_S, Journal
 
 CPU = torch.device("cpu")
 
@@ -42,7 +43,7 @@ class FakeTeacher:
     """Answers when it may. `asked` holds the first tokens of the samples of each request."""
 
     def __init__(self) -> None:
-        self.asked: list[list[int]] = []
+        self.asked = Journal()
         self.tokens = 0
         self.may_answer = threading.Event()
         self.may_answer.set()
@@ -51,12 +52,12 @@ class FakeTeacher:
 
     def submit(self, asked: Batch) -> Batch:
         starts = asked.inputs["position_ids"] == 0
-        self.asked.append(asked.inputs["input_ids"][starts].tolist())
         self.tokens += asked.inputs["input_ids"].numel()
+        self.asked.append(asked.inputs["input_ids"][starts].tolist())
         return asked
 
     def collect(self, request: Batch) -> TeacherOutput:
-        assert self.may_answer.wait(20)
+        assert self.may_answer.wait(WITHIN_S)
         if self.error is not None:
             raise self.error
         return TeacherOutput("hidden", {"hidden": expected(request)}, 0.5)
@@ -131,11 +132,13 @@ def test_what_is_under_way_is_not_asked_for_again(make: Make) -> None:
     inner.may_answer.clear()
     batches = [batch(11, 12), batch(12, 13), batch(11, 13)]
     requests = [teacher.submit(each) for each in batches]
-    time.sleep(0.3)
+    last = teacher.submit(batch(14))
+    inner.asked.wait_for([14])  # so all before it were looked at, while there was no answer yet
     inner.may_answer.set()
     for each, request in zip(batches, requests, strict=True):
         assert torch.equal(teacher.collect(request).tensors["hidden"], expected(each))
-    assert [sorted(request) for request in inner.asked] == [[11, 12], [13]]
+    teacher.collect(last)
+    assert [sorted(request) for request in inner.asked] == [[11, 12], [13], [14]]
 
 
 def test_samples_do_not_share_rows_where_the_teacher_cannot_keep_them_apart(make: Make) -> None:
@@ -194,7 +197,7 @@ def test_concurrent_trials_compute_each_sample_once(make: Make) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(WITHIN_S)
     assert problems == []
     asked = sorted(number for _, inner in teachers for request in inner.asked for number in request)
     assert asked == list(range(10, 34))
@@ -208,29 +211,48 @@ def test_trials_that_wait_for_each_other_both_get_on(make: Make) -> None:
     one.may_answer.clear()
     two.may_answer.clear()
     early = [first.submit(batch(11)), second.submit(batch(12))]
-    time.sleep(0.2)
+    one.asked.wait_for([11])
+    two.asked.wait_for([12])
     late = [first.submit(batch(12, 13)), second.submit(batch(11, 14))]
+    one.asked.wait_for([13])
+    two.asked.wait_for([14])
     later = [first.submit(batch(14)), second.submit(batch(13))]
-    time.sleep(0.2)
+    last = [first.submit(batch(15)), second.submit(batch(16))]
+    one.asked.wait_for([15])
+    two.asked.wait_for([16])
     one.may_answer.set()
     two.may_answer.set()
     for teacher, request, asked in zip(
-        [first, second] * 3,
-        [*early, *late, *later],
-        [batch(11), batch(12), batch(12, 13), batch(11, 14), batch(14), batch(13)],
+        [first, second] * 4,
+        [*early, *late, *later, *last],
+        [batch(*ids) for ids in ((11,), (12,), (12, 13), (11, 14), (14,), (13,), (15,), (16,))],
         strict=True,
     ):
         assert torch.equal(teacher.collect(request).tensors["hidden"], expected(asked))
-    assert sorted(number for inner in (one, two) for request in inner.asked for number in request) == [11, 12, 13, 14]
+    assert sorted(number for inner in (one, two) for request in inner.asked for number in request) == [*range(11, 17)]
+
+
+class Watched(Claims):
+    """Tells of the refusals."""
+
+    def __init__(self, clock: Callable[[], float]):
+        super().__init__(clock)
+        self.refused = Journal()
+
+    def claim(self, holder: str, keys: Sequence[str]) -> list[bool]:
+        granted = super().claim(holder, keys)
+        if not all(granted):
+            self.refused.append(keys)
+        return granted
 
 
 def test_a_killed_holder_delays_and_does_no_more(make: Make) -> None:
     clock = [100.0]
-    claims = Claims(lambda: clock[0])
+    claims = Watched(lambda: clock[0])
     teacher, inner = make(claims)
     claims.claim("killed", teacher._scoped([sample.key for sample in cut(batch(11, 12))]))
     request = teacher.submit(batch(11, 12, 13))
-    time.sleep(0.3)
+    claims.refused.wait_length(4)  # when it was looked at, and while it is waited for
     assert inner.asked == [[13]]
     clock[0] += 60
     assert torch.equal(teacher.collect(request).tensors["hidden"], expected(batch(11, 12, 13)))
@@ -248,7 +270,7 @@ def test_who_does_not_see_the_same_directory_does_not_wait(make: Make) -> None:
     (first, one), (second, two) = make(claims), make(claims, directory="another node's")
     one.may_answer.clear()
     request = first.submit(batch(11))
-    time.sleep(0.1)
+    one.asked.wait_for([11])
     check(second, batch(11))
     one.may_answer.set()
     first.collect(request)
@@ -270,7 +292,8 @@ def test_what_the_cache_holds_of_another_shape_is_asked_for(make: Make) -> None:
     assert inner.asked == [[11]]
 
 
-def test_close_ends_the_threads_and_the_waiting(make: Make) -> None:
+def test_close_ends_the_threads_and_the_waiting(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cached, "CLOSE_S", WITHIN_S)
     claims = Claims()
     teacher, inner = make(claims)
     claims.claim("other", teacher._scoped([sample.key for sample in cut(batch(11))]))

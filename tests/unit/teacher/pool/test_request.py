@@ -1,8 +1,6 @@
 """When requests to a pool are sent again, and which answer wins. No Ray runs."""
 
 import math
-import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -83,15 +81,36 @@ def test_attempts_are_bounded_and_refusals_tried_again_ever_later() -> None:
     assert math.isinf(never.at)
 
 
+class Clock:
+    """Time that passes as soon as somebody waits."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(client, "time", clock)
+    return clock
+
+
 class Response:
     """What Serve returns: answers after `delay` seconds, or never."""
 
-    def __init__(self, delay: float, answer: Any):
-        self.ready, self.answer, self.cancelled = time.monotonic() + delay, answer, False
+    def __init__(self, clock: Clock, delay: float, answer: Any):
+        self.clock, self.ready, self.answer, self.cancelled = clock, clock.now + delay, answer, False
 
     def result(self, timeout_s: float) -> Any:
-        left = self.ready - time.monotonic()
-        time.sleep(max(0.0, min(left, timeout_s)))
+        left = self.ready - self.clock.now
+        self.clock.sleep(max(0.0, min(left, timeout_s)))
         if left > timeout_s:
             raise TimeoutError
         if isinstance(self.answer, Exception):
@@ -106,12 +125,12 @@ class Response:
 class Sender:
     """Gives the responses of a list, in its order."""
 
-    def __init__(self, *responses: tuple[float, Any]):
-        self.planned, self.sent, self.ids = list(responses), [], set[str]()
+    def __init__(self, clock: Clock, *responses: tuple[float, Any]):
+        self.clock, self.planned, self.sent, self.ids = clock, list(responses), [], set[str]()
 
     def __call__(self, request_id: str) -> Response:
         self.ids.add(request_id)
-        self.sent.append(Response(*self.planned.pop(0)))
+        self.sent.append(Response(self.clock, *self.planned.pop(0)))
         return self.sent[-1]
 
 
@@ -123,121 +142,130 @@ def said() -> list[str]:
 @pytest.fixture
 def waiter(said: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Waiter]:
     monkeypatch.setattr(module, "find_lease", lambda _: object())
-    monkeypatch.setattr(module, "RETRY_PAUSE_S", 0.01)
     return lambda **values: Waiter("pool", TeacherConfig(model="t", **values), said.append)
 
 
-NEVER = 1000.0
+NEVER = math.inf
 
 
-def test_the_second_replica_wins(waiter: Callable[..., Waiter], said: list[str]) -> None:
-    sender = Sender((NEVER, "slow"), (0.1, "quick"))
+def test_the_second_replica_wins(clock: Clock, waiter: Callable[..., Waiter], said: list[str]) -> None:
+    sender = Sender(clock, (NEVER, "slow"), (0.1, "quick"))
     request = Request(sender)
-    start = time.monotonic()
+    start = clock.now
     assert waiter().answer(request, Hedge(start + 0.1, 5.0, 0.02)) == "quick"
-    assert 0.2 <= time.monotonic() - start < 1.0
+    assert 0.2 <= clock.now - start + 1e-6 < 0.2 + 3 * module.TURN_S
     assert sender.sent[0].cancelled and not sender.sent[1].cancelled and not request.responses
     assert len(sender.ids) == 1
     assert len(said) == 1 and "where 0.0 s are usual; asking another replica, too" in said[0]
 
 
-def test_the_first_replica_may_still_win(waiter: Callable[..., Waiter], said: list[str]) -> None:
-    sender = Sender((0.3, "slow"), (NEVER, "stuck"))
-    assert waiter().answer(Request(sender), Hedge(time.monotonic() + 0.1, 5.0)) == "slow"
+def test_the_first_replica_may_still_win(clock: Clock, waiter: Callable[..., Waiter], said: list[str]) -> None:
+    sender = Sender(clock, (0.3, "slow"), (NEVER, "stuck"))
+    assert waiter().answer(Request(sender), Hedge(clock.now + 0.1, 5.0)) == "slow"
     assert sender.sent[1].cancelled
 
 
 def test_a_second_request_that_reaches_the_same_replica_is_sent_again(
-    waiter: Callable[..., Waiter], said: list[str]
+    clock: Clock, waiter: Callable[..., Waiter], said: list[str]
 ) -> None:
     refused = (0.0, AlreadyHereError("here"))
-    sender = Sender((NEVER, "slow"), refused, refused, (NEVER, "stuck, too"), (0.0, "quick"))
-    start = time.monotonic()
+    sender = Sender(clock, (NEVER, "slow"), refused, refused, (NEVER, "stuck, too"), (0.0, "quick"))
+    start = clock.now
     assert waiter().answer(Request(sender), Hedge(start, 0.3)) == "quick"
-    assert time.monotonic() - start == pytest.approx(0.25 + 0.5 + 0.3, abs=0.2)
+    assert clock.now - start == pytest.approx(0.25 + 0.5 + 0.3, abs=0.1)
     assert len(sender.sent) == 5 and len(said) == 1
 
 
-def test_a_lost_request_is_sent_again(waiter: Callable[..., Waiter], said: list[str]) -> None:
-    sender = Sender((0.0, ActorDiedError()), (0.0, AlreadyHereError("here")), (0.0, "answer"))
+def test_a_lost_request_is_sent_again(clock: Clock, waiter: Callable[..., Waiter], said: list[str]) -> None:
+    sender = Sender(clock, (0.0, ActorDiedError()), (0.0, AlreadyHereError("here")), (0.0, "answer"))
     assert waiter().answer(Request(sender)) == "answer"
     assert len(said) == 1 and "lost a request (ActorDiedError" in said[0]
 
 
-def test_losing_one_of_two_leaves_the_other(waiter: Callable[..., Waiter], said: list[str]) -> None:
-    sender = Sender((0.2, ActorDiedError()), (0.4, "answer"))
-    assert waiter().answer(Request(sender), Hedge(time.monotonic(), 5.0)) == "answer"
+def test_losing_one_of_two_leaves_the_other(clock: Clock, waiter: Callable[..., Waiter], said: list[str]) -> None:
+    sender = Sender(clock, (0.2, ActorDiedError()), (0.4, "answer"))
+    assert waiter().answer(Request(sender), Hedge(clock.now, 5.0)) == "answer"
     assert len(sender.sent) == 2
 
 
-def test_a_removed_pool_ends_the_wait(waiter: Callable[..., Waiter], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_removed_pool_ends_the_wait(
+    clock: Clock, waiter: Callable[..., Waiter], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "find_lease", lambda _: None)
     with pytest.raises(TeacherError, match="was removed while a worker waited"):
-        waiter().answer(Request(Sender((0.0, ActorDiedError()))))
+        waiter().answer(Request(Sender(clock, (0.0, ActorDiedError()))))
 
 
-def test_what_the_teacher_raises_is_raised_once(waiter: Callable[..., Waiter]) -> None:
+def test_what_the_teacher_raises_is_raised_once(clock: Clock, waiter: Callable[..., Waiter]) -> None:
     for cause, text in (
         (TeacherError("bad ids"), "^bad ids$"),
         (TimeoutError("x"), "failed on a request: TimeoutError"),
     ):
         error = RayTaskError("score", "", cause).as_instanceof_cause()
         with pytest.raises(TeacherError, match=text):
-            waiter().answer(Request(Sender((0.0, error))))
+            waiter().answer(Request(Sender(clock, (0.0, error))))
 
 
-def test_the_deadline_names_the_last_loss(waiter: Callable[..., Waiter]) -> None:
-    start = time.monotonic()
-    with pytest.raises(TeacherError, match=r"no answer .* after 0 s \(teacher.timeout_s\); last failure: ActorDied"):
-        waiter(timeout_s=0.3).answer(Request(Sender((0.0, ActorDiedError()), (NEVER, ""))))
-    assert time.monotonic() - start < 1.0
+def test_the_deadline_names_the_last_loss(clock: Clock, waiter: Callable[..., Waiter]) -> None:
+    start = clock.now
+    with pytest.raises(TeacherError, match=r"no answer .* after 30 s \(teacher.timeout_s\); last failure: ActorDied"):
+        waiter(timeout_s=30.0).answer(Request(Sender(clock, (0.0, ActorDiedError()), (NEVER, ""))))
+    assert clock.now - start == pytest.approx(30.0)
 
 
 def test_long_waits_are_told_only_if_somebody_waits(
-    waiter: Callable[..., Waiter], said: list[str], monkeypatch: pytest.MonkeyPatch
+    clock: Clock, waiter: Callable[..., Waiter], said: list[str]
 ) -> None:
-    monkeypatch.setattr(module, "NOTICE_S", 0.1)
-    monkeypatch.setattr(module, "STEP_S", 0.05)
-    request = Request(Sender((0.4, "answer")))
+    request = Request(Sender(clock, (50.0, "answer")))
     waiter().answer(request)
     assert said == []
-    request = Request(Sender((0.4, "answer")))
+    request = Request(Sender(clock, (50.0, "answer")))
     request.wanted = True
     waiter().answer(request)
-    assert 2 <= len(said) <= 4 and "still waiting for the teacher pool" in said[0]
+    assert said == [f"still waiting for the teacher pool after {seconds} s" for seconds in (15, 30, 45)]
 
 
-def test_closing_ends_the_wait(waiter: Callable[..., Waiter]) -> None:
-    found = waiter()
-    threading.Timer(0.2, setattr, (found, "stopped", True)).start()
+def test_closing_ends_the_wait(clock: Clock, waiter: Callable[..., Waiter]) -> None:
+    found, start = waiter(), clock.now
+
+    class Closing(Response):
+        def result(self, timeout_s: float) -> Any:
+            found.stopped = clock.now - start > 5
+            return super().result(timeout_s)
+
     with pytest.raises(TeacherError, match="was closed"):
-        found.answer(Request(Sender((NEVER, ""))))
+        found.answer(Request(lambda _: Closing(clock, NEVER, "")))
+    assert clock.now - start < 5 + 3 * module.STEP_S
 
 
-def test_a_request_that_arrived_damaged_is_sent_again(waiter: Callable[..., Waiter], said: list[str]) -> None:
+def test_a_request_that_arrived_damaged_is_sent_again(
+    clock: Clock, waiter: Callable[..., Waiter], said: list[str]
+) -> None:
     error = RayTaskError("score", "", DamagedError("no checksum (at replica a)")).as_instanceof_cause()
-    sender = Sender((0.0, error), (0.0, "answer"))
+    sender = Sender(clock, (0.0, error), (0.0, "answer"))
     assert waiter().answer(Request(sender)) == "answer"
     assert said == ["the teacher pool received a damaged request (no checksum (at replica a)); asking again"]
     with pytest.raises(TeacherError, match=r"^no checksum \(at replica a\); the teacher pool was asked 3 times"):
-        waiter().answer(Request(Sender(*[(0.0, error)] * 3)))
+        waiter().answer(Request(Sender(clock, *[(0.0, error)] * 3)))
 
 
-def test_what_ray_cannot_read_is_asked_for_again(waiter: Callable[..., Waiter], said: list[str]) -> None:
+def test_what_ray_cannot_read_is_asked_for_again(clock: Clock, waiter: Callable[..., Waiter], said: list[str]) -> None:
     error = RaySystemError(ValueError("unpickling stack underflow"), "Traceback ...")
-    assert waiter().answer(Request(Sender((0.0, error), (0.0, "answer")))) == "answer"
+    assert waiter().answer(Request(Sender(clock, (0.0, error), (0.0, "answer")))) == "answer"
     assert len(said) == 1 and "stack underflow); asking again" in said[0] and "Traceback" not in said[0]
 
 
-def test_a_damaged_answer_does_not_end_the_wait_for_the_other_replica(waiter: Callable[..., Waiter]) -> None:
-    sender = Sender((0.2, DamagedError("bad")), (0.4, "answer"))
-    assert waiter().answer(Request(sender), Hedge(time.monotonic(), 5.0)) == "answer"
+def test_a_damaged_answer_does_not_end_the_wait_for_the_other_replica(
+    clock: Clock, waiter: Callable[..., Waiter]
+) -> None:
+    sender = Sender(clock, (0.2, DamagedError("bad")), (0.4, "answer"))
+    assert waiter().answer(Request(sender), Hedge(clock.now, 5.0)) == "answer"
     assert len(sender.sent) == 2
 
 
-def test_the_deadline_is_over_all_tries(waiter: Callable[..., Waiter]) -> None:
-    with pytest.raises(TeacherError, match=r"after 0 s \(teacher.timeout_s\); last failure: DamagedError: bad"):
-        waiter(timeout_s=0.3).answer(Request(Sender((0.1, DamagedError("bad")), (NEVER, ""))))
+def test_the_deadline_is_over_all_tries(clock: Clock, waiter: Callable[..., Waiter]) -> None:
+    with pytest.raises(TeacherError, match=r"after 30 s \(teacher.timeout_s\); last failure: DamagedError: bad"):
+        waiter(timeout_s=30.0).answer(Request(Sender(clock, (0.1, DamagedError("bad")), (NEVER, ""))))
 
 
 K, V = 3, 20
@@ -281,13 +309,12 @@ DAMAGED_ANSWERS = {
 
 
 @pytest.fixture
-def pool(said: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., PoolTeacher]:
+def pool(clock: Clock, said: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., PoolTeacher]:
     """A client of a pool that gives each request the answers of one list, in the list's order."""
     monkeypatch.setattr(client, "keep_lease", lambda _: lambda: None)
-    monkeypatch.setattr(module, "RETRY_PAUSE_S", 0.01)
 
     def connect(*plans: list[Answer]) -> PoolTeacher:
-        waiting = [Sender(*((0.0, answer) for answer in plan)) for plan in plans]
+        waiting = [Sender(clock, *((0.0, answer) for answer in plan)) for plan in plans]
         by_id: dict[str, Sender] = {}
 
         def send(question: Question, request_id: str) -> Response:
@@ -300,7 +327,7 @@ def pool(said: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pool
                 remote = staticmethod(send)
 
             class info:
-                remote = staticmethod(lambda: Response(0.0, INFO))
+                remote = staticmethod(lambda: Response(clock, 0.0, INFO))
 
         monkeypatch.setattr(client.serve, "get_app_handle", lambda _: Handle)
         return PoolTeacher("pool", TeacherConfig(model="t"), said.append)
