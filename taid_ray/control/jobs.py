@@ -8,7 +8,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -27,6 +27,8 @@ SHOWN_LINES = 30
 """Of the log of a job that was under way before."""
 RETRY_S, PATIENCE_S = 2.0, 120.0
 POLL_S, PENDING_S = 0.5, 10.0
+SILENT_S = 60.0
+"""After so long without a line the log is asked for anew: a connection that broke without a word looks the same."""
 STOPPED_CODE, FAILED_CODE = 143, 1
 UNREACHABLE = (ConnectionError, requests.RequestException, aiohttp.ClientError, OSError)
 HICCUPS = (*UNREACHABLE, AuthenticationError, RuntimeError)
@@ -167,10 +169,14 @@ class _Log:
 
 
 async def _tail(client: JobSubmissionClient, job: str, log: _Log, patience: Patience) -> None:
+    """Returns when the log has ended, or said nothing for SILENT_S: Ray's client itself would wait for ever."""
     log.place = 0
-    async for chunk in client.tail_job_logs(job):
-        patience.answered()
-        log.add(chunk)
+    chunks = client.tail_job_logs(job)
+    with suppress(StopAsyncIteration, TimeoutError):
+        while True:
+            chunk = await asyncio.wait_for(anext(chunks), SILENT_S)
+            patience.answered()
+            log.add(chunk)
 
 
 def _knock(address: str) -> None:

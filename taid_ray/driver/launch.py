@@ -2,7 +2,6 @@
 
 import math
 import os
-import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from taid_ray.driver.signals import Signals, stop_signals
 from taid_ray.driver.supervise import followed, scheduler_actor, shared_pool, teacher_pool
 from taid_ray.driver.sweep import swept
 from taid_ray.models.hub import connection_restored
-from taid_ray.run.directory import Run, check_run_dir, read_summary, run_directory
+from taid_ray.run.directory import Run, check_run_dir, read_summary, run_directory, scratch_directory
 from taid_ray.run.log import logged
 from taid_ray.student.deepspeed_internals import use_deepspeed_on
 from taid_ray.student.spec import Job, Plan
@@ -122,7 +121,7 @@ def run_on_cluster(
         if shared
         else teacher_pool(config, plan, demand, f"taid-teacher-{run.id}", scheduler.set_pool, view) as pool,
         followed(scheduler, plan, view, around.on_validation) as progress,
-        tempfile.TemporaryDirectory(prefix=".ray-train-", dir=config.run_dir) as scratch,
+        scratch_directory(config.run_dir) as scratch,
     ):
 
         def fit(workers: int, restarts: int) -> Any:

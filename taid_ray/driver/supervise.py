@@ -22,6 +22,8 @@ from taid_ray.teacher.pool.lifecycle import PoolWatch, start_pool, stop_pool
 POLL_S = 0.5
 CANCEL_S = 30.0
 RETELL_S = 5.0
+FOLLOW_END_S = 30.0
+"""So long the end of a run waits for whoever is told of its validations."""
 
 
 class _CancelledError(Exception):
@@ -92,9 +94,10 @@ def teacher_pool(
         while not over.wait(RETELL_S):
             tell(error)  # again and again, because a restarted scheduler actor has forgotten it
             if error is None:
-                _show_news(watch, view)
+                news.attempt(lambda: _show_news(watch, view))
 
     stop_renewing: list[Any] = []
+    news = _Unbroken("watching the teacher pool", view)
     starter = threading.Thread(target=start, name="taid-start-pool", daemon=True)
     starter.start()
     try:
@@ -125,6 +128,27 @@ def shared_pool(name: str, tell: Callable[[Exception | None], None]) -> Iterator
         over.set()
 
 
+class _Unbroken:
+    """Work that a thread repeats, and whose failures must not end the thread: each kind of failure is said once."""
+
+    def __init__(self, what: str, view: ProgressView):
+        self._what, self._view = what, view
+        self._said: set[str] = set()
+
+    def attempt(self, work: Callable[[], None]) -> bool:
+        """Does the work. Returns whether it succeeded."""
+        try:
+            work()
+        except Exception as error:
+            told = f"{type(error).__name__}: {error}"[:300]
+            if told not in self._said:
+                self._said.add(told)
+                with suppress(Exception):  # a log disk that is full, say, which is what failed in the first place
+                    self._view.say(f"{self._what} failed ({told}); the run goes on, and it is tried again")
+            return False
+        return True
+
+
 def _show_news(watch: PoolWatch, view: ProgressView) -> None:
     with suppress(RayError, RayServeException):  # Serve or the pool's lease is being restarted, or removed
         for line in watch.news():
@@ -138,7 +162,7 @@ class Followed:
     step: int = 0
     """The last one, of any attempt."""
     training: bool = False
-    """Whether the current attempt has made a step."""
+    """Whether the current attempt has made a step, or may have made one that the driver could not hear of."""
 
 
 @contextmanager
@@ -154,23 +178,31 @@ def followed(
     for the one after the last step, which the summary has.
     """
     done, found = threading.Event(), Followed()
+    following = _Unbroken("following the workers", view)
+    seen, shown, validated = 0, 0, -1
+
+    def look() -> None:
+        nonlocal seen, shown, validated
+        notes, metrics, validations = scheduler.progress(seen)
+        seen += len(notes)
+        if metrics and metrics["step"] != shown:
+            shown = metrics["step"]
+            found.step, found.training = max(found.step, shown), True
+            view.step(metrics, plan.total_steps)
+        for note in notes:
+            view.say(note, STUDENT)
+        for figures in validations:
+            if on_validation is not None and validated < figures["step"] < plan.total_steps:
+                validated = figures["step"]
+                on_validation(figures)
 
     def follow() -> None:
-        seen, shown, validated, last = 0, 0, -1, False
+        last = False
         while not last:
             last = done.wait(POLL_S)  # once more after the end, for what was said last
-            notes, metrics, validations = scheduler.progress(seen)
-            seen += len(notes)
-            if metrics and metrics["step"] != shown:
-                shown = metrics["step"]
-                found.step, found.training = max(found.step, shown), True
-                view.step(metrics, plan.total_steps)
-            for note in notes:
-                view.say(note, STUDENT)
-            for figures in validations:
-                if on_validation is not None and validated < figures["step"] < plan.total_steps:
-                    validated = figures["step"]
-                    on_validation(figures)
+            if not following.attempt(look):
+                # A signal then asks the workers for a checkpoint, instead of ending a run that may have steps to lose.
+                found.training = True
 
     thread = threading.Thread(target=follow, name="taid-follow", daemon=True)
     thread.start()
@@ -178,4 +210,8 @@ def followed(
         yield found
     finally:
         done.set()
-        thread.join()
+        thread.join(FOLLOW_END_S)
+        if thread.is_alive():
+            view.say(
+                f"what follows the workers' progress has not ended within {FOLLOW_END_S:.0f} s; going on without it"
+            )

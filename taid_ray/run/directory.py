@@ -20,7 +20,7 @@ from taid_ray.config.paths import flat, with_absolute_paths
 from taid_ray.config.schema import DistillConfig, load_config
 from taid_ray.errors import ConfigError, TaidRayError
 from taid_ray.files import replace_text, write_json
-from taid_ray.run.layout import CONFIG_FILE, LOCK_FILE, METRICS_FILE, RUN_FILE, SUMMARY_FILE
+from taid_ray.run.layout import CONFIG_FILE, LOCK_FILE, METRICS_FILE, RAY_TRAIN_PREFIX, RUN_FILE, SUMMARY_FILE
 
 LOCK_S = 1.0
 """`is_locked` has a lock for a moment; who is refused for longer than this is refused by a driver."""
@@ -143,6 +143,17 @@ def write_config(config: DistillConfig) -> None:
 
 
 @contextmanager
+def scratch_directory(run_dir: Path) -> Iterator[str]:
+    """A directory in RUN for Ray Train's own files, removed at the end.
+
+    What cannot be removed then, because a process still writes there or NFS keeps a file that is open, must not make a
+    finished run fail; the next driver removes it.
+    """
+    with tempfile.TemporaryDirectory(prefix=RAY_TRAIN_PREFIX, dir=run_dir, ignore_cleanup_errors=True) as directory:
+        yield directory
+
+
+@contextmanager
 def run_directory(config: DistillConfig) -> Iterator[Run]:
     """Makes the run directory, or takes it up again, and keeps other drivers out of it.
 
@@ -153,7 +164,7 @@ def run_directory(config: DistillConfig) -> Iterator[Run]:
     run_dir.mkdir(parents=True, exist_ok=True)
     with locked(run_dir):
         new = not (run_dir / RUN_FILE).exists()
-        for left in run_dir.glob(".ray-train-*"):  # by a driver that was killed
+        for left in run_dir.glob(f"{RAY_TRAIN_PREFIX}*"):  # by a driver that was killed
             shutil.rmtree(left, ignore_errors=True)
         run = Run(config)
         run.write()

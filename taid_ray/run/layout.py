@@ -9,6 +9,9 @@ VALIDATION_FILE = "validation.jsonl"
 
 RUN_FILE, LOCK_FILE = "run.json", ".lock"
 
+RAY_TRAIN_PREFIX = ".ray-train-"
+"""Of the names of directories for Ray Train's own files, which a run removes at its end."""
+
 SEARCH_FILE, TRIALS_FILE, TRIALS = "search.yaml", "trials.json", "trials"
 
 Status = Literal["waiting", "running", "finished", "stopped", "failed"]

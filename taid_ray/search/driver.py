@@ -42,7 +42,7 @@ from taid_ray.models.hub import connection_restored
 from taid_ray.report.search_page import write_report
 from taid_ray.report.search_results import Search, Trial, read_search
 from taid_ray.run.directory import changed_keys, locked
-from taid_ray.run.layout import SEARCH_FILE, TRIALS
+from taid_ray.run.layout import RAY_TRAIN_PREFIX, SEARCH_FILE, TRIALS
 from taid_ray.run.log import logged
 from taid_ray.search.book import TrialBook
 from taid_ray.search.callbacks import TrialsShown, Watcher
@@ -216,7 +216,10 @@ def run_tune(
         attend(tuner.fit, look)
     finally:
         stop_file.unlink(missing_ok=True)
-        for left in (job.directory / SCRATCH, *job.directory.glob(f"{TRIALS}/*/.ray-train-*")):  # of stopped trials
+        for left in (
+            job.directory / SCRATCH,
+            *job.directory.glob(f"{TRIALS}/*/{RAY_TRAIN_PREFIX}*"),
+        ):  # of stopped trials
             shutil.rmtree(left, ignore_errors=True)
 
 

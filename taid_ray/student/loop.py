@@ -7,6 +7,7 @@ import torch
 
 from taid_ray.config.schema import TrainConfig
 from taid_ray.data.dataset import Cursor
+from taid_ray.errors import AttemptError
 from taid_ray.models.loading import Head
 from taid_ray.run.metrics import StepMetrics
 from taid_ray.scheduler.aggregate import STOP, LossSums, StepResult
@@ -43,8 +44,10 @@ def train_loop(
     """Trains from `last.step` to `total_steps`, or to the step after which somebody wants to STOP.
 
     clock: the one that student and stream use too, so that it knows where each step's time goes. request: what this rank
-    wants to follow a step, see scheduler.aggregate.SAVE; all ranks then find the same word in its result. on_step: runs on every
-    rank after each step, with global figures and what a checkpoint needs.
+    wants to follow a step, see scheduler.aggregate.SAVE; all ranks then find the same word in its result. on_step: runs on
+    every rank after each step, with global figures and what a checkpoint needs.
+
+    Raises AttemptError if the ranks counted other loss tokens than this rank's global batch has: their data differ.
     """
     while last.step < total_steps and last.request != STOP:
         clock.lap()  # what lies between the steps, validation for example, is not part of any
@@ -78,7 +81,11 @@ def train_loop(
             grad_norm = student.step(lr)
         with clock.phase("schedule_wait"):
             result = scheduler.collect(step)
-        assert result.tokens == work.num_loss_tokens, "the ranks did not read the same global batch"
+        if result.tokens != work.num_loss_tokens:
+            raise AttemptError(
+                f"step {step}: the ranks did not read the same global batch: they counted {result.tokens} loss tokens "
+                f"together, and this batch has {work.num_loss_tokens}; are all nodes given the same data?"
+            )
 
         seconds = clock.lap()
         on_step(

@@ -7,6 +7,7 @@ away) is still in the files and is sent later.
 import importlib.util
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,8 +27,8 @@ from taid_ray.tracking.tail import Figures
 POLL_S = 2.0
 AGAIN_S = 30.0
 """After a failure the next try comes so much later."""
-CLOSE_S = 120.0
-"""Longer than that the end of a run does not wait for a tracker."""
+CLOSE_S, STOPPED_CLOSE_S = 120.0, 20.0
+"""Longer than that the end of a run does not wait for its trackers, and that of one that is stopped, which may be killed soon."""
 
 
 class Follower:
@@ -52,13 +53,16 @@ class Follower:
     def start(self) -> None:
         self._thread.start()
 
-    def finish(self, outcome: Outcome) -> None:
-        """Sends what is left and closes the tracker; waits for that, but not for ever."""
+    def end(self, outcome: Outcome) -> None:
+        """Begins to send what is left, and then to close the tracker. Returns at once."""
         self._outcome = outcome
         self._over.set()
-        self._thread.join(CLOSE_S)
+
+    def wait(self, deadline: float, patience_s: float) -> None:
+        """Waits until what `end` began is done, or time.monotonic() is the deadline, which is patience_s after `end`."""
+        self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
-            self.missing = f"it did not take everything within {CLOSE_S:.0f} s"
+            self.missing = f"it did not take everything within {patience_s:.0f} s"
         if self.missing:
             self._say(f"{self.name}: {self.missing}; {METRICS_FILE} has all figures")
 
@@ -114,6 +118,10 @@ class Tracking:
         self._followers, self._run_dir = followers, run_dir
         self._closed = False
 
+    def add(self, follower: Follower) -> None:
+        """Of a tracker that is open: from here on it is closed with the others, however the run ends."""
+        self._followers.append(follower)
+
     def finished(self, summary: dict[str, Any]) -> dict[str, Any]:
         """The run is complete. Returns its summary with what did not arrive, which is then in summary.json, too."""
         self.close("finished")
@@ -128,7 +136,11 @@ class Tracking:
         if not self._closed:
             self._closed = True
             for follower in self._followers:
-                follower.finish(outcome)
+                follower.end(outcome)
+            patience_s = STOPPED_CLOSE_S if outcome == "stopped" else CLOSE_S
+            deadline = time.monotonic() + patience_s
+            for follower in self._followers:  # all of them have been closing meanwhile
+                follower.wait(deadline, patience_s)
 
 
 @contextmanager
@@ -145,12 +157,13 @@ def tracked(config: DistillConfig, run: str, resumed: bool, speaker: Speaker) ->
     if (experiment := config.tracking.mlflow) is not None:
         wanted["mlflow"] = lambda: MLflow(experiment, run, config, group)
     followers = [Follower(name, config.run_dir, begin, speaker) for name, begin in wanted.items()]
-    for follower in followers:
-        if follower.name != TENSORBOARD:
-            _open(follower, resumed, speaker)
-        follower.start()
-    tracking = Tracking(followers, config.run_dir)
+    tracking = Tracking([], config.run_dir)
     try:
+        for follower in followers:
+            if follower.name != TENSORBOARD:
+                _open(follower, resumed, speaker)
+            follower.start()
+            tracking.add(follower)
         yield tracking
     except Exception:
         tracking.close("failed")

@@ -1,5 +1,6 @@
 """Submitting: what is refused before anything leaves this machine, which job is meant, and how its log and end come back."""
 
+import asyncio
 import json
 import socket
 import sys
@@ -247,6 +248,24 @@ def test_a_connection_may_be_lost_again_and_again(monkeypatch: pytest.MonkeyPatc
 def test_a_late_follower_whose_first_request_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     written, said = followed(Shaky(monkeypatch, ["a\n", "a\nb\n"], fail_log=2), late=True)
     assert written == "a\nb\n" and [line for line in said if "(503)" in line] == said[:1]
+
+
+def test_a_connection_that_breaks_without_a_word_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a firewall forgets it: the log would say nothing for ever, while requests are answered."""
+    monkeypatch.setattr(jobs, "SILENT_S", 0.01)
+    cluster = Shaky(monkeypatch, ["a\n", "a\nb\n"])
+    tails = 0
+
+    async def tail_job_logs(job: str) -> AsyncIterator[str]:
+        nonlocal tails
+        tails += 1
+        yield cluster._pieces.pop(0)
+        if cluster._pieces:
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(cluster, "tail_job_logs", tail_job_logs)
+    assert followed(cluster) == ("a\nb\n", [])
+    assert tails == 2
 
 
 def test_a_pending_job_answers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """The run directory as a driver finds it: new, taken up again, in use, or of another run."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 from taid_ray.config.paths import with_absolute_paths
 from taid_ray.config.schema import DistillConfig, build_config, known_keys
 from taid_ray.errors import CheckpointError, ClusterError, ConfigError
-from taid_ray.run.directory import MAY_CHANGE, check_run_dir, read_summary, run_directory
+from taid_ray.run.directory import MAY_CHANGE, check_run_dir, read_summary, run_directory, scratch_directory
 from taid_ray.run.layout import METRICS_FILE, SUMMARY_FILE
 from tests.support.paths import ROOT
 
@@ -131,3 +133,25 @@ with run_directory(with_absolute_paths(build_config({TREE!r}, [], {{"out": {str(
         other.kill()
     with run_directory(found) as run:
         assert run.attempts == 1
+
+
+def test_files_that_cannot_be_removed_do_not_make_a_finished_run_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS keeps a file that some process has open under another name; the next driver removes it."""
+    found = config(tmp_path / "run")
+
+    def busy(*given: Any, **options: Any) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    with run_directory(found), scratch_directory(found.run_dir) as scratch:
+        (Path(scratch) / ".nfs0001").touch()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "unlink", busy)
+            patch.setattr(os, "rmdir", busy)
+            with scratch_directory(found.run_dir) as other:
+                (Path(other) / ".nfs0002").touch()
+        assert Path(other).exists()
+    assert not Path(scratch).exists()
+    begin(found)
+    assert not Path(other).exists()

@@ -1,5 +1,6 @@
 """The student in a DeepSpeed engine, one process: every ZeRO stage follows the plain reference, whatever the head is."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from taid_ray.cli.quickstart import quickstart_config
 from taid_ray.config.schema import DistillConfig, build_config
 from taid_ray.data.batch import NO_LABEL, Row, collate
 from taid_ray.driver.preflight import prepare
-from taid_ray.errors import ModelError, NonFiniteLossError
+from taid_ray.errors import AttemptError, ModelError, NonFiniteLossError
 from taid_ray.losses.projection import LogitTransform
 from taid_ray.models.loading import Head
 from taid_ray.models.pair import run_tokenizer
@@ -238,3 +239,15 @@ def test_a_gradient_that_is_not_finite_stops_the_run(stage: int) -> None:
         student.step(1e-3)
     for name, tensor in student._gathered_state().items():
         assert torch.equal(tensor, before[name]), name
+
+
+def test_ranks_that_read_other_data_are_noticed(one_process_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scheduler actor sums up what all ranks counted; each rank knows what the global batch holds."""
+    collect = LocalScheduler.collect
+    monkeypatch.setattr(
+        LocalScheduler,
+        "collect",
+        lambda self, step: replace(collect(self, step), tokens=collect(self, step).tokens + 1),
+    )
+    with pytest.raises(AttemptError, match=r"step 1: the ranks did not read the same global batch"):
+        train(config_for(TIED))

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from taid_ray.tracking import follow as tracking
 from taid_ray.tracking.follow import Follower, check_installed, tell_stopped, tracked
 from taid_ray.tracking.sinks import MLflow, Outcome, Point, TensorBoard, WeightsAndBiases, point
 from taid_ray.tracking.tail import Figures
-from tests.support.journal import Journal
+from tests.support.journal import WITHIN_S, Journal
 
 FIGURES = [name for name in StepMetrics.__dataclass_fields__ if name != "step"]
 
@@ -94,6 +95,11 @@ def started(follower: Follower) -> Follower:
     return follower
 
 
+def finish(follower: Follower, outcome: Outcome) -> None:
+    follower.end(outcome)
+    follower.wait(time.monotonic() + WITHIN_S, WITHIN_S)
+
+
 def test_every_step_arrives_once_and_in_order_while_the_files_grow(tmp_path: Path, follow: Any) -> None:
     memory = Memory()
     follower = follow(memory)
@@ -102,7 +108,7 @@ def test_every_step_arrives_once_and_in_order_while_the_files_grow(tmp_path: Pat
     memory.wait_for([*range(1, 701)])
     write_validations(tmp_path, 0, 700)
     write_steps(tmp_path, 701, 703, log=log)
-    follower.finish("finished")
+    finish(follower, "finished")
     assert memory.steps == list(range(1, 704))
     assert [step for step, figures in memory.points if "validation/kl" in figures] == [0, 700]
     assert [each.step for each in memory.points] == sorted(each.step for each in memory.points)
@@ -130,7 +136,7 @@ def test_a_line_that_is_being_written_waits(tmp_path: Path, follow: Any, monkeyp
     with path.open("a") as file:
         file.write(line[9:] + "\n" + line[:4])
     memory.wait_for([1])
-    follower.finish("stopped")
+    finish(follower, "stopped")
     assert memory.steps == [1]
 
 
@@ -142,7 +148,7 @@ def test_what_a_tracker_has_already_is_not_sent_again(tmp_path: Path, follow: An
     follower = follow(memory)
     memory.wait_for([5, 6, 7, 8])
     write_steps(tmp_path, 6, 10, salt=0.1)
-    follower.finish("finished")
+    finish(follower, "finished")
     assert memory.steps == [5, 6, 7, 8, 9, 10]
 
 
@@ -170,7 +176,7 @@ def test_an_outage_is_told_once_and_made_up_for(tmp_path: Path, follow: Any, con
     assert follower.missing is not None
     memory.broken = False
     memory.wait_for([1, 2, 3, 4, 5, 6])
-    follower.finish("finished")
+    finish(follower, "finished")
     text = console.export_text()
     assert text.count("what follows step 3 has not arrived (ConnectionError: no route to host); the run goes on") == 1
     assert text.count("everything has arrived again") == 1
@@ -259,6 +265,51 @@ def test_a_new_run_that_is_refused_ends_and_a_resumed_one_goes_on(
             away[0] = False
             memory.wait_for([3, 4, 5])
     assert console.export_text().count("(PermissionError: no API key); the run goes on") == 1
+
+
+def test_a_tracker_that_is_open_is_closed_where_another_one_refuses_the_run(
+    tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its run would be shown as one that goes on."""
+
+    def refuses(*given: Any) -> Memory:
+        raise PermissionError("no such experiment")
+
+    memory = Memory()
+    monkeypatch.setattr(tracking, "WeightsAndBiases", lambda *given: memory)
+    monkeypatch.setattr(tracking, "MLflow", refuses)
+    config = config_of(tmp_path, wandb="x", mlflow="y")
+    with ProgressView(console) as view, pytest.raises(ConfigError, match=r"tracking.mlflow: .*no such experiment"):  # noqa: SIM117
+        with tracked(config, "run-1", False, view):
+            pytest.fail("it was to be refused")
+    assert memory.closed == ["failed"]
+    left = {thread.name for thread in threading.enumerate() if thread.is_alive()}
+    assert not left & {"taid-wandb", "taid-mlflow", "taid-tensorboard"}
+
+
+def test_trackers_close_side_by_side_and_a_stop_does_not_wait_long(
+    tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of the two waits for the other one, and with them a third one never ends."""
+    together, never = threading.Barrier(2), threading.Event()
+
+    class Slow(Memory):
+        def close(self, outcome: Outcome) -> None:
+            together.wait(WITHIN_S)
+            super().close(outcome)
+
+    class Stuck(Memory):
+        def close(self, outcome: Outcome) -> None:
+            never.wait(WITHIN_S)
+
+    memories = [Slow(), Slow(), Stuck()]
+    monkeypatch.setattr(tracking, "STOPPED_CLOSE_S", 5.0)
+    with ProgressView(console) as view:
+        followers = [started(Follower(f"memory-{n}", tmp_path, lambda m=m: m, view)) for n, m in enumerate(memories)]
+        tracking.Tracking(followers, tmp_path).close("stopped")
+    never.set()
+    assert [memory.closed for memory in memories] == [["stopped"], ["stopped"], []]
+    assert [follower.missing for follower in followers] == [None, None, "it did not take everything within 5 s"]
 
 
 def test_trials_are_grouped_by_their_search(tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch) -> None:

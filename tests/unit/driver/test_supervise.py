@@ -1,0 +1,159 @@
+"""What the driver's threads do when what they look after fails: they say so once, and go on."""
+
+import threading
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import RayError
+
+from taid_ray.config.schema import build_config
+from taid_ray.driver import supervise
+from taid_ray.driver.attempts import Watch
+from taid_ray.driver.signals import Signals
+from taid_ray.driver.supervise import Followed, followed, teacher_pool
+from tests.support.waiting import wait_until
+
+WITHIN_S = 60.0
+PLAN: Any = SimpleNamespace(total_steps=40, vocabulary=SimpleNamespace(num_shared=7))
+DEMAND: Any = SimpleNamespace(replicas=1, max_replicas=1, shards=1, device="cpu", teacher_role=False, max_workers=1)
+CONFIG = build_config(
+    {"teacher": {"model": "t"}, "student": {"model": "s"}, "data": {"train": "d"}, "train": {"steps": 40}}
+)
+
+
+class View:
+    """Keeps what is said; tells whoever waits for it."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.steps: list[int] = []
+        self._changed = threading.Condition()
+
+    def say(self, message: str, role: str = "driver") -> None:
+        with self._changed:
+            self.said.append(message)
+            self._changed.notify_all()
+
+    def step(self, metrics: dict[str, Any], total_steps: int) -> None:
+        with self._changed:
+            self.steps.append(metrics["step"])
+            self._changed.notify_all()
+
+    def wait_for(self, activity: str) -> None:
+        pass
+
+    def until(self, met: Callable[[], bool]) -> None:
+        with self._changed:
+            assert self._changed.wait_for(met, WITHIN_S), self.said
+
+
+class Board:
+    """A scheduler actor whose answers are told in advance; afterwards the last one again and again."""
+
+    def __init__(self, *answers: Any):
+        self._answers, self.asked = list(answers), 0
+        self.requests: list[int] = []
+
+    def progress(self, notes_seen: int) -> Any:
+        self.asked += 1
+        answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def ask(self, request: int) -> None:
+        self.requests.append(request)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(supervise, "POLL_S", 0.001)
+    monkeypatch.setattr(supervise, "RETELL_S", 0.001)
+    yield
+
+
+def metrics(step: int, validations: Any = ()) -> Any:
+    return [], {"step": step}, list(validations)
+
+
+def test_who_is_told_of_validations_may_fail_and_steps_are_followed_all_the_same() -> None:
+    def full_disk(figures: dict[str, Any]) -> None:
+        raise OSError("no space left")
+
+    view: Any = View()
+    board: Any = Board(metrics(1, [{"step": 0}]), metrics(2, [{"step": 0}]), metrics(3, [{"step": 0}]))
+    with followed(board, PLAN, view, full_disk) as progress:
+        view.until(lambda: view.steps == [1, 2, 3])
+    assert progress.step == 3
+    assert [line for line in view.said if "no space left" in line] == view.said and len(view.said) == 1
+
+
+def test_a_signal_asks_for_a_checkpoint_where_the_driver_cannot_see_the_steps() -> None:
+    """Else it would end the run as one that has not made a step."""
+    view: Any = View()
+    board: Any = Board(ValueError("what the actor answered cannot be read"))
+    with followed(board, PLAN, view) as progress:
+        view.until(lambda: bool(view.said))
+        for _ in range(2):  # a new attempt begins without a step, and is not seen either
+            progress.training = False
+            wait_until(lambda: progress.training, "the driver takes the workers to be training")
+            watch = Watch(DEMAND, 1, board, progress, Signals(15, 1), view)
+            watch.look()
+    assert len(board.requests) == 2
+
+
+def test_a_signal_before_the_first_step_ends_at_once() -> None:
+    with pytest.raises(SystemExit):
+        Watch(DEMAND, 1, Board(metrics(0)), Followed(), Signals(15, 1), View()).look()  # type: ignore[arg-type]
+
+
+def test_the_end_does_not_wait_for_ever_for_who_is_told_of_validations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "FOLLOW_END_S", 0.01)
+    entered, release = threading.Event(), threading.Event()
+
+    def blocks(figures: dict[str, Any]) -> None:
+        entered.set()
+        release.wait(WITHIN_S)
+
+    view: Any = View()
+    board: Any = Board(metrics(1, [{"step": 0}]))
+    with followed(board, PLAN, view, blocks):
+        assert entered.wait(WITHIN_S)
+    assert not release.is_set() and "has not ended within" in view.said[-1]
+    release.set()
+
+
+def test_news_of_the_pool_may_fail_and_the_workers_are_told_of_the_pool_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A restarted scheduler actor must hear that the pool is up, or the workers of the next attempt would wait for ever."""
+
+    class Watch:
+        def __init__(self, name: str):
+            pass
+
+        def news(self) -> list[str]:
+            raise failures.pop(0) if len(failures) > 1 else failures[0]
+
+    failures: list[Exception] = [RayError("restarting"), ValueError("not to be read")]
+    told, enough = [], threading.Event()
+
+    def tell(error: Exception | None) -> None:
+        told.append(error)
+        if len(told) >= 6:
+            enough.set()
+
+    info = SimpleNamespace(num_parameters=1, dtype="float32", dropped_mass=0.0)
+    monkeypatch.setattr(supervise, "PoolWatch", Watch)
+    monkeypatch.setattr(supervise, "start_pool", lambda *given, **options: info)
+    monkeypatch.setattr(supervise, "stop_pool", lambda name: None)
+    monkeypatch.setattr(supervise, "keep_lease", lambda name: lambda: None)
+    view: Any = View()
+    with teacher_pool(CONFIG, PLAN, DEMAND, "pool", tell, view):
+        assert enough.wait(WITHIN_S)
+    assert set(told) == {None}
+    assert [line for line in view.said if "not to be read" in line] == [
+        "watching the teacher pool failed (ValueError: not to be read); the run goes on, and it is tried again"
+    ]
