@@ -1,12 +1,17 @@
 """The cache while processes that use it are killed, and files in it damaged: never a wrong output, never too many bytes."""
 
+import itertools
 import multiprocessing
 import os
 import random
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,10 +24,10 @@ from taid_ray.teacher.cache.store import SUFFIX, Store
 from taid_ray.teacher.cache.tiers import Cache
 
 PROCESSES, KEYS = 8, 3000
-SECONDS = 15.0
+KILLS = 250
+WAIT_S = 120.0
 LIMIT = 10 * 2**20
 """Every other of the samples, of 4 or 8 KiB on the disk, finds room. A writer counts again after 16 KiB."""
-ABANDONED_S = 2.0
 
 
 def key_of(number: int) -> str:
@@ -39,9 +44,10 @@ def value(number: int) -> dict[str, torch.Tensor]:
     }
 
 
-def read_and_write(root: Path, seed: int, problems: Any, counts: Any) -> None:
-    """Until it is killed, one time in ten in the middle of writing a file."""
-    store, draw = Store(root, LIMIT, problems.put), random.Random(seed)
+def read_and_write(root: Path, process: int, problems: Any, counts: Any) -> None:
+    """Until it is killed, one time in ten in the middle of writing a file. Such files are named after the process."""
+    store, draw, names = Store(root, LIMIT, problems.put), random.Random(process), itertools.count()
+    cache_store.uuid.uuid4 = lambda: SimpleNamespace(hex=f"{process}-{next(names)}")  # type: ignore[assignment, return-value]
 
     def write(path: Path, content: bytes) -> int:
         with path.open("wb", buffering=0) as file:
@@ -60,6 +66,33 @@ def read_and_write(root: Path, seed: int, problems: Any, counts: Any) -> None:
         elif found.keys() != value(number).keys() or not all(found[k].equal(x) for k, x in value(number).items()):
             problems.put(f"wrong tensors for {number}")
         counts[found is not None] += 1
+
+
+@contextmanager
+def standing_still(processes: list[BaseProcess]) -> Iterator[None]:
+    """What is on the disk does not change meanwhile, at whatever the processes are."""
+    living = [process for process in processes if process.is_alive()]
+    for process in living:
+        os.kill(process.pid or 0, signal.SIGSTOP)
+    for process in living:
+        os.waitid(os.P_PID, process.pid or 0, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    yield
+    for process in living:
+        if process.is_alive():
+            os.kill(process.pid or 0, signal.SIGCONT)
+
+
+def left_by_dead(root: Path, living: list[BaseProcess]) -> list[Path]:
+    """Files that a dead process was writing."""
+    names = {process.name for process in living if process.is_alive()}
+    return [path for path in (root / "new").glob("*") if path.name.partition("-")[0] not in names]
+
+
+def age(paths: list[Path]) -> None:
+    """As if nobody had written to them for long."""
+    then = time.time() - 2 * cache_store.ABANDONED_S
+    for path in paths:
+        os.utime(path, (then, then))
 
 
 def bytes_in(root: Path) -> int:
@@ -81,10 +114,10 @@ def damage(root: Path, draw: random.Random) -> None:
         pass  # evicted meanwhile
 
 
-def test_killed_readers_and_writers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_store, "ABANDONED_S", ABANDONED_S)
+@pytest.mark.more
+def test_killed_readers_and_writers(tmp_path: Path) -> None:
     root, draw, fork = tmp_path / "samples", random.Random(0), multiprocessing.get_context("fork")
-    problems, counts = fork.SimpleQueue(), fork.Array("q", 3, lock=False)
+    problems, counts, numbers = fork.SimpleQueue(), fork.Array("q", 3, lock=False), itertools.count()
 
     for number in range(KEYS * 2 // 5):  # by one who does not count, to begin near the limit
         path = root / key_of(number)[:2] / f"{key_of(number)}{SUFFIX}"
@@ -94,36 +127,43 @@ def test_killed_readers_and_writers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     first = bytes_in(root)
 
     def start() -> BaseProcess:
-        process = fork.Process(target=read_and_write, args=(root, draw.random(), problems, counts), daemon=True)
+        number = next(numbers)
+        arguments = (root, number, problems, counts)
+        process = fork.Process(target=read_and_write, args=arguments, name=str(number), daemon=True)
         process.start()
         return process
 
     processes = [start() for _ in range(PROCESSES)]
+    left: set[str] = set()
     most = most_left = kills = 0
     try:
-        end = time.monotonic() + SECONDS
-        while time.monotonic() < end:
-            most = max(most, bytes_in(root))
-            most_left = max(most_left, len(list((root / "new").glob("*"))))
+        while kills < KILLS:
+            assert wait([process.sentinel for process in processes], WAIT_S), "no process writes any more"
+            with standing_still(processes):
+                most = max(most, bytes_in(root))
+                abandoned = left_by_dead(root, processes)
+                age(abandoned)
+            left |= {path.name for path in abandoned}
+            most_left = max(most_left, len(abandoned))
             damage(root, draw)
             if draw.random() < 0.2:
                 processes[draw.randrange(PROCESSES)].kill()
             for number, process in enumerate(processes):
                 if not process.is_alive():
                     processes[number], kills = start(), kills + 1
-            time.sleep(0.01)
     finally:
         for process in processes:
             process.kill()
             process.join()
     assert problems.empty(), problems.get()
     print(
-        f"{kills} kills, {counts[1]} hits, {counts[0]} misses, at most {most} of {LIMIT} bytes, {most_left} half written"
+        f"{kills} kills, {counts[1]} hits, {counts[0]} misses, at most {most} of {LIMIT} bytes, {len(left)} half written, "
+        f"{most_left} of them at a time"
     )
-    assert kills > 30 and min(counts) > 100
+    assert min(counts) > KILLS
     assert first + counts[2] > LIMIT > most > 0.7 * LIMIT
-    assert PROCESSES < most_left < kills / 2  # the killed leave some, which do not pile up
-    time.sleep(ABANDONED_S)
+    assert len(left) > KILLS / 4 and most_left < len(left) / 4  # the killed leave some, which do not pile up
+    age(left_by_dead(root, []))
     Store(root, LIMIT, print).put(key_of(0), value(0))
     assert list((root / "new").iterdir()) == []
 
@@ -132,22 +172,24 @@ def hold(memory: Path, ready: Any) -> None:
     cache.SHARED_MEMORY = memory
     mine = Cache(CacheConfig(memory_gib=0.01), print)
     mine.put(key_of(1), value(1))
-    ready.put(True)
-    time.sleep(60)
+    ready.release()
+    while True:
+        signal.pause()
 
 
+@pytest.mark.more
 def test_memory_that_the_killed_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It stays while one process lives, and goes when the next one comes after all were killed."""
     memory = tmp_path / "shm"
     memory.mkdir()
     monkeypatch.setattr(cache, "SHARED_MEMORY", memory)
     fork = multiprocessing.get_context("fork")
-    ready = fork.SimpleQueue()
+    ready = fork.Semaphore(0)
     processes = [fork.Process(target=hold, args=(memory, ready), daemon=True) for _ in range(3)]
     for process in processes:
         process.start()
     for _ in processes:
-        assert ready.get()
+        assert ready.acquire(timeout=WAIT_S)
     for process in processes[:2]:
         process.kill()
         process.join()

@@ -54,7 +54,8 @@ def check_ended(run: Run) -> re.Match[str]:
     return found
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.more
+@pytest.mark.timeout(900)
 def test_a_document_that_makes_the_loss_nan(new_run: NewRun, tmp_path: Path) -> None:
     config: Tree = small_config(
         "nan",
@@ -70,7 +71,7 @@ def test_a_document_that_makes_the_loss_nan(new_run: NewRun, tmp_path: Path) -> 
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_settings_that_make_the_weights_explode(new_run: NewRun) -> None:
     """Decay of 4 per step turns every matrix round and makes it 3 times as large."""
     run = new_run(small_config("explode", train={"weight_decay": 2e3, "learning_rate": 2e-3, "max_grad_norm": 0.0}))

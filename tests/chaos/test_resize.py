@@ -14,7 +14,7 @@ CLOSE = 1e-5
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_stop_and_resume_in_another_layout(new_run: NewRun, baseline: Run) -> None:
     run = new_run(small_config("chaos-resize"))
     for number, (workers, zero_stage) in enumerate(LAYOUTS, 1):

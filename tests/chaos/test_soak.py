@@ -8,7 +8,7 @@ from random import Random
 import pytest
 
 from tests.support.failures import AT_ANY_TIME
-from tests.support.harness import NewRun, Run, Tree, check_same_result, small_config
+from tests.support.harness import GONE_S, NewRun, Run, Tree, check_same_result, small_config
 
 MINUTES = float(os.environ.get("TAID_SOAK_MINUTES", "10"))
 LONGEST_PAUSE_S = 40.0
@@ -33,7 +33,7 @@ def hurt_until_done(run: Run, rng: Random) -> Counter[str]:
         failure.strike(victims)
         happened[failure.name] += 1
         if failure.ends == "driver":
-            run.ended_within(120)
+            run.ended_within(GONE_S)
             if run.exit_code != 0:  # else the signal came too late
                 run.wait_for_end(failure.exit_code)
                 run.start()
@@ -57,7 +57,7 @@ def test_soak(new_run: NewRun, capsys: pytest.CaptureFixture[str]) -> None:
         run = new_run(soak_config(f"soak-{seed}"))
         happened += hurt_until_done(run, Random(seed))
         lost_s += time.monotonic() - began - usual_s
-        run.check_left_cluster(60)
+        run.check_left_cluster(GONE_S)
         leaked += len(run.left_on_cluster() + run.left_on_disk())
         steps = [line["step"] for line in run.lines()]
         repeated += len(steps) - len(set(steps))

@@ -18,10 +18,11 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_disk_that_is_full_for_a_while(disk: Path, new_run: NewRun, baseline: Run) -> None:
     """The run says so and goes on; the next checkpoint is there, and the result is what it would have been."""
-    run = new_run(small_config("full", checkpoint={"every_steps": 8, "storage": str(disk)}))
+    # Many steps, to fill the disk in before the first checkpoint, and to make room again before the second.
+    run = new_run(small_config("full", checkpoint={"every_steps": 20, "storage": str(disk)}))
     run.start()
     run.wait_for_step(2)
     ballast = fill(disk)
@@ -31,16 +32,16 @@ def test_a_disk_that_is_full_for_a_while(disk: Path, new_run: NewRun, baseline: 
     check_same_result(run, baseline)
     assert run.attempts == 1
     text = " ".join(run.log.split())
-    assert "the checkpoint of step 8 could not be written" in text and "No space left on device" in text
+    assert "the checkpoint of step 20 could not be written" in text and "No space left on device" in text
     assert "checkpoint of step 40 saved" in text
     kept = {path.name.split("-")[1] for path in (disk / run.id).iterdir()}
-    assert "000000008" not in kept and "000000040" in kept
+    assert "000000020" not in kept and "000000040" in kept
     assert not (run.dir / "checkpoints").exists()
     run.check_nothing_left()
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_storage_by_uri(tmp_path: Path, new_run: NewRun, baseline: Run) -> None:
     """A run that was stopped goes on from there."""
     storage = tmp_path / "some bucket"

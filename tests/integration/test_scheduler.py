@@ -1,8 +1,9 @@
 """The TAID scheduler as a real actor: two ranks, killed at any moment, and the same t bit for bit."""
 
-import threading
+import queue
+import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -18,10 +19,12 @@ from taid_ray.scheduler.aggregate import LossAggregator, LossSums, StaleReportEr
 from taid_ray.scheduler.client import SchedulerClient
 from taid_ray.scheduler.owner import SchedulerOwner
 from taid_ray.scheduler.schedule import TAIDSchedule
+from tests.support.waiting import wait_until
 
 STEPS = 6
 CONFIG = ScheduleConfig(t_start=0.2, alpha=0.3, beta=0.5)  # t depends on every loss before it
-ANSWER_S = 30.0
+ANSWER_S = 120.0
+"""More than Ray needs to restart the actor on a busy machine."""
 # A rank's sums differ in size, so that the order of adding them shows in the last bits.
 SUMS = [
     [
@@ -79,27 +82,42 @@ def collect(clients: list[SchedulerClient], step: int) -> list[StepResult]:
     return [future.result(ANSWER_S) for future in waiting]
 
 
+def answers(actor: Any, ask: Callable[[], Any]) -> Any:
+    """What `ask` finds, or None while the actor is dead."""
+    with suppress(ActorDiedError, ActorUnavailableError):
+        return ray.get(ask(), timeout=ANSWER_S)
+    return None
+
+
 def kill(actor: Any) -> None:
     """What a dying process does: everything in the actor is lost, and Ray starts it anew. Returns once it is dead."""
-    with suppress(ActorDiedError, ActorUnavailableError):
-        ray.get(actor.note.remote("alive"), timeout=ANSWER_S)
-        ray.kill(actor, no_restart=False)
-        while "alive" in ray.get(actor.progress.remote(0), timeout=ANSWER_S)[0]:
-            time.sleep(0.01)
+    until_it_is_back(actor)
+    ray.get(actor.note.remote("alive"), timeout=ANSWER_S)
+    ray.kill(actor, no_restart=False)
+
+    def is_dead() -> bool:
+        found = answers(actor, lambda: actor.progress.remote(0))
+        return found is None or "alive" not in found[0]
+
+    wait_until(is_dead, "the death of the actor", ANSWER_S)
 
 
 def until_it_is_back(actor: Any) -> None:
-    while True:
-        with suppress(ActorDiedError, ActorUnavailableError):
-            ray.get(actor.progress.remote(0), timeout=ANSWER_S)
-            return
-        time.sleep(0.05)
+    wait_until(lambda: answers(actor, lambda: actor.progress.remote(0)), "the actor's restart", ANSWER_S)
 
 
-def until_it_has_arrived(actor: Any) -> None:
-    """Until the actor has taken in what this process has sent (an async actor may take calls in another order)."""
-    ray.get(actor.progress.remote(0), timeout=ANSWER_S)
-    time.sleep(0.2)
+def until_inside(actor: Any, holds: Callable[[Any], Any], what: str) -> None:
+    """Waits until `holds` of the actor itself, or of its successor."""
+    wait_until(lambda: answers(actor, lambda: actor.__ray_call__.remote(holds)), what, ANSWER_S)
+
+
+def until_it_waits_in_the_actor(actor: Any, step: int, rank: int) -> None:
+    """Until the actor has taken in the rank's report, and another one's is missing."""
+    until_inside(
+        actor,
+        lambda self: self.aggregator.result.step == step - 1 and rank in self.aggregator._reports,
+        f"the report of rank {rank} of step {step}",
+    )
 
 
 @pytest.fixture
@@ -151,7 +169,7 @@ def test_killed_at_chosen_moments(actor: Any, quick_heartbeat: None) -> None:
                 kill(actor)
             clients[0].submit(step, sums[0])
             if step == 4:
-                until_it_has_arrived(actor)
+                until_it_waits_in_the_actor(actor, step, rank=0)
                 kill(actor)
             clients[1].submit(step, sums[1])
             if step == 5:
@@ -175,7 +193,7 @@ def test_the_next_report_brings_the_state_back_as_well(actor: Any, no_heartbeat:
         kill(actor)
         clients[1]._pending = (2, SUMS[1][1], clients[1]._send(2, SUMS[1][1]))
         second = in_thread(clients[1].collect, 2)
-        time.sleep(0.3)
+        until_it_waits_in_the_actor(actor, 2, rank=1)
         assert not second.done()
         clients[0].submit(3, SUMS[2][0])
         assert second.result(ANSWER_S) == found[0] == undisturbed()[1]
@@ -184,30 +202,39 @@ def test_the_next_report_brings_the_state_back_as_well(actor: Any, no_heartbeat:
 
 
 def test_killed_at_random_moments(actor: Any, quick_heartbeat: None) -> None:
-    done = threading.Event()
+    """A rank that comes to such a moment has the actor killed, and goes on meanwhile, as does the other one."""
+    draw = random.Random(0)
+    chosen = {(step, draw.randrange(2), draw.choice(("reports", "reported"))) for step in draw.sample(range(1, 6), 4)}
+    moments: queue.SimpleQueue[bool] = queue.SimpleQueue()
 
-    def kill_now_and_then() -> int:
+    def kill_each_time() -> int:
         kills = 0
-        while not done.wait(0.4 + 0.3 * kills):
+        while moments.get():
             kill(actor)
             kills += 1
         return kills
 
     def train(client: SchedulerClient, rank: int) -> list[StepResult]:
+        def at(step: int, what: str) -> None:
+            if (step, rank, what) in chosen:
+                moments.put(True)
+
         results = []
         for step, sums in enumerate(SUMS, 1):
-            time.sleep(0.05 * ((step + rank) % 3))
+            at(step, "reports")
             client.submit(step, sums[rank])
-            time.sleep(0.2)
+            at(step, "reported")
             results.append(client.collect(step))
         return results
 
     with ranks(actor) as clients:
-        killer = in_thread(kill_now_and_then)
+        killer = in_thread(kill_each_time)
         trained = [in_thread(train, client, rank) for rank, client in enumerate(clients)]
-        found = [future.result(60) for future in trained]
-        done.set()
-        assert killer.result(ANSWER_S) >= 2
+        try:
+            found = [future.result(2 * ANSWER_S) for future in trained]
+        finally:
+            moments.put(False)
+        assert killer.result(2 * ANSWER_S) == len(chosen)
     assert found == [undisturbed(), undisturbed()]
 
 
@@ -244,7 +271,7 @@ def test_a_new_attempt_starts_from_its_checkpoint_and_the_dead_one_is_refused(
 def test_a_loss_that_is_not_finite_reaches_every_rank(actor: Any) -> None:
     with ranks(actor) as clients:
         clients[0].submit(1, SUMS[0][0])
-        until_it_has_arrived(actor)  # rank 0 is already waiting inside the actor
+        until_it_waits_in_the_actor(actor, 1, rank=0)
         clients[1].submit(1, LossSums(float("nan"), 0.0, 0.0, 5))
         for client in clients:
             with pytest.raises(NonFiniteLossError, match=r"step 1 is nan; t stays 0\.2"):
@@ -275,9 +302,13 @@ def test_an_actor_that_is_gone_for_good(actor: Any, monkeypatch: pytest.MonkeyPa
 def test_waiting_for_the_pool(actor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     clients = [SchedulerClient(actor, rank, ANSWER_S) for rank in (0, 1)]
     waiting = [in_thread(client.wait_for_pool) for client in clients]
-    until_it_has_arrived(actor)
+
+    def until_both_ask() -> None:
+        until_inside(actor, lambda self: len(self._changed._waiters) == 2, "both to wait in the actor")
+
+    until_both_ask()
     clients[0].begin(2)  # wakes everybody inside the actor, but is no word about the pool
-    until_it_has_arrived(actor)
+    until_both_ask()  # again
     assert not any(future.done() for future in waiting)
     kill(actor)  # the waiting goes on at the restarted actor
     until_it_is_back(actor)
@@ -302,7 +333,8 @@ def test_notes_and_metrics_reach_the_driver_across_a_restart(actor: Any) -> None
     client.note("one")
     client.publish({"step": 3})
     client.publish_validations([{"step": 0}])
-    until_it_has_arrived(actor)
+    # An async actor may take calls in another order.
+    wait_until(lambda: progress(0) == (["one"], {"step": 3}, [{"step": 0}]), "what the worker says", ANSWER_S)
     say("two")
     assert progress(0) == (["one", "two"], {"step": 3}, [{"step": 0}])
     assert progress(1) == (["two"], {"step": 3}, [{"step": 0}])

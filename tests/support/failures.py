@@ -11,7 +11,7 @@ from random import Random
 from tests.support.harness import Run, wait_for_death
 
 STUCK_S = 0.5
-"""A replica stands still so long before it is killed, so that it has requests to lose."""
+"""A replica stands still so long before it is killed, so that it has requests to lose. Nothing tells that it has."""
 
 RESUMED = "going on after step "
 """What the log says of an attempt that has a checkpoint, a little after its first step."""

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,11 +14,9 @@ from typing import Any
 import yaml
 
 from tests.support.paths import BUNDLE
+from tests.support.waiting import START_S, WAIT_S, wait_until
 
-POLL_S = 0.01
-START_S = 240.0
-"""Within this time a driver must have its next new step, or be at its end. Ten times what a quiet machine takes."""
-GONE_S = 60.0
+GONE_S = 120.0
 """Within this time nothing of a run may be left after its driver ended by itself."""
 LOG_TAIL = 6000
 SAME = (
@@ -152,15 +149,17 @@ class Run:
     # Waiting
 
     def until(self, met: Callable[[], bool], what: str, timeout_s: float = START_S) -> float:
-        """Seconds until `met`. Fails after timeout_s, and as soon as the driver has ended."""
-        start = time.monotonic()
-        while not met():
+        """Seconds until `met`. Fails after timeout_s, and as soon as the driver has ended.
+
+        The default is ten times what a quiet machine takes for a driver's next new step, or its end.
+        """
+
+        def met_alive() -> bool:
             if self.ended and not met():  # asked again, because it may have been met just before
                 self.fail(f"the driver ended with {self.exit_code} before {what}")
-            if time.monotonic() - start > timeout_s:
-                self.fail(f"not within {timeout_s:.0f} s: {what}")
-            time.sleep(POLL_S)
-        return time.monotonic() - start
+            return met()
+
+        return wait_until(met_alive, lambda: f"{what}\n{self.log[-LOG_TAIL:]}", timeout_s)
 
     def wait_for_step(self, step: int, timeout_s: float = START_S) -> None:
         self.until(lambda: self.step >= step, f"step {step}", timeout_s)
@@ -193,7 +192,7 @@ class Run:
         from ray.util.state import list_actors
 
         self._note_job()
-        found = list_actors(filters=[("state", "!=", "DEAD")], limit=1000, detail=True)
+        found = list_actors(filters=[("state", "!=", "DEAD")], limit=1000, detail=True, timeout=int(WAIT_S))
         # Serve's replicas belong to the job of Serve's controller, and the lease outlives its own.
         own = [a for a in found if a.job_id in self._jobs or (self._named and self.id in f"{a.class_name} {a.name}")]
         return [a for a in own if a.class_name.startswith(class_name) and not a.class_name.startswith(SHARED)]
@@ -233,7 +232,7 @@ class Run:
         self._note_job()
         self.signal_driver(signal.SIGKILL)
         assert self._driver is not None
-        self._driver.wait(10)
+        self._driver.wait(GONE_S)
 
     def close(self) -> None:
         """Ends the driver, if a test left it behind."""
@@ -241,7 +240,7 @@ class Run:
             self.signal_driver(signal.SIGTERM)
             self.signal_driver(signal.SIGTERM)
             try:
-                self._driver.wait(60)
+                self._driver.wait(GONE_S)
             except subprocess.TimeoutExpired:
                 self.kill_driver()
 
@@ -254,7 +253,9 @@ class Run:
 
         found = [f"actor {a.class_name} {a.name} ({a.state}, process {a.pid})" for a in self.actors()]
         found += [f"application {app}" for app in serve.status().applications if self._named and self.id in app]
-        groups = list_placement_groups(filters=[("state", "!=", "REMOVED")], limit=1000, detail=True)
+        groups = list_placement_groups(
+            filters=[("state", "!=", "REMOVED")], limit=1000, detail=True, timeout=int(WAIT_S)
+        )
         return found + [f"placement group {g.state}" for g in groups if g.creator_job_id in self._jobs]
 
     def left_on_disk(self) -> list[str]:
@@ -269,11 +270,11 @@ class Run:
 
     def check_left_cluster(self, timeout_s: float) -> None:
         """Waits until nothing of the run is left there."""
-        start = time.monotonic()
-        while left := self.left_on_cluster():
-            if time.monotonic() - start > timeout_s:
-                self.fail(f"on the cluster after {timeout_s:.0f} s: {left}")
-            time.sleep(0.2)
+        wait_until(
+            lambda: not self.left_on_cluster(),
+            lambda: f"nothing on the cluster, where there is {self.left_on_cluster()}\n{self.log[-LOG_TAIL:]}",
+            timeout_s,
+        )
 
     @property
     def _named(self) -> bool:
@@ -306,10 +307,7 @@ def check_same_result(run: Run, baseline: Run) -> None:
 
 def wait_for_death(pid: int, timeout_s: float = GONE_S) -> None:
     """Of a process that somebody else must have ended by then."""
-    deadline = time.monotonic() + timeout_s
-    while Path(f"/proc/{pid}").exists() and not _is_zombie(pid):
-        assert time.monotonic() < deadline, f"process {pid} lives on"
-        time.sleep(0.1)
+    wait_until(lambda: not Path(f"/proc/{pid}").exists() or _is_zombie(pid), f"the end of process {pid}", timeout_s)
 
 
 def _is_zombie(pid: int) -> bool:

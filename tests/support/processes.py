@@ -1,4 +1,4 @@
-"""Processes of a teacher pool, found by their titles."""
+"""Processes of a teacher pool on this session's own cluster, found by their titles."""
 
 from contextlib import suppress
 
@@ -10,8 +10,9 @@ def replica_processes(pool: str) -> list[psutil.Process]:
 
 
 def processes(title: str) -> list[psutil.Process]:
+    """Of this process's descendants, which Ray's local cluster is: never those of another session on this host."""
     found = []
-    for process in psutil.process_iter():
+    for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):  # it has ended
             if title in " ".join(process.cmdline()):
                 found.append(process)
