@@ -177,7 +177,7 @@ def main() -> None:
     lines: dict[str, list[dict[str, Any]]] = {"pool": [], "instant": []}
     with TemporaryDirectory() as directory:
         config = build(Path(directory))
-        scheduler = SchedulerOwner("bench-overlap", config.schedule, config.train.steps or 0)
+        scheduler = SchedulerOwner("bench-overlap", config.schedule, config.train.steps or 0, 1)
         start_pool(config.teacher, VOCABULARY, "cpu", POOL, use_role_resources=False)
         try:
             student = ray.remote(StudentProcess).options(num_cpus=1).remote(config, scheduler.actor)

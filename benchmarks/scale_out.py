@@ -187,9 +187,10 @@ def main() -> None:
 def measure(pool: str, processes: list[ActorHandle], workers: int, replicas: int) -> dict[str, Any]:
     """One run of `workers` workers: times of a step until all workers are done with it."""
     scale(pool, replicas)
-    owner = SchedulerOwner(f"benchmark-{time.time_ns()}", ScheduleConfig(), TOTAL_STEPS)
+    owner = SchedulerOwner(f"benchmark-{time.time_ns()}", ScheduleConfig(), TOTAL_STEPS, workers)
     try:
-        attempt, start = ray.get(owner.actor.begin.remote(workers, None))
+        attempt = ray.get(owner.actor.begin.remote(workers))
+        start = ray.get(owner.actor.current.remote(attempt, workers))
         shares = [list(range(workers))[k::PROCESSES] for k in range(min(PROCESSES, workers))]
         running = [
             process.run.remote(ranks, workers, owner.actor, attempt, start, pool)

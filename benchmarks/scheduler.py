@@ -81,10 +81,11 @@ def main() -> None:
 
 def round_trip(ranks: int, steps: int) -> dict[str, Any]:
     """Per step, from the moment the last rank sends its report until every rank holds the new t."""
-    owner = start_scheduler(WARM_UP_STEPS + steps)
+    owner = start_scheduler(WARM_UP_STEPS + steps, ranks)
     try:
         processes = start_ranks(owner.actor, range(ranks), ranks)
-        attempt, start = ray.get(owner.actor.begin.remote(ranks, None))
+        attempt = ray.get(owner.actor.begin.remote(ranks))
+        start = ray.get(owner.actor.current.remote(attempt, ranks))
         times = np.array(ray.get([each.run.remote(attempt, start, WARM_UP_STEPS + steps) for each in processes]))
     finally:
         owner.close()
@@ -141,8 +142,8 @@ def timed_step(client: SchedulerClient | None, step: int, backward_s: float) -> 
     return end - start, sent - start, end - computed
 
 
-def start_scheduler(total_steps: int) -> SchedulerOwner:
-    return SchedulerOwner(f"benchmark-{time.time_ns()}", ScheduleConfig(), total_steps)
+def start_scheduler(total_steps: int, workers: int = 1) -> SchedulerOwner:
+    return SchedulerOwner(f"benchmark-{time.time_ns()}", ScheduleConfig(), total_steps, workers)
 
 
 def start_ranks(actor: ActorHandle, ranks: range, world_size: int) -> list[Any]:

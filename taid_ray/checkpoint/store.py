@@ -117,6 +117,11 @@ class CheckpointStore:
         if not isinstance(world_size, int) or not 1 <= world_size <= 10**6:
             raise DamagedError(f"{name}/{last_file(0)} names {world_size!r} ranks")
         index: Index = {}
+        if missing := [rank for rank in range(world_size) if last_file(rank) not in sizes]:
+            # Before any is read: whoever waits for the checkpoint asks twice a second.
+            raise TornError(
+                f"{name} has no {last_file(missing[0])}, and {len(missing)} of {world_size} ranks have not finished"
+            )
         for rank in range(world_size):
             content = first if rank == 0 else self._last_file(name, rank, sizes)
             try:

@@ -33,7 +33,7 @@ class _CancelledError(Exception):
 @contextmanager
 def scheduler_actor(config: DistillConfig, plan: Plan, name: str) -> Iterator[SchedulerOwner]:
     """The run's TAID scheduler actor, ended with the run."""
-    owner = SchedulerOwner(name, effective_schedule(config), plan.total_steps)
+    owner = SchedulerOwner(name, effective_schedule(config), plan.total_steps, config.student.workers.max)
     try:
         yield owner
     finally:

@@ -19,6 +19,9 @@ from taid_ray.scheduler.actor import Report
 from taid_ray.scheduler.aggregate import LossSums, StepResult
 
 HEARTBEAT_S = 1.0
+"""A worker that has told the actor nothing for so long tells it the newest result it knows."""
+BEATS_PER_S = 200
+"""Of all workers together at most, because one process answers them."""
 GONE_S = 10.0
 """So long after its death an actor that Ray restarts is back, or on its way back."""
 
@@ -33,6 +36,7 @@ class SchedulerClient:
         self._result: StepResult | None = None
         self._pending: tuple[int, LossSums, ray.ObjectRef] | None = None
         self._closed = threading.Event()
+        self._spoken = 0.0
 
     def begin(self, world_size: int) -> int:
         """Rank 0 only: opens a new attempt, and thereby ends all earlier ones. It goes on from what `join` is given."""
@@ -71,13 +75,19 @@ class SchedulerClient:
         sums = self._pending[1] if self._pending else None
         return sums is None or all(map(math.isfinite, (sums.kl, sums.entropy, sums.sft)))
 
-    def wait_for_pool(self) -> None:
+    def wait_for_pool(self, timeout_s: float) -> None:
         """Blocks until the driver has the teacher pool up; raises its error if it failed.
 
-        Has no deadline of its own: loading may take as long as `teacher.timeout_s` says, and the driver watches that.
+        timeout_s: more than the driver itself gives the pool, which then says so. Raises AttemptError if it says nothing.
         """
+        deadline = time.monotonic() + timeout_s
         known, error = False, None
         while not known:
+            if time.monotonic() > deadline:
+                raise AttemptError(
+                    f"the driver has not said within {timeout_s:.0f} s whether the teacher pool is up; its thread that starts "
+                    "the pool is probably gone"
+                )
             known, error = self._call(lambda: self._actor.pool.remote(), "the teacher pool")
         if error is not None:
             raise error
@@ -97,6 +107,7 @@ class SchedulerClient:
     def _send(self, step: int, sums: LossSums) -> ray.ObjectRef:
         assert self._result is not None, "submit before join"
         report = Report(self._attempt, self._world_size, self._result, step, self._rank, sums)
+        self._spoken = time.monotonic()
         return self._actor.report.remote(pickle.dumps(report))
 
     def _call(self, send: Any, what: str) -> Any:
@@ -122,8 +133,15 @@ class SchedulerClient:
                 raise error.cause if isinstance(error.cause, Exception) else error from None
 
     def _beat(self) -> None:
-        """Keeps the newest result known to the actor, also while this rank is blocked in a collective."""
-        while not self._closed.wait(HEARTBEAT_S):
+        """Keeps the newest result known to the actor, also while this rank is blocked in a collective.
+
+        A report says the same, so there is no heartbeat while steps are shorter than the period.
+        """
+        period = max(HEARTBEAT_S, self._world_size / BEATS_PER_S)
+        while not self._closed.wait(max(0.05 * period, self._spoken + period - time.monotonic())):
+            if time.monotonic() - self._spoken < period:
+                continue
+            self._spoken = time.monotonic()
             try:
                 ray.get(self._actor.heartbeat.remote(self._attempt, self._world_size, self._result), timeout=10)
             except RayError:

@@ -18,13 +18,18 @@ NAME_FREE_S = 60.0
 class SchedulerOwner:
     """The driver's side: starts the actor, hears from it what the workers say, and ends it."""
 
-    def __init__(self, name: str, config: ScheduleConfig, total_steps: int):
-        """Restarted by Ray without limit if its process dies.
+    def __init__(self, name: str, config: ScheduleConfig, total_steps: int, max_workers: int):
+        """Restarted by Ray without limit if its process dies. max_workers: the most that will report to it.
 
         Raises ClusterError if another driver keeps an actor of that name, and therefore the run.
         """
         actor = ray.remote(SchedulerActor)
-        options = actor.options(name=name, namespace=NAMESPACE, num_cpus=0, max_restarts=-1, max_concurrency=10_000)
+        # Of every worker a report that waits for the others, a heartbeat, and word of the pool; of two attempts, where one
+        # is not quite over; and the driver's own.
+        concurrency = 2 * 3 * max_workers + 100
+        options = actor.options(
+            name=name, namespace=NAMESPACE, num_cpus=0, max_restarts=-1, max_concurrency=concurrency
+        )
         deadline = time.monotonic() + NAME_FREE_S
         while True:
             try:

@@ -49,6 +49,8 @@ from taid_ray.teacher.protocol import TeacherClient
 from taid_ray.tracking.prometheus import StudentGauges
 
 READ_AHEAD_STEPS = 8
+POOL_MARGIN_S = 300.0
+"""Beyond teacher.timeout_s, within which the driver says whether the pool is up."""
 SUSPECTS = 50
 """Documents named when a loss is not finite."""
 
@@ -62,7 +64,8 @@ def run_worker(job: Job) -> dict[str, Any] | None:
     device = torch_device(job.device, int(os.environ["LOCAL_RANK"]))
     scheduler = SchedulerClient(job.scheduler, world.rank, config.patience_s)
     note = scheduler.note if world.is_main else _ignore
-    check_run_dir(config.run_dir, world.rank)
+    if os.environ["LOCAL_RANK"] == "0":  # one worker speaks for its node
+        check_run_dir(config.run_dir, world.rank)
     offline_if_unreachable([config.teacher.model, config.student.model, config.data.train, config.data.valid])
     torch.manual_seed(config.train.seed + world.rank)
     # First of all, because from here on no worker of an earlier attempt gets any further, should one be alive.
@@ -83,7 +86,7 @@ def run_worker(job: Job) -> dict[str, Any] | None:
     tokenizer = run_tokenizer(config)
 
     note("student is ready; waiting for the teacher")
-    teacher = connect_teacher(job, scheduler, device)
+    teacher = connect_teacher(job, scheduler, device, world)
     teacher_head = teacher.head().to(device) if needs_head(config.teacher.payload) else None
     last = scheduler.join(attempt, world.size, restored.state.result if restored else None)
     held_out = validation_rows(config.data, tokenizer)
@@ -184,7 +187,7 @@ def suspects_named(
         ) from error
 
 
-def connect_teacher(job: Job, scheduler: SchedulerClient, device: torch.device) -> TeacherClient:
+def connect_teacher(job: Job, scheduler: SchedulerClient, device: torch.device, world: World) -> TeacherClient:
     """The pool's client once the pool is up, a teacher in this process, or none; behind the cache if there is one."""
     config, num_shared = job.config, job.plan.vocabulary.num_shared
     teacher: TeacherClient
@@ -194,9 +197,9 @@ def connect_teacher(job: Job, scheduler: SchedulerClient, device: torch.device) 
     elif config.teacher.mode == "cache":
         teacher = WarmedTeacher(config, num_shared)
     else:
-        scheduler.wait_for_pool()
+        scheduler.wait_for_pool(config.teacher.timeout_s + POOL_MARGIN_S)
         answers_at = torch.device("cpu") if config.cache.on else device
-        teacher = PoolTeacher(job.pool, config.teacher, scheduler.note, answers_at)
+        teacher = PoolTeacher(job.pool, config.teacher, scheduler.note, answers_at, keeps_lease=world.is_main)
         claims = PoolClaims(job.pool) if config.cache.on else claims
     if config.cache.on:
         teacher = CachedTeacher(teacher, Cache(config.cache, scheduler.note), claims, device)

@@ -51,7 +51,7 @@ def undisturbed(steps: int = STEPS) -> list[StepResult]:
 
 @pytest.fixture
 def actor(ray_cluster: str) -> Iterator[Any]:
-    handle = SchedulerOwner(f"scheduler-{time.time_ns()}", CONFIG, STEPS).actor
+    handle = SchedulerOwner(f"scheduler-{time.time_ns()}", CONFIG, STEPS, max_workers=2).actor
     yield handle
     ray.kill(handle, no_restart=True)
 
@@ -301,7 +301,7 @@ def test_an_actor_that_is_gone_for_good(actor: Any, monkeypatch: pytest.MonkeyPa
 
 def test_waiting_for_the_pool(actor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     clients = [SchedulerClient(actor, rank, ANSWER_S) for rank in (0, 1)]
-    waiting = [in_thread(client.wait_for_pool) for client in clients]
+    waiting = [in_thread(client.wait_for_pool, ANSWER_S) for client in clients]
 
     def until_both_ask() -> None:
         until_inside(actor, lambda self: len(self._changed._waiters) == 2, "both to wait in the actor")
@@ -317,7 +317,7 @@ def test_waiting_for_the_pool(actor: Any, monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.raises(TeacherError, match=r"teacher\.model: broken"):
             future.result(ANSWER_S)
     ray.get(actor.set_pool.remote(None), timeout=ANSWER_S)
-    SchedulerClient(actor, 1, ANSWER_S).wait_for_pool()
+    SchedulerClient(actor, 1, ANSWER_S).wait_for_pool(ANSWER_S)
 
 
 def test_notes_and_metrics_reach_the_driver_across_a_restart(actor: Any) -> None:

@@ -135,7 +135,7 @@ def runs(
         write_config(config)
         plan = prepare(config)
         name = f"scheduler-{workers}-{pool}-{stage}-{micro}"
-        schedulers.append(SchedulerOwner(name, config.schedule, plan.total_steps))
+        schedulers.append(SchedulerOwner(name, config.schedule, plan.total_steps, workers))
         schedulers[-1].set_pool(None)
         jobs.append(
             Job(config, plan, "cpu", schedulers[-1].actor, pools.get(pool, ""), str(config.run_dir / "checkpoints"))

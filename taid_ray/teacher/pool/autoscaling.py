@@ -7,6 +7,7 @@ run, or through private methods, and it excludes a policy. Serve's own request m
 a deprecated option only; so the replicas tell the lease themselves what they have to do.
 """
 
+import logging
 import threading
 import time
 from collections import deque
@@ -49,7 +50,7 @@ class PoolPolicy:
         return self._wanted or context.target_num_replicas, {}
 
     def _follow(self, name: str, namespace: str) -> None:
-        own = None
+        own, said = None, set[str]()
         while True:
             time.sleep(POLL_S)
             if self._current is None:
@@ -62,8 +63,11 @@ class PoolPolicy:
                 self._wanted = lease.replicas.remote(self._current).future().result(timeout=10 * POLL_S)
             except ValueError:
                 return  # the pool is being removed
-            except Exception:  # the lease is being restarted, or its node is slow: what it said last stays
-                continue
+            except Exception as error:  # the lease is being restarted, or its node is slow: what it said last stays
+                cause = f"{type(error).__name__}: {error}"[:300]
+                if cause not in said:
+                    said.add(cause)
+                    logging.getLogger("ray.serve").warning("the teacher pool keeps its number of replicas: %s", cause)
 
 
 def serve_scaling(replicas: Range, lease: str, namespace: str) -> AutoscalingConfig:

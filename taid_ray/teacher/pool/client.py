@@ -17,7 +17,7 @@ from taid_ray.models.loading import Head
 from taid_ray.teacher.model import head_digest
 from taid_ray.teacher.payload import TeacherOutput
 from taid_ray.teacher.pool.deployment import DEPLOYMENT
-from taid_ray.teacher.pool.lease import keep_lease
+from taid_ray.teacher.pool.lease import keep_lease, require_lease
 from taid_ray.teacher.pool.replica import Answer, HeadPiece, Question
 from taid_ray.teacher.pool.request import Patience, Request, Waiter
 from taid_ray.teacher.protocol import TeacherInfo
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class PoolTeacher:
-    """A TeacherClient of a running pool, for one student worker. Keeps the pool's lease while it exists.
+    """A TeacherClient of a running pool, for one student worker.
 
     A thread takes the answers in the order of the requests, so that `collect` finds them checked and on the device.
     """
@@ -44,10 +44,16 @@ class PoolTeacher:
         config: TeacherConfig,
         notify: Callable[[str], None] = logger.warning,
         device: torch.device = CPU,
+        keeps_lease: bool = True,
     ):
-        """`notify` is told of long waits, late, lost and damaged requests. Raises TeacherError if there is no such pool."""
+        """notify: told of long waits, and of late, lost and damaged requests. keeps_lease: whether this client keeps the pool
+        alive while it exists; of many clients of one run, one must.
+
+        Raises TeacherError if there is no such pool.
+        """
         self._app_name = app_name
-        self._stop_renewing = keep_lease(app_name)
+        require_lease(app_name)
+        self._stop_renewing = keep_lease(app_name) if keeps_lease else _nothing
         self._handle = serve.get_app_handle(app_name)
         self.tokens = 0
         self._info: TeacherInfo | None = None
@@ -174,6 +180,10 @@ class PoolTeacher:
         except TeacherError as error:
             raise DamagedError(f"{error} (sent by replica {answer.replica})") from error
         return TeacherOutput(info.payload, tensors, answer.compute_s)
+
+
+def _nothing() -> None:
+    """Ends a renewal that was not begun."""
 
 
 def _accepted_piece(piece: HeadPiece) -> HeadPiece:

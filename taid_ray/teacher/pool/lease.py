@@ -183,7 +183,7 @@ def keep_lease(app_name: str) -> Callable[[], None]:
 
     Raises TeacherError if the pool is gone.
     """
-    lease = _existing(app_name)
+    lease = require_lease(app_name)
     stopped = threading.Event()
 
     def renew() -> None:
@@ -202,7 +202,7 @@ class PoolClaims:
 
     def __init__(self, app_name: str):
         """Raises TeacherError if the pool is gone."""
-        self._lease = _existing(app_name)
+        self._lease = require_lease(app_name)
 
     def claim(self, holder: str, keys: Sequence[str]) -> list[bool]:
         with suppress(RayError):  # it is being restarted, or gone
@@ -217,7 +217,8 @@ class PoolClaims:
                 self._lease.release.remote(holder, keys)
 
 
-def _existing(app_name: str) -> ActorHandle:
+def require_lease(app_name: str) -> ActorHandle:
+    """The lease of a pool. Raises TeacherError if the pool is gone."""
     lease = find_lease(app_name)
     if lease is None:
         raise TeacherError(f"there is no teacher pool {app_name} on this cluster; start the run again")

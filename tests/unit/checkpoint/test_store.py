@@ -16,6 +16,7 @@ from taid_ray.checkpoint.store import (
     STATE_FILE,
     CheckpointStore,
     RunState,
+    TornError,
     checkpoint_name,
     last_file,
     share,
@@ -325,3 +326,23 @@ def test_failures_that_do_not_follow_one_another_end_nothing(disk: Path, saver: 
     one.finish()
     found, _ = read(CheckpointStore(str(disk / "run")))
     assert_is(found, 20)
+
+
+def test_waiting_for_a_checkpoint_of_many_ranks_reads_their_files_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 asks twice a second; in object storage each file that it reads is a request."""
+    store, ranks, name, read = CheckpointStore(str(tmp_path)), 40, checkpoint_name(NEW, 1), []
+    read_file = CheckpointStore._read
+    monkeypatch.setattr(
+        CheckpointStore, "_read", lambda self, name, file: read.append(file) or read_file(self, name, file)
+    )
+    for rank in range(ranks):
+        store.finish(name, rank, ranks, {})
+        if rank < ranks - 1:
+            read.clear()
+            with pytest.raises(TornError, match=rf"{ranks - rank - 1} of {ranks} ranks have not finished"):
+                store.index(name)
+            assert read == [last_file(0)]
+    read.clear()
+    assert store.index(name) == {} and len(read) == ranks

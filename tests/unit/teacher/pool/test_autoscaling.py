@@ -14,6 +14,7 @@ import yaml
 from taid_ray.cli import app as cli
 from taid_ray.config.schema import Range
 from taid_ray.run.layout import CONFIG_FILE, LIVE_FILE, SUMMARY_FILE
+from taid_ray.teacher.pool import autoscaling
 from taid_ray.teacher.pool.autoscaling import DOWN_S, UP_S, Autoscaler, LoadMeter
 from taid_ray.teacher.pool.lease import Lease
 
@@ -216,3 +217,21 @@ def test_scale_a_run_that_has_ended(
     assert "127.0.0.1:9, where it was, does not answer" in refusal(monkeypatch, capsys, *arguments)
     (tmp_path / SUMMARY_FILE).write_text("{}")
     assert "it is finished" in refusal(monkeypatch, capsys, *arguments)
+
+
+def test_a_lease_that_cannot_be_asked_is_told_of_once_per_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autoscaling that stands still must not be invisible; a message twice a second would be."""
+    failures = iter([RuntimeError("one"), RuntimeError("one"), RuntimeError("two"), RuntimeError("one"), ValueError()])
+    told: list[str] = []
+
+    def get_actor(name: str, namespace: str) -> None:
+        raise next(failures)
+
+    logger = SimpleNamespace(warning=lambda message, cause: told.append(cause))
+    monkeypatch.setattr(autoscaling, "POLL_S", 0.0)
+    monkeypatch.setattr(autoscaling.ray, "get_actor", get_actor)
+    monkeypatch.setattr(autoscaling, "logging", SimpleNamespace(getLogger=lambda name: logger))
+    policy = autoscaling.PoolPolicy.__new__(autoscaling.PoolPolicy)
+    policy._current = policy._wanted = 2
+    policy._follow("lease", "taid-ray")  # ends where the pool is gone, by the ValueError
+    assert told == ["RuntimeError: one", "RuntimeError: two"] and policy._wanted == 2

@@ -312,6 +312,7 @@ DAMAGED_ANSWERS = {
 def pool(clock: Clock, said: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., PoolTeacher]:
     """A client of a pool that gives each request the answers of one list, in the list's order."""
     monkeypatch.setattr(client, "keep_lease", lambda _: lambda: None)
+    monkeypatch.setattr(client, "require_lease", lambda _: None)
 
     def connect(*plans: list[Answer]) -> PoolTeacher:
         waiting = [Sender(clock, *((0.0, answer) for answer in plan)) for plan in plans]
@@ -372,3 +373,18 @@ def test_a_question_survives_the_wire_and_damage_to_any_part_is_noticed() -> Non
         getattr(question, part)[name] = (dtype, shape, damaged)
         with pytest.raises(DamagedError, match="checksum"):
             question.unpacked()
+
+
+def test_one_client_of_a_run_keeps_the_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lease is one process: it must not hear from every worker."""
+    kept, asked = [], []
+    monkeypatch.setattr(client, "keep_lease", lambda name: kept.append(name) or kept.clear)
+    monkeypatch.setattr(client, "require_lease", asked.append)
+    monkeypatch.setattr(client.serve, "get_app_handle", lambda _: None)
+    others = [PoolTeacher("pool", TeacherConfig(model="t"), keeps_lease=False) for _ in range(3)]
+    assert not kept and asked == ["pool"] * 3
+    main = PoolTeacher("pool", TeacherConfig(model="t"))
+    assert kept == ["pool"]
+    for teacher in (*others, main):
+        teacher.close()
+    assert not kept
