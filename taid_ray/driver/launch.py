@@ -25,7 +25,7 @@ from taid_ray.driver.preflight import notes, prepare
 from taid_ray.driver.progress import ProgressView
 from taid_ray.driver.signals import Signals, stop_signals
 from taid_ray.driver.supervise import followed, scheduler_actor, shared_pool, teacher_pool
-from taid_ray.driver.sweep import swept
+from taid_ray.driver.sweep import own_job, swept
 from taid_ray.models.hub import connection_restored
 from taid_ray.run.directory import Run, check_run_dir, read_summary, run_directory, scratch_directory
 from taid_ray.run.log import logged
@@ -115,7 +115,7 @@ def run_on_cluster(
         # First, so that taking everything down is not interrupted halfway.
         nullcontext(around.signals) if around.signals else stop_signals() as signals,
         announced(config.run_dir, own_pool, plan.total_steps),
-        swept(),
+        swept(run.jobs),
         scheduler_actor(config, plan, f"taid-scheduler-{run.id}") as scheduler,
         shared_pool(shared, scheduler.set_pool)
         if shared
@@ -125,7 +125,7 @@ def run_on_cluster(
     ):
 
         def fit(workers: int, restarts: int) -> Any:
-            run.begin_attempt(workers)
+            run.begin_attempt(workers, own_job())
             # Else Ray Train would ask a stopped process for ten minutes how it is, whatever the other workers say.
             os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.student.timeout_s)
             job = Job(config, plan, demand.device, scheduler.actor, pool, run.checkpoints, restarts)

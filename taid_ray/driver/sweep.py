@@ -8,7 +8,7 @@ an actor that waits for ever (Ray 2.60).
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,24 +28,33 @@ MOST = 10_000
 logger = logging.getLogger(__name__)
 
 
+def own_job() -> str:
+    """This driver's Ray job: SESSION/ID, for ids of jobs repeat from one cluster to the next."""
+    context = ray.get_runtime_context()
+    return f"{context.get_session_name()}/{context.get_job_id()}"
+
+
 @contextmanager
-def swept() -> Iterator[None]:
-    """On exit ends the abandoned cleaners of this driver and of those that are dead."""
+def swept(former: Collection[str] = ()) -> Iterator[None]:
+    """On exit ends the abandoned cleaners of this driver, and of the same run's former drivers.
+
+    former: their jobs, as `own_job` names them. Nothing of anybody else's is touched.
+    """
     try:
         yield
     finally:
         with suppress(RayStateApiException, RayError, OSError):  # no dashboard, say; nothing depends on this
-            end_abandoned_cleaners()
+            end_abandoned_cleaners(former)
 
 
-def end_abandoned_cleaners() -> None:
-    """Ends cleaners whose job is over, and this job's if no controller of it lives."""
+def end_abandoned_cleaners(former: Collection[str] = ()) -> None:
+    """Ends cleaners of `former` jobs that are over, and this job's if no controller of it lives."""
     cleaners = _alive(CLEANER)
     if not cleaners:
         return
-    over = dead_jobs()
+    session, own = own_job().split("/")
+    over = {job for job in dead_jobs() if f"{session}/{job}" in former}
     busy = {controller.job_id for controller in _alive(CONTROLLER)}
-    own = ray.get_runtime_context().get_job_id()
     for actor in cleaners:
         if actor.job_id in over or (actor.job_id == own and own not in busy):
             logger.info("ending the abandoned actor %s of job %s", CLEANER, actor.job_id)

@@ -126,9 +126,15 @@ class Run:
         """How often workers were started."""
         return len(self._content["attempts"])
 
-    def begin_attempt(self, workers: int) -> None:
+    @property
+    def jobs(self) -> set[str]:
+        """The Ray jobs, as `driver.sweep.own_job` names them, of all drivers that started workers."""
+        return {attempt["job"] for attempt in self._content["attempts"] if "job" in attempt}
+
+    def begin_attempt(self, workers: int, job: str) -> None:
+        """Notes that a driver, the Ray job `job`, starts workers."""
         began = datetime.now(UTC).isoformat(timespec="seconds")
-        self._content["attempts"].append({"began": began, "workers": workers, "host": socket.gethostname()})
+        self._content["attempts"].append({"began": began, "workers": workers, "host": socket.gethostname(), "job": job})
         self.write()
 
     def write(self) -> None:

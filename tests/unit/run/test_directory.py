@@ -29,7 +29,7 @@ def config(directory: Path, *overrides: str) -> DistillConfig:
 def begin(found: DistillConfig) -> str:
     """Leaves a run that has made a step; its id."""
     with run_directory(found) as run:
-        run.begin_attempt(2)
+        run.begin_attempt(2, "session_1/01000000")
         (found.run_dir / METRICS_FILE).write_text("{}\n")
         return run.id
 
@@ -42,7 +42,8 @@ def test_an_unfinished_run_is_taken_up_again_under_its_id(tmp_path: Path) -> Non
     with run_directory(found) as run:
         assert (run.id, run.attempts) == (first, 1)
         assert run.checkpoints == str(tmp_path / "run" / "checkpoints")
-        run.begin_attempt(1)
+        run.begin_attempt(1, "session_2/01000000")
+        assert run.jobs == {"session_1/01000000", "session_2/01000000"}
     attempts = json.loads((found.run_dir / "run.json").read_text())["attempts"]
     assert [attempt["workers"] for attempt in attempts] == [2, 1]
     assert {path.name for path in found.run_dir.iterdir()} == {"config.yaml", "run.json", METRICS_FILE}
