@@ -1,12 +1,10 @@
 """What happens between two optimizer steps, on every rank: the line of metrics, validations, checkpoints."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from taid_ray.checkpoint.save import Saver
 from taid_ray.checkpoint.store import RunState
 from taid_ray.config.schema import DistillConfig
-from taid_ray.data.batch import Row
 from taid_ray.data.dataset import Cursor
 from taid_ray.distributed.world import World
 from taid_ray.files import write_lines
@@ -20,7 +18,7 @@ from taid_ray.student.engine import Student
 from taid_ray.student.preemption import LeaveNotice
 from taid_ray.student.record import Record
 from taid_ray.student.spec import Plan
-from taid_ray.student.validation import evaluate
+from taid_ray.student.validation import HeldOut, evaluate
 from taid_ray.teacher.cache.cached import CachedTeacher
 from taid_ray.teacher.pool.client import PoolTeacher
 from taid_ray.teacher.protocol import TeacherClient
@@ -41,7 +39,7 @@ class BetweenSteps:
         student: Student,
         teacher: TeacherClient,
         teacher_head: Head | None,
-        held_out: Sequence[Row],
+        held_out: HeldOut,
         record: Record,
         saver: Saver,
         log: MetricLog | None,
@@ -79,15 +77,8 @@ class BetweenSteps:
 
     def validate(self, step: int) -> None:
         """Collective."""
-        self._note(f"validating on {len(self._held_out)} rows after step {step}")
-        found = evaluate(
-            self._student,
-            self._teacher,
-            self._teacher_head,
-            self._held_out,
-            self._world,
-            self._config.train.micro_batch_size,
-        )
+        self._note(f"validating on {self._held_out.num_rows} rows after step {step}")
+        found = evaluate(self._student, self._teacher_head, self._held_out, self._world)
         self._note(f"validation: cross-entropy {found.cross_entropy:.4f}, KL to the teacher {found.kl:.4f}")
         self._record.validations[step] = found
         if self._gauges is not None:

@@ -1,14 +1,20 @@
 """Validation: the student's and the teacher's cross-entropy on held-out rows, and the KL between them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-from taid_ray.data.batch import Row, collate
+from taid_ray.data.batch import Batch, Row, collate
 from taid_ray.data.batching import num_micro_batches, split_evenly
 from taid_ray.distributed.world import World
 from taid_ray.models.loading import Head
 from taid_ray.student.engine import Student
+from taid_ray.teacher.payload import TeacherOutput
 from taid_ray.teacher.protocol import TeacherClient
+
+KEPT_BYTES = 2**30
+"""Of the teacher's outputs that a worker keeps, in memory of the CPU."""
 
 
 @dataclass(frozen=True)
@@ -22,23 +28,49 @@ class Evaluation:
     tokens: int
 
 
-def evaluate(
-    student: Student,
-    teacher: TeacherClient,
-    teacher_head: Head | None,
-    rows: Sequence[Row],
-    world: World,
-    micro_batch_size: int,
-) -> Evaluation:
-    """Every rank scores its contiguous share; all get the same result. Collective. Touches neither t nor any RNG."""
-    parts = num_micro_batches(len(rows), micro_batch_size, world.size)
-    batches = [collate(part) for part in split_evenly(split_evenly(rows, world.size)[world.rank], parts)]
+class HeldOut:
+    """This rank's contiguous share of the validation rows, with the teacher's outputs.
+
+    The teacher is frozen and the rows stay the same, so it is asked once for what fits into KEPT_BYTES, and for the rest in
+    every validation.
+    """
+
+    def __init__(self, rows: Sequence[Row], world: World, micro_batch_size: int, teacher: TeacherClient, window: int):
+        """window: requests that are at the teacher at a time."""
+        parts = num_micro_batches(len(rows), micro_batch_size, world.size)
+        self._batches = [collate(part) for part in split_evenly(split_evenly(rows, world.size)[world.rank], parts)]
+        self._teacher, self._window = teacher, window
+        self._kept: dict[int, TeacherOutput] = {}
+        self._room = KEPT_BYTES
+        self.num_rows = len(rows)
+        """Of all ranks."""
+
+    def __iter__(self) -> Iterator[tuple[Batch, TeacherOutput]]:
+        """Batches, the same number on every rank, and the teacher's outputs for them."""
+        to_ask = deque(number for number in range(len(self._batches)) if number not in self._kept)
+        requests: deque[Any] = deque()
+        for number, batch in enumerate(self._batches):
+            while to_ask and len(requests) < self._window:
+                requests.append(self._teacher.submit(self._batches[to_ask.popleft()]))
+            if number in self._kept:
+                output = self._kept[number]
+            else:
+                output = self._teacher.collect(requests.popleft())
+                self._keep(number, output)
+            yield batch, output
+
+    def _keep(self, number: int, output: TeacherOutput) -> None:
+        if output.num_bytes <= self._room:
+            self._room -= output.num_bytes
+            # Copies, because what came through the object store would stay there for as long as it is used.
+            tensors = {name: tensor.to("cpu", copy=True) for name, tensor in output.tensors.items()}
+            self._kept[number] = replace(output, tensors=tensors, compute_s=0.0)
+
+
+def evaluate(student: Student, teacher_head: Head | None, held_out: HeldOut, world: World) -> Evaluation:
+    """Every rank scores its share; all get the same result. Collective. Touches neither t nor any RNG."""
     sums = [0.0, 0.0, 0.0, 0.0]
-    request = teacher.submit(batches[0])
-    for batch, following in zip(batches, [*batches[1:], None], strict=True):
-        output = teacher.collect(request)
-        if following is not None:
-            request = teacher.submit(following)
+    for batch, output in held_out:
         scores = student.score(batch, output, teacher_head)
         found = (float(scores.student_ce), float(scores.teacher_ce), float(scores.kl), batch.num_loss_tokens)
         sums = [total + value for total, value in zip(sums, found, strict=True)]

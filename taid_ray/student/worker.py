@@ -37,6 +37,7 @@ from taid_ray.student.loop import train_loop
 from taid_ray.student.prefetch import Prefetcher, read_ahead, step_batches
 from taid_ray.student.record import Record
 from taid_ray.student.spec import Job, Plan
+from taid_ray.student.validation import HeldOut
 from taid_ray.teacher.cache.cached import CachedTeacher
 from taid_ray.teacher.cache.claims import ClaimDesk, EverythingGranted
 from taid_ray.teacher.cache.offline import WarmedTeacher
@@ -89,13 +90,14 @@ def run_worker(job: Job) -> dict[str, Any] | None:
     teacher = connect_teacher(job, scheduler, device, world)
     teacher_head = teacher.head().to(device) if needs_head(config.teacher.payload) else None
     last = scheduler.join(attempt, world.size, restored.state.result if restored else None)
-    held_out = validation_rows(config.data, tokenizer)
-    check_ids(held_out, plan.vocabulary.num_shared, tokenizer.get_vocab())
+    valid_rows = validation_rows(config.data, tokenizer)
+    check_ids(valid_rows, plan.vocabulary.num_shared, tokenizer.get_vocab())
+    held_out = HeldOut(valid_rows, world, config.train.micro_batch_size, teacher, config.teacher.window)
     if restored:
         record = Record.from_state(restored.state.record)
         note(f"going on after step {last.step}, from the checkpoint {restored.name}")
     else:
-        record = Record(measured_payload_error(config, teacher, held_out, note) if world.is_main else 0.0)
+        record = Record(measured_payload_error(config, teacher, valid_rows, note) if world.is_main else 0.0)
 
     saver = Saver(store, config.checkpoint, world, attempt, restored, config.patience_s, scheduler.note)
     log = MetricLog(config.run_dir / METRICS_FILE, last.step) if world.is_main else None

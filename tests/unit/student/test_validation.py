@@ -1,0 +1,79 @@
+"""The held-out rows: what the teacher is asked for, and how often."""
+
+from collections import deque
+from typing import Any
+
+import pytest
+import torch
+
+from taid_ray.data.batch import NO_LABEL, Batch, Row
+from taid_ray.distributed.world import World
+from taid_ray.student import validation
+from taid_ray.student.validation import HeldOut
+from taid_ray.teacher.payload import TeacherOutput
+
+WINDOW = 3
+
+
+class Teacher:
+    """Answers in the order of the requests, as the pool's client does; remembers what it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+        self.waiting: deque[Batch] = deque()
+        self.most = 0
+
+    def submit(self, batch: Batch) -> Batch:
+        self.asked.append(batch.num_loss_tokens)
+        self.waiting.append(batch)
+        self.most = max(self.most, len(self.waiting))
+        return batch
+
+    def collect(self, request: Batch) -> TeacherOutput:
+        assert self.waiting.popleft() is request
+        return TeacherOutput(
+            "hidden", {"hidden": torch.full((request.num_loss_tokens, 4), request.num_loss_tokens)}, 0.1
+        )
+
+
+def rows(count: int) -> list[Row]:
+    """Of 2, 3, 4 ... tokens, all but the last of which carry loss."""
+    lengths = range(2, count + 2)
+    return [Row([1] * n, list(range(n)), [1] * (n - 1) + [NO_LABEL]) for n in lengths]
+
+
+def held_out(teacher: Any, count: int = 10) -> HeldOut:
+    return HeldOut(rows(count), World(), 2, teacher, WINDOW)
+
+
+def once(found: HeldOut) -> list[tuple[int, list[float]]]:
+    """Of each batch its loss positions, and the outputs' values."""
+    return [(batch.num_loss_tokens, output.tensors["hidden"].unique().tolist()) for batch, output in found]
+
+
+def test_the_teacher_is_asked_once_for_rows_that_never_change() -> None:
+    teacher = Teacher()
+    found = held_out(teacher)
+    first = once(found)
+    assert [tokens for tokens, _ in first] == [3, 7, 11, 15, 19] and all([tokens] == values for tokens, values in first)
+    assert once(found) == first and once(found) == first
+    assert teacher.asked == [3, 7, 11, 15, 19] and teacher.most == WINDOW
+    assert [output.compute_s for _, output in found] == [0.0] * 5, "nothing is computed again"
+
+
+def test_what_does_not_fit_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validation, "KEPT_BYTES", (3 + 11) * 4 * 8)
+    teacher = Teacher()
+    found = held_out(teacher)
+    first = once(found)
+    assert once(found) == first and once(found) == first
+    assert teacher.asked == [3, 7, 11, 15, 19] + [11, 15, 19] * 2
+
+
+def test_what_is_kept_is_no_view_of_what_came() -> None:
+    """Answers lie in the object store, and would hold its room for as long as the run lasts."""
+    teacher = Teacher()
+    found = held_out(teacher)
+    for _, output in found:
+        output.tensors["hidden"].fill_(-1)
+    assert all([tokens] == values for tokens, values in once(found))
