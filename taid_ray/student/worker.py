@@ -46,6 +46,7 @@ from taid_ray.teacher.local import LocalTeacher
 from taid_ray.teacher.payload import EXACT, needs_head
 from taid_ray.teacher.pool.client import PoolTeacher
 from taid_ray.teacher.pool.lease import PoolClaims
+from taid_ray.teacher.pool.shared_head import shared_head
 from taid_ray.teacher.protocol import TeacherClient
 from taid_ray.tracking.prometheus import StudentGauges
 
@@ -88,7 +89,10 @@ def run_worker(job: Job) -> dict[str, Any] | None:
 
     note("student is ready; waiting for the teacher")
     teacher = connect_teacher(job, scheduler, device, world)
-    teacher_head = teacher.head().to(device) if needs_head(config.teacher.payload) else None
+    teacher_head = None
+    if needs_head(config.teacher.payload):
+        pooled = config.teacher.mode == "pool"
+        teacher_head = (shared_head(teacher, world.rank) if pooled else teacher.head()).to(device)
     last = scheduler.join(attempt, world.size, restored.state.result if restored else None)
     valid_rows = validation_rows(config.data, tokenizer)
     check_ids(valid_rows, plan.vocabulary.num_shared, tokenizer.get_vocab())
