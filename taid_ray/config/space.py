@@ -19,7 +19,8 @@ from taid_ray.config.text import explain, read_tree
 from taid_ray.errors import ConfigError
 
 ALPHA_STEPS = "schedule.alpha_steps"
-MAX_GRID = 10_000
+MAX_GRID = 500
+"""Trials of a grid: the files of a search are written anew for each of them."""
 DRAWS = 64
 """Joint draws that `Space.check` puts through the configuration, besides every end of every range."""
 

@@ -14,7 +14,7 @@ from taid_ray.config.schema import DistillConfig, load_config
 from taid_ray.errors import ConfigError
 from taid_ray.files import TAIL, read_json, read_lines
 from taid_ray.report.search_results import Search, read_search
-from taid_ray.run.directory import is_locked
+from taid_ray.run.directory import is_locked, read_manifest
 from taid_ray.run.layout import (
     CONFIG_FILE,
     ENDED_FILE,
@@ -103,13 +103,14 @@ def read_status(path: Path) -> Status:
     """Raises ConfigError if this is neither a run nor a search, CheckpointError if a file in it is damaged."""
     if (path / SEARCH_FILE).is_file():
         return _search_status(path, read_search(path, last_lines=True))
-    if not (path / CONFIG_FILE).is_file() or not (path / RUN_FILE).is_file():
+    run = read_manifest(path / RUN_FILE)
+    if run is None or not (path / CONFIG_FILE).is_file():
         what = "it holds no run and no search" if path.is_dir() else "there is no such directory"
         raise ConfigError(
             f"{path}: {what}; name what `taid-ray train`, `tune` or `submit` was given as --out (a run that ends before its "
             "first step takes its directory away)"
         )
-    return _run_status(path, load_config(path / CONFIG_FILE))
+    return _run_status(path, load_config(path / CONFIG_FILE), run)
 
 
 def _search_status(path: Path, search: Search) -> Status:
@@ -134,9 +135,8 @@ def _search_status(path: Path, search: Search) -> Status:
     )
 
 
-def _run_status(path: Path, config: DistillConfig) -> Status:
+def _run_status(path: Path, config: DistillConfig, run: dict[str, Any]) -> Status:
     live, ended, summary = read_live(path), read_json(path / ENDED_FILE), read_json(path / SUMMARY_FILE)
-    run = read_json(path / RUN_FILE)
     lines = _recent(path / METRICS_FILE)
     figures = _figures(lines[-1]) if lines else {}
     early = not summary and stopped_early(path)

@@ -72,6 +72,9 @@ def distill(config: DistillConfig) -> RunResult:
     Goes on from the last checkpoint if the directory holds the same run, unfinished; returns at once if it is finished.
     Joins the Ray cluster this process is connected to or RAY_ADDRESS names; else starts a local one and stops it.
     Raises a TaidRayError for everything a user can put right.
+
+    One run per process at a time: what belongs to a process is set for the run, environment variables (RAY_ADDRESS,
+    RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S, HF_HUB_OFFLINE), handlers of signals, and constants of the model hub's client.
     """
     return distill_among(config, ALONE)
 

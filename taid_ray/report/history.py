@@ -16,6 +16,7 @@ import numpy as np
 from taid_ray.config.schema import DistillConfig, load_config
 from taid_ray.errors import ConfigError
 from taid_ray.files import damaged, read_json, read_lines
+from taid_ray.run.directory import read_manifest
 from taid_ray.run.layout import CONFIG_FILE, METRICS_FILE, RUN_FILE, SEARCH_FILE, SUMMARY_FILE, VALIDATION_FILE
 
 PHASES = ("data_s", "forward_s", "loss_s", "backward_s", "optimizer_s", "schedule_wait_s", "teacher_wait_s")
@@ -70,20 +71,18 @@ class History:
 def read_history(path: Path) -> History:
     """Raises ConfigError if this is no run directory or no step was made yet, CheckpointError if a file is damaged."""
     _check_is_run(path)
-    run, summary = read_json(path / RUN_FILE), read_json(path / SUMMARY_FILE)
+    run, summary = read_manifest(path / RUN_FILE), read_json(path / SUMMARY_FILE)
     metrics = path / METRICS_FILE
     columns = _read_columns(metrics) if metrics.exists() else {}
-    if not columns:
+    if run is None or not columns:
         raise ConfigError(
             f"the run in {path} has made no step yet, so there is nothing to report; come back after the first"
         )
-    try:
-        identity, attempts = str(run["id"]), list(run["attempts"])
-    except (TypeError, KeyError):
-        raise damaged(path / RUN_FILE, "it does not hold id and attempts") from None
     written = datetime.fromtimestamp(metrics.stat().st_mtime, UTC)
     validations = read_lines(path / VALIDATION_FILE)
-    return History(path, load_config(path / CONFIG_FILE), identity, attempts, columns, validations, summary, written)
+    return History(
+        path, load_config(path / CONFIG_FILE), run["id"], run["attempts"], columns, validations, summary, written
+    )
 
 
 def _check_is_run(path: Path) -> None:

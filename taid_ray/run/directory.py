@@ -19,7 +19,7 @@ import yaml
 from taid_ray.config.paths import flat, with_absolute_paths
 from taid_ray.config.schema import DistillConfig, load_config
 from taid_ray.errors import ConfigError, TaidRayError
-from taid_ray.files import replace_text, write_json
+from taid_ray.files import damaged, read_json, replace_text, write_json
 from taid_ray.run.layout import CONFIG_FILE, LOCK_FILE, METRICS_FILE, RAY_TRAIN_PREFIX, RUN_FILE, SUMMARY_FILE
 
 LOCK_S = 1.0
@@ -107,15 +107,30 @@ def changed_keys(before: DistillConfig, now: DistillConfig) -> list[str]:
     ]
 
 
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """Content of a run.json: `id`, and `attempts` with `began`, `workers` and `host` each.
+
+    None if there is none, or no longer: a run that ends before its first step takes its directory away. Raises
+    CheckpointError if it is damaged.
+    """
+    content = read_json(path)
+    if content is None:
+        return None
+    try:
+        if isinstance(content["id"], str) and all(attempt["workers"] for attempt in content["attempts"]):
+            return dict(content)
+    except (TypeError, KeyError, IndexError):
+        pass
+    raise damaged(path, "it does not hold id and attempts")
+
+
 class Run:
     """RUN/run.json: what the drivers of one run, one after another, know it by."""
 
     def __init__(self, config: DistillConfig):
         self._path = config.run_dir / RUN_FILE
-        if self._path.exists():
-            self._content = json.loads(self._path.read_text(encoding="utf-8"))
-        else:
-            self._content = {"id": f"{config.name}-{uuid.uuid4().hex[:8]}", "attempts": []}
+        new: dict[str, Any] = {"id": f"{config.name}-{uuid.uuid4().hex[:8]}", "attempts": []}
+        self._content = read_manifest(self._path) or new
         self.id: str = self._content["id"]
         storage = config.checkpoint.storage
         self.checkpoints = f"{storage.rstrip('/')}/{self.id}" if storage else str(config.run_dir / "checkpoints")

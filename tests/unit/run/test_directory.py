@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,10 @@ import pytest
 
 from taid_ray.config.paths import with_absolute_paths
 from taid_ray.config.schema import DistillConfig, build_config, known_keys
+from taid_ray.control.status import read_status
 from taid_ray.errors import CheckpointError, ClusterError, ConfigError
-from taid_ray.run.directory import MAY_CHANGE, check_run_dir, read_summary, run_directory, scratch_directory
+from taid_ray.report.history import read_history
+from taid_ray.run.directory import MAY_CHANGE, Run, check_run_dir, read_summary, run_directory, scratch_directory
 from taid_ray.run.layout import METRICS_FILE, SUMMARY_FILE
 from tests.support.paths import ROOT
 
@@ -156,3 +159,32 @@ def test_files_that_cannot_be_removed_do_not_make_a_finished_run_fail(
     assert not Path(scratch).exists()
     begin(found)
     assert not Path(other).exists()
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "3", "{}", '{"id": 3, "attempts": []}', '{"id": "x"}', '{"id": "x", "attempts": [{}]}']
+)
+def test_a_damaged_manifest_is_named(tmp_path: Path, content: str) -> None:
+    """To whoever reads it: the next driver, `status`, `report`."""
+    found = config(tmp_path / "run")
+    begin(found)
+    (found.run_dir / "run.json").write_text(content)
+    for read in (lambda: Run(found), lambda: read_status(found.run_dir), lambda: read_history(found.run_dir)):
+        with pytest.raises(CheckpointError, match=r"run\.json is damaged"):
+            read()
+
+
+def test_a_run_that_takes_its_directory_away_meanwhile_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look whether there is a run and the look what it is."""
+    found = config(tmp_path / "run")
+    begin(found)
+    read_text = Path.read_text
+
+    def vanishes(self: Path, *given: Any, **options: Any) -> str:
+        if self.name == "run.json":
+            shutil.rmtree(found.run_dir)
+        return read_text(self, *given, **options)
+
+    monkeypatch.setattr(Path, "read_text", vanishes)
+    with pytest.raises(ConfigError, match="there is no such directory"):
+        read_status(found.run_dir)
