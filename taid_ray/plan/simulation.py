@@ -1,6 +1,6 @@
 """A run's pipeline as a discrete-event simulation: student workers, teacher replicas and what they wait for.
 
-It follows train.train_loop, stream.Prefetcher and actors.teacher: every worker keeps a window of requests at the replicas,
+It follows student.loop, student.prefetch and teacher.pool.replica: every worker keeps a window of requests at the replicas,
 each of which computes one at a time; gradients and the scheduler let nobody go before the last worker has come.
 """
 

@@ -8,7 +8,7 @@ Traps:
   carry an id, so that a hedge is refused by the replica that has it already and reaches another one.
 - The number of replicas always comes from an autoscaling policy in Serve's controller that repeats what the lease says
   (`autoscaling`), whether it is fixed, by load, or asked for with `taid-ray scale`.
-- The lease is renewed by the driver and by every worker, and removes the pool when all of them are gone.
+- The lease is renewed by the driver and by one worker of each run, and removes the pool when all of them are gone.
 - Serve streams a replica's answers, and such a stream's end blocks the replica until the caller has acknowledged it: a
   caller on a host that was cut off stops the pool for minutes. `deployment.CALLER_GONE`, the replicas' environment, makes
   that seconds.
