@@ -8,7 +8,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -116,10 +116,12 @@ def follow(
             if late:
                 log.skip_all_but_last(client.get_job_logs(job))
                 late = False
-            asyncio.run(_tail(client, job, log, patience))
+            heard = asyncio.run(_tail(client, job, log, patience))
             info = client.get_job_info(job)
             if info.status.is_terminal():
                 return info
+            if not heard:
+                raise TimeoutError(f"no line of the log came for {SILENT_S:.0f} s")
         except HICCUPS as error:
             patience.lost(error)
         else:
@@ -168,15 +170,26 @@ class _Log:
             self._write(new)
 
 
-async def _tail(client: JobSubmissionClient, job: str, log: _Log, patience: Patience) -> None:
-    """Returns when the log has ended, or said nothing for SILENT_S: Ray's client itself would wait for ever."""
-    log.place = 0
+async def _tail(client: JobSubmissionClient, job: str, log: _Log, patience: Patience) -> bool:
+    """Returns when the log has ended, or said nothing for SILENT_S: Ray's client itself would wait for ever.
+
+    Returns whether it said anything; a log that can be reached does, since it is sent from its beginning.
+    """
+    log.place, heard = 0, False
     chunks = client.tail_job_logs(job)
-    with suppress(StopAsyncIteration, TimeoutError):
-        while True:
-            chunk = await asyncio.wait_for(anext(chunks), SILENT_S)
-            patience.answered()
-            log.add(chunk)
+    while True:
+        waiting = asyncio.ensure_future(anext(chunks))
+        done, _ = await asyncio.wait([waiting], timeout=SILENT_S)
+        if not done:
+            waiting.cancel()
+            return heard
+        try:
+            chunk = waiting.result()  # raises what the connection failed with
+        except StopAsyncIteration:
+            return True
+        heard = True
+        patience.answered()
+        log.add(chunk)
 
 
 def _knock(address: str) -> None:

@@ -1,6 +1,7 @@
 """All that the package uses of Ray's private API, in one place. pyproject.toml bounds Ray's version for its sake.
 
-Needs a connection to a cluster, but for `torch_backend`.
+Needs a connection to a cluster, but for `torch_backend`. One more private name, the id of an actor's handle, stands in
+`teacher.pool.autoscaling`, whose policy Serve's controller gets by value and without this package.
 """
 
 from collections.abc import Container

@@ -106,8 +106,9 @@ class Watch:
 
     def look(self) -> None:
         """Asks the workers to stop when a signal came, or when there is room for more of them. Called every POLL_S."""
-        if self._signals.count > 1 or (self._signals.count and not self._followed.training):
-            raise self._signals.end()  # nothing is lost: there was no step yet, or nobody wants to wait for a checkpoint
+        nothing_to_lose = not self._followed.training and not self._followed.blind
+        if self._signals.count > 1 or (self._signals.count and nothing_to_lose):
+            raise self._signals.end()  # there was no step yet, or nobody wants to wait for a checkpoint
         if self._signals.count:
             self._ask("stopping after this step with a checkpoint; once more to stop at once")
         elif self._demand.max_workers > self._workers and self._followed.training and self._may_grow():

@@ -140,9 +140,9 @@ class _Unbroken:
         try:
             work()
         except Exception as error:
-            told = f"{type(error).__name__}: {error}"[:300]
-            if told not in self._said:
-                self._said.add(told)
+            told, kind = f"{type(error).__name__}: {error}"[:300], type(error).__name__
+            if kind not in self._said:
+                self._said.add(kind)
                 with suppress(Exception):  # a log disk that is full, say, which is what failed in the first place
                     self._view.say(f"{self._what} failed ({told}); the run goes on, and it is tried again")
             return False
@@ -162,7 +162,9 @@ class Followed:
     step: int = 0
     """The last one, of any attempt."""
     training: bool = False
-    """Whether the current attempt has made a step, or may have made one that the driver could not hear of."""
+    """Whether the current attempt has made a step."""
+    blind: bool = False
+    """Whether the driver cannot hear of steps at present."""
 
 
 @contextmanager
@@ -184,25 +186,23 @@ def followed(
     def look() -> None:
         nonlocal seen, shown, validated
         notes, metrics, validations = scheduler.progress(seen)
-        seen += len(notes)
         if metrics and metrics["step"] != shown:
-            shown = metrics["step"]
-            found.step, found.training = max(found.step, shown), True
+            found.step, found.training = max(found.step, metrics["step"]), True
             view.step(metrics, plan.total_steps)
+            shown = metrics["step"]
         for note in notes:
             view.say(note, STUDENT)
+            seen += 1
         for figures in validations:
             if on_validation is not None and validated < figures["step"] < plan.total_steps:
-                validated = figures["step"]
                 on_validation(figures)
+                validated = figures["step"]
 
     def follow() -> None:
         last = False
         while not last:
             last = done.wait(POLL_S)  # once more after the end, for what was said last
-            if not following.attempt(look):
-                # A signal then asks the workers for a checkpoint, instead of ending a run that may have steps to lose.
-                found.training = True
+            found.blind = not following.attempt(look)
 
     thread = threading.Thread(target=follow, name="taid-follow", daemon=True)
     thread.start()

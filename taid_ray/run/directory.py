@@ -124,6 +124,11 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     raise damaged(path, "it does not hold id and attempts")
 
 
+def jobs_of(manifest: dict[str, Any]) -> set[str]:
+    """The Ray jobs of all drivers that started workers of a run. manifest: as `read_manifest` gives it."""
+    return {attempt["job"] for attempt in manifest["attempts"] if "job" in attempt}
+
+
 class Run:
     """RUN/run.json: what the drivers of one run, one after another, know it by."""
 
@@ -144,7 +149,7 @@ class Run:
     @property
     def jobs(self) -> set[str]:
         """The Ray jobs, as `driver.sweep.own_job` names them, of all drivers that started workers."""
-        return {attempt["job"] for attempt in self._content["attempts"] if "job" in attempt}
+        return jobs_of(self._content)
 
     def begin_attempt(self, workers: int, job: str) -> None:
         """Notes that a driver, the Ray job `job`, starts workers."""

@@ -41,8 +41,8 @@ from taid_ray.files import replace_text
 from taid_ray.models.hub import connection_restored
 from taid_ray.report.search_page import write_report
 from taid_ray.report.search_results import Search, Trial, read_search
-from taid_ray.run.directory import changed_keys, locked
-from taid_ray.run.layout import RAY_TRAIN_PREFIX, SEARCH_FILE, TRIALS
+from taid_ray.run.directory import changed_keys, jobs_of, locked, read_manifest
+from taid_ray.run.layout import RAY_TRAIN_PREFIX, RUN_FILE, SEARCH_FILE, TRIALS
 from taid_ray.run.log import logged
 from taid_ray.search.book import TrialBook
 from taid_ray.search.callbacks import TrialsShown, Watcher
@@ -134,7 +134,7 @@ def run_trials(
     with (
         stop_signals() as signals,
         announced(config.run_dir, pool_name if pooled else None),
-        swept(),
+        swept(former_jobs(config.run_dir)),
         # What trials keep in memory would go with the last of them that runs.
         closing(Cache(config.cache, view.say)) if config.cache.on else nullcontext(),
         teacher_pool(config, plan, demand, pool_name, tell, view) if pooled else nullcontext(),
@@ -254,6 +254,12 @@ def scheduler(space: Space, total_steps: int) -> TrialScheduler:
     if space.scheduler == "median":
         return MedianStoppingRule(time_attr="step", grace_period=grace)
     return FIFOScheduler()
+
+
+def former_jobs(directory: Path) -> set[str]:
+    """The Ray jobs, as `driver.sweep.own_job` names them, of the drivers that this search's trials have had."""
+    manifests = [read_manifest(path) for path in directory.glob(f"{TRIALS}/*/{RUN_FILE}")]
+    return {job for manifest in manifests if manifest for job in jobs_of(manifest)}
 
 
 def wait_for_pool(up: Future[None], signals: Signals) -> None:

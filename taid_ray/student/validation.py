@@ -35,11 +35,20 @@ class HeldOut:
     every validation.
     """
 
-    def __init__(self, rows: Sequence[Row], world: World, micro_batch_size: int, teacher: TeacherClient, window: int):
-        """window: requests that are at the teacher at a time."""
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        world: World,
+        micro_batch_size: int,
+        teacher: TeacherClient,
+        window: int,
+        window_bytes: int,
+    ):
+        """window, window_bytes: as the Prefetcher's, how much is at the teacher at a time; always one request."""
         parts = num_micro_batches(len(rows), micro_batch_size, world.size)
         self._batches = [collate(part) for part in split_evenly(split_evenly(rows, world.size)[world.rank], parts)]
         self._teacher, self._window = teacher, window
+        self._window_tokens = window_bytes // teacher.info().bytes_per_token
         self._kept: dict[int, TeacherOutput] = {}
         self._room = KEPT_BYTES
         self.num_rows = len(rows)
@@ -49,13 +58,20 @@ class HeldOut:
         """Batches, the same number on every rank, and the teacher's outputs for them."""
         to_ask = deque(number for number in range(len(self._batches)) if number not in self._kept)
         requests: deque[Any] = deque()
+        tokens = 0
         for number, batch in enumerate(self._batches):
             while to_ask and len(requests) < self._window:
-                requests.append(self._teacher.submit(self._batches[to_ask.popleft()]))
+                following = self._batches[to_ask[0]]
+                if requests and tokens + following.num_loss_tokens > self._window_tokens:
+                    break
+                to_ask.popleft()
+                requests.append(self._teacher.submit(following))
+                tokens += following.num_loss_tokens
             if number in self._kept:
                 output = self._kept[number]
             else:
                 output = self._teacher.collect(requests.popleft())
+                tokens -= batch.num_loss_tokens
                 self._keep(number, output)
             yield batch, output
 

@@ -46,7 +46,6 @@ from taid_ray.teacher.local import LocalTeacher
 from taid_ray.teacher.payload import EXACT, needs_head
 from taid_ray.teacher.pool.client import PoolTeacher
 from taid_ray.teacher.pool.lease import PoolClaims
-from taid_ray.teacher.pool.shared_head import shared_head
 from taid_ray.teacher.protocol import TeacherClient
 from taid_ray.tracking.prometheus import StudentGauges
 
@@ -89,14 +88,12 @@ def run_worker(job: Job) -> dict[str, Any] | None:
 
     note("student is ready; waiting for the teacher")
     teacher = connect_teacher(job, scheduler, device, world)
-    teacher_head = None
-    if needs_head(config.teacher.payload):
-        pooled = config.teacher.mode == "pool"
-        teacher_head = (shared_head(teacher, world.rank) if pooled else teacher.head()).to(device)
+    teacher_head = teacher.head().to(device) if needs_head(config.teacher.payload) else None
     last = scheduler.join(attempt, world.size, restored.state.result if restored else None)
     valid_rows = validation_rows(config.data, tokenizer)
     check_ids(valid_rows, plan.vocabulary.num_shared, tokenizer.get_vocab())
-    held_out = HeldOut(valid_rows, world, config.train.micro_batch_size, teacher, config.teacher.window)
+    window = config.teacher.window, config.teacher.window_mib * 2**20
+    held_out = HeldOut(valid_rows, world, config.train.micro_batch_size, teacher, *window)
     if restored:
         record = Record.from_state(restored.state.record)
         note(f"going on after step {last.step}, from the checkpoint {restored.name}")
@@ -116,7 +113,7 @@ def run_worker(job: Job) -> dict[str, Any] | None:
     start = restored.state.cursor if restored else START
     rows = read_ahead(training_batches(data, plan, tokenizer, last.step, start), READ_AHEAD_STEPS)
     batches = step_batches(rows, world, accumulation)
-    stream = Prefetcher(batches, teacher, config.teacher.window, config.teacher.window_mib * 2**20, clock)
+    stream = Prefetcher(batches, teacher, *window, clock)
     note("training")
     with suspects_named(stream, scheduler, world, config, saver):
         last = train_loop(

@@ -3,7 +3,6 @@
 import json
 import signal
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from taid_ray.driver.signals import Signals
 from taid_ray.files import read_lines
 from taid_ray.tracking.prometheus import METRICS
 from tests.support.paths import BUNDLE
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.more
 EXPORTED_WITHIN_S = 200.0
@@ -64,11 +64,7 @@ def live_run(ray_cluster: str, tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.timeout(300)
 def test_prometheus_sees_the_figures_of_metrics_jsonl(live_run: Path) -> None:
-    deadline, found = time.monotonic() + EXPORTED_WITHIN_S, "nothing was exported"
-    while found:
-        assert time.monotonic() < deadline, found
-        time.sleep(1.0)
-        found = differences(live_run)
+    wait_until(lambda: not differences(live_run), lambda: differences(live_run), EXPORTED_WITHIN_S)
 
 
 def differences(run_dir: Path) -> str:

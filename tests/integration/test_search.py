@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from taid_ray.report.search_results import read_search
 from taid_ray.run.live import read_live
 from taid_ray.search.driver import SearchResult, run_search
 from tests.support.harness import SAME, small_config
+from tests.support.waiting import wait_until
 
 STEPS, RATE, USELESS_RATE = 24, 2e-3, 1e-8
 WAIT_S = 240.0
@@ -69,10 +69,12 @@ def interrupted(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> I
             return subprocess.Popen(command, cwd=home, env=os.environ | {"COLUMNS": "160"}, stdout=log, stderr=log)
 
     driver, first, second = start(), home / "S/trials/0001", home / "S/trials/0002"
-    deadline = time.monotonic() + WAIT_S
-    while not any((second / "checkpoints").glob("*/rank-*.json")):
-        assert driver.poll() is None and time.monotonic() < deadline, (home / "driver.log").read_text()[-3000:]
-        time.sleep(0.05)
+
+    def second_trial_has_a_checkpoint() -> bool:
+        assert driver.poll() is None, (home / "driver.log").read_text()[-3000:]
+        return any((second / "checkpoints").glob("*/rank-*.json"))
+
+    wait_until(second_trial_has_a_checkpoint, lambda: (home / "driver.log").read_text()[-3000:], WAIT_S)
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
     before = {"summary": (first / "summary.json").stat().st_mtime_ns, "step": lines(second)[-1]["step"]}

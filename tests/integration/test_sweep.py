@@ -2,6 +2,7 @@
 
 import pytest
 import ray
+from ray._private.state import state
 from ray.train.v2._internal.execution.controller.placement_group_cleaner import PlacementGroupCleaner
 
 from taid_ray.driver import sweep
@@ -16,6 +17,7 @@ def test_a_cleaner_that_nobody_told_to_watch_is_ended(ray_cluster: str, monkeypa
     cleaner = ray.remote(num_cpus=0)(PlacementGroupCleaner).options(lifetime="detached")
     cleaner.remote(controller_actor_id="gone", check_interval_s=1.0, get_actor_timeout_s=1.0, stop_timeout=1.0)
     wait_until(lambda: sweep._alive(sweep.CLEANER), "a cleaner")
+    assert len(sweep.own_job().split("/")[1]) == len(next(iter(state.job_table()))["JobID"])
     with sweep.swept():
         pass
     wait_until(lambda: not sweep._alive(sweep.CLEANER), "the end of the cleaner")

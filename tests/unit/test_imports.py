@@ -124,7 +124,7 @@ def test_private_parts_of_ray_and_deepspeed_are_used_in_one_module_each() -> Non
         r"^\s*(?:from|import)\s+(ray|deepspeed)\.(?:\S*\.)?_|^\s*from\s+(ray|deepspeed)\S*\s+import\s+.*\b_\w"
     )
     attribute = re.compile(
-        r"\b(ray|deepspeed)(?:\.\w+)*\._\w|\.optimizer\._|\bds_(?:shape|numel|tensor|id|status)\b|_groups_flat\b"
+        r"\b(ray|deepspeed)(?:\.\w+)*\._\w|\.optimizer\._|\bds_(?:shape|numel|tensor|id|status)\b|_groups_flat\b|\b_actor_id\b"
     )
     for path in sorted((ROOT / "taid_ray").rglob("*.py")):
         here = path.relative_to(ROOT / "taid_ray").as_posix()
@@ -132,4 +132,6 @@ def test_private_parts_of_ray_and_deepspeed_are_used_in_one_module_each() -> Non
             found = private.search(line) or attribute.search(line)
             if found and '"' not in line.partition(found[0])[0]:
                 library = next((name for name in found.groups() if name), "deepspeed")
+                if (here, found[0]) == ("teacher/pool/autoscaling.py", "_actor_id"):
+                    continue  # Serve's controller gets this class by value, without our package: see ray_internals
                 assert here == allowed[library], f"{here}:{number} uses what {library} keeps private: {line.strip()}"

@@ -64,9 +64,10 @@ class PoolPolicy:
             except ValueError:
                 return  # the pool is being removed
             except Exception as error:  # the lease is being restarted, or its node is slow: what it said last stays
-                cause = f"{type(error).__name__}: {error}"[:300]
-                if cause not in said:
-                    said.add(cause)
+                kind = type(error).__name__
+                if kind not in said:
+                    said.add(kind)
+                    cause = f"{kind}: {error}"[:300]
                     logging.getLogger("ray.serve").warning("the teacher pool keeps its number of replicas: %s", cause)
 
 

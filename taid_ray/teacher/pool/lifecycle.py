@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.actor import ActorHandle
-from ray.exceptions import ActorAlreadyExistsError, GetTimeoutError, RayError
+from ray.exceptions import ActorAlreadyExistsError, RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, DeploymentStatusTrigger
 
@@ -57,7 +57,7 @@ def start_pool(
             serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
         # Not asked through a handle: Serve's threads behind one outlive `ray.shutdown`, and would start another Ray.
         info = _wait_until_running(config, app_name, lease, start, on_wait)
-        if len(_told(lease.probe_digests.remote(), config, app_name, start)) > 1:
+        if len(_told(lease.probe_digests.remote(), config, app_name, start, on_wait)) > 1:
             logger.warning("teacher pool %s: replicas differ in the last bits, so reruns will too", app_name)
         return info
     except BaseException:
@@ -119,16 +119,19 @@ def _left_behind(app_name: str, spec: Any) -> ActorHandle | None:
     return lease if app is not None and app.status == ApplicationStatus.RUNNING else None
 
 
-def _told(answer: Any, config: TeacherConfig, app_name: str, start: float) -> Any:
+def _told(answer: Any, config: TeacherConfig, app_name: str, start: float, on_wait: Callable[[str], None]) -> Any:
     """What the lease answers. Its own process may take a while to start, on a node that is busy loading models."""
-    within = max(LEASE_S, config.timeout_s - (time.monotonic() - start))
-    try:
-        return ray.get(answer, timeout=within)
-    except GetTimeoutError as error:
-        raise TeacherError(
-            f"the lease of the teacher pool {app_name}, an actor, gave no answer within {within:.0f} s (teacher.timeout_s); "
-            "the head node or the one that it was put on is overloaded or gone"
-        ) from error
+    asked = time.monotonic()
+    within = max(LEASE_S, config.timeout_s - (asked - start))
+    while not ray.wait([answer], timeout=POLL_S)[0]:
+        waited = time.monotonic() - asked
+        if waited > within:
+            raise TeacherError(
+                f"the lease of the teacher pool {app_name}, an actor, gave no answer within {within:.0f} s "
+                "(teacher.timeout_s); the head node or the one that it was put on is overloaded or gone"
+            )
+        on_wait(f"teacher pool: no answer from its lease after {waited:.0f} s")
+    return ray.get(answer)
 
 
 def _wait_until_running(
@@ -137,7 +140,7 @@ def _wait_until_running(
     """What the first replica registered."""
     while True:
         lease.renew.remote()
-        failure = _told(lease.failure.remote(), config, app_name, start)
+        failure = _told(lease.failure.remote(), config, app_name, start, on_wait)
         if failure is not None:
             raise failure
         app = serve.status().applications.get(app_name)
@@ -145,7 +148,7 @@ def _wait_until_running(
         states = dict(deployment.replica_states) if deployment else {}
         ready, waited = states.get("RUNNING", 0), time.monotonic() - start
         if app is not None and app.status == ApplicationStatus.RUNNING:
-            info: TeacherInfo | None = _told(lease.first.remote(), config, app_name, start)
+            info: TeacherInfo | None = _told(lease.first.remote(), config, app_name, start, on_wait)
             if info is not None:  # else the lease was restarted, and a replica says it again
                 return info
         message = deployment.message if deployment else ""

@@ -268,6 +268,20 @@ def test_a_connection_that_breaks_without_a_word_is_noticed(monkeypatch: pytest.
     assert tails == 2
 
 
+def test_a_log_that_never_comes_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something between lets requests through, but no log: what the job says of itself is no answer."""
+    monkeypatch.setattr(jobs, "SILENT_S", 0.001)
+    cluster = Shaky(monkeypatch, ["a\n"])
+
+    async def tail_job_logs(job: str) -> AsyncIterator[str]:
+        await asyncio.Event().wait()
+        yield ""
+
+    monkeypatch.setattr(cluster, "tail_job_logs", tail_job_logs)
+    with pytest.raises(ClusterError, match=r"has not answered for 120 s \(no line of the log came for 0 s\)"):
+        followed(cluster)
+
+
 def test_a_pending_job_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two moments without an answer, an hour between them."""
     cluster = Shaky(monkeypatch, ["a\n"])

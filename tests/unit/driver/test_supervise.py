@@ -78,16 +78,34 @@ def metrics(step: int, validations: Any = ()) -> Any:
     return [], {"step": step}, list(validations)
 
 
-def test_who_is_told_of_validations_may_fail_and_steps_are_followed_all_the_same() -> None:
-    def full_disk(figures: dict[str, Any]) -> None:
-        raise OSError("no space left")
+def test_who_is_told_of_validations_may_fail_and_hears_of_them_again() -> None:
+    """Ray Tune's schedulers must not miss a validation because of a disk that was full for a moment."""
+    told: list[int] = []
+    full = [True, True]
+
+    def tell(figures: dict[str, Any]) -> None:
+        if full:
+            full.pop()
+            raise OSError("no space left")
+        told.append(figures["step"])
 
     view: Any = View()
-    board: Any = Board(metrics(1, [{"step": 0}]), metrics(2, [{"step": 0}]), metrics(3, [{"step": 0}]))
-    with followed(board, PLAN, view, full_disk) as progress:
-        view.until(lambda: view.steps == [1, 2, 3])
-    assert progress.step == 3
-    assert [line for line in view.said if "no space left" in line] == view.said and len(view.said) == 1
+    answers = [metrics(step, [{"step": 0}, {"step": 10}]) for step in (1, 2, 3, 4)]
+    board: Any = Board(*answers)
+    with followed(board, PLAN, view, tell) as progress:
+        view.until(lambda: view.steps == [1, 2, 3, 4])
+    assert progress.step == 4 and told == [0, 10] and not progress.blind
+    assert len(view.said) == 1 and "no space left" in view.said[0]
+
+
+def test_a_moment_of_blindness_does_not_keep_a_run_that_has_made_no_step() -> None:
+    view: Any = View()
+    board: Any = Board(ValueError("once"), ([], {}, []))
+    with followed(board, PLAN, view) as progress:
+        wait_until(lambda: board.asked > 2, "the driver to see again")
+        wait_until(lambda: not progress.blind, "the driver to know it")
+        with pytest.raises(SystemExit):
+            Watch(DEMAND, 1, board, progress, Signals(15, 1), view).look()
 
 
 def test_a_signal_asks_for_a_checkpoint_where_the_driver_cannot_see_the_steps() -> None:
@@ -98,7 +116,7 @@ def test_a_signal_asks_for_a_checkpoint_where_the_driver_cannot_see_the_steps() 
         view.until(lambda: bool(view.said))
         for _ in range(2):  # a new attempt begins without a step, and is not seen either
             progress.training = False
-            wait_until(lambda: progress.training, "the driver takes the workers to be training")
+            wait_until(lambda: progress.blind, "the driver knows that it sees nothing")
             watch = Watch(DEMAND, 1, board, progress, Signals(15, 1), view)
             watch.look()
     assert len(board.requests) == 2

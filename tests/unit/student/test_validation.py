@@ -1,6 +1,7 @@
 """The held-out rows: what the teacher is asked for, and how often."""
 
 from collections import deque
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,12 +22,16 @@ class Teacher:
     def __init__(self) -> None:
         self.asked: list[int] = []
         self.waiting: deque[Batch] = deque()
-        self.most = 0
+        self.most = self.most_tokens = 0
+
+    def info(self) -> Any:
+        return SimpleNamespace(bytes_per_token=8)
 
     def submit(self, batch: Batch) -> Batch:
         self.asked.append(batch.num_loss_tokens)
         self.waiting.append(batch)
         self.most = max(self.most, len(self.waiting))
+        self.most_tokens = max(self.most_tokens, sum(each.num_loss_tokens for each in self.waiting))
         return batch
 
     def collect(self, request: Batch) -> TeacherOutput:
@@ -42,8 +47,8 @@ def rows(count: int) -> list[Row]:
     return [Row([1] * n, list(range(n)), [1] * (n - 1) + [NO_LABEL]) for n in lengths]
 
 
-def held_out(teacher: Any, count: int = 10) -> HeldOut:
-    return HeldOut(rows(count), World(), 2, teacher, WINDOW)
+def held_out(teacher: Any, count: int = 10, world: World | None = None, window_bytes: int = 2**20) -> HeldOut:
+    return HeldOut(rows(count), world or World(), 2, teacher, WINDOW, window_bytes)
 
 
 def once(found: HeldOut) -> list[tuple[int, list[float]]]:
@@ -77,3 +82,19 @@ def test_what_is_kept_is_no_view_of_what_came() -> None:
     for _, output in found:
         output.tensors["hidden"].fill_(-1)
     assert all([tokens] == values for tokens, values in once(found))
+
+
+def test_no_more_bytes_are_under_way_than_the_window_has() -> None:
+    """One request always is, however large its answer."""
+    teacher = Teacher()
+    once(held_out(teacher, window_bytes=8 * 18))
+    assert teacher.asked == [3, 7, 11, 15, 19] and teacher.most_tokens == 19
+    once(held_out(teacher, window_bytes=1))
+    assert teacher.most_tokens == 19
+
+
+def test_a_rank_without_rows_takes_part() -> None:
+    """All ranks come to the same number of collectives."""
+    shares = [once(held_out(Teacher(), 3, World(rank, 4))) for rank in range(4)]
+    assert [len(share) for share in shares] == [1] * 4
+    assert [tokens for share in shares for tokens, _ in share] == [0, 1, 2, 3]

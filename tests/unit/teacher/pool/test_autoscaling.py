@@ -221,7 +221,7 @@ def test_scale_a_run_that_has_ended(
 
 def test_a_lease_that_cannot_be_asked_is_told_of_once_per_cause(monkeypatch: pytest.MonkeyPatch) -> None:
     """Autoscaling that stands still must not be invisible; a message twice a second would be."""
-    failures = iter([RuntimeError("one"), RuntimeError("one"), RuntimeError("two"), RuntimeError("one"), ValueError()])
+    failures = iter([RuntimeError("one"), RuntimeError("two"), OSError("three"), RuntimeError("four"), ValueError()])
     told: list[str] = []
 
     def get_actor(name: str, namespace: str) -> None:
@@ -234,4 +234,4 @@ def test_a_lease_that_cannot_be_asked_is_told_of_once_per_cause(monkeypatch: pyt
     policy = autoscaling.PoolPolicy.__new__(autoscaling.PoolPolicy)
     policy._current = policy._wanted = 2
     policy._follow("lease", "taid-ray")  # ends where the pool is gone, by the ValueError
-    assert told == ["RuntimeError: one", "RuntimeError: two"] and policy._wanted == 2
+    assert told == ["RuntimeError: one", "OSError: three"] and policy._wanted == 2

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import GetTimeoutError
 
 from taid_ray.config.schema import TeacherConfig
 from taid_ray.errors import TeacherError
@@ -14,18 +13,20 @@ from taid_ray.teacher.pool.lifecycle import start_pool
 
 def test_a_lease_that_cannot_start_is_named_after_the_pools_own_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not by Ray's bare time-out after a minute, and nothing of the pool stays."""
-    waited: list[float] = []
     removed: list[str] = []
+    said: list[str] = []
+    now = [0.0]
 
-    def get(answer: Any, timeout: float) -> Any:
-        waited.append(timeout)
-        raise GetTimeoutError("Get timed out: some object(s) not ready.")
+    def wait(answers: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
+        now[0] += timeout
+        return [], answers
 
     silent = SimpleNamespace(remote=lambda *given: None)
     lease = SimpleNamespace(renew=silent, failure=silent)
     serve = SimpleNamespace(start=lambda **options: None, run_many=lambda *given, **options: None, RunTarget=dict)
-    monkeypatch.setattr(lifecycle, "ray", SimpleNamespace(get=get))
+    monkeypatch.setattr(lifecycle, "ray", SimpleNamespace(wait=wait))
     monkeypatch.setattr(lifecycle, "serve", serve)
+    monkeypatch.setattr(lifecycle, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(lifecycle, "find_lease", lambda name: None)
     monkeypatch.setattr(lifecycle, "create_lease", lambda name, config, spec: lease)
     monkeypatch.setattr(lifecycle, "teacher_app", lambda *given: None)
@@ -35,5 +36,6 @@ def test_a_lease_that_cannot_start_is_named_after_the_pools_own_deadline(monkeyp
     with pytest.raises(
         TeacherError, match=r"the lease of the teacher pool p, an actor, gave no answer .*teacher.timeout_s"
     ):
-        start_pool(config, 7, "cpu", "p", use_role_resources=False)
-    assert waited == [pytest.approx(900, abs=60)] and removed == ["p", "p"]
+        start_pool(config, 7, "cpu", "p", use_role_resources=False, on_wait=said.append)
+    assert now[0] == pytest.approx(900, abs=2) and removed == ["p", "p"]
+    assert len(said) > 1000, "the driver can show that it waits, and end the wait"
