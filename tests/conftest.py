@@ -1,5 +1,6 @@
 """For all tests. Those that need Ray share one local cluster: it takes 10 s to start, a Serve or Train start 10 to 40 s more."""
 
+import logging
 import os
 import tempfile
 from collections import Counter, defaultdict
@@ -51,6 +52,9 @@ def ray_cluster() -> Iterator[str]:
     serve.shutdown()
     ray.shutdown()
     os.environ.pop("RAY_ADDRESS", None)
+    # Threads of Serve live on and miss their Ray, which they would say into streams that pytest has closed by then, after
+    # the summary that is to close the output.
+    logging.raiseExceptions = False
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

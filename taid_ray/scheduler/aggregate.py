@@ -64,7 +64,11 @@ class StaleReportError(AttemptError):
 
 
 class LossAggregator:
-    """Collects the reports of one attempt at a time; see DESIGN 4b, "Scheduler protocol"."""
+    """Collects the reports of one attempt at a time, and makes the result of a step from them once every rank has reported.
+
+    A report is known by its attempt, step and rank: one that comes twice counts once, one of an attempt that is over is
+    refused.
+    """
 
     def __init__(self, schedule: TAIDSchedule, signal: Literal["cross_entropy", "kl"]):
         self.schedule = schedule
