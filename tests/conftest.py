@@ -21,6 +21,7 @@ os.environ.update(
     RAY_ENABLE_AUTO_CONNECT="0",  # Serve's threads behind a handle outlive `ray.shutdown`, and would start another Ray
     RAY_USAGE_STATS_ENABLED="0",
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
+    RAY_worker_niceness="0",  # 15 by default: beside anything else that computes, workers would starve
     HF_HUB_OFFLINE="1",
     PYTHONPATH=str(ROOT),  # drivers in processes of their own bring no runtime environment
 )

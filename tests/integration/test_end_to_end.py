@@ -42,7 +42,7 @@ def check_run(result: RunResult, steps: int) -> list[dict[str, Any]]:
     return lines
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_the_bundled_model_learns(ray_cluster: str, tmp_path: Path) -> None:
     """Two workers, a tensor-parallel teacher, ZeRO-3, validation on the way; the saved model measures as reported."""
     from taid_ray.student.evaluate import evaluate_model
@@ -112,7 +112,7 @@ def random_model(path: Path, tokenizer: Path, rows: int, hidden: int, layers: in
 
 @needs_shared
 @pytest.mark.more
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_instructions_with_a_padded_152k_vocabulary(ray_cluster: str, tmp_path: Path) -> None:
     """Real instruction rows; 152,064 teacher rows, 151,936 student rows and 151,646 real ids; labels mixed in."""
     tokenizer = SHARED / "tokenizers" / "qwen1.5"
@@ -153,7 +153,7 @@ def test_instructions_with_a_padded_152k_vocabulary(ray_cluster: str, tmp_path: 
 
 @needs_shared
 @pytest.mark.more
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_streamed_text_with_a_32k_vocabulary_and_lora(ray_cluster: str, tmp_path: Path) -> None:
     tokenizer = SHARED / "tokenizers" / "tinyllama"
     config = build_config(

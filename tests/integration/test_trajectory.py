@@ -112,7 +112,7 @@ def run_jobs(arguments: dict[str, Any]) -> None:
     scope="module",
     params=[
         *(
-            pytest.param((workers, layouts), id=f"{workers}", marks=pytest.mark.timeout(420))
+            pytest.param((workers, layouts), id=f"{workers}", marks=pytest.mark.timeout(900))
             for workers, layouts in LAYOUTS.items()
         ),
         *(
