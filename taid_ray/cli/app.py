@@ -23,6 +23,7 @@ from taid_ray.cli.plan import plan
 from taid_ray.cli.report import report
 from taid_ray.config.schema import DistillConfig, load_config
 from taid_ray.errors import ClusterError, TaidRayError
+from taid_ray.report.format import print_line
 
 if TYPE_CHECKING:
     from taid_ray.config.space import Space
@@ -141,7 +142,7 @@ def check(config: Annotated[Path, typer.Argument(help="YAML configuration.")], o
     console = Console()
     console.print(f"ok: {plan.total_steps} optimizer steps, {plan.vocabulary.num_shared} shared token ids")
     for note in notes(loaded, plan):
-        console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
+        print_line(console, f"note: {note}")
 
 
 def run(config: DistillConfig) -> None:
@@ -155,10 +156,10 @@ def run(config: DistillConfig) -> None:
     from taid_ray.report.card import result_table
 
     if state == "finished":
-        console.print(f"this run is finished: {config.run_dir}", soft_wrap=True, highlight=False, markup=False)
+        print_line(console, f"this run is finished: {config.run_dir}")
     result = distill(config)
     console.print(result_table(result.summary))
-    console.print(f"run directory: {result.path}", soft_wrap=True, highlight=False, markup=False)
+    print_line(console, f"run directory: {result.path}")
     console.print(
         "  model/ (Hugging Face)  summary.json  metrics.jsonl  report/training.png  config.yaml", highlight=False
     )
@@ -181,8 +182,8 @@ def search(
     result = run_search(base, wanted, out, max_concurrent, share_outputs)
     console.print(trials_table(result.search))
     for note in notes(result.search):
-        console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
-    console.print(f"search directory: {result.path}", soft_wrap=True, highlight=False, markup=False)
+        print_line(console, f"note: {note}")
+    print_line(console, f"search directory: {result.path}")
     if result.best is None:
         raise ClusterError(f"no trial finished; {result.path}/trials/*.error and *.log say why")
     console.print("  report.html  best.yaml (for taid-ray train)  trials/NAME/ (runs)", highlight=False)

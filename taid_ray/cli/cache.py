@@ -9,6 +9,7 @@ from rich.console import Console
 
 from taid_ray.config.schema import load_config
 from taid_ray.errors import ConfigError
+from taid_ray.report.format import print_line
 
 if TYPE_CHECKING:
     from taid_ray.teacher.cache.store import Store
@@ -31,12 +32,10 @@ def warm(
     from taid_ray.driver.warm import warm as fill
 
     done = fill(loaded)
-    console.print(
+    print_line(
+        console,
         f"{done.rows:,} rows: {done.computed:,} samples computed ({done.teacher_tokens:,} teacher tokens), {done.found:,} "
         f"were there; the cache is {done.directory}",
-        highlight=False,
-        soft_wrap=True,
-        markup=False,
     )
 
 

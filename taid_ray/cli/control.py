@@ -12,6 +12,7 @@ from rich.console import Console
 
 from taid_ray.config.schema import DistillConfig, load_config
 from taid_ray.errors import ConfigError
+from taid_ray.report.format import print_line
 from taid_ray.run.live import AUTH_MODE, live_pool, read_live
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def submit(
     console = Console()
 
     def say(message: str) -> None:
-        console.print(message, highlight=False, soft_wrap=True, markup=False)
+        print_line(console, message)
 
     from taid_ray.control import jobs
     from taid_ray.control.order import Order, own_version
@@ -176,9 +177,7 @@ def scale(
     from taid_ray.control.scale import scale_teacher
 
     console = Console()
-    scale_teacher(
-        run, live, teacher, lambda message: console.print(message, highlight=False, soft_wrap=True, markup=False)
-    )
+    scale_teacher(run, live, teacher, lambda message: print_line(console, message))
 
 
 def stop(run: Directory, address: Address = None) -> None:
@@ -191,4 +190,4 @@ def stop(run: Directory, address: Address = None) -> None:
     console = Console()
     from taid_ray.control.stop import stop as stop_run
 
-    stop_run(run, address, lambda message: console.print(message, highlight=False, soft_wrap=True, markup=False))
+    stop_run(run, address, lambda message: print_line(console, message))

@@ -11,11 +11,10 @@ def report(
     run: Annotated[Path, typer.Argument(help="Run directory; its run may be finished, interrupted or still going on.")],
 ) -> None:
     """Draw a run: how t moved, loss, where the time went, and what to make of it, in RUN/report.html."""
+    from taid_ray.report.format import print_line
     from taid_ray.report.run_page import REPORT_FILE, write_run_report
 
     console = Console()
     for note in write_run_report(run):
-        console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
-    console.print(
-        f"report: {run / REPORT_FILE}  (its pictures: {run / 'report'})", highlight=False, soft_wrap=True, markup=False
-    )
+        print_line(console, f"note: {note}")
+    print_line(console, f"report: {run / REPORT_FILE}  (its pictures: {run / 'report'})")

@@ -8,6 +8,7 @@ from taid_ray.plan.forecast_type import Forecast
 from taid_ray.plan.notes import gib
 from taid_ray.plan.time import Bill
 from taid_ray.plan.worker_memory import WorkerMemory
+from taid_ray.report.format import print_line
 
 RATES = {
     "teacher_s": "teacher, one request",
@@ -45,7 +46,7 @@ def show(found: Forecast, console: Console) -> None:
         if (made := table(found)) is not None:
             console.print(made)
     for line in found.notes:
-        console.print(f"note: {line}", highlight=False, soft_wrap=True, markup=False)
+        print_line(console, f"note: {line}")
 
 
 def models_table(found: Forecast) -> Table:

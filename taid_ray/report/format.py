@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 
 def shown_name(name: str) -> str:
     """A hub name as it is; of a local path only the last part."""
@@ -44,3 +46,8 @@ def full_text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}" if len(repr(value)) <= 8 else f"{value:.4g}"  # all digits of what somebody wrote
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def print_line(console: Console, message: str) -> None:
+    """Prints a message as it is: paths are neither broken over lines nor taken for markup, and nothing is coloured."""
+    console.print(message, markup=False, highlight=False, soft_wrap=True)
