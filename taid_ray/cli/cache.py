@@ -12,7 +12,7 @@ from taid_ray.errors import ConfigError
 from taid_ray.report.format import print_line
 
 if TYPE_CHECKING:
-    from taid_ray.teacher.cache.store import Store
+    from taid_ray.teacher.cache.store import CacheStore
 
 app = typer.Typer(help="Keep a teacher's outputs, and train without the teacher.", no_args_is_help=True)
 Directory = Annotated[Path, typer.Argument(help="The cache.directory of a configuration.")]
@@ -29,9 +29,9 @@ def warm(
     loaded = load_config(config, overrides or [])
     console = Console()
     console.print("loading Ray, torch and transformers", highlight=False)
-    from taid_ray.driver.warm import warm as fill
+    from taid_ray.driver.cache_fill import fill_cache
 
-    done = fill(loaded)
+    done = fill_cache(loaded)
     print_line(
         console,
         f"{done.rows:,} rows: {done.computed:,} samples computed ({done.teacher_tokens:,} teacher tokens), {done.found:,} "
@@ -42,7 +42,7 @@ def warm(
 @app.command()
 def stats(directory: Directory) -> None:
     """Show what a cache holds."""
-    from taid_ray.teacher.cache.offline import all_warmed
+    from taid_ray.teacher.cache.offline import all_records
     from taid_ray.teacher.cache.store import SUFFIX
 
     entries = [entry for entry in store(directory).entries() if entry.path.endswith(SUFFIX)]
@@ -53,10 +53,10 @@ def stats(directory: Directory) -> None:
     ]
     if entries:
         shown.append(("used", f"{shown_time(min(entries).used)} (first) to {shown_time(max(entries).used)} (last)"))
-    for path, warmed in all_warmed(directory):
+    for path, record in all_records(directory):
         size = sum(file.stat().st_size for file in path.iterdir())
-        what = f"{warmed.model}, payload {warmed.info.payload}, {warmed.info.dtype} ({shown_bytes(size)} for its head)"
-        shown.append(("warmed", f"{warmed.at[:16].replace('T', ' ')}: {what}"))
+        what = f"{record.model}, payload {record.info.payload}, {record.info.dtype} ({shown_bytes(size)} for its head)"
+        shown.append(("warmed", f"{record.at[:16].replace('T', ' ')}: {what}"))
     for key, value in shown:
         print(f"{key:<9}{value}")  # no table: it would break paths over lines
 
@@ -77,15 +77,15 @@ def prune(
     Console().print(f"{removed:,} samples removed", highlight=False)
 
 
-def store(directory: Path) -> "Store":
+def store(directory: Path) -> "CacheStore":
     """The samples of a cache. Raises ConfigError if there is none."""
-    from taid_ray.teacher.cache.store import Store
+    from taid_ray.teacher.cache.store import CacheStore
     from taid_ray.teacher.cache.tiers import samples_directory
 
     samples = samples_directory(directory)
     if not samples.is_dir():
         raise ConfigError(f"{directory} holds no cache of teacher outputs; name the cache.directory of a configuration")
-    return Store(samples, 0, lambda message: None)
+    return CacheStore(samples, 0, lambda message: None)
 
 
 def shown_bytes(count: int) -> str:

@@ -3,7 +3,7 @@
 A run, top to bottom: `launch.distill` -> `preflight.prepare` (gives the `Plan`) -> `launch.run_on_cluster` ->
 `student.worker.run_worker` in each Ray Train process -> `student.loop.train_loop`. The driver never holds tensors; they go
 from pool to worker. Others use `launch` (distill, distill_among), `preflight`, `supervise.teacher_pool`, `progress`,
-`signals` and `warm`.
+`signals` and `cache_fill`.
 
 Traps:
 - Restarts are ours, not Ray Train's (`attempts` says why): each attempt is one `fit` without retries. An AttemptError is

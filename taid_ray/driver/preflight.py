@@ -10,7 +10,7 @@ from taid_ray.models.pair import check_models, model_configs, run_tokenizer, sha
 from taid_ray.models.vocabulary import Vocabulary
 from taid_ray.scheduler.schedule import adaptive_is_linear, sigmoid
 from taid_ray.student.spec import DataCheck, Plan
-from taid_ray.teacher.cache.offline import find_warmed
+from taid_ray.teacher.cache.offline import find_record
 from taid_ray.teacher.cache.tiers import check_directory
 from taid_ray.teacher.payload import check_topk, payload_bytes_per_token
 
@@ -28,7 +28,7 @@ def prepare(config: DistillConfig) -> Plan:
         check_topk(config.teacher.topk, vocabulary.num_shared)
     check_directory(config.cache)
     if config.teacher.mode == "cache":
-        find_warmed(config, vocabulary.num_shared)
+        find_record(config, vocabulary.num_shared)
     data = TrainingData(config.data, tokenizer, config.train.seed, config.train.batch_size)
     checked = check_data(config.data, data, tokenizer, vocabulary.num_shared)
     return Plan(

@@ -39,8 +39,8 @@ from taid_ray.student.record import Record
 from taid_ray.student.spec import Job, Plan
 from taid_ray.student.validation import HeldOut
 from taid_ray.teacher.cache.cached import CachedTeacher
-from taid_ray.teacher.cache.claims import ClaimDesk, EverythingGranted
-from taid_ray.teacher.cache.offline import WarmedTeacher
+from taid_ray.teacher.cache.claims import ClaimRegistry, NoClaims
+from taid_ray.teacher.cache.offline import OfflineTeacher
 from taid_ray.teacher.cache.tiers import Cache
 from taid_ray.teacher.local import LocalTeacher
 from taid_ray.teacher.payload import EXACT, needs_head
@@ -194,11 +194,11 @@ def connect_teacher(job: Job, scheduler: SchedulerClient, device: torch.device, 
     """The pool's client once the pool is up, a teacher in this process, or none; behind the cache if there is one."""
     config, num_shared = job.config, job.plan.vocabulary.num_shared
     teacher: TeacherClient
-    claims: ClaimDesk = EverythingGranted()
+    claims: ClaimRegistry = NoClaims()
     if config.teacher.mode == "local":
         teacher = LocalTeacher(config.teacher, num_shared, device)
     elif config.teacher.mode == "cache":
-        teacher = WarmedTeacher(config, num_shared)
+        teacher = OfflineTeacher(config, num_shared)
     else:
         scheduler.wait_for_pool(config.teacher.timeout_s + POOL_MARGIN_S)
         answers_at = torch.device("cpu") if config.cache.on else device

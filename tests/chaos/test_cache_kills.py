@@ -20,7 +20,7 @@ import torch
 from taid_ray.config.schema import CacheConfig
 from taid_ray.teacher.cache import store as cache_store
 from taid_ray.teacher.cache import tiers as cache
-from taid_ray.teacher.cache.store import SUFFIX, Store
+from taid_ray.teacher.cache.store import SUFFIX, CacheStore
 from taid_ray.teacher.cache.tiers import Cache
 
 PROCESSES, KEYS = 8, 3000
@@ -46,7 +46,7 @@ def value(number: int) -> dict[str, torch.Tensor]:
 
 def read_and_write(root: Path, process: int, problems: Any, counts: Any) -> None:
     """Until it is killed, one time in ten in the middle of writing a file. Such files are named after the process."""
-    store, draw, names = Store(root, LIMIT, problems.put), random.Random(process), itertools.count()
+    store, draw, names = CacheStore(root, LIMIT, problems.put), random.Random(process), itertools.count()
     cache_store.uuid.uuid4 = lambda: SimpleNamespace(hex=f"{process}-{next(names)}")  # type: ignore[assignment, return-value]
 
     def write(path: Path, content: bytes) -> int:
@@ -96,7 +96,7 @@ def age(paths: list[Path]) -> None:
 
 
 def bytes_in(root: Path) -> int:
-    return sum(entry.bytes for entry in Store(root, 0, print).entries())
+    return sum(entry.bytes for entry in CacheStore(root, 0, print).entries())
 
 
 def damage(root: Path, draw: random.Random) -> None:
@@ -164,7 +164,7 @@ def test_killed_readers_and_writers(tmp_path: Path) -> None:
     assert first + counts[2] > LIMIT > most > 0.7 * LIMIT
     assert len(left) > KILLS / 4 and most_left < len(left) / 4  # the killed leave some, which do not pile up
     age(left_by_dead(root, []))
-    Store(root, LIMIT, print).put(key_of(0), value(0))
+    CacheStore(root, LIMIT, print).put(key_of(0), value(0))
     assert list((root / "new").iterdir()) == []
 
 

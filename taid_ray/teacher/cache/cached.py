@@ -14,8 +14,8 @@ from torch import Tensor
 from taid_ray.data.batch import Batch
 from taid_ray.errors import TeacherError
 from taid_ray.models.loading import Head
-from taid_ray.teacher.cache.claims import RENEW_S, ClaimDesk
-from taid_ray.teacher.cache.samples import CutSample, batch_of, join, samples_of, split
+from taid_ray.teacher.cache.claims import RENEW_S, ClaimRegistry
+from taid_ray.teacher.cache.samples import KeyedSample, batch_of_samples, join, samples_of, split
 from taid_ray.teacher.cache.tiers import Cache
 from taid_ray.teacher.payload import TeacherOutput
 from taid_ray.teacher.protocol import TeacherClient, TeacherInfo
@@ -27,12 +27,12 @@ CLOSE_S = 5.0
 
 
 @dataclass
-class Asked:
+class TeacherCall:
     """What the teacher itself was asked for."""
 
     request: Any
     """Of the inner client."""
-    samples: list[CutSample]
+    samples: list[KeyedSample]
     """In the order of its answer."""
 
 
@@ -41,14 +41,14 @@ class CachedRequest:
     """A batch on its way through the threads."""
 
     batch: Batch
-    samples: list[CutSample] = field(default_factory=list)
+    samples: list[KeyedSample] = field(default_factory=list)
     parts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """By the samples' keys, on CPU: what is known of the answer."""
-    asked: Asked | None = None
+    call: TeacherCall | None = None
     compute_s: float = 0.0
     output: Future[Any] = field(default_factory=Future)
 
-    def missing(self) -> list[CutSample]:
+    def missing(self) -> list[KeyedSample]:
         """Each once."""
         return list({sample.key: sample for sample in self.samples if sample.key not in self.parts}.values())
 
@@ -61,7 +61,7 @@ class CachedTeacher:
     it waits for nobody but the teacher. The third waits for what others compute, and puts the answers together.
     """
 
-    def __init__(self, inner: TeacherClient, cache: Cache, claims: ClaimDesk, device: torch.device):
+    def __init__(self, inner: TeacherClient, cache: Cache, claims: ClaimRegistry, device: torch.device):
         self._inner, self._cache, self._claims, self._device = inner, cache, claims, device
         self._to_device = ToDevice(device)
         self._holder = uuid.uuid4().hex
@@ -70,7 +70,7 @@ class CachedTeacher:
         self._stopped = threading.Event()
         self.samples_found = self.samples_asked = 0
         """How many were in the cache when they were needed first, and how many the teacher was asked for."""
-        stages = (self._look, self._keep, self._assemble)
+        stages = (self._lookup, self._keep, self._assemble)
         self._queues: list[queue.SimpleQueue[CachedRequest | None]] = [queue.SimpleQueue() for _ in stages]
         self._threads = [
             threading.Thread(target=self._run, args=(number, stage), name=f"taid-cache-{number}", daemon=True)
@@ -137,7 +137,7 @@ class CachedTeacher:
         if following is not None:
             following.put(None)
 
-    def _look(self, request: CachedRequest) -> None:
+    def _lookup(self, request: CachedRequest) -> None:
         info = self.info()
         request.samples = samples_of(request.batch, info.fingerprint, with_labels=info.payload == "topk")
         self._find(request)
@@ -145,18 +145,18 @@ class CachedTeacher:
             self.samples_found += len(request.parts)
         mine = self._claim(request)
         if mine:
-            request.asked = self._ask(mine, request.batch, whole=len(mine) == len(request.samples))
+            request.call = self._request(mine, request.batch, whole=len(mine) == len(request.samples))
 
     def _keep(self, request: CachedRequest) -> None:
-        if request.asked is not None:
-            self._take(request, request.asked)
+        if request.call is not None:
+            self._receive(request, request.call)
 
     def _assemble(self, request: CachedRequest) -> None:
         while request.missing():
             self._find(request)
             mine = self._claim(request) if request.missing() else []
             if mine:  # whoever computed them did not keep them
-                self._take(request, self._ask(mine, request.batch))
+                self._receive(request, self._request(mine, request.batch))
             elif request.missing() and self._stopped.wait(POLL_S):
                 raise TeacherError("the client of the cache was closed")
         tensors = join(request.samples, request.parts)
@@ -171,14 +171,14 @@ class CachedTeacher:
             if tensors is not None and self._fits(tensors, sample):
                 request.parts[sample.key] = tensors
 
-    def _fits(self, tensors: dict[str, Tensor], sample: CutSample) -> bool:
+    def _fits(self, tensors: dict[str, Tensor], sample: KeyedSample) -> bool:
         try:
             self.info().check_output(tensors, sample.num_positions)
         except TeacherError:
             return False
         return True
 
-    def _claim(self, request: CachedRequest) -> list[CutSample]:
+    def _claim(self, request: CachedRequest) -> list[KeyedSample]:
         """Those of the missing samples that are ours to compute, and not there yet after all."""
         missing = request.missing()
         with self._lock:
@@ -197,14 +197,14 @@ class CachedTeacher:
         """Whoever does not see our cache must not wait for it."""
         return [f"{self._cache.scope} {key}" for key in keys]
 
-    def _release(self, samples: Sequence[CutSample]) -> None:
+    def _release(self, samples: Sequence[KeyedSample]) -> None:
         keys = [sample.key for sample in samples]
         with self._lock:
             self._held.difference_update(keys)
         if keys:
             self._claims.release(self._holder, self._scoped(keys))
 
-    def _ask(self, samples: list[CutSample], batch: Batch, whole: bool = False) -> Asked:
+    def _request(self, samples: list[KeyedSample], batch: Batch, whole: bool = False) -> TeacherCall:
         """Sends one request for these samples of the batch.
 
         whole: they are all of it, so that it is sent as it is, and answered to the bit as without a cache.
@@ -212,25 +212,25 @@ class CachedTeacher:
         try:
             if not whole:
                 may_share_rows = self.info().packing_error is None
-                batch, samples = batch_of(samples, batch.inputs["input_ids"].shape[1], may_share_rows)
+                batch, samples = batch_of_samples(samples, batch.inputs["input_ids"].shape[1], may_share_rows)
             with self._lock:
                 self.samples_asked += len(samples)
-            return Asked(self._inner.submit(batch), samples)
+            return TeacherCall(self._inner.submit(batch), samples)
         except BaseException:
             self._release(samples)
             raise
 
-    def _take(self, request: CachedRequest, asked: Asked) -> None:
+    def _receive(self, request: CachedRequest, call: TeacherCall) -> None:
         """Waits for an answer and keeps it."""
         try:
-            output = self._inner.collect(asked.request)
-            found = split({name: tensor.cpu() for name, tensor in output.tensors.items()}, asked.samples)
+            output = self._inner.collect(call.request)
+            found = split({name: tensor.cpu() for name, tensor in output.tensors.items()}, call.samples)
             request.compute_s += output.compute_s
             request.parts |= found
             for key, tensors in found.items():
                 self._cache.put(key, tensors)
         finally:
-            self._release(asked.samples)
+            self._release(call.samples)
 
     def _renew(self) -> None:
         while not self._stopped.wait(RENEW_S):

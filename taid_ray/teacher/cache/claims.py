@@ -12,7 +12,7 @@ CLAIM_S = 10.0
 RENEW_S = 2.0
 
 
-class ClaimDesk(Protocol):
+class ClaimRegistry(Protocol):
     """Where claims are made. holder: a name that no other client has."""
 
     def claim(self, holder: str, keys: Sequence[str]) -> list[bool]:
@@ -48,7 +48,7 @@ class Claims:
                 del self._held[key]
 
 
-class EverythingGranted:
+class NoClaims:
     """The desk of a teacher that no other process asks."""
 
     def claim(self, holder: str, keys: Sequence[str]) -> list[bool]:

@@ -34,7 +34,7 @@ WARM = "run `taid-ray cache warm` with this configuration"
 
 
 @dataclass(frozen=True)
-class Warmed:
+class TeacherRecord:
     """Content of a teacher.json."""
 
     info: TeacherInfo
@@ -49,14 +49,14 @@ class Warmed:
     """When it was warmed."""
 
 
-class WarmedTeacher:
+class OfflineTeacher:
     """The TeacherClient of mode `cache`: knows the teacher, and answers nothing."""
 
     tokens = 0
 
     def __init__(self, config: DistillConfig, num_shared: int):
-        """Raises ConfigError as `find_warmed`."""
-        self._directory, self._warmed = find_warmed(config, num_shared)
+        """Raises ConfigError as `find_record`."""
+        self._directory, self._record = find_record(config, num_shared)
 
     def submit(self, batch: Batch) -> NoReturn:
         """Raises TeacherError: somebody asks for what the cache does not hold."""
@@ -71,11 +71,11 @@ class WarmedTeacher:
 
     def payload_error(self, batch: Batch) -> float:
         """As measured when the cache was warmed."""
-        return self._warmed.payload_error
+        return self._record.payload_error
 
     def head(self) -> Head:
         """Raises TeacherError if it is not what was written."""
-        path, info = self._directory / HEAD_FILE, self._warmed.info
+        path, info = self._directory / HEAD_FILE, self._record.info
         try:
             tensors = load_file(path)
             head = Head(tensors["weight"], tensors.get("bias"), info.transform)
@@ -87,13 +87,13 @@ class WarmedTeacher:
         return head
 
     def info(self) -> TeacherInfo:
-        return self._warmed.info
+        return self._record.info
 
     def close(self) -> None:
         pass
 
 
-def save_warmed(config: DistillConfig, teacher: TeacherClient, payload_error: float) -> None:
+def save_record(config: DistillConfig, teacher: TeacherClient, payload_error: float) -> None:
     """Leaves in the cache what a later run without the teacher needs."""
     info = teacher.info()
     directory = teachers_directory(str(config.cache.directory)) / info.fingerprint
@@ -104,7 +104,7 @@ def save_warmed(config: DistillConfig, teacher: TeacherClient, payload_error: fl
         temporary = directory / "head.tmp"
         save_file({"weight": head.weight.cpu().contiguous()} | bias, temporary)
         temporary.replace(directory / HEAD_FILE)
-    found = Warmed(
+    found = TeacherRecord(
         info=info,
         settings=_settings(config, info.num_shared),
         model=config.teacher.model,
@@ -116,14 +116,14 @@ def save_warmed(config: DistillConfig, teacher: TeacherClient, payload_error: fl
     write_json(directory / TEACHER_FILE, {"format": FORMAT} | asdict(found))
 
 
-def find_warmed(config: DistillConfig, num_shared: int) -> tuple[Path, Warmed]:
+def find_record(config: DistillConfig, num_shared: int) -> tuple[Path, TeacherRecord]:
     """Directory and content of the newest record of the teacher that `config` means.
 
     Raises ConfigError if there is none, or if the weights that are here are others than those that were warmed.
     """
     directory = str(config.cache.directory)
     settings = _settings(config, num_shared)
-    known = [found for found in all_warmed(directory) if found[1].settings == settings]
+    known = [found for found in all_records(directory) if found[1].settings == settings]
     weights = weight_files(config.teacher)
     if weights:
         fitting = [found for found in known if found[1].weights == weights]
@@ -144,7 +144,7 @@ def find_warmed(config: DistillConfig, num_shared: int) -> tuple[Path, Warmed]:
     return known[0]
 
 
-def all_warmed(directory: str | Path) -> list[tuple[Path, Warmed]]:
+def all_records(directory: str | Path) -> list[tuple[Path, TeacherRecord]]:
     """Every teacher whose outputs a cache was warmed with, the newest first; what cannot be read is left out."""
     found = []
     for path in teachers_directory(directory).glob(f"*/{TEACHER_FILE}"):
@@ -202,11 +202,11 @@ def _settings(config: DistillConfig, num_shared: int) -> str:
     return hashlib.sha256(json.dumps(sent, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _read(path: Path) -> Warmed:
+def _read(path: Path) -> TeacherRecord:
     """Raises ValueError, TypeError or LookupError for what is no record of this version."""
     content: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if content["format"] != FORMAT:
         raise ValueError("of another version")
     values = {key: value for key, value in content.items() if key != "format"}
     info = values["info"]
-    return Warmed(**values | {"info": TeacherInfo(**info | {"transform": LogitTransform(**info["transform"])})})
+    return TeacherRecord(**values | {"info": TeacherInfo(**info | {"transform": LogitTransform(**info["transform"])})})

@@ -15,7 +15,7 @@ FORMAT = "taid-ray sample 1"
 
 
 @dataclass(frozen=True)
-class CutSample:
+class KeyedSample:
     """One sample of a batch, up to its last loss position: what follows does not matter to a causal model."""
 
     key: str
@@ -25,7 +25,7 @@ class CutSample:
     """Its loss positions. In the batch they follow those of the sample before it, without a gap."""
 
 
-def samples_of(batch: Batch, fingerprint: str, with_labels: bool) -> list[CutSample]:
+def samples_of(batch: Batch, fingerprint: str, with_labels: bool) -> list[KeyedSample]:
     """The samples of a batch that have loss positions, in order.
 
     A sample begins where a row does, and where position_ids do not go on counting. fingerprint: of the teacher, with all
@@ -49,11 +49,11 @@ def samples_of(batch: Batch, fingerprint: str, with_labels: bool) -> list[CutSam
         targets = np.full(part.stop - start, NO_LABEL)
         targets[where] = wanted
         row = Row(ids[part].tolist(), positions[part].tolist(), targets.tolist())
-        found.append(CutSample(key, row, int(last - first)))
+        found.append(KeyedSample(key, row, int(last - first)))
     return found
 
 
-def batch_of(samples: Sequence[CutSample], length: int, pack: bool) -> tuple[Batch, list[CutSample]]:
+def batch_of_samples(samples: Sequence[KeyedSample], length: int, pack: bool) -> tuple[Batch, list[KeyedSample]]:
     """The samples as a batch of rows of at most `length` positions, and in the order of their loss positions in it.
 
     pack: whether several may share a row.
@@ -80,14 +80,14 @@ def _key(fingerprint: str, *arrays: np.ndarray) -> str:
     return result.hexdigest()
 
 
-def split(tensors: dict[str, torch.Tensor], samples: Sequence[CutSample]) -> dict[str, dict[str, torch.Tensor]]:
+def split(tensors: dict[str, torch.Tensor], samples: Sequence[KeyedSample]) -> dict[str, dict[str, torch.Tensor]]:
     """By key, each sample's part of the teacher's answer [N, ...] to a batch of just these samples, in this order."""
     sizes = [sample.num_positions for sample in samples]
     parts = {name: tensor.split(sizes) for name, tensor in tensors.items()}
     return {sample.key: {name: parts[name][i] for name in parts} for i, sample in enumerate(samples)}
 
 
-def join(samples: Sequence[CutSample], found: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def join(samples: Sequence[KeyedSample], found: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The answer [N, ...] to a batch of these samples, in this order, from their parts."""
     names = found[samples[0].key]
     return {name: torch.cat([found[sample.key][name] for sample in samples]) for name in names}

@@ -48,7 +48,7 @@ class Entry(NamedTuple):
     path: str
 
 
-class Store:
+class CacheStore:
     """Samples by their key. Thread-safe.
 
     Nothing about it is an error: what cannot be read is not there, what cannot be written will not be there later.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from taid_ray.config.schema import CacheConfig
 from taid_ray.errors import ConfigError
-from taid_ray.teacher.cache.store import Store
+from taid_ray.teacher.cache.store import CacheStore
 
 SHARED_MEMORY = Path("/dev/shm")
 HOLD_FILE = "held"
@@ -30,14 +30,14 @@ class Cache:
         self.scope = _scope(config.directory)
         """The same for all processes that find here what each of them puts."""
         if config.directory is not None:
-            self._disk = Store(samples_directory(config.directory), int(config.disk_gib * 2**30), notify)
+            self._disk = CacheStore(samples_directory(config.directory), int(config.disk_gib * 2**30), notify)
         if config.memory_gib > 0:
             try:
                 self._shared = SharedDirectory(config.directory or "")
             except OSError as error:
                 notify(f"the cache of teacher outputs has no memory in {SHARED_MEMORY}: {error}")
             else:
-                self._memory = Store(self._shared.path, _memory_limit(config.memory_gib, notify), notify)
+                self._memory = CacheStore(self._shared.path, _memory_limit(config.memory_gib, notify), notify)
 
     def get(self, key: str) -> dict[str, Tensor] | None:
         """The tensors of a sample, if they are there. What was on disk only is in memory, too, from now on."""

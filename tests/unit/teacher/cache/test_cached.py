@@ -15,7 +15,7 @@ from taid_ray.data.packing import Sample, to_rows
 from taid_ray.errors import TeacherError
 from taid_ray.teacher.cache import cached
 from taid_ray.teacher.cache.cached import CachedTeacher
-from taid_ray.teacher.cache.claims import Claims, EverythingGranted
+from taid_ray.teacher.cache.claims import Claims, NoClaims
 from taid_ray.teacher.cache.tiers import Cache
 from taid_ray.teacher.payload import TeacherOutput
 from tests.support.journal import WITHIN_S, Journal
@@ -86,7 +86,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
     def make(claims: Any = None, directory: str = "cache", **values: Any) -> tuple[CachedTeacher, Any]:
         inner: Any = FakeTeacher()
         cache = Cache(CacheConfig(directory=str(tmp_path / directory), **values), lambda message: None)
-        made.append(CachedTeacher(inner, cache, claims or EverythingGranted(), CPU))
+        made.append(CachedTeacher(inner, cache, claims or NoClaims(), CPU))
         return made[-1], inner
 
     yield make

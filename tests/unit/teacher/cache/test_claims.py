@@ -3,7 +3,7 @@ from unittest.mock import MagicMock
 import pytest
 
 from taid_ray.errors import TeacherError
-from taid_ray.teacher.cache.claims import CLAIM_S, Claims, EverythingGranted
+from taid_ray.teacher.cache.claims import CLAIM_S, Claims, NoClaims
 
 
 class Clock:
@@ -53,8 +53,8 @@ def test_what_the_killed_held_is_forgotten() -> None:
 
 
 def test_everything_granted() -> None:
-    assert EverythingGranted().claim("a", ["1", "1"]) == [True, True]
-    EverythingGranted().release("a", ["1"])
+    assert NoClaims().claim("a", ["1", "1"]) == [True, True]
+    NoClaims().release("a", ["1"])
 
 
 def test_without_the_pools_lease_everything_is_granted(monkeypatch: pytest.MonkeyPatch) -> None:

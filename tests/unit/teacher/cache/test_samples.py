@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from taid_ray.data.batch import Batch, collate
 from taid_ray.data.packing import Sample, to_rows
-from taid_ray.teacher.cache.samples import batch_of, join, samples_of, split
+from taid_ray.teacher.cache.samples import batch_of_samples, join, samples_of, split
 
 TEACHER = "f" * 64
 
@@ -112,7 +112,7 @@ def test_answers_to_parts_of_a_batch_make_the_answer_to_all_of_it(
     for part in (samples[::2], samples[1::2]):
         if part:
             draw.shuffle(part)
-            made, order = batch_of(part, 24, pack)
+            made, order = batch_of_samples(part, 24, pack)
             assert keys(made, with_labels=True) == [sample.key for sample in order]
             assert made.inputs["input_ids"].shape[1] <= 24
             found |= split(scores(made), order)

@@ -14,7 +14,7 @@ from taid_ray.config.schema import CacheConfig
 from taid_ray.errors import ConfigError
 from taid_ray.teacher.cache import store as cache_store
 from taid_ray.teacher.cache import tiers as cache
-from taid_ray.teacher.cache.store import FULL, MADE_ROOM, Store
+from taid_ray.teacher.cache.store import FULL, MADE_ROOM, CacheStore
 from taid_ray.teacher.cache.tiers import Cache, SharedDirectory, check_directory
 from tests.support.disk import fill, small_disk
 
@@ -39,26 +39,26 @@ def fail(message: str) -> None:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "samples", 64 * MIB, fail)
+def store(tmp_path: Path) -> CacheStore:
+    return CacheStore(tmp_path / "samples", 64 * MIB, fail)
 
 
 def files(root: Path) -> list[Path]:
     return sorted(root.glob("*/*.safetensors"))
 
 
-def test_what_was_put_is_got(store: Store, tmp_path: Path) -> None:
+def test_what_was_put_is_got(store: CacheStore, tmp_path: Path) -> None:
     assert store.get(KEYS[0]) is None
     for number in range(5):
         store.put(KEYS[number], tensors(number))
-    again = Store(tmp_path / "samples", 64 * MIB, fail)  # another process, or a later one
+    again = CacheStore(tmp_path / "samples", 64 * MIB, fail)  # another process, or a later one
     assert all(same(again.get(KEYS[number]), tensors(number)) for number in range(5))
     assert again.get(KEYS[5]) is None
     assert sorted(path.parent.name for path in files(tmp_path / "samples")) == ["00", "01", "02", "03", "04"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.int32, torch.bfloat16, torch.float32])
-def test_parts_of_larger_tensors_of_every_dtype(store: Store, dtype: torch.dtype) -> None:
+def test_parts_of_larger_tensors_of_every_dtype(store: CacheStore, dtype: torch.dtype) -> None:
     whole = torch.arange(60).view(20, 3).float().to(dtype)
     store.put(KEYS[0], {"x": whole[5:9]})
     found = store.get(KEYS[0])
@@ -67,7 +67,7 @@ def test_parts_of_larger_tensors_of_every_dtype(store: Store, dtype: torch.dtype
     assert files(Path(store._root))[0].stat().st_size < 1000
 
 
-def test_damage_of_any_byte_is_a_miss_and_the_file_goes(store: Store, tmp_path: Path) -> None:
+def test_damage_of_any_byte_is_a_miss_and_the_file_goes(store: CacheStore, tmp_path: Path) -> None:
     store.put(KEYS[0], {"x": torch.arange(40.0)})
     (path,) = files(tmp_path / "samples")
     good = path.read_bytes()
@@ -81,7 +81,7 @@ def test_damage_of_any_byte_is_a_miss_and_the_file_goes(store: Store, tmp_path: 
             assert path.exists() == (found is not None)
 
 
-def test_a_file_under_another_samples_name_is_a_miss(store: Store, tmp_path: Path) -> None:
+def test_a_file_under_another_samples_name_is_a_miss(store: CacheStore, tmp_path: Path) -> None:
     store.put(KEYS[0], tensors(0))
     (path,) = files(tmp_path / "samples")
     other = tmp_path / "samples" / KEYS[1][:2] / f"{KEYS[1]}.safetensors"
@@ -93,7 +93,7 @@ def test_a_file_under_another_samples_name_is_a_miss(store: Store, tmp_path: Pat
 
 def test_the_least_recently_used_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = 2 * MIB
-    store = Store(tmp_path, limit, fail)
+    store = CacheStore(tmp_path, limit, fail)
     for number in range(50):
         store.put(KEYS[number], tensors(number, 32))  # 36 KiB on the disk
         moment = time.time() - 3600 + number
@@ -107,7 +107,7 @@ def test_the_least_recently_used_make_room(tmp_path: Path, monkeypatch: pytest.M
     assert MADE_ROOM * limit / 2 < sum(entry.bytes for entry in store.entries()) <= FULL * limit
 
 
-def test_reading_touches_a_file_once_a_minute(store: Store) -> None:
+def test_reading_touches_a_file_once_a_minute(store: CacheStore) -> None:
     store.put(KEYS[0], tensors(0))
     path = store._path(KEYS[0])
     for age, touched in ((30, False), (90, True)):
@@ -122,15 +122,15 @@ def test_a_writer_looks_again_before_64_of_them_could_exceed_the_limit(
 ) -> None:
     """64 writers that look at the same moment, at which the store is as full as it may be without making room."""
     limit = 64 * MIB
-    writers = [Store(tmp_path, limit, fail) for _ in range(64)]
-    first = Store(tmp_path, limit, fail)
+    writers = [CacheStore(tmp_path, limit, fail) for _ in range(64)]
+    first = CacheStore(tmp_path, limit, fail)
     big = {"x": torch.zeros(int(FULL * limit) - 65 * 8192, dtype=torch.uint8).view(torch.int8)}
     monkeypatch.setattr(cache_store, "MADE_ROOM", FULL)
     first.put("ff" * 32, big)
     for number, writer in enumerate(writers):
         writer.put(f"{number:064x}", {"x": torch.zeros(100)})
     assert sum(entry.bytes for entry in first.entries()) <= FULL * limit
-    monkeypatch.setattr(Store, "_make_room", lambda self, size: False)  # each writes until it would look again
+    monkeypatch.setattr(CacheStore, "_make_room", lambda self, size: False)  # each writes until it would look again
     for writer in writers:
         for _ in range(100):
             writer.put(os.urandom(32).hex(), {"x": torch.zeros(5000)})
@@ -140,7 +140,7 @@ def test_a_writer_looks_again_before_64_of_them_could_exceed_the_limit(
 
 def test_too_large_a_sample_is_said_once_and_not_kept(tmp_path: Path) -> None:
     said: list[str] = []
-    store = Store(tmp_path, MIB, said.append)
+    store = CacheStore(tmp_path, MIB, said.append)
     for _ in range(2):
         store.put(KEYS[0], {"x": torch.zeros(MIB // 4)})
     assert store.get(KEYS[0]) is None and len(said) == 1 and "too small for a sample of 1.0 MiB" in said[0]
@@ -149,30 +149,30 @@ def test_too_large_a_sample_is_said_once_and_not_kept(tmp_path: Path) -> None:
 
 
 def test_what_killed_writers_leave_counts_and_is_removed_when_old(tmp_path: Path) -> None:
-    store = Store(tmp_path, 64 * MIB, fail)
+    store = CacheStore(tmp_path, 64 * MIB, fail)
     store.put(KEYS[0], tensors(0))
     young, old = tmp_path / "new" / "a", tmp_path / "new" / "b"
     for path in (young, old):
         path.write_bytes(bytes(5000))
     os.utime(old, (0, 0))
     assert sum(entry.bytes for entry in store.entries()) == 2 * 8192 + 8192  # of 5000, 5000 and 4400 bytes
-    Store(tmp_path, 64 * MIB, fail).put(KEYS[1], tensors(1))
+    CacheStore(tmp_path, 64 * MIB, fail).put(KEYS[1], tensors(1))
     assert young.exists() and not old.exists()
 
 
-def test_prune(store: Store, tmp_path: Path) -> None:
+def test_prune(store: CacheStore, tmp_path: Path) -> None:
     for number in range(10):
         store.put(KEYS[number], tensors(number))
     each = store.entries()[0].bytes
     assert store.prune(4 * each) == 6 and len(files(tmp_path / "samples")) == 4
     assert store.prune(0) == 4 and not files(tmp_path / "samples")
-    assert Store(tmp_path / "nothing", MIB, fail).prune(0) == 0 and not (tmp_path / "nothing").exists()
+    assert CacheStore(tmp_path / "nothing", MIB, fail).prune(0) == 0 and not (tmp_path / "nothing").exists()
 
 
 def test_a_full_disk_is_said_once(tmp_path: Path) -> None:
     said: list[str] = []
     with small_disk(tmp_path / "disk", 4) as disk:
-        store = Store(disk / "samples", 64 * MIB, said.append)
+        store = CacheStore(disk / "samples", 64 * MIB, said.append)
         store.put(KEYS[0], tensors(0))
         ballast = fill(disk)
         for number in range(1, 4):
@@ -188,7 +188,7 @@ def test_a_full_disk_is_said_once(tmp_path: Path) -> None:
 def test_a_directory_that_is_a_file_is_said_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     said: list[str] = []
-    store = Store(tmp_path / "file" / "samples", MIB, said.append)
+    store = CacheStore(tmp_path / "file" / "samples", MIB, said.append)
     for _ in range(2):
         store.put(KEYS[0], tensors(0))
         assert store.get(KEYS[0]) is None

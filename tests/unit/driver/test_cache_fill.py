@@ -15,13 +15,13 @@ from taid_ray.cli.quickstart import BUNDLE
 from taid_ray.config.schema import DistillConfig, build_config
 from taid_ray.data.batch import Batch, collate
 from taid_ray.data.dataset import TrainingData, validation_rows
-from taid_ray.driver import warm
+from taid_ray.driver import cache_fill
 from taid_ray.driver.preflight import prepare
 from taid_ray.errors import ConfigError, TaidRayError, TeacherError
 from taid_ray.models.pair import model_configs, run_tokenizer, shared_vocabulary
 from taid_ray.teacher.cache.cached import CachedTeacher
-from taid_ray.teacher.cache.claims import EverythingGranted
-from taid_ray.teacher.cache.offline import WarmedTeacher, all_warmed, find_warmed
+from taid_ray.teacher.cache.claims import NoClaims
+from taid_ray.teacher.cache.offline import OfflineTeacher, all_records, find_record
 from taid_ray.teacher.cache.tiers import Cache
 from taid_ray.teacher.local import LocalTeacher
 
@@ -54,8 +54,8 @@ def num_shared(settings: DistillConfig) -> int:
 
 def reader(settings: DistillConfig) -> CachedTeacher:
     """As a worker of a run without a teacher has it."""
-    inner = WarmedTeacher(settings, num_shared(settings))
-    return CachedTeacher(inner, Cache(settings.cache, print), EverythingGranted(), CPU)
+    inner = OfflineTeacher(settings, num_shared(settings))
+    return CachedTeacher(inner, Cache(settings.cache, print), NoClaims(), CPU)
 
 
 def batches(settings: DistillConfig, size: int = 5, seed: int = 3) -> list[Batch]:
@@ -70,21 +70,21 @@ def batches(settings: DistillConfig, size: int = 5, seed: int = 3) -> list[Batch
 
 
 @pytest.fixture(scope="module")
-def warmed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def filled(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of payload hidden. Not to be changed."""
-    directory = tmp_path_factory.mktemp("warmed") / "cache"
-    done = warm.warm(config(data, directory))
+    directory = tmp_path_factory.mktemp("filled") / "cache"
+    done = cache_fill.fill_cache(config(data, directory))
     assert done.computed > DOCUMENTS and done.teacher_tokens > 0 and done.directory == str(directory)
     return directory
 
 
 @pytest.fixture
-def copy(warmed: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(warmed, tmp_path / "copy"))
+def copy(filled: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(filled, tmp_path / "copy"))
 
 
-def test_a_warmed_cache_answers_as_the_teacher(data: Path, warmed: Path) -> None:
-    settings = config(data, warmed, teacher__mode="cache")
+def test_a_filled_cache_answers_as_the_teacher(data: Path, filled: Path) -> None:
+    settings = config(data, filled, teacher__mode="cache")
     prepare(settings)
     local, cached = LocalTeacher(settings.teacher, num_shared(settings), CPU), reader(settings)
     assert cached.info() == local.info()
@@ -96,20 +96,20 @@ def test_a_warmed_cache_answers_as_the_teacher(data: Path, warmed: Path) -> None
     cached.close()
 
 
-def test_warming_again_computes_nothing_but_what_is_damaged(data: Path, copy: Path) -> None:
+def test_filling_again_computes_nothing_but_what_is_damaged(data: Path, copy: Path) -> None:
     settings = config(data, copy, train__seed=5, train__micro_batch_size=3)
-    again = warm.warm(settings)
+    again = cache_fill.fill_cache(settings)
     assert (again.computed, again.teacher_tokens) == (0, 0) and again.found > DOCUMENTS
     damaged = sorted((copy / "samples").glob("*/*.safetensors"))[:2]
     for path in damaged:
         path.write_bytes(path.read_bytes()[:-1])
-    assert warm.warm(settings).computed == 2
+    assert cache_fill.fill_cache(settings).computed == 2
 
 
 @pytest.mark.parametrize("payload", ["topk", "hidden_int8"])
 def test_approximate_payloads_keep_their_error(data: Path, tmp_path: Path, payload: str) -> None:
     settings = config(data, tmp_path / "cache", teacher__payload=payload, teacher__topk=8)
-    warm.warm(settings)
+    cache_fill.fill_cache(settings)
     local, cached = LocalTeacher(settings.teacher, num_shared(settings), CPU), reader(settings)
     first = collate(validation_rows(settings.data, run_tokenizer(settings))[:4])
     assert cached.payload_error(first) == local.payload_error(first) > 0
@@ -138,9 +138,9 @@ def refusal(settings: DistillConfig) -> str:
     return str(caught.value)
 
 
-def test_other_settings_are_refused_before_anything_starts(data: Path, warmed: Path, tmp_path: Path) -> None:
+def test_other_settings_are_refused_before_anything_starts(data: Path, filled: Path, tmp_path: Path) -> None:
     for values in ({"teacher__payload": "topk"}, {"teacher__dtype": "bfloat16"}):
-        message = refusal(config(data, warmed, teacher__mode="cache", **values))
+        message = refusal(config(data, filled, teacher__mode="cache", **values))
         assert "holds no outputs of teacher.model" in message and "taid-ray cache warm" in message
     message = refusal(config(data, tmp_path / "empty", teacher__mode="cache"))
     assert str(tmp_path / "empty") in message and "taid-ray cache warm" in message
@@ -150,9 +150,9 @@ def teacher_copy(path: Path) -> Path:
     return Path(shutil.copytree(BUNDLE / "stories260k", path))
 
 
-def test_weights_are_not_needed_and_other_ones_are_refused(data: Path, warmed: Path, tmp_path: Path) -> None:
+def test_weights_are_not_needed_and_other_ones_are_refused(data: Path, filled: Path, tmp_path: Path) -> None:
     moved = teacher_copy(tmp_path / "moved")
-    settings = config(data, warmed, teacher__mode="cache", teacher__model=str(moved))
+    settings = config(data, filled, teacher__mode="cache", teacher__model=str(moved))
     prepare(settings)
     content = bytearray((moved / "model.safetensors").read_bytes())
     content[-1] ^= 1
@@ -160,11 +160,11 @@ def test_weights_are_not_needed_and_other_ones_are_refused(data: Path, warmed: P
     assert "are others than those" in refusal(settings)
     (moved / "model.safetensors").unlink()
     prepare(settings)
-    assert find_warmed(settings, num_shared(settings))[1].model == str(BUNDLE / "stories260k")
+    assert find_record(settings, num_shared(settings))[1].model == str(BUNDLE / "stories260k")
 
 
 def test_without_weights_two_like_teachers_are_told_apart_by_name(data: Path, copy: Path, tmp_path: Path) -> None:
-    first, other = all_warmed(copy)[0][0], copy / "teachers" / ("0" * 64)
+    first, other = all_records(copy)[0][0], copy / "teachers" / ("0" * 64)
     shutil.copytree(first, other)
     record = json.loads((other / "teacher.json").read_text())
     record["info"]["fingerprint"], record["model"] = "0" * 64, "another"
@@ -177,7 +177,7 @@ def test_without_weights_two_like_teachers_are_told_apart_by_name(data: Path, co
     record["model"] = str(bare)
     (other / "teacher.json").write_text(json.dumps(record))
     settings = config(data, copy, teacher__mode="cache", teacher__model=str(bare))
-    assert find_warmed(settings, num_shared(settings))[0] == other
+    assert find_record(settings, num_shared(settings))[0] == other
 
 
 def test_a_damaged_head_is_said(data: Path, copy: Path) -> None:
@@ -188,31 +188,31 @@ def test_a_damaged_head_is_said(data: Path, copy: Path) -> None:
     for bad in (bytes(content), content[:50], b""):
         path.write_bytes(bad)
         with pytest.raises(TeacherError, match=r"head in .* is damaged or missing; run `taid-ray cache warm`"):
-            WarmedTeacher(settings, num_shared(settings)).head()
+            OfflineTeacher(settings, num_shared(settings)).head()
 
 
 def test_what_does_not_fit_is_refused_before_the_teacher_starts(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(warm, "running_teacher", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr(cache_fill, "running_teacher", lambda *_: pytest.fail("started"))
     with pytest.raises(ConfigError, match=r"cache.disk_gib: 0.001 is too small .* set cache.disk_gib=0.0"):
-        warm.warm(config(data, tmp_path / "cache", cache__disk_gib=0.001))
+        cache_fill.fill_cache(config(data, tmp_path / "cache", cache__disk_gib=0.001))
     with pytest.raises(ConfigError, match=r"cache.directory is not set"):
-        warm.warm(config(data, tmp_path, cache__directory=None))
+        cache_fill.fill_cache(config(data, tmp_path, cache__directory=None))
 
 
 def test_what_is_said_to_be_enough_is_enough(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        warm.warm(config(data, tmp_path / "cache", cache__disk_gib=1e-6))
+        cache_fill.fill_cache(config(data, tmp_path / "cache", cache__disk_gib=1e-6))
     enough = float(str(caught.value).split("set cache.disk_gib=")[1].split(",")[0])
     settings = config(data, tmp_path / "cache", cache__disk_gib=enough)
-    assert warm.warm(settings).computed and warm.warm(settings).computed == 0
+    assert cache_fill.fill_cache(settings).computed and cache_fill.fill_cache(settings).computed == 0
 
 
-def test_of_a_stream_the_steps_of_the_run_are_warmed(data: Path, tmp_path: Path) -> None:
+def test_of_a_stream_the_steps_of_the_run_are_computed(data: Path, tmp_path: Path) -> None:
     settings = config(data, tmp_path / "cache", data__streaming=True)
     rows = len(validation_rows(settings.data, run_tokenizer(settings)))
-    assert warm.warm(settings).rows == rows + 4 * 4
+    assert cache_fill.fill_cache(settings).rows == rows + 4 * 4
 
 
 def test_stats_and_prune(copy: Path, tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ from taid_ray.student.clock import PhaseClock
 from taid_ray.student.prefetch import Prefetcher, StepBatches, read_ahead
 from taid_ray.student.spec import Plan
 from taid_ray.teacher.cache.cached import CachedTeacher
-from taid_ray.teacher.cache.claims import EverythingGranted
-from taid_ray.teacher.cache.offline import save_warmed
+from taid_ray.teacher.cache.claims import NoClaims
+from taid_ray.teacher.cache.offline import save_record
 from taid_ray.teacher.cache.store import BLOCK, FULL
 from taid_ray.teacher.cache.tiers import Cache
 from taid_ray.teacher.local import LocalTeacher
@@ -43,8 +43,8 @@ REQUESTS_PER_REPLICA = 2
 
 
 @dataclass(frozen=True)
-class Warmth:
-    """What `warm` did."""
+class FillResult:
+    """What `fill_cache` did."""
 
     directory: str
     rows: int
@@ -54,14 +54,14 @@ class Warmth:
     teacher_tokens: int
 
 
-def warm(config: DistillConfig) -> Warmth:
+def fill_cache(config: DistillConfig) -> FillResult:
     """Fills `config.cache.directory` with the outputs for the validation rows and every training sample.
 
     Those of one epoch; of the run's steps, if the data are a stream. Joins Ray or starts it, and a pool with it, as a run
     does; with teacher.mode: local neither. What is there already is verified and not computed again. Raises ConfigError,
     before anything is started, if they do not fit into cache.disk_gib.
     """
-    config = for_warming(with_absolute_paths(config))
+    config = fill_config(with_absolute_paths(config))
     with connection_restored(), ProgressView() as view:
         view.say("checking models and data")
         plan = prepare(config)
@@ -69,19 +69,19 @@ def warm(config: DistillConfig) -> Warmth:
         view.wait_for("reading all data")
         rows = check_fits(config, plan, tokenizer)
         with running_teacher(config, plan, view) as inner:
-            teacher = CachedTeacher(inner, Cache(config.cache, view.say), EverythingGranted(), torch.device("cpu"))
+            teacher = CachedTeacher(inner, Cache(config.cache, view.say), NoClaims(), torch.device("cpu"))
             try:
-                fill(config, teacher, all_rows(config, plan, tokenizer), rows, view)
+                request_rows(config, teacher, all_rows(config, plan, tokenizer), rows, view)
                 held_out = collate(validation_rows(config.data, tokenizer)[: config.train.micro_batch_size])
-                save_warmed(config, inner, inner.payload_error(held_out))
-                return Warmth(
+                save_record(config, inner, inner.payload_error(held_out))
+                return FillResult(
                     str(config.cache.directory), rows, teacher.samples_found, teacher.samples_asked, teacher.tokens
                 )
             finally:
                 teacher.close()
 
 
-def for_warming(config: DistillConfig) -> DistillConfig:
+def fill_config(config: DistillConfig) -> DistillConfig:
     """With a teacher, if it is the configuration of a run without one; on disk only. Raises ConfigError."""
     if config.cache.directory is None:
         raise ConfigError(
@@ -159,7 +159,9 @@ def running_teacher(config: DistillConfig, plan: Plan, view: ProgressView) -> It
             stop_pool(name)
 
 
-def fill(config: DistillConfig, teacher: CachedTeacher, rows: Iterator[Row], total: int, view: ProgressView) -> None:
+def request_rows(
+    config: DistillConfig, teacher: CachedTeacher, rows: Iterator[Row], total: int, view: ProgressView
+) -> None:
     """Asks for the outputs of all rows, with enough under way to keep every replica busy."""
     view.say(f"computing the teacher's outputs for {total:,} rows")
     window = max(config.teacher.window, REQUESTS_PER_REPLICA * config.teacher.replicas.max)
