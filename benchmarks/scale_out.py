@@ -217,7 +217,7 @@ def scale(pool: str, replicas: int) -> None:
     """What `taid-ray scale` does, and waits until exactly so many run."""
     lease = find_lease(pool)
     assert lease is not None
-    ray.get(lease.ask_for.remote(replicas))
+    ray.get(lease.set_replicas.remote(replicas))
     while replica_states(pool) != {"RUNNING": replicas}:
         time.sleep(0.5)
 

@@ -38,11 +38,11 @@ def scale_teacher(run_dir: Path, live: Live, replicas: int, say: Callable[[str],
             f"the teacher pool of {run_dir} is not there: it is being started, or removed; try again in some seconds"
         )
     check_scale(demand_of(config, resolve(config.device, cluster_has_gpus())), replicas)
-    before = ray.get(lease.ask_for.remote(replicas), timeout=LEASE_S)
+    before = ray.get(lease.set_replicas.remote(replicas), timeout=LEASE_S)
     try:
         _wait(pool, lease, replicas, config.teacher.timeout_s, say)
     except TeacherError:
-        ray.get(lease.ask_for.remote(before), timeout=LEASE_S)
+        ray.get(lease.set_replicas.remote(before), timeout=LEASE_S)
         raise
 
 

@@ -22,7 +22,7 @@ from taid_ray.teacher.pool import lifecycle
 from taid_ray.teacher.pool.client import PoolTeacher, replica_states
 from taid_ray.teacher.pool.lease import find_lease, keep_lease
 from taid_ray.teacher.pool.lifecycle import start_pool, stop_pool
-from taid_ray.teacher.pool.replica import AlreadyHereError, Answer, Question
+from taid_ray.teacher.pool.replica import AlreadyHereError, ScoreRequest, ScoreResponse
 from taid_ray.teacher.protocol import TeacherInfo
 from tests.support.processes import processes, replica_processes
 from tests.support.waiting import START_S, wait_until
@@ -169,7 +169,7 @@ def test_damage_on_the_way_is_noticed_and_asked_for_again(
     expected = client.collect(client.submit(batch)).tensors
     accept = client._accepted
 
-    def accept_damaged(answer: Answer, num_positions: int) -> Any:
+    def accept_damaged(answer: ScoreResponse, num_positions: int) -> Any:
         if not notes:
             tensor, (dtype, shape, data) = next(iter(answer.payload.items()))
             answer = answer._replace(payload=answer.payload | {tensor: (dtype, shape, flipped(data))})
@@ -178,10 +178,10 @@ def test_damage_on_the_way_is_noticed_and_asked_for_again(
     monkeypatch.setattr(client, "_accepted", accept_damaged)
     torch.testing.assert_close(client.collect(client.submit(batch)).tensors, expected, atol=0, rtol=0)
     assert len(notes) == 1 and "sent a damaged answer (" in notes[0]
-    question = Question.of(batch)
-    dtype, shape, data = question.inputs["input_ids"]
-    question.inputs["input_ids"] = (dtype, shape, flipped(data))
-    monkeypatch.setattr(Question, "of", lambda _: question)
+    request = ScoreRequest.of(batch)
+    dtype, shape, data = request.inputs["input_ids"]
+    request.inputs["input_ids"] = (dtype, shape, flipped(data))
+    monkeypatch.setattr(ScoreRequest, "of", lambda _: request)
     with pytest.raises(TeacherError, match=r"checksum .* \(at replica \w+\); the teacher pool was asked 3 times"):
         client.collect(client.submit(batch))
     assert len(notes) == 3 and all("received a damaged request (" in note for note in notes[1:])
@@ -204,7 +204,7 @@ def test_a_frozen_replica_holds_nobody_up(
     def usual_is_known() -> bool:
         for batch in asked:
             client.collect(client.submit(batch))
-        return not math.isinf(client._patience.limit_s)
+        return not math.isinf(client._latency.limit_s)
 
     def one_came_to_it() -> bool:
         """Everything is answered while it is frozen, also if the router has sent it something."""
@@ -269,8 +269,8 @@ def test_a_replica_refuses_what_it_has_already(
 ) -> None:
     connect("shards")
     handle, rows = serve.get_app_handle("shards"), torch.zeros(64, 256, dtype=torch.int64)
-    question = Question.of(Batch({"input_ids": rows}, torch.arange(4), torch.zeros(4, dtype=torch.int64)))
-    first, second = (handle.score.remote(question, "id") for _ in range(2))
+    request = ScoreRequest.of(Batch({"input_ids": rows}, torch.arange(4), torch.zeros(4, dtype=torch.int64)))
+    first, second = (handle.score.remote(request, "id") for _ in range(2))
     with pytest.raises(AlreadyHereError):
         second.result(timeout_s=60)
     assert first.result(timeout_s=60).payload["hidden"][1] == (4, 32)

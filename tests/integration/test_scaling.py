@@ -29,7 +29,7 @@ from taid_ray.teacher.pool import lifecycle
 from taid_ray.teacher.pool.client import PoolTeacher, replica_states
 from taid_ray.teacher.pool.deployment import DEPLOYMENT
 from taid_ray.teacher.pool.lifecycle import PoolWatch, start_pool, stop_pool
-from taid_ray.teacher.pool.replica import Answer
+from taid_ray.teacher.pool.replica import ScoreResponse
 from tests.support.waiting import START_S, WAIT_S, wait_until
 
 pytestmark = [pytest.mark.more, pytest.mark.timeout(900)]  # most of it for the start of replicas on a busy machine
@@ -140,7 +140,7 @@ class Worker:
             with self._news:
                 self._news.notify_all()
 
-    def _accept(self, answer: Answer, num_positions: int) -> Any:
+    def _accept(self, answer: ScoreResponse, num_positions: int) -> Any:
         with self._news:
             self.answered_by.append(answer.replica)
             self._news.notify_all()

@@ -18,11 +18,11 @@ from taid_ray.teacher.model import head_digest
 from taid_ray.teacher.payload import TeacherOutput
 from taid_ray.teacher.pool.deployment import DEPLOYMENT
 from taid_ray.teacher.pool.lease import keep_lease, require_lease
-from taid_ray.teacher.pool.replica import Answer, HeadPiece, Question
-from taid_ray.teacher.pool.request import Patience, Request, Waiter
+from taid_ray.teacher.pool.replica import HeadPiece, ScoreRequest, ScoreResponse
+from taid_ray.teacher.pool.request import LatencyTracker, PendingRequest, ResponseWaiter
 from taid_ray.teacher.protocol import TeacherInfo
 from taid_ray.teacher.transfer import ToDevice
-from taid_ray.teacher.wire import DamagedError, unpack, verify
+from taid_ray.teacher.wire import DamagedMessage, unpack, verify
 from taid_ray.tracking.prometheus import STUDENT, Instruments, run_of_pool
 
 PIECE_BYTES = 64 * 2**20
@@ -57,29 +57,29 @@ class PoolTeacher:
         self._handle = serve.get_app_handle(app_name)
         self.tokens = 0
         self._info: TeacherInfo | None = None
-        self._waiter = Waiter(app_name, config, notify)
-        self._patience = Patience(config.hedge_after)
+        self._waiter = ResponseWaiter(app_name, config, notify)
+        self._latency = LatencyTracker(config.hedge_after)
         self._instruments = Instruments(run_of_pool(app_name), STUDENT)
         self._to_device = ToDevice(device)
         self._device = device
-        self._requests: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._pending: queue.SimpleQueue[PendingRequest | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._fetch_all, name=f"fetch-{app_name}", daemon=True)
         self._thread.start()
 
-    def submit(self, batch: Batch) -> Request | None:
+    def submit(self, batch: Batch) -> PendingRequest | None:
         """Sends the batch and returns at once. Answers are fetched in the order of the calls, so collect them in it."""
         if not batch.num_loss_tokens:
             return None  # there is nothing to ask
-        question, num_positions = Question.of(batch), batch.num_loss_tokens
+        request, num_positions = ScoreRequest.of(batch), batch.num_loss_tokens
         self.tokens += batch.inputs["input_ids"].numel()
-        request = Request(
-            lambda request_id: self._handle.score.remote(question, request_id),
+        pending = PendingRequest(
+            lambda request_id: self._handle.score.remote(request, request_id),
             lambda answer: (answer, self._accepted(answer, num_positions)),
         )
-        self._requests.put(request)
-        return request
+        self._pending.put(pending)
+        return pending
 
-    def collect(self, request: Request | None) -> TeacherOutput:
+    def collect(self, request: PendingRequest | None) -> TeacherOutput:
         """The answer, in memory that must not be written to. Usually it is there already.
 
         Raises TeacherError after config.timeout_s, or if the answers are damaged, of the wrong kind or not finite each
@@ -93,8 +93,8 @@ class PoolTeacher:
         return output
 
     def payload_error(self, batch: Batch) -> float:
-        question = Question.of(batch)
-        return float(self._ask(lambda: self._handle.payload_error.remote(question)))
+        request = ScoreRequest.of(batch)
+        return float(self._ask(lambda: self._handle.payload_error.remote(request)))
 
     def info(self) -> TeacherInfo:
         """Asks the pool once."""
@@ -133,7 +133,7 @@ class PoolTeacher:
     def close(self) -> None:
         """Withdraws what is still under way and stops keeping the lease."""
         self._waiter.stopped = True
-        self._requests.put(None)
+        self._pending.put(None)
         self._thread.join(CLOSE_S)
         self._stop_renewing()
 
@@ -147,12 +147,12 @@ class PoolTeacher:
 
     def _ask(self, send: Callable[[], Any], accept: Callable[[Any], Any] = lambda answer: answer) -> Any:
         """The answer to something that somebody waits for now."""
-        request = Request(lambda _: send(), accept)
+        request = PendingRequest(lambda _: send(), accept)
         request.wanted = True
         return self._waiter.answer(request)
 
     def _fetch_all(self) -> None:
-        while (request := self._requests.get()) is not None:
+        while (request := self._pending.get()) is not None:
             try:
                 found = self._fetch(request)
             except BaseException as error:  # handed over, to be raised by `collect`
@@ -161,24 +161,24 @@ class PoolTeacher:
             else:
                 request.output.set_result(found)
 
-    def _fetch(self, request: Request) -> tuple[TeacherOutput, Any]:
-        hedge = self._patience.hedge(request.submitted)
+    def _fetch(self, request: PendingRequest) -> tuple[TeacherOutput, Any]:
+        hedge = self._latency.hedge(request.submitted)
         answer, output = self._waiter.answer(request, hedge)
         again = {"damaged": request.damaged > 0, "lost": request.lost is not None and not request.damaged}
         for reason, happened in (again | {"late": hedge.begun}).items():
             self._instruments.add("taid_requests_again", float(happened), reason)
-        self._patience.answered(request.submitted, time.monotonic(), answer)
+        self._latency.answered(request.submitted, time.monotonic(), answer)
         return self._to_device.copy(output)
 
-    def _accepted(self, answer: Answer, num_positions: int) -> TeacherOutput:
-        """The answer, on CPU. Raises DamagedError, naming the replica, for one that cannot be right."""
+    def _accepted(self, answer: ScoreResponse, num_positions: int) -> TeacherOutput:
+        """The answer, on CPU. Raises DamagedMessage, naming the replica, for one that cannot be right."""
         info = self.info()
         try:
             verify(answer.payload, answer.checksum)
             tensors = {name: unpack(packed) for name, packed in answer.payload.items()}
             info.check_output(tensors, num_positions)
         except TeacherError as error:
-            raise DamagedError(f"{error} (sent by replica {answer.replica})") from error
+            raise DamagedMessage(f"{error} (sent by replica {answer.replica})") from error
         return TeacherOutput(info.payload, tensors, answer.compute_s)
 
 

@@ -33,7 +33,7 @@ CLAIM_S = 2.0
 
 logger = logging.getLogger(__name__)
 
-Word = Literal["go on", "register", "over"]
+ReplicaCommand = Literal["go on", "register", "over"]
 """What a replica is to do: go on, say again who it is, or end, because the pool is being removed."""
 
 
@@ -91,7 +91,7 @@ class Lease:
         """More than one if replicas do not give identical bits."""
         return self._probe_digests
 
-    def report_load(self, replica: str, load: float) -> Word:
+    def report_load(self, replica: str, load: float) -> ReplicaCommand:
         """A replica's mean number of requests since its last report."""
         self._loads[replica] = (time.monotonic(), load)
         if self._over:
@@ -112,7 +112,7 @@ class Lease:
             self._replicas = self._asked
         return self._replicas
 
-    def ask_for(self, replicas: int | None) -> int | None:
+    def set_replicas(self, replicas: int | None) -> int | None:
         """From now on the pool has so many replicas, whatever the load; None: as many as the load needs.
 
         Returns what was asked for before.

@@ -46,7 +46,7 @@ def start_pool(
     start = time.monotonic()
     _start_serve()
     spec = (config, num_shared, device_kind, use_role_resources)
-    lease = _left_behind(app_name, spec)
+    lease = _adoptable_lease(app_name, spec)
     try:
         if lease is None:
             stop_pool(app_name)
@@ -107,7 +107,7 @@ def _start_serve() -> None:
         serve.start(proxy_location="Disabled")
 
 
-def _left_behind(app_name: str, spec: Any) -> ActorHandle | None:
+def _adoptable_lease(app_name: str, spec: Any) -> ActorHandle | None:
     """The lease of a pool that was started with the same `spec` and still serves; None if there is no such pool."""
     lease = find_lease(app_name)
     try:

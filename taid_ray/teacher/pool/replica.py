@@ -27,9 +27,9 @@ from taid_ray.errors import TaidRayError, TeacherError
 from taid_ray.models.hub import offline_if_unreachable
 from taid_ray.teacher.model import TeacherModel
 from taid_ray.teacher.pool.autoscaling import REPORT_S, LoadMeter
-from taid_ray.teacher.pool.lease import Word, find_lease
+from taid_ray.teacher.pool.lease import ReplicaCommand, find_lease
 from taid_ray.teacher.protocol import TeacherInfo
-from taid_ray.teacher.wire import DamagedError, Packed, digest, pack, unpack, verify
+from taid_ray.teacher.wire import DamagedMessage, Packed, digest, pack, unpack, verify
 from taid_ray.tracking.prometheus import TEACHER, Instruments, run_of_pool
 
 LOOPBACK = "127.0.0.1"  # a replica's placement group lies on one node
@@ -38,11 +38,11 @@ PING_TIMEOUT_S = 20.0
 FAILURE_PAUSE_S = 5.0
 
 T = TypeVar("T")
-Request = tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]
+ScoreInputs = tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]
 """Inputs, loss positions and labels."""
 
 
-class Question(NamedTuple):
+class ScoreRequest(NamedTuple):
     """A request on its way to a replica."""
 
     inputs: dict[str, Packed]
@@ -52,13 +52,13 @@ class Question(NamedTuple):
     """Of everything above."""
 
     @classmethod
-    def of(cls, batch: Batch) -> "Question":
+    def of(cls, batch: Batch) -> "ScoreRequest":
         inputs = _packed(batch.inputs)
         targets = _packed({"loss_positions": batch.loss_positions, "labels": batch.labels})
         return cls(inputs, targets, digest(_joined(inputs, targets)))
 
-    def unpacked(self) -> Request:
-        """Raises DamagedError if this is not what was sent."""
+    def unpacked(self) -> ScoreInputs:
+        """Raises DamagedMessage if this is not what was sent."""
         verify(_joined(self.inputs, self.targets), self.checksum)
         inputs = {name: unpack(packed) for name, packed in self.inputs.items()}
         return inputs, unpack(self.targets["loss_positions"]), unpack(self.targets["labels"])
@@ -75,7 +75,7 @@ class HeadPiece(NamedTuple):
     """Of the rows."""
 
 
-class Answer(NamedTuple):
+class ScoreResponse(NamedTuple):
     """A replica's answer to one request."""
 
     payload: dict[str, Packed]
@@ -105,8 +105,8 @@ class TeacherShard:
 
         self._model = await asyncio.to_thread(work)
 
-    async def score(self, question: Question) -> None:
-        await asyncio.to_thread(self._model.score, *question.unpacked())
+    async def score(self, request: ScoreRequest) -> None:
+        await asyncio.to_thread(self._model.score, *request.unpacked())
 
     async def ping(self) -> None:
         pass
@@ -149,39 +149,39 @@ class TeacherReplica:
         if lease is not None:
             self._reporting = asyncio.create_task(self._report_load(lease))
 
-    async def score(self, question: Question, request_id: str) -> Answer:
+    async def score(self, request: ScoreRequest, request_id: str) -> ScoreResponse:
         """The payload at the loss positions, as TeacherModel.score.
 
-        Raises AlreadyHereError at once if a request of that id is here, DamagedError, TeacherError, ReplicaBrokenError.
+        Raises AlreadyHereError at once if a request of that id is here, DamagedMessage, TeacherError, ReplicaBrokenError.
         """
         if request_id in self._here:
             raise AlreadyHereError(f"replica {self._name} has this request already")
-        request = self._request(question)
+        inputs = self._unpacked(request)
 
         def compute() -> tuple[dict[str, torch.Tensor], float]:
-            return _timed(lambda: self._model.score(*request))
+            return _timed(lambda: self._model.score(*inputs))
 
         def share() -> list[ray.ObjectRef]:
-            return [shard.score.remote(question) for shard in self._shards]
+            return [shard.score.remote(request) for shard in self._shards]
 
         self._here.add(request_id)
         try:
-            tensors, seconds = await self._in_turn(request, compute, share)
+            tensors, seconds = await self._in_turn(inputs, compute, share)
         finally:
             self._here.discard(request_id)
         self._instruments.add("taid_teacher_requests", 1)
         self._instruments.add("taid_teacher_compute_seconds", seconds)
         self._instruments.observe("taid_teacher_request_seconds", seconds)
         payload, checksum = await asyncio.to_thread(_sealed, tensors)
-        return Answer(payload, seconds, self._name, checksum)
+        return ScoreResponse(payload, seconds, self._name, checksum)
 
-    async def payload_error(self, question: Question) -> float:
+    async def payload_error(self, request: ScoreRequest) -> float:
         """What the payload loses on this request, as TeacherModel.payload_error; errors as in `score`."""
-        request = self._request(question)
+        inputs = self._unpacked(request)
         return await self._in_turn(
-            request,
-            lambda: self._model.payload_error(*request[:2]),
-            lambda: [shard.score.remote(question) for shard in self._shards],
+            inputs,
+            lambda: self._model.payload_error(*inputs[:2]),
+            lambda: [shard.score.remote(request) for shard in self._shards],
         )
 
     async def head_piece(self, start: int, stop: int) -> HeadPiece:
@@ -197,11 +197,11 @@ class TeacherReplica:
             raise ReplicaBrokenError(self._broken)
         await asyncio.wait_for(asyncio.gather(*[shard.ping.remote() for shard in self._shards]), PING_TIMEOUT_S)
 
-    def _request(self, question: Question) -> Request:
+    def _unpacked(self, request: ScoreRequest) -> ScoreInputs:
         try:
-            return question.unpacked()
-        except DamagedError as error:
-            raise DamagedError(f"{error} (at replica {self._name})") from error
+            return request.unpacked()
+        except DamagedMessage as error:
+            raise DamagedMessage(f"{error} (at replica {self._name})") from error
 
     async def _load(self, config: TeacherConfig, num_shared: int, device_kind: str) -> TeacherModel:
         store = None
@@ -216,23 +216,23 @@ class TeacherReplica:
         leader = asyncio.to_thread(load_shard, config, num_shared, device_kind, 0, store)
         return (await asyncio.gather(leader, *others))[0]  # the first failure of any shard ends the wait
 
-    async def _in_turn(self, request: Request, compute: Callable[[], T], share: Callable[[], list[Any]]) -> T:
+    async def _in_turn(self, inputs: ScoreInputs, compute: Callable[[], T], share: Callable[[], list[Any]]) -> T:
         """What `compute` returns, after all earlier requests; `share` starts the other shards' part of it."""
         self._load_meter.add(1, time.monotonic())
         try:
             # A caller that gives up while its request waits takes it out of the queue.
             await self._one_at_a_time.acquire()
             # Once started, all shards must finish together before the next batch, whether or not anybody listens.
-            return await asyncio.shield(asyncio.create_task(self._compute(request, compute, share)))
+            return await asyncio.shield(asyncio.create_task(self._compute(inputs, compute, share)))
         finally:
             self._load_meter.add(-1, time.monotonic())
 
-    async def _compute(self, request: Request, compute: Callable[[], T], share: Callable[[], list[Any]]) -> T:
+    async def _compute(self, inputs: ScoreInputs, compute: Callable[[], T], share: Callable[[], list[Any]]) -> T:
         try:
             if self._broken is not None:
                 raise ReplicaBrokenError(self._broken)
             # Before any shard sees the request: an impossible one must not stop the group inside a collective.
-            self._model.check_request(*request)
+            self._model.check_request(*inputs)
             try:
                 found: T = (await asyncio.gather(asyncio.to_thread(compute), *share()))[0]
             except Exception as error:
@@ -251,7 +251,7 @@ class TeacherReplica:
             load = self._load_meter.read(time.monotonic())
             self._instruments.set("taid_teacher_queue", load)
             with suppress(RayActorError):  # it is being restarted
-                word: Word = await lease.report_load.remote(self._name, load)
+                word: ReplicaCommand = await lease.report_load.remote(self._name, load)
                 if word == "over":
                     self._broken = "the teacher pool is being removed"
                 elif word == "register":

@@ -23,8 +23,8 @@ from ray.serve.exceptions import DeploymentUnavailableError, RequestCancelledErr
 from taid_ray.config.schema import TeacherConfig
 from taid_ray.errors import TaidRayError, TeacherError
 from taid_ray.teacher.pool.lease import find_lease
-from taid_ray.teacher.pool.replica import AlreadyHereError, Answer, ReplicaBrokenError
-from taid_ray.teacher.wire import DamagedError
+from taid_ray.teacher.pool.replica import AlreadyHereError, ReplicaBrokenError, ScoreResponse
+from taid_ray.teacher.wire import DamagedMessage
 
 RETRY_PAUSE_S = 1.0
 NOTICE_S = 15.0
@@ -44,12 +44,12 @@ LOST = (
     ReplicaBrokenError,
 )
 # A checksum failed, or Ray could not even read what came.
-DAMAGED = (DamagedError, RaySystemError)
+DAMAGED = (DamagedMessage, RaySystemError)
 DAMAGED_TRIES = 3
 """So often one request may come to harm; a teacher whose values are wrong each time says so quickly."""
 
 
-class Patience:
+class LatencyTracker:
     """How long one client's answers usually take, from the time at which they could have been served."""
 
     KEPT, KNOWN = 64, 8
@@ -62,7 +62,7 @@ class Patience:
         self._seen: deque[tuple[float, str]] = deque(maxlen=self.KEPT)
         self._last = -math.inf
 
-    def answered(self, submitted: float, now: float, answer: Answer) -> None:
+    def answered(self, submitted: float, now: float, answer: ScoreResponse) -> None:
         # With several replicas answers come in groups, all but the first of each without a wait; what their computation
         # took is what a request may take at least.
         waited = now - max(submitted, self._last)
@@ -118,13 +118,13 @@ class Hedge:
 PENDING = object()
 
 
-class Request:
+class PendingRequest:
     """Something asked of the pool, under way at one replica or, after a hedge, at several."""
 
     def __init__(self, send: Callable[[str], Any], accept: Callable[[Any], Any] = lambda answer: answer):
         """send: sends it under the id it is given, and returns Serve's response.
 
-        accept: what the caller gets for an answer. Raises DamagedError for one that is to be asked for again.
+        accept: what the caller gets for an answer. Raises DamagedMessage for one that is to be asked for again.
         """
         self.accept, self.id, self._send = accept, uuid.uuid4().hex, send
         self.submitted = time.monotonic()
@@ -149,14 +149,14 @@ class Request:
                 self.responses.pop().cancel()
 
 
-class Waiter:
+class ResponseWaiter:
     """Waits for the answers of one pool."""
 
     def __init__(self, app_name: str, config: TeacherConfig, notify: Callable[[str], None]):
         self._app_name, self._config, self._notify = app_name, config, notify
         self.stopped = False
 
-    def answer(self, request: Request, hedge: Hedge | None = None) -> Any:
+    def answer(self, request: PendingRequest, hedge: Hedge | None = None) -> Any:
         """The first accepted answer to `request`, sent again when it is lost and, when it is late, as `hedge` says.
 
         Raises TeacherError after config.timeout_s, if the pool is gone, for DAMAGED_TRIES damaged answers, or once
@@ -189,7 +189,7 @@ class Waiter:
             f"{WHERE_TO_LOOK}"
         )
 
-    def _send_too(self, request: Request, hedge: Hedge, now: float) -> None:
+    def _send_too(self, request: PendingRequest, hedge: Hedge, now: float) -> None:
         if not hedge.begun:
             self._notify(
                 f"the teacher pool has not answered a request for {now - request.submitted:.1f} s, where "
@@ -198,7 +198,7 @@ class Waiter:
         request.send()
         hedge.sent(now)
 
-    def _look(self, request: Request, response: Any, hedge: Hedge, start: float) -> Any:
+    def _look(self, request: PendingRequest, response: Any, hedge: Hedge, start: float) -> Any:
         """The answer if it comes before the next decision is due, else PENDING. Forgets a response that failed."""
         try:
             return request.accept(response.result(timeout_s=self._step_s(request, hedge, start)))
@@ -217,7 +217,7 @@ class Waiter:
         request.responses.remove(response)
         return PENDING
 
-    def _note_damage(self, request: Request, error: Exception) -> None:
+    def _note_damage(self, request: PendingRequest, error: Exception) -> None:
         """Raises TeacherError once that is enough."""
         request.lost, request.damaged = error, request.damaged + 1
         found = _message(error)
@@ -226,7 +226,7 @@ class Waiter:
         what = "received a damaged request" if isinstance(error, RayTaskError) else "sent a damaged answer"
         self._notify(f"the teacher pool {what} ({found}); asking again")
 
-    def _step_s(self, request: Request, hedge: Hedge, start: float) -> float:
+    def _step_s(self, request: PendingRequest, hedge: Hedge, start: float) -> float:
         now = time.monotonic()
         if len(request.responses) > 1:
             return TURN_S

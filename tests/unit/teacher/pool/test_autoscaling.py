@@ -97,18 +97,18 @@ def lease(low: int, high: int) -> Lease:
 def test_a_number_asked_for_by_hand_holds_whatever_the_load() -> None:
     found = lease(1, 2)
     assert found.replicas(1) == 1
-    assert found.ask_for(5) is None
+    assert found.set_replicas(5) is None
     assert found.replicas(1) == found.replicas(5) == 5
-    assert found.ask_for(2) == 5
+    assert found.set_replicas(2) == 5
     assert found.replicas(5) == 2
 
 
 def test_a_number_that_could_not_be_had_leaves_the_decision_to_the_load_again() -> None:
     found = lease(1, 2)
     assert found.replicas(1) == 1
-    before = found.ask_for(5)
+    before = found.set_replicas(5)
     assert found.replicas(1) == 5
-    found.ask_for(before)
+    found.set_replicas(before)
     assert found.replicas(5) == 2, "no more than the configuration allows, although Serve tries to reach five"
 
 
@@ -143,7 +143,7 @@ def test_a_pool_that_is_taken_over_forgets_why_replicas_failed_before() -> None:
 def test_a_new_number_forgets_why_replicas_failed_before() -> None:
     found = lease(1, 1)
     found.report_failure(RuntimeError("full"))  # type: ignore[arg-type]
-    found.ask_for(2)
+    found.set_replicas(2)
     assert found.failure() is None
 
 

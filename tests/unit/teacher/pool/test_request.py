@@ -15,19 +15,19 @@ from taid_ray.losses.projection import LogitTransform
 from taid_ray.teacher.pool import client
 from taid_ray.teacher.pool import request as module
 from taid_ray.teacher.pool.client import PoolTeacher
-from taid_ray.teacher.pool.replica import AlreadyHereError, Answer, Question
-from taid_ray.teacher.pool.request import Hedge, Patience, Request, Waiter
+from taid_ray.teacher.pool.replica import AlreadyHereError, ScoreRequest, ScoreResponse
+from taid_ray.teacher.pool.request import Hedge, LatencyTracker, PendingRequest, ResponseWaiter
 from taid_ray.teacher.protocol import TeacherInfo
-from taid_ray.teacher.wire import DamagedError, digest, pack
+from taid_ray.teacher.wire import DamagedMessage, digest, pack
 
 
-def patience(multiple: float, waits: list[tuple[float, float, str]]) -> Patience:
+def patience(multiple: float, waits: list[tuple[float, float, str]]) -> LatencyTracker:
     """After answers of (time since the one before, compute_s, replica), all submitted long before; the last at 1000."""
-    found, now = Patience(multiple), 1000.0 - sum(wait for wait, _, _ in waits)
+    found, now = LatencyTracker(multiple), 1000.0 - sum(wait for wait, _, _ in waits)
     found._last = now
     for wait, compute_s, replica in waits:
         now += wait
-        found.answered(0.0, now, Answer({}, compute_s, replica, ""))
+        found.answered(0.0, now, ScoreResponse({}, compute_s, replica, ""))
     return found
 
 
@@ -140,17 +140,17 @@ def said() -> list[str]:
 
 
 @pytest.fixture
-def waiter(said: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Waiter]:
+def waiter(said: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., ResponseWaiter]:
     monkeypatch.setattr(module, "find_lease", lambda _: object())
-    return lambda **values: Waiter("pool", TeacherConfig(model="t", **values), said.append)
+    return lambda **values: ResponseWaiter("pool", TeacherConfig(model="t", **values), said.append)
 
 
 NEVER = math.inf
 
 
-def test_the_second_replica_wins(clock: Clock, waiter: Callable[..., Waiter], said: list[str]) -> None:
+def test_the_second_replica_wins(clock: Clock, waiter: Callable[..., ResponseWaiter], said: list[str]) -> None:
     sender = Sender(clock, (NEVER, "slow"), (0.1, "quick"))
-    request = Request(sender)
+    request = PendingRequest(sender)
     start = clock.now
     assert waiter().answer(request, Hedge(start + 0.1, 5.0, 0.02)) == "quick"
     assert 0.2 <= clock.now - start + 1e-6 < 0.2 + 3 * module.TURN_S
@@ -159,73 +159,75 @@ def test_the_second_replica_wins(clock: Clock, waiter: Callable[..., Waiter], sa
     assert len(said) == 1 and "where 0.0 s are usual; asking another replica, too" in said[0]
 
 
-def test_the_first_replica_may_still_win(clock: Clock, waiter: Callable[..., Waiter], said: list[str]) -> None:
+def test_the_first_replica_may_still_win(clock: Clock, waiter: Callable[..., ResponseWaiter], said: list[str]) -> None:
     sender = Sender(clock, (0.3, "slow"), (NEVER, "stuck"))
-    assert waiter().answer(Request(sender), Hedge(clock.now + 0.1, 5.0)) == "slow"
+    assert waiter().answer(PendingRequest(sender), Hedge(clock.now + 0.1, 5.0)) == "slow"
     assert sender.sent[1].cancelled
 
 
 def test_a_second_request_that_reaches_the_same_replica_is_sent_again(
-    clock: Clock, waiter: Callable[..., Waiter], said: list[str]
+    clock: Clock, waiter: Callable[..., ResponseWaiter], said: list[str]
 ) -> None:
     refused = (0.0, AlreadyHereError("here"))
     sender = Sender(clock, (NEVER, "slow"), refused, refused, (NEVER, "stuck, too"), (0.0, "quick"))
     start = clock.now
-    assert waiter().answer(Request(sender), Hedge(start, 0.3)) == "quick"
+    assert waiter().answer(PendingRequest(sender), Hedge(start, 0.3)) == "quick"
     assert clock.now - start == pytest.approx(0.25 + 0.5 + 0.3, abs=0.1)
     assert len(sender.sent) == 5 and len(said) == 1
 
 
-def test_a_lost_request_is_sent_again(clock: Clock, waiter: Callable[..., Waiter], said: list[str]) -> None:
+def test_a_lost_request_is_sent_again(clock: Clock, waiter: Callable[..., ResponseWaiter], said: list[str]) -> None:
     sender = Sender(clock, (0.0, ActorDiedError()), (0.0, AlreadyHereError("here")), (0.0, "answer"))
-    assert waiter().answer(Request(sender)) == "answer"
+    assert waiter().answer(PendingRequest(sender)) == "answer"
     assert len(said) == 1 and "lost a request (ActorDiedError" in said[0]
 
 
-def test_losing_one_of_two_leaves_the_other(clock: Clock, waiter: Callable[..., Waiter], said: list[str]) -> None:
+def test_losing_one_of_two_leaves_the_other(
+    clock: Clock, waiter: Callable[..., ResponseWaiter], said: list[str]
+) -> None:
     sender = Sender(clock, (0.2, ActorDiedError()), (0.4, "answer"))
-    assert waiter().answer(Request(sender), Hedge(clock.now, 5.0)) == "answer"
+    assert waiter().answer(PendingRequest(sender), Hedge(clock.now, 5.0)) == "answer"
     assert len(sender.sent) == 2
 
 
 def test_a_removed_pool_ends_the_wait(
-    clock: Clock, waiter: Callable[..., Waiter], monkeypatch: pytest.MonkeyPatch
+    clock: Clock, waiter: Callable[..., ResponseWaiter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "find_lease", lambda _: None)
     with pytest.raises(TeacherError, match="was removed while a worker waited"):
-        waiter().answer(Request(Sender(clock, (0.0, ActorDiedError()))))
+        waiter().answer(PendingRequest(Sender(clock, (0.0, ActorDiedError()))))
 
 
-def test_what_the_teacher_raises_is_raised_once(clock: Clock, waiter: Callable[..., Waiter]) -> None:
+def test_what_the_teacher_raises_is_raised_once(clock: Clock, waiter: Callable[..., ResponseWaiter]) -> None:
     for cause, text in (
         (TeacherError("bad ids"), "^bad ids$"),
         (TimeoutError("x"), "failed on a request: TimeoutError"),
     ):
         error = RayTaskError("score", "", cause).as_instanceof_cause()
         with pytest.raises(TeacherError, match=text):
-            waiter().answer(Request(Sender(clock, (0.0, error))))
+            waiter().answer(PendingRequest(Sender(clock, (0.0, error))))
 
 
-def test_the_deadline_names_the_last_loss(clock: Clock, waiter: Callable[..., Waiter]) -> None:
+def test_the_deadline_names_the_last_loss(clock: Clock, waiter: Callable[..., ResponseWaiter]) -> None:
     start = clock.now
     with pytest.raises(TeacherError, match=r"no answer .* after 30 s \(teacher.timeout_s\); last failure: ActorDied"):
-        waiter(timeout_s=30.0).answer(Request(Sender(clock, (0.0, ActorDiedError()), (NEVER, ""))))
+        waiter(timeout_s=30.0).answer(PendingRequest(Sender(clock, (0.0, ActorDiedError()), (NEVER, ""))))
     assert clock.now - start == pytest.approx(30.0)
 
 
 def test_long_waits_are_told_only_if_somebody_waits(
-    clock: Clock, waiter: Callable[..., Waiter], said: list[str]
+    clock: Clock, waiter: Callable[..., ResponseWaiter], said: list[str]
 ) -> None:
-    request = Request(Sender(clock, (50.0, "answer")))
+    request = PendingRequest(Sender(clock, (50.0, "answer")))
     waiter().answer(request)
     assert said == []
-    request = Request(Sender(clock, (50.0, "answer")))
+    request = PendingRequest(Sender(clock, (50.0, "answer")))
     request.wanted = True
     waiter().answer(request)
     assert said == [f"still waiting for the teacher pool after {seconds} s" for seconds in (15, 30, 45)]
 
 
-def test_closing_ends_the_wait(clock: Clock, waiter: Callable[..., Waiter]) -> None:
+def test_closing_ends_the_wait(clock: Clock, waiter: Callable[..., ResponseWaiter]) -> None:
     found, start = waiter(), clock.now
 
     class Closing(Response):
@@ -234,38 +236,40 @@ def test_closing_ends_the_wait(clock: Clock, waiter: Callable[..., Waiter]) -> N
             return super().result(timeout_s)
 
     with pytest.raises(TeacherError, match="was closed"):
-        found.answer(Request(lambda _: Closing(clock, NEVER, "")))
+        found.answer(PendingRequest(lambda _: Closing(clock, NEVER, "")))
     assert clock.now - start < 5 + 3 * module.STEP_S
 
 
 def test_a_request_that_arrived_damaged_is_sent_again(
-    clock: Clock, waiter: Callable[..., Waiter], said: list[str]
+    clock: Clock, waiter: Callable[..., ResponseWaiter], said: list[str]
 ) -> None:
-    error = RayTaskError("score", "", DamagedError("no checksum (at replica a)")).as_instanceof_cause()
+    error = RayTaskError("score", "", DamagedMessage("no checksum (at replica a)")).as_instanceof_cause()
     sender = Sender(clock, (0.0, error), (0.0, "answer"))
-    assert waiter().answer(Request(sender)) == "answer"
+    assert waiter().answer(PendingRequest(sender)) == "answer"
     assert said == ["the teacher pool received a damaged request (no checksum (at replica a)); asking again"]
     with pytest.raises(TeacherError, match=r"^no checksum \(at replica a\); the teacher pool was asked 3 times"):
-        waiter().answer(Request(Sender(clock, *[(0.0, error)] * 3)))
+        waiter().answer(PendingRequest(Sender(clock, *[(0.0, error)] * 3)))
 
 
-def test_what_ray_cannot_read_is_asked_for_again(clock: Clock, waiter: Callable[..., Waiter], said: list[str]) -> None:
+def test_what_ray_cannot_read_is_asked_for_again(
+    clock: Clock, waiter: Callable[..., ResponseWaiter], said: list[str]
+) -> None:
     error = RaySystemError(ValueError("unpickling stack underflow"), "Traceback ...")
-    assert waiter().answer(Request(Sender(clock, (0.0, error), (0.0, "answer")))) == "answer"
+    assert waiter().answer(PendingRequest(Sender(clock, (0.0, error), (0.0, "answer")))) == "answer"
     assert len(said) == 1 and "stack underflow); asking again" in said[0] and "Traceback" not in said[0]
 
 
 def test_a_damaged_answer_does_not_end_the_wait_for_the_other_replica(
-    clock: Clock, waiter: Callable[..., Waiter]
+    clock: Clock, waiter: Callable[..., ResponseWaiter]
 ) -> None:
-    sender = Sender(clock, (0.2, DamagedError("bad")), (0.4, "answer"))
-    assert waiter().answer(Request(sender), Hedge(clock.now, 5.0)) == "answer"
+    sender = Sender(clock, (0.2, DamagedMessage("bad")), (0.4, "answer"))
+    assert waiter().answer(PendingRequest(sender), Hedge(clock.now, 5.0)) == "answer"
     assert len(sender.sent) == 2
 
 
-def test_the_deadline_is_over_all_tries(clock: Clock, waiter: Callable[..., Waiter]) -> None:
-    with pytest.raises(TeacherError, match=r"after 30 s \(teacher.timeout_s\); last failure: DamagedError: bad"):
-        waiter(timeout_s=30.0).answer(Request(Sender(clock, (0.1, DamagedError("bad")), (NEVER, ""))))
+def test_the_deadline_is_over_all_tries(clock: Clock, waiter: Callable[..., ResponseWaiter]) -> None:
+    with pytest.raises(TeacherError, match=r"after 30 s \(teacher.timeout_s\); last failure: DamagedMessage: bad"):
+        waiter(timeout_s=30.0).answer(PendingRequest(Sender(clock, (0.1, DamagedMessage("bad")), (NEVER, ""))))
 
 
 K, V = 3, 20
@@ -287,12 +291,12 @@ def payload(**values: Any) -> dict[str, torch.Tensor]:
     } | values
 
 
-def answer(tensors: dict[str, torch.Tensor], flip: bool = False) -> Answer:
+def answer(tensors: dict[str, torch.Tensor], flip: bool = False) -> ScoreResponse:
     packed = {name: pack(tensor.clone()) for name, tensor in tensors.items()}
     checksum = digest(packed)
     if flip:
         packed["log_tail"][2][3] ^= 1
-    return Answer(packed, 0.1, "replica-7", checksum)
+    return ScoreResponse(packed, 0.1, "replica-7", checksum)
 
 
 DAMAGED_ANSWERS = {
@@ -314,11 +318,11 @@ def pool(clock: Clock, said: list[str], monkeypatch: pytest.MonkeyPatch) -> Call
     monkeypatch.setattr(client, "keep_lease", lambda _: lambda: None)
     monkeypatch.setattr(client, "require_lease", lambda _: None)
 
-    def connect(*plans: list[Answer]) -> PoolTeacher:
+    def connect(*plans: list[ScoreResponse]) -> PoolTeacher:
         waiting = [Sender(clock, *((0.0, answer) for answer in plan)) for plan in plans]
         by_id: dict[str, Sender] = {}
 
-        def send(question: Question, request_id: str) -> Response:
+        def send(request: ScoreRequest, request_id: str) -> Response:
             if request_id not in by_id:
                 by_id[request_id] = waiting.pop(0)
             return by_id[request_id](request_id)
@@ -361,18 +365,18 @@ def test_three_damaged_answers_are_an_error(kind: str, pool: Callable[..., PoolT
     assert len(said) == 2
 
 
-def test_a_question_survives_the_wire_and_damage_to_any_part_is_noticed() -> None:
-    inputs, positions, labels = Question.of(BATCH).unpacked()
+def test_a_request_survives_the_wire_and_damage_to_any_part_is_noticed() -> None:
+    inputs, positions, labels = ScoreRequest.of(BATCH).unpacked()
     assert torch.equal(inputs["input_ids"], BATCH.inputs["input_ids"])
     assert torch.equal(positions, BATCH.loss_positions) and torch.equal(labels, BATCH.labels)
     for part, name in (("inputs", "input_ids"), ("targets", "loss_positions"), ("targets", "labels")):
-        question = Question.of(BATCH)
-        dtype, shape, data = getattr(question, part)[name]
+        request = ScoreRequest.of(BATCH)
+        dtype, shape, data = getattr(request, part)[name]
         damaged = data.copy()
         damaged[0] ^= 4
-        getattr(question, part)[name] = (dtype, shape, damaged)
-        with pytest.raises(DamagedError, match="checksum"):
-            question.unpacked()
+        getattr(request, part)[name] = (dtype, shape, damaged)
+        with pytest.raises(DamagedMessage, match="checksum"):
+            request.unpacked()
 
 
 def test_one_client_of_a_run_keeps_the_lease(monkeypatch: pytest.MonkeyPatch) -> None:
