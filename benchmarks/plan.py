@@ -20,10 +20,10 @@ from taid_ray.cli.plan import UTILISATION
 from taid_ray.cli.quickstart import quickstart_config
 from taid_ray.config.schema import DistillConfig, build_config
 from taid_ray.plan.calibration import Measured
-from taid_ray.plan.case import Case, read_models
 from taid_ray.plan.forecast import forecast
 from taid_ray.plan.forecast_type import Forecast
 from taid_ray.plan.hardware import hardware_named
+from taid_ray.plan.inputs import PlanInputs, read_models
 from taid_ray.plan.rates import times_of
 
 STEPS, WARM_UP = 40, 5
@@ -161,7 +161,7 @@ def point(trial: Trial, console: Console, empty: int) -> dict[str, Any]:
     planned = forecast(trial.config, models, hardware, utilisation=UTILISATION, measured=found)
     console.print(f"== {trial.name}: running", highlight=False)
     real = run(trial.config, console)
-    arithmetic = times_of(Case(trial.config, models, hardware), planned.rates).step_s
+    arithmetic = times_of(PlanInputs(trial.config, models, hardware), planned.rates).step_s
     return {
         "name": trial.name,
         "what": trial.what,

@@ -44,8 +44,8 @@ def plan(
     check_numbers(tokens, utilisation, price_per_gpu_hour)
     progress = Console(stderr=True)
     progress.print("loading torch and transformers", highlight=False)
-    from taid_ray.plan.case import read_models
     from taid_ray.plan.forecast import forecast
+    from taid_ray.plan.inputs import read_models
     from taid_ray.plan.tables import show
 
     models, measured = read_models(loaded), None

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from taid_ray.config.schema import DistillConfig
-from taid_ray.plan.case import Case
 from taid_ray.plan.hardware import Hardware
+from taid_ray.plan.inputs import PlanInputs
 from taid_ray.plan.memory import teacher_memory
 from taid_ray.plan.rates import Rates, adapted
 from taid_ray.plan.sizes import Activations
@@ -59,11 +59,11 @@ class Calibration:
 
 
 def calibrated(
-    case: Case, measured: Measured, assumed: Rates, activations: Activations, teacher_peak: int
+    inputs: PlanInputs, measured: Measured, assumed: Rates, activations: Activations, teacher_peak: int
 ) -> Calibration:
     """activations: of the student as configured, teacher_peak: of a teacher's forward pass; both of a micro-batch."""
-    here = Case(measured.config, case.models, case.hardware)
-    student, teacher, hardware = case.config.student, case.config.teacher, case.hardware
+    here = PlanInputs(measured.config, inputs.models, inputs.hardware)
+    student, teacher, hardware = inputs.config.student, inputs.config.teacher, inputs.hardware
     memories = worker_memories(here, student.gradient_checkpointing, activations, teacher_peak, hardware.reserved_bytes)
     replica = teacher_memory(
         here.teacher,
@@ -77,7 +77,7 @@ def calibrated(
     )
     return Calibration(
         assumed=assumed,
-        rates=adapted(measured.rates, here, case),
+        rates=adapted(measured.rates, here, inputs),
         workers=here.workers,
         replicas=measured.config.teacher.replicas.min if here.mode == "pool" else 0,
         step_s=measured.step_s,

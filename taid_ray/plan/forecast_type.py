@@ -6,9 +6,9 @@ from typing import Any
 from taid_ray.plan.calibration import Calibration
 from taid_ray.plan.hardware import Hardware
 from taid_ray.plan.memory import Parts
-from taid_ray.plan.rates import Point, Rates
+from taid_ray.plan.rates import Rates, ScalingPoint
 from taid_ray.plan.sizes import ModelShape
-from taid_ray.plan.time import Bill, Load, Times, TokenFlops
+from taid_ray.plan.time import CostEstimate, StepWorkload, Times, TokenFlops
 from taid_ray.plan.worker_memory import WorkerMemory
 
 
@@ -44,12 +44,12 @@ class Forecast:
     object_store_bytes: float
     """That the cluster's nodes must have together, for the answers in flight."""
     flops: TokenFlops
-    load: Load
+    workload: StepWorkload
     times: Times
     processors: float
     """GPUs, or CPU cores, of students and teacher."""
-    per_billion: Bill
-    whole: Bill | None
+    per_billion: CostEstimate
+    whole: CostEstimate | None
     """Of --tokens, else of train.steps."""
     wire_bytes_per_s: float
     """Of all answers."""
@@ -57,7 +57,7 @@ class Forecast:
     """What the times are computed from."""
     calibration: Calibration | None
     """What was measured beside what was assumed; None without --measure."""
-    scaling: list[Point]
+    scaling: list[ScalingPoint]
     notes: list[str]
 
     def as_dict(self) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class Forecast:
         tree = asdict(self)
         for model in ("student", "teacher"):
             tree[model].pop("sizes")
-        return tree | {"bottleneck": self.times.bottleneck, "tokens_per_s": self.load.tokens / self.times.step_s}
+        return tree | {"bottleneck": self.times.bottleneck, "tokens_per_s": self.workload.tokens / self.times.step_s}
 
     def configured(self) -> WorkerMemory:
         """The worker's memory as the configuration has it."""

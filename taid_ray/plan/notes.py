@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from taid_ray.plan.forecast_type import Forecast
 
 
-def notes(config: DistillConfig, found: "Forecast") -> list[str]:
+def plan_notes(config: DistillConfig, found: "Forecast") -> list[str]:
     return [*_memory_notes(config, found), *_time_notes(found), *_scaling_notes(found), *_assumptions(config, found)]
 
 
@@ -53,8 +53,8 @@ def _scaling_notes(found: "Forecast") -> list[str]:
     if reading is None:
         return []
     return [
-        f"on {reading.workers:,} workers with {found.load.worker_rows} rows each, reading the data takes longer than training: "
-        "every worker reads and encodes the whole batch"
+        f"on {reading.workers:,} workers with {found.workload.worker_rows} rows each, reading the data takes longer than "
+        "training: every worker reads and encodes the whole batch"
     ]
 
 

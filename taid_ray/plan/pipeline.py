@@ -54,7 +54,7 @@ class Pipeline:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SimulatedStep:
     step_s: float
     """Mean, by the last worker."""
     waits: dict[str, float]

@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass, replace
 
-from taid_ray.plan.case import Case
-from taid_ray.plan.pipeline import Outcome, Pipeline, collective_s
+from taid_ray.plan.inputs import PlanInputs
+from taid_ray.plan.pipeline import Pipeline, SimulatedStep, collective_s
 from taid_ray.plan.simulation import simulate
 from taid_ray.plan.time import Times, combined, student_times, teacher_time
 
@@ -46,7 +46,7 @@ class Rates:
 
 
 @dataclass(frozen=True)
-class Point:
+class ScalingPoint:
     """The simulation of so many workers."""
 
     workers: int
@@ -55,77 +55,77 @@ class Point:
     efficiency: float
     """Share of the time that a worker computes, mean over all."""
     waits_for: str
-    """See simulation.Outcome."""
+    """See simulation.SimulatedStep."""
 
 
-def assumed_rates(case: Case, utilisation: float) -> Rates:
+def assumed_rates(inputs: PlanInputs, utilisation: float) -> Rates:
     """From sizes and data sheets. utilisation: share of the peak that matmuls reach."""
-    teacher, hardware, flops, load = case.config.teacher, case.hardware, case.flops, case.load
-    own = case.config.student.cpus_per_worker if hardware.is_cpu else 1.0
+    teacher, hardware, flops, workload = inputs.config.teacher, inputs.hardware, inputs.flops, inputs.workload
+    own = inputs.config.student.cpus_per_worker if hardware.is_cpu else 1.0
     shards = teacher.shards * (teacher.cpus_per_shard if hardware.is_cpu else 1.0)
-    whole, loss_s, optimizer_s = student_times(load, flops, hardware, own, case.student_bytes, utilisation)
-    body = (whole - loss_s - optimizer_s) / case.accumulation
+    whole, loss_s, optimizer_s = student_times(workload, flops, hardware, own, inputs.student_bytes, utilisation)
+    body = (whole - loss_s - optimizer_s) / inputs.accumulation
     forward = flops.forward / (flops.student - flops.loss)
     teacher_s = teacher_time(
-        load,
+        workload,
         flops,
         hardware,
-        own if case.mode == "local" else shards,
-        case.teacher_bytes,
+        own if inputs.mode == "local" else shards,
+        inputs.teacher_bytes,
         utilisation,
-        float(case.teacher_bytes * case.teacher.parameters),
+        float(inputs.teacher_bytes * inputs.teacher.parameters),
         teacher.max_tokens,
     )
     return Rates(
         measured=False,
-        teacher_s=0.0 if case.mode == "cache" else teacher_s / load.requests,
+        teacher_s=0.0 if inputs.mode == "cache" else teacher_s / workload.requests,
         forward_s=body * forward,
-        loss_s=loss_s / case.accumulation,
+        loss_s=loss_s / inputs.accumulation,
         backward_s=body * (1 - forward),
         optimizer_s=optimizer_s,
-        read_s=load.length / READ_TOKENS_PER_S,
+        read_s=workload.length / READ_TOKENS_PER_S,
         data_s=DATA_S,
-        request_s=0.0 if case.mode == "local" else REQUEST_S + case.answer_bytes / COPIED_BYTES_PER_S,
+        request_s=0.0 if inputs.mode == "local" else REQUEST_S + inputs.answer_bytes / COPIED_BYTES_PER_S,
         noise=NOISE,
     )
 
 
-def adapted(rates: Rates, measured_at: Case, case: Case) -> Rates:
+def adapted(rates: Rates, measured_at: PlanInputs, inputs: PlanInputs) -> Rates:
     """Measured rates in another layout: micro-batches of another size, another share of the parameters."""
-    rows = case.micro_rows / measured_at.micro_rows
-    share = case.load.trained_per_worker / measured_at.load.trained_per_worker
+    rows = inputs.micro_rows / measured_at.micro_rows
+    share = inputs.workload.trained_per_worker / measured_at.workload.trained_per_worker
     names = ("teacher_s", "forward_s", "loss_s", "backward_s")
     scaled = {name: getattr(rates, name) * rows for name in names}
     return replace(rates, **scaled, optimizer_s=rates.optimizer_s * share)
 
 
-def times_of(case: Case, rates: Rates) -> Times:
+def times_of(inputs: PlanInputs, rates: Rates) -> Times:
     """Arithmetic: the slower of student and teacher, nothing else waits for anything."""
-    micro, replicas = case.accumulation, case.config.teacher.replicas
+    micro, replicas = inputs.accumulation, inputs.config.teacher.replicas
     loss_s = micro * rates.loss_s
     student_s = micro * (rates.data_s + rates.forward_s + rates.backward_s) + loss_s + rates.optimizer_s
-    teacher_s = case.load.requests * rates.teacher_s
+    teacher_s = inputs.workload.requests * rates.teacher_s
     limits = (replicas.min, replicas.max)
-    return combined((student_s, loss_s, rates.optimizer_s), teacher_s, case.mode, limits, case.workers)
+    return combined((student_s, loss_s, rates.optimizer_s), teacher_s, inputs.mode, limits, inputs.workers)
 
 
-def simulated(case: Case, rates: Rates, replicas: int, cores: float | None) -> Outcome:
+def simulated(inputs: PlanInputs, rates: Rates, replicas: int, cores: float | None) -> SimulatedStep:
     """The configured layout. cores: of the one host that everything shares, None: everybody has its own."""
-    return simulate(_pipeline(case, rates, case.workers, replicas, cores))
+    return simulate(_pipeline(inputs, rates, inputs.workers, replicas, cores))
 
 
-def scaling(case: Case, rates: Rates, replicas: int) -> list[Point]:
+def scaling(inputs: PlanInputs, rates: Rates, replicas: int) -> list[ScalingPoint]:
     """1 to 4,096 workers, each with the rows of a configured one, so that the batch grows with them; and the teacher's
     replicas in the proportion of `replicas` to the configured workers."""
-    points: list[Point] = []
+    points: list[ScalingPoint] = []
     for workers in WORKERS:
-        beside = math.ceil(replicas * workers / case.workers) if replicas else 0
-        pipeline = _pipeline(case, rates, workers, beside, None)
+        beside = math.ceil(replicas * workers / inputs.workers) if replicas else 0
+        pipeline = _pipeline(inputs, rates, workers, beside, None)
         shorter, share = _shortened(pipeline)
         found = simulate(shorter)
-        tokens = workers * case.load.worker_rows * case.load.length / (found.step_s * share)
+        tokens = workers * inputs.workload.worker_rows * inputs.workload.length / (found.step_s * share)
         busy = found.worker_busy_s / workers / (shorter.warm_up + shorter.steps)
-        points.append(Point(workers, beside, tokens, min(1.0, busy / found.step_s), found.waits_for))
+        points.append(ScalingPoint(workers, beside, tokens, min(1.0, busy / found.step_s), found.waits_for))
     return points
 
 
@@ -151,27 +151,27 @@ def _shortened(pipeline: Pipeline) -> tuple[Pipeline, float]:
     ), 1 / share
 
 
-def _pipeline(case: Case, rates: Rates, workers: int, replicas: int, cores: float | None) -> Pipeline:
-    teacher, zero = case.config.teacher, case.config.student.zero_stage
-    window = min(teacher.window, max(1, int(teacher.window_mib * 2**20 / case.answer_bytes)))
-    pooled = case.mode == "pool"
-    gather_s, reduce_s, update_s = _collectives(case, workers)
+def _pipeline(inputs: PlanInputs, rates: Rates, workers: int, replicas: int, cores: float | None) -> Pipeline:
+    teacher, zero = inputs.config.teacher, inputs.config.student.zero_stage
+    window = min(teacher.window, max(1, int(teacher.window_mib * 2**20 / inputs.answer_bytes)))
+    pooled = inputs.mode == "pool"
+    gather_s, reduce_s, update_s = _collectives(inputs, workers)
     return Pipeline(
         workers=workers,
         replicas=replicas if pooled else 0,
-        micro_batches=case.accumulation,
+        micro_batches=inputs.accumulation,
         forward_s=rates.forward_s + rates.loss_s,
         backward_s=rates.backward_s,
-        optimizer_s=rates.optimizer_s * (case.workers / workers if zero else 1),
+        optimizer_s=rates.optimizer_s * (inputs.workers / workers if zero else 1),
         teacher_s=rates.teacher_s,
         window=window,
-        read_s=rates.read_s * case.load.worker_rows * workers,
+        read_s=rates.read_s * inputs.workload.worker_rows * workers,
         data_s=rates.data_s,
         request_s=rates.request_s / 2,
         answer_s=rates.request_s / 2,
-        answer_bytes=case.answer_bytes if cores is None and pooled else 0.0,  # within a host it is in request_s
-        link_bytes_per_s=case.hardware.link,
-        latency_s=case.hardware.latency_s,
+        answer_bytes=inputs.answer_bytes if cores is None and pooled else 0.0,  # within a host it is in request_s
+        link_bytes_per_s=inputs.hardware.link,
+        latency_s=inputs.hardware.latency_s,
         gather_s=gather_s,
         reduce_s=reduce_s,
         update_s=update_s,
@@ -181,11 +181,11 @@ def _pipeline(case: Case, rates: Rates, workers: int, replicas: int, cores: floa
     )
 
 
-def _collectives(case: Case, workers: int) -> tuple[float | None, float | None, float | None]:
+def _collectives(inputs: PlanInputs, workers: int) -> tuple[float | None, float | None, float | None]:
     """Seconds of those before a forward pass, with a backward pass, and with the optimizer step; None: there is none."""
-    stage, hardware = case.config.student.zero_stage, case.hardware
-    gradients = float(case.student.trained * case.student_bytes)
-    weights = float(case.student.parameters * case.student_bytes)
+    stage, hardware = inputs.config.student.zero_stage, inputs.hardware
+    gradients = float(inputs.student.trained * inputs.student_bytes)
+    weights = float(inputs.student.parameters * inputs.student_bytes)
 
     def seconds(count: float, passes: int) -> float:
         return collective_s(count, workers, hardware.collective, hardware.latency_s, passes)

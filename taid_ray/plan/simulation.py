@@ -10,19 +10,19 @@ from collections import deque
 
 import numpy as np
 
-from taid_ray.plan.pipeline import Outcome, Pipeline
-from taid_ray.plan.simulation_kernel import Clock, Link, Meeting, Process, Processors, Server, Signal
+from taid_ray.plan.pipeline import Pipeline, SimulatedStep
+from taid_ray.plan.simulation_kernel import Barrier, Clock, Link, Process, Processors, Server, Signal
 
 READ_AHEAD_STEPS = 8
 """student.worker.READ_AHEAD_STEPS, which is not imported here because that takes seconds."""
 
 
-def simulate(pipeline: Pipeline) -> Outcome:
+def simulate(pipeline: Pipeline) -> SimulatedStep:
     """Deterministic for a seed. Seconds for some ten thousand requests."""
     collecting = gc.isenabled()
     gc.disable()  # there are no cycles to find among a million live objects, and looking takes most of the time
     try:
-        return _Run(pipeline).outcome()
+        return _Simulation(pipeline).result()
     finally:
         if collecting:
             gc.enable()
@@ -35,7 +35,7 @@ def _factors(rng: np.random.Generator, noise: float, shape: tuple[int, ...]) -> 
     return found
 
 
-class _Run:
+class _Simulation:
     """All workers and replicas at work."""
 
     def __init__(self, pipeline: Pipeline):
@@ -54,25 +54,25 @@ class _Run:
         self.into = [Link() for _ in range(p.workers)]
         choices = rng.integers(0, max(1, p.replicas), (p.workers, self.requests, 2))
         self.choices: list[list[list[int]]] = choices.tolist()
-        self.results = [Meeting(self.clock, p.workers, p.latency_s) for _ in range(self.total)]
+        self.results = [Barrier(self.clock, p.workers, p.latency_s) for _ in range(self.total)]
         self.scheduler = Link()
         self.reported: dict[int, tuple[float, dict[str, float]]] = {}
         """Of each step: when the last report left, and what its sender had waited for."""
-        self.meetings: dict[tuple[str, int], Meeting] = {}
+        self.barriers: dict[tuple[str, int], Barrier] = {}
         self.done = np.zeros((self.total, p.workers))
         self.waits = dict.fromkeys(("teacher", "data", "collectives", "others", "schedule"), 0.0)
         self.worker_busy = 0.0
 
-    def outcome(self) -> Outcome:
+    def result(self) -> SimulatedStep:
         p = self.p
         for rank in range(p.workers):
-            self.clock.start(_Worker(self, rank).live())
+            self.clock.start(_Worker(self, rank).run())
         self.clock.run()
         ends = self.done.max(1)
         begin = ends[p.warm_up - 1] if p.warm_up else 0.0
         step_s = float(ends[-1] - begin) / p.steps
         waits = {name: seconds / p.workers / p.steps for name, seconds in self.waits.items()}
-        return Outcome(step_s, waits, self.worker_busy)
+        return SimulatedStep(step_s, waits, self.worker_busy)
 
     def ask(self, rank: int, number: int, answer: Signal) -> Process:
         """One request on its way: to a replica, through its queue, and back over both links."""
@@ -102,52 +102,52 @@ class _Run:
         """A worker's report on its way to the scheduler, which handles one after another."""
         yield self.clock.after(self.p.latency_s)
         yield self.clock.after(self.scheduler.carry(self.clock.now, self.p.report_s) - self.clock.now)
-        self.results[step].come()
+        self.results[step].arrive()
 
-    def meeting(self, what: str, number: int, seconds: float) -> Meeting:
+    def barrier(self, what: str, number: int, seconds: float) -> Barrier:
         key = what, number
-        if key not in self.meetings:
-            self.meetings[key] = Meeting(self.clock, self.p.workers, seconds)
-        return self.meetings[key]
+        if key not in self.barriers:
+            self.barriers[key] = Barrier(self.clock, self.p.workers, seconds)
+        return self.barriers[key]
 
 
 class _Worker:
-    def __init__(self, run: _Run, rank: int):
-        self.run, self.p, self.rank = run, run.p, rank
+    def __init__(self, simulation: _Simulation, rank: int):
+        self.simulation, self.p, self.rank = simulation, simulation.p, rank
         self.answers: deque[Signal] = deque()
         self.sent = 0
-        self.read = [Signal() for _ in range(run.read_steps)]
-        self.needed = [Signal() for _ in range(run.read_steps)]
+        self.read = [Signal() for _ in range(simulation.read_steps)]
+        self.needed = [Signal() for _ in range(simulation.read_steps)]
         self.counted = False
         self.lately = {"teacher": 0.0, "data": 0.0}
         """Waits since everybody last met."""
 
-    def live(self) -> Process:
-        run, p = self.run, self.p
-        run.clock.start(self._read())
+    def run(self) -> Process:
+        sim, p = self.simulation, self.p
+        sim.clock.start(self._read())
         yield from self._fill()
-        for step in range(run.total):
+        for step in range(sim.total):
             self.counted = step >= p.warm_up
-            factor = run.own[self.rank][step]
+            factor = sim.own[self.rank][step]
             for micro in range(p.micro_batches):
                 number = step * p.micro_batches + micro
                 yield from self._wait(self.answers.popleft(), "teacher")
                 yield from self._fill()
                 yield from self._meet("gather", number, p.gather_s)
-                local = 0.0 if p.replicas else p.teacher_s * run.asked[self.rank][number]
+                local = 0.0 if p.replicas else p.teacher_s * sim.asked[self.rank][number]
                 yield self._compute(local + p.forward_s * factor)
                 if micro == p.micro_batches - 1:
-                    run.reported[step] = run.clock.now, dict(self.lately)
-                    run.clock.start(run.report(step))
+                    sim.reported[step] = sim.clock.now, dict(self.lately)
+                    sim.clock.start(sim.report(step))
                 yield self._compute(p.backward_s * factor)
                 yield from self._meet("reduce", number, p.reduce_s)
             yield self._compute(p.optimizer_s * factor)
             yield from self._meet("update", step, p.update_s)
-            begin = run.clock.now
-            yield run.results[step].over
-            left, cause = run.reported[step]
+            begin = sim.clock.now
+            yield sim.results[step].over
+            left, cause = sim.reported[step]
             self._blame("schedule", begin, left, cause)
-            run.done[step, self.rank] = run.clock.now
+            sim.done[step, self.rank] = sim.clock.now
 
     def _read(self) -> Process:
         """The thread that reads ahead: of what was sent, as student.prefetch.read_ahead does, not of the step that is computed. A
@@ -156,12 +156,12 @@ class _Worker:
             if step > READ_AHEAD_STEPS:
                 yield self.needed[step - READ_AHEAD_STEPS - 1]
             if self.p.read_s:
-                yield self.run.host.work(self.p.read_s)
+                yield self.simulation.host.work(self.p.read_s)
             read.fire()
 
     def _fill(self) -> Process:
         """Sends what the window has room for."""
-        while len(self.answers) < self.p.window and self.sent < self.run.requests:
+        while len(self.answers) < self.p.window and self.sent < self.simulation.requests:
             number, answer = self.sent, Signal()
             self.sent += 1
             step = number // self.p.micro_batches
@@ -170,31 +170,31 @@ class _Worker:
             if self.p.data_s:
                 yield self._compute(self.p.data_s)
             self.answers.append(answer)
-            self.run.clock.start(self.run.ask(self.rank, number, answer))
+            self.simulation.clock.start(self.simulation.ask(self.rank, number, answer))
 
     def _compute(self, seconds: float) -> Signal:
-        self.run.worker_busy += seconds
-        return self.run.host.work(seconds)
+        self.simulation.worker_busy += seconds
+        return self.simulation.host.work(seconds)
 
     def _wait(self, signal: Signal, what: str) -> Process:
-        begin = self.run.clock.now
+        begin = self.simulation.clock.now
         yield signal
-        seconds = self.run.clock.now - begin
+        seconds = self.simulation.clock.now - begin
         self.lately[what] += seconds
         self._count(what, seconds)
 
     def _meet(self, what: str, number: int, seconds: float | None) -> Process:
         if seconds is None or self.p.workers == 1:
             return
-        begin, meeting = self.run.clock.now, self.run.meeting(what, number, seconds)
-        meeting.cause = dict(self.lately)  # of the last one, in the end
-        yield meeting.come()
-        self._blame("collectives", begin, meeting.last, meeting.cause)
+        begin, barrier = self.simulation.clock.now, self.simulation.barrier(what, number, seconds)
+        barrier.cause = dict(self.lately)  # of the last one, in the end
+        yield barrier.arrive()
+        self._blame("collectives", begin, barrier.last, barrier.cause)
 
     def _blame(self, what: str, begin: float, last: float, cause: dict[str, float]) -> None:
         """Counts a wait that began at `begin` for something that the last one came to at `last`, having waited itself."""
         late = max(0.0, last - begin)
-        self._count(what, self.run.clock.now - max(begin, last))
+        self._count(what, self.simulation.clock.now - max(begin, last))
         for reason, seconds in cause.items():
             part = min(late, seconds)
             self._count(reason, part)
@@ -204,4 +204,4 @@ class _Worker:
 
     def _count(self, what: str, seconds: float) -> None:
         if self.counted:
-            self.run.waits[what] += seconds
+            self.simulation.waits[what] += seconds

@@ -1,4 +1,4 @@
-"""What a discrete-event simulation is made of: a clock, things to wait for, processes, shared processors, links, meetings.
+"""What a discrete-event simulation is made of: a clock, things to wait for, processes, shared processors, links, barriers.
 
 A process is a generator that yields signals and goes on when each has happened. Times are seconds.
 """
@@ -162,7 +162,7 @@ class Server:
             self.serving = False
 
 
-class Meeting:
+class Barrier:
     """Over for everybody so many seconds after the last of `size` came."""
 
     __slots__ = ("_clock", "_left", "_seconds", "cause", "last", "over")
@@ -175,7 +175,7 @@ class Meeting:
         self.cause: dict[str, float] = {}
         """What made it late, by reasons, as it says itself."""
 
-    def come(self) -> Signal:
+    def arrive(self) -> Signal:
         self._left -= 1
         if self._left == 0:
             self.last = self._clock.now

@@ -6,7 +6,7 @@ from rich.table import Table
 
 from taid_ray.plan.forecast_type import Forecast
 from taid_ray.plan.notes import gib
-from taid_ray.plan.time import Bill
+from taid_ray.plan.time import CostEstimate
 from taid_ray.plan.worker_memory import WorkerMemory
 from taid_ray.report.format import print_line
 
@@ -29,7 +29,7 @@ WAITS = {
     "teacher": "the teacher",
     "student": "nothing but the student",
 }
-"""Names of simulation.Outcome.waits in words."""
+"""Names of simulation.SimulatedStep.waits in words."""
 
 
 def show(found: Forecast, console: Console) -> None:
@@ -113,7 +113,7 @@ def wire_table(found: Forecast) -> Table | None:
     """None where nothing is sent."""
     if found.mode == "local":
         return None
-    rate = found.load.tokens / found.times.step_s
+    rate = found.workload.tokens / found.times.step_s
     table = Table(title="the teacher's answers, by teacher.payload", title_justify="left", box=SIMPLE_HEAD)
     for column in ("payload", "bytes per token", "GiB per billion tokens", "Gbit/s at this speed"):
         table.add_column(column, justify="left" if column == "payload" else "right")
@@ -126,14 +126,14 @@ def wire_table(found: Forecast) -> Table | None:
 
 
 def time_table(found: Forecast) -> Table:
-    times, load, flops = found.times, found.load, found.flops
+    times, workload, flops = found.times, found.workload, found.flops
     table = Table(title="time", title_justify="left", box=SIMPLE_HEAD, show_header=False)
     again = f"{_si(flops.recompute)} recomputed + " if flops.recompute else ""
     table.add_row("operations per token", f"teacher {_si(flops.teacher)}")
     table.add_row("", f"student {_si(flops.forward)} forward + {_si(flops.backward)} backward")
     table.add_row("", f"      + {again}{_si(flops.loss)} loss")
-    table.add_row("one optimizer step", f"{load.tokens:,} tokens in {_seconds(times.step_s)}")
-    table.add_row("", f"{load.tokens / times.step_s:,.0f} tokens/s; {_limit(times.bottleneck)}")
+    table.add_row("one optimizer step", f"{workload.tokens:,} tokens in {_seconds(times.step_s)}")
+    table.add_row("", f"{workload.tokens / times.step_s:,.0f} tokens/s; {_limit(times.bottleneck)}")
     table.add_row(
         "student",
         f"{_seconds(times.student_s)}, of which loss {_seconds(times.loss_s)}, optimizer {_seconds(times.optimizer_s)}",
@@ -152,7 +152,7 @@ def time_table(found: Forecast) -> Table:
     table.add_row("", f"{found.processors:g} {unit}")
     for each in (found.per_billion, found.whole):
         if each is not None:
-            table.add_row(f"{each.tokens:,.0f} tokens", _billed(each, unit))
+            table.add_row(f"{each.tokens:,.0f} tokens", _cost_cells(each, unit))
     return table
 
 
@@ -189,7 +189,7 @@ def scaling_table(found: Forecast) -> Table:
         table.add_row(*figures, WAITS.get(point.waits_for, point.waits_for))
     rates = "measured" if found.rates.measured else "assumed"
     table.caption = (
-        f"{rates} rates; {found.load.worker_rows} rows of each worker, so the batch grows; links "
+        f"{rates} rates; {found.workload.worker_rows} rows of each worker, so the batch grows; links "
         f"of {_si(found.hardware.link, 'B/s')} and collectives of {_si(found.hardware.collective, 'B/s')} assumed"
     )
     return table
@@ -201,7 +201,7 @@ def _limit(bottleneck: str) -> str:
     return f"it waits for {WAITS.get(bottleneck, bottleneck)}"
 
 
-def _billed(each: Bill, unit: str) -> str:
+def _cost_cells(each: CostEstimate, unit: str) -> str:
     cost = "" if each.cost is None else f", cost {each.cost:,.2f}"
     return f"{_seconds(each.hours * 3600)}, {each.processor_hours:,.3g} hours of {unit}{cost}"
 

@@ -62,7 +62,7 @@ def loss_flops(vocabulary: int, student_hidden: int, teacher_hidden: int | None,
 
 
 @dataclass(frozen=True)
-class Load:
+class StepWorkload:
     """One optimizer step."""
 
     rows: int
@@ -107,20 +107,20 @@ class Times:
 
 
 def student_times(
-    load: Load, flops: TokenFlops, hardware: Hardware, cores: float, dtype_bytes: int, use: float
+    workload: StepWorkload, flops: TokenFlops, hardware: Hardware, cores: float, dtype_bytes: int, use: float
 ) -> tuple[float, float, float]:
     """(all, loss, optimizer) of one worker. cores: GPUs (1) or CPU cores. use: share of the peak that matmuls reach."""
     speed = hardware.flops(dtype_bytes) * cores * use
     bandwidth = hardware.bandwidth * cores * BANDWIDTH_SHARE
-    tokens = load.worker_rows * load.length
-    loss = tokens * (flops.loss / speed + LOSS_PASSES * 4 * load.vocabulary / bandwidth)
-    optimizer = OPTIMIZER_BYTES * load.trained_per_worker / bandwidth
+    tokens = workload.worker_rows * workload.length
+    loss = tokens * (flops.loss / speed + LOSS_PASSES * 4 * workload.vocabulary / bandwidth)
+    optimizer = OPTIMIZER_BYTES * workload.trained_per_worker / bandwidth
     body = tokens * (flops.student - flops.loss) / speed
     return body + loss + optimizer, loss, optimizer
 
 
 def teacher_time(
-    load: Load,
+    workload: StepWorkload,
     flops: TokenFlops,
     hardware: Hardware,
     cores: float,
@@ -134,10 +134,10 @@ def teacher_time(
     A forward pass takes at least as long as reading the weights once.
     """
     speed = hardware.flops(dtype_bytes) * cores * use
-    request = load.tokens / load.requests
-    passes = load.requests * math.ceil(request / max_tokens)
+    request = workload.tokens / workload.requests
+    passes = workload.requests * math.ceil(request / max_tokens)
     reading = passes * weight_bytes / (hardware.bandwidth * cores * BANDWIDTH_SHARE)
-    return max(load.tokens * flops.teacher / speed, reading)
+    return max(workload.tokens * flops.teacher / speed, reading)
 
 
 def combined(
@@ -157,7 +157,7 @@ def combined(
 
 
 @dataclass(frozen=True)
-class Bill:
+class CostEstimate:
     """Of so many tokens."""
 
     tokens: float
@@ -168,8 +168,10 @@ class Bill:
     """In the unit of the price; None without one."""
 
 
-def bill(tokens: float, load: Load, step_s: float, processors: float, price_per_hour: float | None) -> Bill:
+def estimate_cost(
+    tokens: float, workload: StepWorkload, step_s: float, processors: float, price_per_hour: float | None
+) -> CostEstimate:
     """Time and cost of training on `tokens` positions, start-up, validation and checkpoints left out."""
-    hours = tokens / load.tokens * step_s / SECONDS_PER_HOUR
+    hours = tokens / workload.tokens * step_s / SECONDS_PER_HOUR
     used = hours * processors
-    return Bill(tokens, hours, used, None if price_per_hour is None else used * price_per_hour)
+    return CostEstimate(tokens, hours, used, None if price_per_hour is None else used * price_per_hour)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from taid_ray.plan.case import Case
+from taid_ray.plan.inputs import PlanInputs
 from taid_ray.plan.memory import Parts, Worker, largest, worker_memory
 from taid_ray.plan.sizes import Activations, ZeroOptions
 
@@ -21,27 +21,27 @@ class WorkerMemory:
 
 
 def worker_memories(
-    case: Case, checkpointing: bool, activations: Activations, teacher_peak: int, reserved_bytes: float
+    inputs: PlanInputs, checkpointing: bool, activations: Activations, teacher_peak: int, reserved_bytes: float
 ) -> list[WorkerMemory]:
     """One for each ZeRO stage that the student's dtype allows. teacher_peak: of a local teacher's activations."""
-    student, beside = case.config.student, {}
-    if case.mode == "local":
-        beside = {"teacher": float(case.teacher_bytes * case.teacher.parameters + teacher_peak)}
+    student, beside = inputs.config.student, {}
+    if inputs.mode == "local":
+        beside = {"teacher": float(inputs.teacher_bytes * inputs.teacher.parameters + teacher_peak)}
     worker = Worker(
-        shape=case.student,
+        shape=inputs.student,
         activations=activations,
-        loss=case.loss,
-        dtype_bytes=case.student_bytes,
-        workers=case.workers,
-        accumulation=case.accumulation,
-        window_bytes=case.on_device_bytes,
+        loss=inputs.loss,
+        dtype_bytes=inputs.student_bytes,
+        workers=inputs.workers,
+        accumulation=inputs.accumulation,
+        window_bytes=inputs.on_device_bytes,
         reserved_bytes=reserved_bytes,
         teacher=beside,
     )
     found = []
-    for stage in (1, 2, 3) if case.student_bytes == 2 else (0, 1, 2, 3):
-        options = ZeroOptions.of(student.deepspeed, stage, case.hardware.is_cpu)
+    for stage in (1, 2, 3) if inputs.student_bytes == 2 else (0, 1, 2, 3):
+        options = ZeroOptions.of(student.deepspeed, stage, inputs.hardware.is_cpu)
         moment, parts = largest(worker_memory(worker, stage, options))
         total = sum(parts.values())
-        found.append(WorkerMemory(stage, checkpointing, moment, parts, total, total <= case.hardware.memory_bytes))
+        found.append(WorkerMemory(stage, checkpointing, moment, parts, total, total <= inputs.hardware.memory_bytes))
     return found

@@ -20,10 +20,10 @@ from taid_ray.config.schema import DistillConfig, build_config, load_config
 from taid_ray.driver.preflight import prepare
 from taid_ray.errors import ConfigError
 from taid_ray.plan import rates as plan_rates
-from taid_ray.plan.case import Case, Models, read_models
 from taid_ray.plan.forecast import forecast
 from taid_ray.plan.forecast_type import Forecast
 from taid_ray.plan.hardware import hardware_named
+from taid_ray.plan.inputs import Models, PlanInputs, read_models
 from taid_ray.plan.tables import show
 from taid_ray.plan.trace import shape_of, trace
 from tests.support.paths import CONFIGS
@@ -96,7 +96,7 @@ def test_the_quickstart(tmp_path: Path) -> None:
     config = quickstart()
     found = planned(config, price_per_hour=2.0)
     assert found.num_shared == prepare(config).vocabulary.num_shared
-    assert found.load.tokens == 16 * 256
+    assert found.workload.tokens == 16 * 256
     assert found.whole is not None and found.whole.tokens == 250 * 16 * 256
     assert found.whole.cost == pytest.approx(2 * 2 * found.whole.hours)  # two cores: one worker, one shard
     assert {memory.zero_stage for memory in found.worker_memory} == {0, 1, 2, 3}
@@ -133,7 +133,7 @@ def test_a_cache_needs_no_teacher(tmp_path: Path) -> None:
 
 def test_checkpointing_saves_activations_and_costs_a_forward_pass(swallow: Models) -> None:
     config = large("student.gradient_checkpointing=false")
-    plain, again = Case(config, swallow, CPU), Case(large(), swallow, CPU)
+    plain, again = PlanInputs(config, swallow, CPU), PlanInputs(large(), swallow, CPU)
     assert plain.flops.recompute == 0 and again.flops.recompute == again.flops.forward
     assert again.student_activations(True).saved < again.student_activations(False).saved / 5
 
@@ -161,8 +161,8 @@ def test_a_large_pair(swallow: Models) -> None:
 
 def test_a_cache_keeps_answers_off_the_gpu(swallow: Models, tmp_path: Path) -> None:
     config = large(f"cache.directory={tmp_path}")
-    case = Case(config, swallow, hardware_named("h100-80g"))
-    assert case.on_device_bytes == case.answer_bytes
+    inputs = PlanInputs(config, swallow, hardware_named("h100-80g"))
+    assert inputs.on_device_bytes == inputs.answer_bytes
 
 
 def test_what_cannot_fit_is_said_with_a_remedy(swallow: Models) -> None:
@@ -207,8 +207,8 @@ def test_what_makes_a_plan_less_certain_is_said(override: str, note: str) -> Non
 
 def test_a_config_keeps_its_own_precision(swallow: Models) -> None:
     """transformers writes the dtype of what it builds into the config, and `teacher.dtype: auto` reads it there."""
-    case = Case(large("teacher.dtype=auto"), swallow, CPU)
-    assert case.teacher.parameters and case.teacher_activations() and case.teacher_bytes == 2
+    inputs = PlanInputs(large("teacher.dtype=auto"), swallow, CPU)
+    assert inputs.teacher.parameters and inputs.teacher_activations() and inputs.teacher_bytes == 2
 
 
 def test_a_flash_attention_need_not_be_installed(swallow: Models) -> None:

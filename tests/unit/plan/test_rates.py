@@ -14,9 +14,9 @@ from taid_ray.config.schema import DistillConfig
 from taid_ray.errors import ConfigError
 from taid_ray.plan import rates as plan_rates
 from taid_ray.plan.calibration import Measured
-from taid_ray.plan.case import Case, read_models
 from taid_ray.plan.forecast import forecast, with_simulation
 from taid_ray.plan.hardware import hardware_named
+from taid_ray.plan.inputs import PlanInputs, read_models
 from taid_ray.plan.measure import KEPT, LARGEST_NOISE, WARM_UP, check_gpu, measuring_config, rates_of
 from taid_ray.plan.memory_watch import peak_bytes, processes, role_of
 from taid_ray.plan.rates import DATA_S, Rates, adapted, assumed_rates, scaling, simulated, times_of
@@ -37,26 +37,26 @@ def config(*overrides: str) -> DistillConfig:
     return quickstart_config(overrides, "unused")
 
 
-def case(*overrides: str) -> Case:
+def inputs(*overrides: str) -> PlanInputs:
     made = config(*overrides)
-    return Case(made, read_models(made), CPU)
+    return PlanInputs(made, read_models(made), CPU)
 
 
 def test_assumed_rates_are_the_arithmetic_of_sizes() -> None:
     """Operations over speed, per micro-batch; two micro-batches have half the rows each."""
-    one, two = (case(f"train.micro_batch_size={rows}") for rows in (16, 8))
+    one, two = (inputs(f"train.micro_batch_size={rows}") for rows in (16, 8))
     whole, half = assumed_rates(one, 0.4), assumed_rates(two, 0.4)
     assert half.forward_s == pytest.approx(whole.forward_s / 2) and half.teacher_s == pytest.approx(whole.teacher_s / 2)
     assert half.optimizer_s == whole.optimizer_s
     speed = 0.4 * CPU.float32_flops
-    assert whole.forward_s == pytest.approx(one.load.tokens * one.flops.forward / speed)
-    assert whole.backward_s == pytest.approx(one.load.tokens * one.flops.backward / speed)
+    assert whole.forward_s == pytest.approx(one.workload.tokens * one.flops.forward / speed)
+    assert whole.backward_s == pytest.approx(one.workload.tokens * one.flops.backward / speed)
     assert times_of(two, half).student_s == pytest.approx(times_of(one, whole).student_s + DATA_S)
 
 
 def test_without_a_limit_simulation_and_arithmetic_agree() -> None:
     for overrides in ((), ("train.micro_batch_size=4",), ("teacher.mode=local", "train.micro_batch_size=8")):
-        here = case(*overrides)
+        here = inputs(*overrides)
         expected = times_of(here, RATES)
         found = simulated(here, RATES, expected.replicas, None)
         assert found.step_s == pytest.approx(expected.step_s, rel=1e-9)
@@ -65,7 +65,7 @@ def test_without_a_limit_simulation_and_arithmetic_agree() -> None:
 
 
 def test_cores_that_all_share_are_a_limit() -> None:
-    here = case("student.workers=2", "train.micro_batch_size=4")
+    here = inputs("student.workers=2", "train.micro_batch_size=4")
     arithmetic = times_of(here, RATES)
     alone, shared = (with_simulation(here, RATES, arithmetic, cores) for cores in (None, 2.0))
     assert alone.bottleneck == "student" and shared.bottleneck == "cores"
@@ -75,7 +75,7 @@ def test_cores_that_all_share_are_a_limit() -> None:
 
 
 def test_a_measurement_is_taken_over_to_another_layout() -> None:
-    measured_at, here = case("train.micro_batch_size=8"), case("train.micro_batch_size=4", "student.workers=2")
+    measured_at, here = inputs("train.micro_batch_size=8"), inputs("train.micro_batch_size=4", "student.workers=2")
     found = adapted(RATES, measured_at, here)
     assert found.forward_s == RATES.forward_s / 2 and found.teacher_s == RATES.teacher_s / 2
     assert found.optimizer_s == RATES.optimizer_s / 2  # ZeRO 2 shares the parameters
@@ -85,16 +85,16 @@ def test_a_measurement_is_taken_over_to_another_layout() -> None:
 
 def test_the_table_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_rates, "WORKERS", (1, 4, 16))
-    points = scaling(case(), RATES, 2)
+    points = scaling(inputs(), RATES, 2)
     assert [point.replicas for point in points] == [2, 8, 32]
     assert all(0.98 < point.efficiency <= 1 for point in points)
     # ZeRO 2 leaves a worker less of the optimizer's work the more there are
     for point in points:
         alone = 16 * 256 / (OWN + 0.05 / point.workers)
         assert point.tokens_per_s == pytest.approx(point.workers * alone, rel=0.02)
-    slow = scaling(case(), replace(RATES, read_s=OWN / 64), 2)
+    slow = scaling(inputs(), replace(RATES, read_s=OWN / 64), 2)
     assert slow[-1].waits_for == "data" and slow[-1].efficiency == pytest.approx(1 / 4, rel=0.1)
-    starved = scaling(case(), replace(RATES, teacher_s=3.0), 1)
+    starved = scaling(inputs(), replace(RATES, teacher_s=3.0), 1)
     assert {point.waits_for for point in starved} == {"teacher"}
 
 
@@ -109,7 +109,7 @@ def test_reading_that_limits_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_large_steps_are_simulated_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = case("train.batch_size=64", "train.micro_batch_size=4")
+    here = inputs("train.batch_size=64", "train.micro_batch_size=4")
     pipeline = plan_rates._pipeline(here, RATES, 4, 2, None)
     monkeypatch.setattr(plan_rates, "REQUESTS_SIMULATED", 160)
     shorter, share = plan_rates._shortened(pipeline)
@@ -122,7 +122,7 @@ def test_large_steps_are_simulated_in_part(monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_what_the_students_send_each_other(stage: int, collectives: tuple[float | None, ...]) -> None:
     """In times that each worker's link carries all weights; ZeRO-3 meets before each forward and with each backward pass."""
-    here = case(f"student.zero_stage={stage}")
+    here = inputs(f"student.zero_stage={stage}")
     here = replace(here, hardware=replace(CPU, latency_s=0.0))
     once = here.student.parameters * 4 * 3 / 4 / CPU.collective
     found = plan_rates._collectives(here, 4)
@@ -167,8 +167,8 @@ def test_measuring_is_the_same_work_in_few_steps(tmp_path: Path) -> None:
     )  # fmt: skip
     own = measuring_config(whole, 1, 1, tmp_path / "run")
     models = read_models(whole)
-    before, after = Case(whole, models, CPU), Case(own, models, CPU)
-    assert (after.micro_rows, after.load.length) == (before.micro_rows, before.load.length) == (4, 256)
+    before, after = PlanInputs(whole, models, CPU), PlanInputs(own, models, CPU)
+    assert (after.micro_rows, after.workload.length) == (before.micro_rows, before.workload.length) == (4, 256)
     assert (before.accumulation, after.accumulation, after.workers) == (4, 2, 1)
     assert own.train.steps == WARM_UP + KEPT + 2 and own.run_dir == tmp_path / "run"  # a window of 4 is two steps
     assert not own.cache.on and own.checkpoint.every_steps is None and not own.train.eval_every

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from taid_ray.plan.pipeline import WAITED, Outcome, Pipeline, collective_s
+from taid_ray.plan.pipeline import WAITED, Pipeline, SimulatedStep, collective_s
 from taid_ray.plan.simulation import READ_AHEAD_STEPS, simulate
-from taid_ray.plan.simulation_kernel import Clock, Link, Meeting, Processors, Server, Signal
+from taid_ray.plan.simulation_kernel import Barrier, Clock, Link, Processors, Server, Signal
 
 BASE = Pipeline(
     workers=1, replicas=1, micro_batches=2, forward_s=0.2, backward_s=0.4, optimizer_s=0.1, teacher_s=0.3, steps=6
@@ -21,7 +21,7 @@ def step(**changes: Any) -> float:
     return run(**changes).step_s
 
 
-def run(**changes: Any) -> Outcome:
+def run(**changes: Any) -> SimulatedStep:
     return simulate(replace(BASE, **changes))
 
 
@@ -156,7 +156,7 @@ def test_a_seed_decides_everything() -> None:
 
 
 def test_what_costs_little_is_not_named() -> None:
-    assert Outcome(1.0, {"teacher": WAITED / 2}, 0).waits_for == "student"
+    assert SimulatedStep(1.0, {"teacher": WAITED / 2}, 0).waits_for == "student"
 
 
 def test_a_collective_of_many() -> None:
@@ -207,15 +207,15 @@ def test_a_server_serves_in_order() -> None:
     assert order == [(0, 1.0), (1, 2.0), (2, 3.0)] and len(server) == 0
 
 
-def test_a_meeting_ends_after_the_last_came() -> None:
+def test_a_barrier_ends_after_the_last_came() -> None:
     clock = Clock()
-    meeting = Meeting(clock, 2, 0.5)
-    clock.at(1.0, meeting.come)
-    clock.at(3.0, meeting.come)
+    barrier = Barrier(clock, 2, 0.5)
+    clock.at(1.0, barrier.arrive)
+    clock.at(3.0, barrier.arrive)
     ended: list[float] = []
-    meeting.over.calls.append(lambda: ended.append(clock.now))
+    barrier.over.calls.append(lambda: ended.append(clock.now))
     clock.run()
-    assert ended == [3.5] and meeting.last == 3.0
+    assert ended == [3.5] and barrier.last == 3.0
 
 
 def test_a_link_carries_one_at_a_time() -> None:

@@ -16,12 +16,12 @@ from taid_ray.plan.time import (
     BANDWIDTH_SHARE,
     LOSS_PASSES,
     OPTIMIZER_BYTES,
-    Load,
+    StepWorkload,
     TokenFlops,
     backward_flops,
-    bill,
     body_flops,
     combined,
+    estimate_cost,
     loss_flops,
     student_times,
     teacher_time,
@@ -73,19 +73,19 @@ def test_the_loss_has_both_heads() -> None:
     assert loss_flops(10, 3, None, head_trained=False) == 2 * 10 * 2 * 3
 
 
-def load(**changes: Any) -> Load:
+def workload(**changes: Any) -> StepWorkload:
     values = {"rows": 8, "worker_rows": 4, "requests": 4, "length": 10, "vocabulary": 5, "trained_per_worker": 100.0}
-    return Load(**(values | changes))
+    return StepWorkload(**(values | changes))
 
 
 def test_the_students_time() -> None:
     flops = TokenFlops(teacher=0.0, forward=10.0, backward=20.0, recompute=10.0, loss=5.0)
-    total, loss, optimizer = student_times(load(), flops, CHIP, cores=2, dtype_bytes=2, use=0.5)
+    total, loss, optimizer = student_times(workload(), flops, CHIP, cores=2, dtype_bytes=2, use=0.5)
     bandwidth = 2e4 * BANDWIDTH_SHARE
     assert loss == pytest.approx(40 * (5 / 1000 + LOSS_PASSES * 4 * 5 / bandwidth))
     assert optimizer == pytest.approx(OPTIMIZER_BYTES * 100 / bandwidth)
     assert total == pytest.approx(40 * 40 / 1000 + loss + optimizer)
-    slow, *_ = student_times(load(), flops, CHIP, cores=2, dtype_bytes=4, use=0.5)
+    slow, *_ = student_times(workload(), flops, CHIP, cores=2, dtype_bytes=4, use=0.5)
     assert slow > total
 
 
@@ -95,7 +95,7 @@ def test_the_students_time() -> None:
 def test_the_teachers_time_is_computing_or_reading_weights(weight_bytes: float, seconds: float) -> None:
     flops = TokenFlops(teacher=30.0, forward=0.0, backward=0.0, recompute=0.0, loss=0.0)
     # 20 tokens a request and 10 a pass: two passes each
-    assert teacher_time(load(), flops, CHIP, 1, 2, 0.5, weight_bytes, max_tokens=10) == pytest.approx(seconds)
+    assert teacher_time(workload(), flops, CHIP, 1, 2, 0.5, weight_bytes, max_tokens=10) == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize(
@@ -117,10 +117,10 @@ def test_steps_take_as_long_as_the_slower_side(
     assert times.bottleneck == ("student" if step_s == 2.0 else "teacher")
 
 
-def test_the_bill() -> None:
-    found = bill(800, load(), 3600.0, processors=4, price_per_hour=2.5)
+def test_the_cost() -> None:
+    found = estimate_cost(800, workload(), 3600.0, processors=4, price_per_hour=2.5)
     assert (found.hours, found.processor_hours, found.cost) == (10, 40, 100)
-    assert bill(800, load(), 3600.0, 4, None).cost is None
+    assert estimate_cost(800, workload(), 3600.0, 4, None).cost is None
 
 
 def test_all_hardware_is_plausible() -> None:

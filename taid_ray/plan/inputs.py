@@ -16,7 +16,7 @@ from taid_ray.models.student_init import check_student, origin
 from taid_ray.plan.hardware import Hardware
 from taid_ray.plan.memory import CLOSED_FORM, window_bytes
 from taid_ray.plan.sizes import Activations, LossShape, ModelShape
-from taid_ray.plan.time import Load, TokenFlops, backward_flops, body_flops, loss_flops
+from taid_ray.plan.time import StepWorkload, TokenFlops, backward_flops, body_flops, loss_flops
 from taid_ray.plan.trace import shape_of, trace
 from taid_ray.teacher.payload import bytes_per_token, needs_head
 
@@ -58,7 +58,7 @@ def check_device(config: DistillConfig, hardware: Hardware) -> None:
 
 
 @dataclass(frozen=True)
-class Case:
+class PlanInputs:
     """Properties are per worker (the one with most to do) or of the whole run, as their names say."""
 
     config: DistillConfig
@@ -103,10 +103,10 @@ class Case:
         return num_micro_batches(train.batch_size, train.micro_batch_size, self.workers)
 
     @cached_property
-    def load(self) -> Load:
+    def workload(self) -> StepWorkload:
         train = self.config.train
         sharers = self.workers if self.config.student.zero_stage else 1
-        return Load(
+        return StepWorkload(
             rows=train.batch_size,
             worker_rows=math.ceil(train.batch_size / self.workers),
             requests=self.workers * self.accumulation,
@@ -118,7 +118,7 @@ class Case:
     @property
     def micro_rows(self) -> int:
         """Rows of the largest micro-batch."""
-        return math.ceil(self.load.worker_rows / self.accumulation)
+        return math.ceil(self.workload.worker_rows / self.accumulation)
 
     @cached_property
     def wire_bytes(self) -> dict[str, int]:
@@ -131,7 +131,7 @@ class Case:
         payload, loss = self.config.teacher.payload, self.config.loss
         mib = loss.memory_mib or (128 if self.hardware.is_cpu else 2048)  # distributed.device.loss_memory_mib
         return LossShape(
-            tokens=self.micro_rows * self.load.length,
+            tokens=self.micro_rows * self.workload.length,
             vocabulary=self.models.num_shared,
             memory_bytes=mib * 2**20,
             payload=payload,
@@ -148,7 +148,7 @@ class Case:
     @property
     def logits_bytes(self) -> float:
         """Of all positions of one request, in float32."""
-        return 4.0 * self.loss.tokens * self.load.vocabulary
+        return 4.0 * self.loss.tokens * self.workload.vocabulary
 
     @property
     def in_flight_bytes(self) -> float:
@@ -168,7 +168,7 @@ class Case:
     @property
     def flops(self) -> TokenFlops:
         student, teacher, config = self.student, self.teacher, self.config
-        length, packed = self.load.length, config.data.pack
+        length, packed = self.workload.length, config.data.pack
         rebuilt = needs_head(config.teacher.payload)
         forward = body_flops(student.matmul, student.layers, student.attention_width, length, packed)
         own_head = 0.0 if rebuilt else 2.0 * self.models.num_shared * teacher.hidden_size
@@ -193,7 +193,7 @@ class Case:
         return trace(
             self.models.student,
             rows=self.micro_rows,
-            length=self.load.length,
+            length=self.workload.length,
             dtype=_dtype(self.student_bytes),
             attention=student.attention,
             checkpointing=checkpointing,
@@ -206,8 +206,8 @@ class Case:
         teacher = self.config.teacher
         return trace(
             self.models.teacher,
-            rows=min(self.micro_rows, max(1, teacher.max_tokens // self.load.length)),
-            length=self.load.length,
+            rows=min(self.micro_rows, max(1, teacher.max_tokens // self.workload.length)),
+            length=self.workload.length,
             dtype=_dtype(self.teacher_bytes),
             attention=teacher.attention,
             learns=False,
