@@ -28,12 +28,24 @@ class ClusterError(TaidRayError, RuntimeError):
     """The Ray cluster cannot hold what was asked for."""
 
 
+class RunError(TaidRayError, RuntimeError):
+    """A file in the directory of a run, a search or a cache is damaged, or cannot be written."""
+
+
 class CheckpointError(TaidRayError, RuntimeError):
     """A checkpoint cannot be written, or none that was written can be read."""
 
 
+class WorkerError(TaidRayError, RuntimeError):
+    """The student workers failed too often in a row, or no trial of a search finished."""
+
+
 class AttemptError(TaidRayError, RuntimeError):
-    """This group of student workers cannot go on; another one can, from the last checkpoint."""
+    """A group of student workers cannot go on; another group can, from the last checkpoint."""
+
+
+class MessageError(TaidRayError, ValueError):
+    """Bytes from another process, or from the cache, are not the message that was sent."""
 
 
 class NonFiniteLossError(TaidRayError, ArithmeticError):

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from taid_ray.errors import CheckpointError
+from taid_ray.errors import RunError
 
-TAIL = 65_536  # bytes, far more than a line of metrics
+TAIL = 65_536  # bytes, far more than the lines that are asked for at a time
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -16,29 +16,29 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def read_lines(path: Path, last_only: bool = False) -> list[dict[str, Any]]:
-    """JSON objects, one per line; nothing if there is no such file.
+def read_lines(path: Path, last: int | None = None) -> list[dict[str, Any]]:
+    """The JSON objects of a file that holds one per line, or its `last` ones, if these are TAIL bytes at most.
 
-    What follows the last line break is being written, or was by a process that died. Raises CheckpointError if a line is
-    damaged.
+    Nothing if there is no such file. What follows the last line break is left out: it is being written, or was by a process
+    that died. Raises RunError if a line is damaged.
     """
     try:
         with path.open("rb") as file:
-            if last_only:
-                file.seek(max(0, path.stat().st_size - TAIL))
-            lines = file.read().split(b"\n")[:-1]
+            skipped = max(0, path.stat().st_size - TAIL) if last else 0
+            file.seek(skipped)
+            lines = file.read().split(b"\n")[1 if skipped else 0 : -1]
     except FileNotFoundError:
         return []
     try:
-        return [json.loads(line) for line in (lines[-1:] if last_only else lines)]
+        return [json.loads(line) for line in lines[-(last or 0) :]]
     except ValueError as error:
         raise damaged(path, f"a line of it is not JSON ({error})") from None
 
 
 def read_json(path: Path) -> Any:
-    """None if there is no such file, or no longer: a run that ends before its first step takes its directory away.
+    """The content of a JSON file; None if there is no such file.
 
-    Raises CheckpointError if it is damaged.
+    There may be none any more: a run that ends before its first step removes its directory. Raises RunError if it is damaged.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -48,25 +48,34 @@ def read_json(path: Path) -> Any:
         raise damaged(path, f"it is not JSON ({error})") from None
 
 
-def damaged(path: Path, found: str) -> CheckpointError:
-    return CheckpointError(f"{path} is damaged: {found}; bring it back, or begin in another directory")
+def damaged(path: Path, found: str) -> RunError:
+    """The error for a file whose content is not what was written there."""
+    return RunError(f"{path} is damaged: {found}; bring it back, or begin in another directory")
 
 
 def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """One JSON object per line; as `replace_text`."""
+    """Writes one JSON object per line, as `replace_text` writes."""
     replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def write_json(path: Path, content: dict[str, Any] | list[dict[str, Any]]) -> None:
-    """As `replace_text`."""
+    """Writes JSON, as `replace_text` writes."""
     replace_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes through a temporary file, so that nobody ever sees half of it, not even after a crash of the machine."""
+    """Writes a file through a temporary one, so that nobody ever sees half of it, not even after a crash of the machine.
+
+    Raises RunError if it cannot be written.
+    """
     temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be written ({error}); make room there, and give the same command again"
+        ) from error

@@ -22,7 +22,7 @@ from taid_ray.cli.control import JobEnd, scale, status, stop, submit
 from taid_ray.cli.plan import plan
 from taid_ray.cli.report import report
 from taid_ray.config.schema import DistillConfig, load_config
-from taid_ray.errors import ClusterError, TaidRayError
+from taid_ray.errors import TaidRayError, WorkerError
 from taid_ray.report.format import print_line
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def search(
         print_line(console, f"note: {note}")
     print_line(console, f"search directory: {result.path}")
     if result.best is None:
-        raise ClusterError(f"no trial finished; {result.path}/trials/*.error and *.log say why")
+        raise WorkerError(f"no trial finished; {result.path}/trials/*.error and *.log say why")
     console.print("  report.html  best.yaml (for taid-ray train)  trials/NAME/ (runs)", highlight=False)
 
 

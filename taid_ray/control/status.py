@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from taid_ray.config.schema import DistillConfig, load_config
 from taid_ray.errors import ConfigError
-from taid_ray.files import TAIL, read_json, read_lines
+from taid_ray.files import read_json, read_lines
 from taid_ray.report.search_results import Search, read_search
 from taid_ray.run.directory import is_locked, read_manifest
 from taid_ray.run.layout import (
@@ -100,7 +100,7 @@ class Status:
 
 
 def read_status(path: Path) -> Status:
-    """Raises ConfigError if this is neither a run nor a search, CheckpointError if a file in it is damaged."""
+    """Raises ConfigError if this is neither a run nor a search, RunError if a file in it is damaged."""
     if (path / SEARCH_FILE).is_file():
         return _search_status(path, read_search(path, last_lines=True))
     run = read_manifest(path / RUN_FILE)
@@ -137,7 +137,7 @@ def _search_status(path: Path, search: Search) -> Status:
 
 def _run_status(path: Path, config: DistillConfig, run: dict[str, Any]) -> Status:
     live, ended, summary = read_live(path), read_json(path / ENDED_FILE), read_json(path / SUMMARY_FILE)
-    lines = _recent(path / METRICS_FILE)
+    lines = read_lines(path / METRICS_FILE, RECENT_STEPS)
     figures = _figures(lines[-1]) if lines else {}
     early = not summary and stopped_early(path)
     state: State | None
@@ -158,7 +158,7 @@ def _run_status(path: Path, config: DistillConfig, run: dict[str, Any]) -> Statu
             config.train.steps,
         )
     )
-    validations = read_lines(path / VALIDATION_FILE, last_only=True)
+    validations = read_lines(path / VALIDATION_FILE, 1)
     step_s = sum(line["step_s"] for line in lines) / len(lines) if lines else None
     storage = config.checkpoint.storage
     return Status(
@@ -208,16 +208,6 @@ def _driver_state(
 def _stepped(path: Path, live: Live | None) -> bool:
     """Whether there was a step since the driver began."""
     return live is not None and (path / METRICS_FILE).stat().st_mtime > live.began
-
-
-def _recent(path: Path) -> list[dict[str, Any]]:
-    """The last lines of metrics.jsonl, without one that is being written, or was by a process that died."""
-    with suppress(FileNotFoundError), path.open("rb") as file:
-        skipped = max(0, path.stat().st_size - TAIL)
-        file.seek(skipped)
-        lines = file.read().split(b"\n")[1 if skipped else 0 : -1]
-        return [json.loads(line) for line in lines[-RECENT_STEPS:]]
-    return []
 
 
 def _figures(line: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from taid_ray.distributed.capacity import Demand, free_room, workers_now
 from taid_ray.driver.progress import ProgressView
 from taid_ray.driver.signals import POLL_S, Signals, attend
 from taid_ray.driver.supervise import Followed
-from taid_ray.errors import AttemptError, ClusterError, TaidRayError
+from taid_ray.errors import AttemptError, ClusterError, TaidRayError, WorkerError
 from taid_ray.scheduler.aggregate import STOP
 from taid_ray.scheduler.owner import SchedulerOwner
 
@@ -45,8 +45,8 @@ def run_attempts(
 ) -> dict[str, Any]:
     """Returns the summary. restarts: attempts that earlier drivers made.
 
-    Raises what a user must put right, ClusterError after too many failures in a row or without room for the workers,
-    KeyboardInterrupt or SystemExit once a signal was obeyed.
+    Raises what a user must put right, WorkerError after too many failures in a row, ClusterError without room for the
+    workers, KeyboardInterrupt or SystemExit once a signal was obeyed.
     """
     failures = reached = 0
     most = demand.max_workers
@@ -66,7 +66,7 @@ def run_attempts(
             failures = failures + 1 if followed.step <= reached else 1
             reached = max(reached, followed.step)
             if failures > student.max_failures:
-                raise ClusterError(
+                raise WorkerError(
                     f"the student workers failed {failures} times in a row (student.max_failures: {student.max_failures}) "
                     f"without getting past step {reached}, the last time with: {shown(error)}; start the run again to resume it"
                 ) from error

@@ -13,7 +13,7 @@ from typing import Any
 import ray
 
 from taid_ray.distributed.ray_internals import dashboard_address
-from taid_ray.errors import TaidRayError
+from taid_ray.errors import RunError, TaidRayError
 from taid_ray.files import write_json
 from taid_ray.run.layout import ENDED_FILE, LIVE_FILE
 from taid_ray.run.live import AUTH_MODE, BEAT_S, SUBMISSION_ID, Live, job_metadata, pid_namespace, process_start
@@ -39,7 +39,7 @@ def announced(run_dir: Path, pool: str | None, total_steps: int | None = None) -
     try:
         yield
     except BaseException as error:
-        with suppress(OSError):  # the error itself matters more
+        with suppress(RunError):  # the error itself matters more
             write_json(run_dir / ENDED_FILE, _end(here, error))
         raise
     finally:

@@ -69,7 +69,7 @@ class History:
 
 
 def read_history(path: Path) -> History:
-    """Raises ConfigError if this is no run directory or no step was made yet, CheckpointError if a file is damaged."""
+    """Raises ConfigError if this is no run directory or no step was made yet, RunError if a file is damaged."""
     _check_is_run(path)
     run, summary = read_manifest(path / RUN_FILE), read_json(path / SUMMARY_FILE)
     metrics = path / METRICS_FILE

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from taid_ray.errors import ConfigError
+from taid_ray.errors import RunError
 from taid_ray.files import replace_text
 from taid_ray.report.format import shown_amount, shown_name, shown_seconds
 from taid_ray.report.history import PHASES, History, read_history
@@ -30,8 +30,8 @@ BAR = 40  # characters of a whole step
 def write_run_report(path: Path) -> list[str]:
     """Leaves RUN/report/*.png and RUN/report.html, a second time over the first. Returns the page's notes.
 
-    Raises ConfigError if this is no run directory, has no step yet, or cannot be written to; CheckpointError if a file
-    of it is damaged.
+    Raises ConfigError if this is no run directory or has no step yet, RunError if a file of it is damaged or cannot be
+    written.
     """
     history = read_history(path)
     try:
@@ -49,9 +49,7 @@ def write_run_report(path: Path) -> list[str]:
         ]
         replace_text(path / REPORT_FILE, page(f"Run {history.config.name}", _summary(history), parts))
     except OSError as error:
-        raise ConfigError(
-            f"{path}: the report cannot be written there ({error}); make room, or copy the run"
-        ) from error
+        raise RunError(f"{path}: the report cannot be written there ({error}); make room, or copy the run") from error
     return notes(history)
 
 

@@ -117,7 +117,7 @@ def read_search(path: Path, last_lines: bool = False) -> Search:
     """Reads a search's directory, also while it goes on.
 
     last_lines: of metrics and validations only the newest line, which is all that a live table shows.
-    Raises ConfigError if this is no such directory, CheckpointError if a file in it is damaged.
+    Raises ConfigError if this is no such directory, RunError if a file in it is damaged.
     """
     if not (path / SEARCH_FILE).is_file():
         raise ConfigError(
@@ -152,7 +152,8 @@ def _read_trial(path: Path, entry: Mapping[str, Any], last_lines: bool) -> Trial
     run = path / TRIALS / entry["name"]
     config, summary = _read_config(run / CONFIG_FILE), read_json(run / SUMMARY_FILE)
     steps = config.train.steps if config else None
-    metrics, validations = (read_lines(run / name, last_lines) for name in (METRICS_FILE, VALIDATION_FILE))
+    last = 1 if last_lines else None
+    metrics, validations = (read_lines(run / name, last) for name in (METRICS_FILE, VALIDATION_FILE))
     return Trial(
         entry["name"],
         entry["params"],

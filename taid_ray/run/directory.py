@@ -111,7 +111,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     """Content of a run.json: `id`, and `attempts` with `began`, `workers` and `host` each.
 
     None if there is none, or no longer: a run that ends before its first step takes its directory away. Raises
-    CheckpointError if it is damaged.
+    RunError if it is damaged.
     """
     content = read_json(path)
     if content is None:

@@ -63,7 +63,7 @@ class Live:
 
 
 def read_live(run_dir: Path) -> Live | None:
-    """None if there is no driver, or it has not come so far. Raises CheckpointError if the file is damaged."""
+    """None if there is no driver, or it has not come so far. Raises RunError if the file is damaged."""
     content: Any = read_json(run_dir / LIVE_FILE)
     try:
         return None if content is None else Live(**content)

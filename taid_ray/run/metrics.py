@@ -3,10 +3,11 @@
 import json
 import math
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from taid_ray.errors import CheckpointError, ClusterError
+from taid_ray.errors import RunError
 from taid_ray.files import replace_text
 
 
@@ -59,7 +60,7 @@ class MetricLog:
     def __init__(self, path: Path, last_step: int):
         """Keeps the lines up to `last_step`; those that follow will be written again.
 
-        Raises CheckpointError if one of them is not there.
+        Raises RunError if one of them is not there.
         """
         kept = _lines_until(path, last_step)
         # In a new file: a rank 0 that everybody thinks dead, and that writes once more, then writes to the old one.
@@ -67,12 +68,12 @@ class MetricLog:
         self._path, self._file = path, path.open("a", encoding="utf-8")
 
     def write(self, metrics: StepMetrics) -> None:
-        """Raises ClusterError if there is no room for it."""
+        """Raises RunError if there is no room for it."""
         try:
             self._file.write(json.dumps(asdict(metrics)) + "\n")
             self._file.flush()
         except OSError as error:
-            raise ClusterError(
+            raise RunError(
                 f"out: {self._path} cannot be written after step {metrics.step}: {error}; make room, and start the run again "
                 "to resume it"
             ) from error
@@ -82,7 +83,9 @@ class MetricLog:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        """Closes the file. Lines that did not fit are not told again: `write` has."""
+        with suppress(OSError):
+            self._file.close()
 
 
 def _lines_until(path: Path, last_step: int) -> list[str]:
@@ -93,7 +96,7 @@ def _lines_until(path: Path, last_step: int) -> list[str]:
         except (IndexError, ValueError, TypeError, KeyError):
             found = None
         if found != step:
-            raise CheckpointError(
+            raise RunError(
                 f"{path} has no line for step {step}, and the newest checkpoint is of step {last_step}: the file was changed; "
                 "bring it back, or begin in another directory with --out"
             )

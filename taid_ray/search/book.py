@@ -16,7 +16,7 @@ class TrialBook:
     """DIR/trials.json. Written by the search's driver only, after every change."""
 
     def __init__(self, directory: Path):
-        """Takes up what an earlier driver left; what ran then waits now. Raises CheckpointError if that cannot be read."""
+        """Takes up what an earlier driver left; what ran then waits now. Raises RunError if that cannot be read."""
         self._directory, self._path = directory, directory / TRIALS_FILE
         self.entries: list[dict[str, Any]] = []
         """name, params, status and error of every trial, in the order of their creation."""

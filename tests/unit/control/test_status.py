@@ -18,7 +18,7 @@ from taid_ray.cli import app as cli
 from taid_ray.control.status import RECENT_STEPS, START_S, read_status
 from taid_ray.control.stop import stop
 from taid_ray.driver import live as driver_side
-from taid_ray.errors import ConfigError
+from taid_ray.errors import ConfigError, RunError
 from taid_ray.files import TAIL
 from taid_ray.run.directory import locked
 from taid_ray.run.layout import (
@@ -122,6 +122,14 @@ def test_a_long_file_is_read_from_its_end(tmp_path: Path) -> None:
     assert (run / METRICS_FILE).stat().st_size > 2 * TAIL
     found = read_status(run)
     assert (found.step, found.step_s) == (3000, 2.0)
+
+
+def test_damaged_metrics_are_named(tmp_path: Path) -> None:
+    run = run_dir(tmp_path, steps=3, live=HERE)
+    with (run / METRICS_FILE).open("a") as file:
+        file.write("nonsense\n")
+    with pytest.raises(RunError, match=rf"{METRICS_FILE} is damaged"):
+        read_status(run)
 
 
 def test_a_torn_checkpoint_does_not_count(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from taid_ray.driver import attempts, signals
 from taid_ray.driver.attempts import run_attempts
 from taid_ray.driver.signals import Signals
 from taid_ray.driver.supervise import Followed
-from taid_ray.errors import AttemptError, ClusterError, DataError
+from taid_ray.errors import AttemptError, ClusterError, DataError, WorkerError
 from taid_ray.scheduler.aggregate import STOP
 from tests.support.journal import WITHIN_S, Journal
 
@@ -139,7 +139,7 @@ def test_a_hung_attempt_is_tried_again() -> None:
 def test_failures_without_progress_end_the_run_and_progress_starts_the_count_anew() -> None:
     crash = RuntimeError("bug")
     found = driver(*[at_step(4, group(r0=crash))] * 9, failures=2)
-    with pytest.raises(ClusterError, match=r"failed 3 times in a row .*max_failures: 2.* step 4.*RuntimeError: bug"):
+    with pytest.raises(WorkerError, match=r"failed 3 times in a row .*max_failures: 2.* step 4.*RuntimeError: bug"):
         found.run()
     assert len(found.started) == 3
     further = [at_step(step, group(r0=crash)) for step in (4, 8, 12, 16, 20)]

@@ -1,4 +1,3 @@
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -7,7 +6,8 @@ import pytest
 from rich.console import Console
 
 from taid_ray.config.schema import DistillConfig, build_config
-from taid_ray.files import read_metrics, write_json
+from taid_ray.errors import RunError
+from taid_ray.files import read_metrics
 from taid_ray.report.card import result_rows, result_table, write_model_card, write_plots
 from taid_ray.report.format import shown_name
 from taid_ray.run.metrics import MetricLog, StepMetrics, perplexity
@@ -148,12 +148,19 @@ def test_metrics_lines_are_complete_at_once_and_read_back(tmp_path: Path) -> Non
     assert set(lines[0]) >= set(f"{documented} {times} payload_bytes samples_seen".split())
 
 
-def test_write_json_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "summary.json"
-    write_json(path, {"steps": 1})
-    write_json(path, SUMMARY)
-    assert json.loads(path.read_text()) == SUMMARY
-    assert list(tmp_path.iterdir()) == [path]
+def test_a_full_disk_is_told_with_the_step(tmp_path: Path) -> None:
+    log = MetricLog(tmp_path / "metrics.jsonl", 0)
+    log.close()
+    log._file = Path("/dev/full").open("w")  # noqa: SIM115  # the log closes it
+    with pytest.raises(RunError, match=r"metrics\.jsonl cannot be written after step 1: .*No space left"):
+        log.write(metrics(1))
+    log.close()  # whose own attempt to write the line must not hide the error
+
+
+def test_metrics_that_do_not_reach_the_checkpoint_are_damaged(tmp_path: Path) -> None:
+    MetricLog(tmp_path / "metrics.jsonl", 0).close()
+    with pytest.raises(RunError, match="no line for step 1, and the newest checkpoint is of step 2"):
+        MetricLog(tmp_path / "metrics.jsonl", 2)
 
 
 @pytest.mark.parametrize("steps", [1, 5])

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from taid_ray.cli.report import report
 from taid_ray.config.schema import build_config
-from taid_ray.errors import CheckpointError, ConfigError
+from taid_ray.errors import ConfigError, RunError
 from taid_ray.report.format import shown_amount, shown_seconds
 from taid_ray.report.history import COLUMNS, PHASES, History, read_history
 from taid_ray.report.run_notes import notes
@@ -149,7 +149,7 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
 def test_damaged_files_are_named(name: str, text: str, found: str, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     (run / name).write_text(text)
-    with pytest.raises(CheckpointError, match=found) as caught:
+    with pytest.raises(RunError, match=found) as caught:
         read_history(run)
     assert str(run / name) in str(caught.value)
 
@@ -158,7 +158,7 @@ def test_a_gap_is_damage(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:5] + lines[6:]))
-    with pytest.raises(CheckpointError, match="line 6 is not that of step 6"):
+    with pytest.raises(RunError, match="line 6 is not that of step 6"):
         read_history(run)
 
 

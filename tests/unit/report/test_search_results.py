@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from taid_ray.config.sampler import Sampler
-from taid_ray.errors import CheckpointError, ConfigError
+from taid_ray.errors import ConfigError, RunError
 from taid_ray.report.format import shown
 from taid_ray.report.search_results import bounds, position, read_search
 from tests.support.search_files import STEPS, Written, write_search
@@ -149,7 +149,7 @@ def test_another_directory_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_file_is_named(name: str, text: str, said: str, tmp_path: Path) -> None:
     write_search(tmp_path, [Written()])
     (tmp_path / name).write_text(text)
-    with pytest.raises(CheckpointError, match=said) as error:
+    with pytest.raises(RunError, match=said) as error:
         read_search(tmp_path)
     assert str(tmp_path / name) in str(error.value)
 

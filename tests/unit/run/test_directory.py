@@ -14,7 +14,7 @@ import pytest
 from taid_ray.config.paths import with_absolute_paths
 from taid_ray.config.schema import DistillConfig, build_config, known_keys
 from taid_ray.control.status import read_status
-from taid_ray.errors import CheckpointError, ClusterError, ConfigError
+from taid_ray.errors import CheckpointError, ClusterError, ConfigError, RunError
 from taid_ray.report.history import read_history
 from taid_ray.run.directory import MAY_CHANGE, Run, check_run_dir, read_summary, run_directory, scratch_directory
 from taid_ray.run.layout import METRICS_FILE, SUMMARY_FILE
@@ -170,7 +170,7 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, content: str) -> None:
     begin(found)
     (found.run_dir / "run.json").write_text(content)
     for read in (lambda: Run(found), lambda: read_status(found.run_dir), lambda: read_history(found.run_dir)):
-        with pytest.raises(CheckpointError, match=r"run\.json is damaged"):
+        with pytest.raises(RunError, match=r"run\.json is damaged"):
             read()
 
 

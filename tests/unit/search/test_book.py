@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from taid_ray.errors import CheckpointError
+from taid_ray.errors import RunError
 from taid_ray.search.book import TrialBook
 
 
@@ -45,5 +45,5 @@ def test_what_ran_waits_and_what_is_complete_is_finished(tmp_path: Path) -> None
 @pytest.mark.parametrize("content", ["", "[{]", json.dumps([{"params": {}}]), json.dumps({"a": 1})])
 def test_a_damaged_book_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "trials.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"trials\.json is damaged"):
+    with pytest.raises(RunError, match=r"trials\.json is damaged"):
         TrialBook(tmp_path)
