@@ -147,9 +147,9 @@ def check(config: Annotated[Path, typer.Argument(help="YAML configuration.")], o
 
 def run(config: DistillConfig) -> None:
     """Distils and prints where everything is."""
-    from taid_ray.run.directory import check_run_dir
+    from taid_ray.run.directory import inspect_run_dir
 
-    state = check_run_dir(config)
+    state = inspect_run_dir(config)
     console = Console()
     console.print("loading Ray, torch and transformers", highlight=False)
     from taid_ray.driver.launch import distill

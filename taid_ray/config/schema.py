@@ -514,7 +514,7 @@ class DistillConfig(Section):
         return Path(self.out or f"runs/{self.name}").expanduser().absolute()
 
     @property
-    def patience_s(self) -> float:
+    def peer_timeout_s(self) -> float:
         """How long workers wait for one another; one of them may be waiting for its teacher."""
         return self.student.timeout_s + self.teacher.timeout_s
 

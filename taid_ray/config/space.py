@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from taid_ray.config.sampler import Sampler
+from taid_ray.config.distribution import Distribution
 from taid_ray.config.schema import Count, DistillConfig, Int, Positive, PositiveInt, Section, build_config, known_keys
 from taid_ray.config.text import explain, read_tree
 from taid_ray.errors import ConfigError
@@ -56,15 +56,17 @@ class Space(Section):
     """Share of a run's steps before which no trial is stopped (asha, median)."""
     reduction: Annotated[Int, Field(ge=2)] = 2
     """Of how many trials one goes on at every rung (asha)."""
-    space: Annotated[dict[str, Sampler], Field(min_length=1)]
+    space: Annotated[dict[str, Distribution], Field(min_length=1)]
     """Dotted configuration keys and how each is drawn."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Space":
-        for key, sampler in self.space.items():
-            if self.search == "grid" and sampler.kind != "choice":
-                raise ValueError(f"space.{key}: search: grid takes choice only (found {sampler.kind}); list the values")
-            if self.search == "optuna" and sampler.kind == "qloguniform":
+        for key, distribution in self.space.items():
+            if self.search == "grid" and distribution.kind != "choice":
+                raise ValueError(
+                    f"space.{key}: search: grid takes choice only (found {distribution.kind}); list the values"
+                )
+            if self.search == "optuna" and distribution.kind == "qloguniform":
                 raise ValueError(f"space.{key}: search: optuna has no qloguniform; use loguniform or lograndint")
         if self.search == "grid" and self.trials is not None:
             raise ValueError(
@@ -80,7 +82,7 @@ class Space(Section):
     def num_trials(self) -> int:
         """Trials of the whole search."""
         if self.search == "grid":
-            return math.prod(len(sampler.arguments) for sampler in self.space.values())
+            return math.prod(len(distribution.arguments) for distribution in self.space.values())
         return self.trials or 16
 
     def check(self, tree: Mapping[str, Any], total_steps: int) -> None:
@@ -101,11 +103,11 @@ class Space(Section):
     def _candidates(self) -> Iterator[dict[str, Any]]:
         """What stands for all trials: every end and choice of every key beside the first ends of the others, then the
         whole grid or random draws, which find what only a combination does wrong."""
-        first = {key: sampler.ends[0] for key, sampler in self.space.items()}
-        for key, sampler in self.space.items():
-            yield from (first | {key: end} for end in sampler.ends)
+        first = {key: distribution.ends[0] for key, distribution in self.space.items()}
+        for key, distribution in self.space.items():
+            yield from (first | {key: end} for end in distribution.ends)
         if self.search == "grid":
-            choices = (sampler.arguments for sampler in self.space.values())
+            choices = (distribution.arguments for distribution in self.space.values())
             yield from (dict(zip(self.space, values, strict=True)) for values in itertools.product(*choices))
         else:
             numbers = random.Random(0)

@@ -51,12 +51,12 @@ class TrainingData:
         self._source = f"data.train: {config.train}"
         self._config, self._tokenizer, self._seed, self._batch_size = config, tokenizer, seed, batch_size
         self._documents = open_documents(config, "train")
-        self._held_out = config.valid_documents if config.valid is None else 0
+        self._num_validation = config.valid_documents if config.valid is None else 0
         self._encoder = Encoder(config, tokenizer, self._source)
         if next(self._blocks(0), None) is None:
-            found = self.num_documents or f"at most {self._held_out}"
+            found = self.num_documents or f"at most {self._num_validation}"
             raise DataError(
-                f"{self._source} has {found} documents and the first data.valid_documents = {self._held_out} are held "
+                f"{self._source} has {found} documents and the first data.valid_documents = {self._num_validation} are held "
                 f"out for validation, so none is left to train on. Set data.valid, or a smaller data.valid_documents."
             )
 
@@ -110,7 +110,7 @@ class TrainingData:
 
     def _blocks(self, first: int) -> Iterator[tuple[int, Columns]]:
         size = self._config.block_documents
-        return read_blocks(self._documents, self._config, self._source, self._held_out + first * size, size)
+        return read_blocks(self._documents, self._config, self._source, self._num_validation + first * size, size)
 
     def _block_rows(self, encoder: Encoder, epoch: int, block: int, first_row: int, columns: Columns) -> list[Row]:
         samples = self._shuffled(encoder.encode(columns, first_row), epoch, block, "samples")

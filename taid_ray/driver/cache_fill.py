@@ -21,7 +21,7 @@ from taid_ray.distributed.device import resolve, torch_device
 from taid_ray.driver.preflight import prepare
 from taid_ray.driver.progress import ProgressView
 from taid_ray.errors import ConfigError
-from taid_ray.models.hub import connection_restored
+from taid_ray.models.hub import restoring_hub_mode
 from taid_ray.models.pair import model_configs, run_tokenizer
 from taid_ray.student.clock import PhaseClock
 from taid_ray.student.prefetch import Prefetcher, StepBatches, read_ahead
@@ -62,7 +62,7 @@ def fill_cache(config: DistillConfig) -> FillResult:
     before anything is started, if they do not fit into cache.disk_gib.
     """
     config = fill_config(with_absolute_paths(config))
-    with connection_restored(), ProgressView() as view:
+    with restoring_hub_mode(), ProgressView() as view:
         view.say("checking models and data")
         plan = prepare(config)
         tokenizer = run_tokenizer(config)

@@ -26,8 +26,8 @@ from taid_ray.driver.progress import ProgressView
 from taid_ray.driver.signals import Signals, stop_signals
 from taid_ray.driver.supervise import followed, scheduler_actor, shared_pool, teacher_pool
 from taid_ray.driver.sweep import own_job, swept
-from taid_ray.models.hub import connection_restored
-from taid_ray.run.directory import Run, check_run_dir, read_summary, run_directory, scratch_directory
+from taid_ray.models.hub import restoring_hub_mode
+from taid_ray.run.directory import Run, inspect_run_dir, read_summary, run_directory, scratch_directory
 from taid_ray.run.log import logged
 from taid_ray.student.deepspeed_internals import use_deepspeed_on
 from taid_ray.student.spec import Job, Plan
@@ -82,10 +82,10 @@ def distill(config: DistillConfig) -> RunResult:
 def distill_among(config: DistillConfig, around: Surroundings) -> RunResult:
     """`distill` for a run that may be one of many."""
     config = with_absolute_paths(config)
-    if check_run_dir(config) == "finished":
+    if inspect_run_dir(config) == "finished":
         return RunResult(config.run_dir, read_summary(config.run_dir))
     check_installed(config)
-    with connection_restored(), ProgressView(around.console) as view:
+    with restoring_hub_mode(), ProgressView(around.console) as view:
         view.say("checking models and data")
         plan = prepare(config)
         for note in notes(config, plan):
@@ -136,7 +136,7 @@ def run_on_cluster(
                 start_worker,
                 train_loop_config={"job": job},
                 torch_config=RayNetworkConfig(
-                    backend=collective_backend(demand.device), timeout_s=math.ceil(config.patience_s)
+                    backend=collective_backend(demand.device), timeout_s=math.ceil(config.peer_timeout_s)
                 ),
                 scaling_config=ScalingConfig(
                     num_workers=workers,

@@ -12,7 +12,7 @@ from torch import Tensor
 from taid_ray.losses.taid import EXCLUDED
 
 
-class Pull(NamedTuple):
+class ClosedForm(NamedTuple):
     kl: Tensor
     """KL(p || q) [N]"""
     entropy: Tensor
@@ -23,7 +23,7 @@ class Pull(NamedTuple):
     """p [N, V]"""
 
 
-def pull(logits: Tensor, target_logits: Tensor) -> Pull:
+def closed_form_kl_(logits: Tensor, target_logits: Tensor) -> ClosedForm:
     """For q, p = softmax of logits, target_logits [N, V], both at least float32. Overwrites `logits` with q - p.
 
     Masked vocabulary as in divergences; a row without any target (all of it below EXCLUDED) has KL +inf.
@@ -41,4 +41,4 @@ def pull(logits: Tensor, target_logits: Tensor) -> Pull:
     kl = gap.mul_(p).nansum(-1).add_(log_top_p).sub_(log_top_q)
     entropy = target_logits.mul_(p).nansum(-1).add_(log_top_p).neg_()
     kl.add_(torch.sub(q, p, out=logits).sum(-1)).masked_fill_(top_target.squeeze(-1) < EXCLUDED, math.inf)
-    return Pull(kl, entropy, top_logit.squeeze(-1) - log_top_q, p)
+    return ClosedForm(kl, entropy, top_logit.squeeze(-1) - log_top_q, p)

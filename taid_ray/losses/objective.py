@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from taid_ray.losses.closed_form import pull
+from taid_ray.losses.closed_form import closed_form_kl_
 from taid_ray.losses.divergences import entropy_from_log_probs, sft
 from taid_ray.losses.registry import divergence, log_target
 from taid_ray.losses.taid import mix
-from taid_ray.losses.topk import TopK, spread, tail_shares, take_buckets
+from taid_ray.losses.topk import TopK, spread_, tail_shares_, take_buckets_
 
-Evaluation = tuple[Tensor, Tensor | None]
+BlockResult = tuple[Tensor, Tensor | None]
 """Values [3, N] (divergence, entropy of its target, cross-entropy on the labels), gradient [N, V] if there is one."""
 
 _CLOSED = ("taid", "forward_kl")
@@ -27,7 +27,7 @@ class Objective:
     sft_weight: float = 0.0
     weight: float | None = None
 
-    def __call__(self, logits: Tensor, teacher: Tensor | TopK, labels: Tensor | None, learn: bool) -> Evaluation:
+    def __call__(self, logits: Tensor, teacher: Tensor | TopK, labels: Tensor | None, learn: bool) -> BlockResult:
         """Evaluates N positions. Without labels their cross-entropy is 0; without `learn` there is no gradient.
 
         logits [N, V] are the student's in at least float32; they are overwritten. teacher: logits [N, V], or a TopK of N
@@ -55,15 +55,17 @@ class Objective:
         terms = [share * term for share, term in ((1 - self.sft_weight, kl), (self.sft_weight, ce)) if share > 0]
         return sum(terms, start=torch.zeros_like(kl))
 
-    def _in_closed_form(self, logits: Tensor, teacher: Tensor, labels: Tensor | None, learn: bool) -> Evaluation:
+    def _in_closed_form(self, logits: Tensor, teacher: Tensor, labels: Tensor | None, learn: bool) -> BlockResult:
         label_logits = _at(logits, labels)
-        kl, entropy, normaliser, target = pull(logits, mix(logits, teacher, self.t) if self.name == "taid" else teacher)
+        kl, entropy, normaliser, target = closed_form_kl_(
+            logits, mix(logits, teacher, self.t) if self.name == "taid" else teacher
+        )
         ce = torch.zeros_like(kl) if label_logits is None else normaliser - label_logits
         if labels is not None and self.sft_weight > 0:  # (1 - w) (q - p) + w (q - onehot)
-            _subtract_at(logits.add_(target, alpha=self.sft_weight), labels, self.sft_weight)
+            _subtract_at_(logits.add_(target, alpha=self.sft_weight), labels, self.sft_weight)
         return torch.stack([kl, entropy, ce]), logits if learn else None
 
-    def _by_autograd(self, logits: Tensor, teacher: Tensor, labels: Tensor | None, learn: bool) -> Evaluation:
+    def _by_autograd(self, logits: Tensor, teacher: Tensor, labels: Tensor | None, learn: bool) -> BlockResult:
         # The entropy comes first: its temporaries are gone before the graph of the divergence grows.
         target = log_target(self.name)
         entropy = entropy_from_log_probs(target(logits, teacher, self.t)) if target else logits.new_zeros(len(logits))
@@ -72,11 +74,11 @@ class Objective:
             ce = torch.zeros_like(entropy) if labels is None else sft(logits, labels)
             return self._differentiate(logits, teacher, entropy, ce)
 
-    def _on_buckets(self, logits: Tensor, teacher: TopK, labels: Tensor | None, learn: bool) -> Evaluation:
+    def _on_buckets(self, logits: Tensor, teacher: TopK, labels: Tensor | None, learn: bool) -> BlockResult:
         label_logits = _at(logits, labels)
         ids, teacher_buckets = teacher.ids.long(), teacher.buckets(logits.dtype)
-        buckets = take_buckets(logits, ids)
-        shares, tail_entropy = tail_shares(logits, buckets)
+        buckets = take_buckets_(logits, ids)
+        shares, tail_entropy = tail_shares_(logits, buckets)
         target = log_target(self.name)
         entropy = torch.zeros_like(tail_entropy)
         if target:
@@ -88,12 +90,12 @@ class Objective:
             values, gradient = self._differentiate(buckets, teacher_buckets, entropy, ce)
         if gradient is None:
             return values, None
-        gradient = spread(gradient, shares, ids)
+        gradient = spread_(gradient, shares, ids)
         if labels is not None and self.sft_weight > 0:  # of the label's own logit, which is outside the buckets' graph
-            _subtract_at(gradient, labels, self.sft_weight)
+            _subtract_at_(gradient, labels, self.sft_weight)
         return values, gradient
 
-    def _differentiate(self, leaf: Tensor, teacher: Tensor, entropy: Tensor, ce: Tensor) -> Evaluation:
+    def _differentiate(self, leaf: Tensor, teacher: Tensor, entropy: Tensor, ce: Tensor) -> BlockResult:
         kl = divergence(self.name, self.weight)(leaf, teacher, self.t)
         values = torch.stack([kl.detach(), entropy, ce.detach()])
         if not leaf.requires_grad:
@@ -106,6 +108,6 @@ def _at(logits: Tensor, labels: Tensor | None) -> Tensor | None:
     return None if labels is None else logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
-def _subtract_at(gradient: Tensor, labels: Tensor, amount: float) -> None:
+def _subtract_at_(gradient: Tensor, labels: Tensor, amount: float) -> None:
     """Subtracts `amount` at the labels [N] of gradient [N, V]."""
     gradient.scatter_add_(-1, labels.unsqueeze(-1), gradient.new_full((len(labels), 1), -amount))

@@ -120,7 +120,7 @@ class HeadGradients:
         if self.bias is not None:
             self.bias += grad_logits.sum(dim=0, dtype=self.bias.dtype)
         if self.head is not None:
-            add_product(self.head, grad_logits, self.student.hidden[chunk])
+            add_product_(self.head, grad_logits, self.student.hidden[chunk])
         if self.hidden is not None:
             torch.mm(grad_logits, self.student.head, out=self.hidden[chunk])
 
@@ -128,7 +128,7 @@ class HeadGradients:
         return self.hidden, self.head, self.bias
 
 
-def add_product(total: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
+def add_product_(total: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
     """total [V, H] += grad_logits.T @ hidden, where no product is rounded to less than the dtype of `total`."""
     if grad_logits.dtype == total.dtype:
         total.addmm_(grad_logits.T, hidden)

@@ -5,7 +5,7 @@
 Every loss of the menu is an f-divergence, sum_v q f(p / q). Computed on the buckets it equals, in value and gradient,
 the same loss on the whole vocabulary against the teacher whose tail has the student's shape, p_tail * q_v / Q with the
 shape held fixed: p / q, and for taid p_t / q, is one number on the whole tail. The cross-entropy form needs one term
-more, the entropy of the tail's shape (`tail_shares`) times the target's tail mass.
+more, the entropy of the tail's shape (`tail_shares_`) times the target's tail mass.
 
 Softmax does not see a shift, so the logits [z_1 .. z_k, logsumexp of the others] are the student's buckets, and the
 functions of this package take them as they take logits of a whole vocabulary.
@@ -44,15 +44,15 @@ class TopK:
         return torch.cat([torch.log_softmax(self.log_probs.to(dtype), -1) + log_rest, log_tail], -1)
 
 
-def take_buckets(logits: Tensor, ids: Tensor) -> Tensor:
+def take_buckets_(logits: Tensor, ids: Tensor) -> Tensor:
     """Bucket logits [N, k + 1] of logits [N, V] and ids [N, k]. Leaves -inf at the ids: only the tail remains in logits."""
     chosen = logits.gather(-1, ids)
     logits.scatter_(-1, ids, -math.inf)
     return torch.cat([chosen, logits.logsumexp(-1, keepdim=True)], -1)
 
 
-def tail_shares(tail: Tensor, buckets: Tensor) -> tuple[Tensor, Tensor]:
-    """Each id's share of the tail, q_v / Q [N, V], and the entropy [N] of these shares, from what `take_buckets` left.
+def tail_shares_(tail: Tensor, buckets: Tensor) -> tuple[Tensor, Tensor]:
+    """Each id's share of the tail, q_v / Q [N, V], and the entropy [N] of these shares, from what `take_buckets_` left.
 
     Overwrites `tail`. Without a tail all shares and the entropy are 0.
     """
@@ -62,6 +62,6 @@ def tail_shares(tail: Tensor, buckets: Tensor) -> tuple[Tensor, Tensor]:
     return shares, -tail.mul_(shares).nansum(-1)  # 0 * -inf counts as 0
 
 
-def spread(grad_buckets: Tensor, shares: Tensor, ids: Tensor) -> Tensor:
+def spread_(grad_buckets: Tensor, shares: Tensor, ids: Tensor) -> Tensor:
     """Gradient [N, V] with respect to the logits, from that with respect to the bucket logits; overwrites `shares`."""
     return shares.mul_(grad_buckets[:, -1:]).scatter_(-1, ids, grad_buckets[:, :-1])

@@ -15,7 +15,7 @@ OFFLINE = "HF_HUB_OFFLINE"
 def offline_if_unreachable(names: Iterable[str | None]) -> None:
     """If a name is nothing local and the hub does not answer, the cache alone serves this process and those it starts.
 
-    A loader then says at once that it has not found a name there. `connection_restored` ends it.
+    A loader then says at once that it has not found a name there. `restoring_hub_mode` ends it.
     """
     from huggingface_hub import constants
 
@@ -32,7 +32,7 @@ def offline_if_unreachable(names: Iterable[str | None]) -> None:
 
 
 @contextmanager
-def connection_restored() -> Iterator[None]:
+def restoring_hub_mode() -> Iterator[None]:
     """At its end the hub is tried again, or not, as at its beginning: one silence must not last for the whole process."""
     import datasets
     from huggingface_hub import constants

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from taid_ray.plan.hardware import Hardware
 
 LOSS_PASSES = 34
-"""Times the loss reads or writes a float32 [tokens, vocabulary]: counted from losses.taid.mix (8) and losses.closed_form.pull
+"""Times the loss reads or writes a float32 [tokens, vocabulary]: counted from losses.taid.mix (8) and its closed_form_kl_
 (24), plus the conversion of both sides' logits."""
 OPTIMIZER_BYTES = 48
 """Moved per trained parameter and step: AdamW reads 4 and writes 3 float32 values, norm and clipping read 2 and write 1, and

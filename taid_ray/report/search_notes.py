@@ -149,11 +149,11 @@ def _edges(search: Search) -> list[str]:
     if best is None or len(search.finished()) < MIN_TRIALS:
         return []
     found = []
-    for key, sampler in search.space.space.items():
-        value, (low, high) = best.params.get(key), bounds(sampler)
-        if value is None or low == high or (sampler.kind == "choice" and len(sampler.arguments) < 3):
+    for key, distribution in search.space.space.items():
+        value, (low, high) = best.params.get(key), bounds(distribution)
+        if value is None or low == high or (distribution.kind == "choice" and len(distribution.arguments) < 3):
             continue
-        place = position(float(value), low, high, "log" in sampler.kind)
+        place = position(float(value), low, high, "log" in distribution.kind)
         if not EDGE < place < 1 - EDGE:
             end = "lower" if place < 0.5 else "upper"
             found.append(

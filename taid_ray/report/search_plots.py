@@ -142,11 +142,13 @@ class Scale:
 
 def key_scale(search: Search, key: str) -> Scale:
     """As wide as what was searched."""
-    sampler = search.space.space[key]
-    if sampler.kind == "choice":
-        ordered = sorted(sampler.arguments) if all(map(is_number, sampler.arguments)) else sampler.arguments
+    distribution = search.space.space[key]
+    if distribution.kind == "choice":
+        ordered = (
+            sorted(distribution.arguments) if all(map(is_number, distribution.arguments)) else distribution.arguments
+        )
         return Scale(key, choices=tuple(full_text(value) for value in ordered))
-    return Scale(key, *bounds(sampler), log="log" in sampler.kind)
+    return Scale(key, *bounds(distribution), log="log" in distribution.kind)
 
 
 def _draw_scale(axes: Axes, place: int, scale: Scale) -> None:

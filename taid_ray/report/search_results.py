@@ -16,7 +16,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError
 
-from taid_ray.config.sampler import Sampler
+from taid_ray.config.distribution import Distribution
 from taid_ray.config.schema import DistillConfig, build_config
 from taid_ray.config.space import Space
 from taid_ray.config.text import read_tree
@@ -182,10 +182,10 @@ def _built_config(path: Path, modified: int) -> DistillConfig:
     return build_config(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
-def bounds(sampler: Sampler) -> tuple[float, float]:
+def bounds(distribution: Distribution) -> tuple[float, float]:
     """Lowest and highest value. Twice the same, as there is no range, of a choice from other things than numbers."""
-    numbers = [float(value) for value in sampler.ends if is_number(value)]
-    return (min(numbers), max(numbers)) if len(numbers) == len(sampler.ends) else (0.0, 0.0)
+    numbers = [float(value) for value in distribution.ends if is_number(value)]
+    return (min(numbers), max(numbers)) if len(numbers) == len(distribution.ends) else (0.0, 0.0)
 
 
 def position(value: float, low: float, high: float, log: bool) -> float:

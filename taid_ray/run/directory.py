@@ -51,7 +51,7 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
-def check_run_dir(config: DistillConfig) -> Literal["new", "unfinished", "finished"]:
+def inspect_run_dir(config: DistillConfig) -> Literal["new", "unfinished", "finished"]:
     """What `config.run_dir` holds of this run. Raises ConfigError if it holds anything else, or cannot be made."""
     run_dir = config.run_dir
     try:

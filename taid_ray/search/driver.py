@@ -38,7 +38,7 @@ from taid_ray.driver.supervise import teacher_pool
 from taid_ray.driver.sweep import swept
 from taid_ray.errors import ClusterError, ConfigError, TaidRayError
 from taid_ray.files import replace_text
-from taid_ray.models.hub import connection_restored
+from taid_ray.models.hub import restoring_hub_mode
 from taid_ray.report.search_page import write_report
 from taid_ray.report.search_results import Search, Trial, read_search
 from taid_ray.run.directory import changed_keys, jobs_of, locked, read_manifest
@@ -86,7 +86,7 @@ def run_search(
     config = base_config(config, out, share_outputs)
     check_installed(config)
     trials = TrialsShown(config.run_dir)
-    with connection_restored(), ProgressView(above=trials.table) as view:
+    with restoring_hub_mode(), ProgressView(above=trials.table) as view:
         view.say("checking models, data and the search space")
         plan = prepare(config)
         space.check(config.model_dump(mode="json"), plan.total_steps)
@@ -226,11 +226,11 @@ def run_tune(
 def sampled(space: Space) -> dict[str, Any]:
     """The space in Ray Tune's words."""
     if space.search == "grid":
-        return {key: tune.grid_search(list(sampler.arguments)) for key, sampler in space.space.items()}
+        return {key: tune.grid_search(list(distribution.arguments)) for key, distribution in space.space.items()}
     found = {}
-    for key, sampler in space.space.items():
-        arguments = [list(sampler.arguments)] if sampler.kind == "choice" else sampler.arguments
-        found[key] = getattr(tune, sampler.kind)(*arguments)
+    for key, distribution in space.space.items():
+        arguments = [list(distribution.arguments)] if distribution.kind == "choice" else distribution.arguments
+        found[key] = getattr(tune, distribution.kind)(*arguments)
     return found
 
 

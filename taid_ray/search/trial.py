@@ -19,7 +19,7 @@ from taid_ray.driver.launch import Surroundings, distill_among
 from taid_ray.driver.signals import Signals
 from taid_ray.errors import TaidRayError
 from taid_ray.files import read_metrics
-from taid_ray.run.directory import check_run_dir
+from taid_ray.run.directory import inspect_run_dir
 from taid_ray.run.layout import TRIALS, VALIDATION_FILE
 from taid_ray.student.spec import Plan
 
@@ -77,7 +77,7 @@ def run_trial(params: dict[str, Any], job: SearchJob) -> None:
 def distil_trial(tree: dict[str, Any], params: dict[str, Any], job: SearchJob) -> None:
     """Runs it to its end, or until the search is asked to stop."""
     config = trial_config(tree, params, job.total_steps)
-    if check_run_dir(config) == "finished":
+    if inspect_run_dir(config) == "finished":
         report_all(config.run_dir)
         return
 

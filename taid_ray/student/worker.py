@@ -63,10 +63,10 @@ def run_worker(job: Job) -> dict[str, Any] | None:
     """
     config, plan, world = job.config, job.plan, World.current()
     device = torch_device(job.device, int(os.environ["LOCAL_RANK"]))
-    scheduler = SchedulerClient(job.scheduler, world.rank, config.patience_s)
+    scheduler = SchedulerClient(job.scheduler, world.rank, config.peer_timeout_s)
     note = scheduler.note if world.is_main else _ignore
     if os.environ["LOCAL_RANK"] == "0":  # one worker speaks for its node
-        check_run_dir(config.run_dir, world.rank)
+        check_run_dir_writable(config.run_dir, world.rank)
     offline_if_unreachable([config.teacher.model, config.student.model, config.data.train, config.data.valid])
     torch.manual_seed(config.train.seed + world.rank)
     # First of all, because from here on no worker of an earlier attempt gets any further, should one be alive.
@@ -100,7 +100,7 @@ def run_worker(job: Job) -> dict[str, Any] | None:
     else:
         record = Record(measured_payload_error(config, teacher, valid_rows, note) if world.is_main else 0.0)
 
-    saver = Saver(store, config.checkpoint, world, attempt, restored, config.patience_s, scheduler.note)
+    saver = Saver(store, config.checkpoint, world, attempt, restored, config.peer_timeout_s, scheduler.note)
     log = MetricLog(config.run_dir / METRICS_FILE, last.step) if world.is_main else None
     gauges = StudentGauges(Run(config).id, plan.total_steps, job.restarts) if world.is_main else None
     between = BetweenSteps(
@@ -236,7 +236,7 @@ def uses_dropout(model: Any, config: DistillConfig) -> bool:
     )
 
 
-def check_run_dir(run_dir: Path, rank: int) -> None:
+def check_run_dir_writable(run_dir: Path, rank: int) -> None:
     """Raises ClusterError if this node does not see the driver's run directory, or may not write there."""
     probe = run_dir / f".probe-{rank}"
     if not (run_dir / CONFIG_FILE).exists():

@@ -289,16 +289,16 @@ def test_an_unreachable_hub_is_not_left_for_ever(monkeypatch: pytest.MonkeyPatch
         return os.environ.get("HF_HUB_OFFLINE"), constants.is_offline_mode(), datasets.config.HF_HUB_OFFLINE
 
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    with hub.connection_restored():
+    with hub.restoring_hub_mode():
         hub.offline_if_unreachable([None, str(STORIES)])
         assert state() == (None, False, False)
-        with pytest.raises(ZeroDivisionError), hub.connection_restored():
+        with pytest.raises(ZeroDivisionError), hub.restoring_hub_mode():
             hub.offline_if_unreachable(["some/model"])
             assert state() == ("1", True, True)
             1 / 0  # noqa: B018
         assert state() == (None, False, False)
         hub.offline_if_unreachable(["some/model"])
-        with hub.connection_restored():
+        with hub.restoring_hub_mode():
             hub.offline_if_unreachable(["some/model"])
         assert state() == ("1", True, True)
     assert state() == (None, False, False)

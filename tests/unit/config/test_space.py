@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from taid_ray.config.sampler import Sampler
+from taid_ray.config.distribution import Distribution
 from taid_ray.config.schema import DistillConfig
 from taid_ray.config.space import Space, load_space, trial_config
 from taid_ray.config.text import read_tree
@@ -71,7 +71,13 @@ def test_every_range_of_a_shipped_space_says_where_it_comes_from_and_why(path: P
 
 def test_the_shipped_paper_grid_holds_the_published_values() -> None:
     loaded = load_space(ROOT / "tune_spaces" / "taid_paper.yaml")
-    params = [{key: sampler.draw(random.Random(0)) for key, sampler in loaded.space.items() if key != "schedule.mode"}]
+    params = [
+        {
+            key: distribution.draw(random.Random(0))
+            for key, distribution in loaded.space.items()
+            if key != "schedule.mode"
+        }
+    ]
     assert loaded.num_trials == 4
     assert all(p["schedule.alpha"] == 5e-4 and p["schedule.beta"] == 0.99 for p in params)
 
@@ -92,20 +98,20 @@ def test_the_shipped_paper_grid_holds_the_published_values() -> None:
     ],
 )
 def test_what_is_drawn_lies_within_the_range_and_fills_it(kind: str, arguments: list[Any], allowed: Any) -> None:
-    sampler, numbers = Sampler.model_validate({kind: arguments}), random.Random(0)
-    drawn = [sampler.draw(numbers) for _ in range(2000)]
+    distribution, numbers = Distribution.model_validate({kind: arguments}), random.Random(0)
+    drawn = [distribution.draw(numbers) for _ in range(2000)]
     assert all(allowed(value) for value in drawn)
     if kind == "choice":
-        assert all(value in drawn for value in sampler.ends)
+        assert all(value in drawn for value in distribution.ends)
     else:
-        lower, upper = sampler.ends
+        lower, upper = distribution.ends
         tolerance = 0.0 if "int" in kind or kind.startswith("q") else 0.01 * (upper - lower)
         assert min(drawn) - lower <= tolerance + 1e-9 and upper - max(drawn) <= tolerance + 1e-9
 
 
 def test_a_logarithmic_range_is_even_in_the_logarithm() -> None:
-    sampler, numbers = Sampler.model_validate({"loguniform": [1e-4, 1e-2]}), random.Random(0)
-    below = sum(sampler.draw(numbers) < 1e-3 for _ in range(2000))
+    distribution, numbers = Distribution.model_validate({"loguniform": [1e-4, 1e-2]}), random.Random(0)
+    below = sum(distribution.draw(numbers) < 1e-3 for _ in range(2000))
     assert below / 2000 == pytest.approx(0.5, abs=0.05)
 
 
@@ -163,13 +169,13 @@ def test_a_trial_leaves_the_base_as_it_was() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sampler", "expected"),
+    ("distribution", "expected"),
     [
         ("{unifrm: [0, 1]}", ["'unifrm'", "uniform"]),
-        ("{uniform: [0, 1], choice: [1]}", ["one sampler"]),
-        ("{}", ["one sampler"]),
-        ("0.5", ["one sampler", "0.5"]),
-        ("[0, 1]", ["one sampler"]),
+        ("{uniform: [0, 1], choice: [1]}", ["one distribution"]),
+        ("{}", ["one distribution"]),
+        ("0.5", ["one distribution", "0.5"]),
+        ("[0, 1]", ["one distribution"]),
         ("{uniform: 0.5}", ["[lower, upper]", "0.5"]),
         ("{uniform: [0.5]}", ["[lower, upper]", "[0.5]"]),
         ("{uniform: [0, 0.5, 0.1]}", ["[lower, upper]"]),
@@ -193,8 +199,8 @@ def test_a_trial_leaves_the_base_as_it_was() -> None:
         ("{choice: [0.1, fast]}", ["must be a number", "fast"]),
     ],
 )
-def test_bad_samplers_are_refused(space_file: Path, sampler: str, expected: list[str]) -> None:
-    message = refusal(space_file, f"space:\n  schedule.alpha: {sampler}\n")
+def test_bad_distributions_are_refused(space_file: Path, distribution: str, expected: list[str]) -> None:
+    message = refusal(space_file, f"space:\n  schedule.alpha: {distribution}\n")
     assert all(part in message for part in ["schedule.alpha", *expected]), message
 
 
@@ -338,13 +344,13 @@ def test_a_base_that_is_wrong_itself_is_refused() -> None:
     assert "train.steps" in refused({"schedule.beta": {"choice": [0.9]}}, base(steps=0))
 
 
-def test_all_samplers_are_ray_tunes() -> None:
+def test_all_distributions_are_ray_tunes() -> None:
     """Their names and arguments are handed on as they are; Ray refuses what we would have let through."""
     tune = pytest.importorskip("ray.tune")
     ranges = {"q": [0.2, 0.6, 0.2], "i": [1, 4]}
     for kind in ("uniform", "loguniform", "quniform", "qloguniform", "randint", "lograndint"):
-        sampler = Sampler.model_validate({kind: ranges["q"] if kind[0] == "q" else ranges["i"]})
-        lower, upper = sampler.ends
-        drawn = [getattr(tune, kind)(*sampler.arguments).sample() for _ in range(200)]
+        distribution = Distribution.model_validate({kind: ranges["q"] if kind[0] == "q" else ranges["i"]})
+        lower, upper = distribution.ends
+        drawn = [getattr(tune, kind)(*distribution.arguments).sample() for _ in range(200)]
         assert all(lower - 1e-9 <= value <= upper + 1e-9 for value in drawn)
         assert math.isclose(min(drawn), lower) or "int" not in kind

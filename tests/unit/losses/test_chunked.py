@@ -17,7 +17,7 @@ from taid_ray import losses
 from taid_ray.config.schema import LossName
 from taid_ray.errors import ConfigError
 from taid_ray.losses.chunked import chunk_tokens_for, chunked_loss, chunked_scores
-from taid_ray.losses.projection import LogitTransform, Projection, add_product
+from taid_ray.losses.projection import LogitTransform, Projection, add_product_
 from tests.support.paths import GOLDEN_FILE
 
 GOLDEN = json.loads(GOLDEN_FILE.read_text())["loss"]
@@ -393,7 +393,7 @@ def test_products_of_chunks_are_not_rounded() -> None:
     total = torch.zeros(9000, 3)
     parts = [(torch.randn(5, 9000).bfloat16(), torch.randn(5, 3).bfloat16()) for _ in range(40)]
     for gradient, hidden in parts:
-        add_product(total, gradient, hidden)
+        add_product_(total, gradient, hidden)
     expected = sum(gradient.double().T @ hidden.double() for gradient, hidden in parts)
     assert (total - expected).norm() <= 1e-6 * expected.norm()
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from taid_ray.config.sampler import Sampler
+from taid_ray.config.distribution import Distribution
 from taid_ray.errors import ConfigError, RunError
 from taid_ray.report.format import shown
 from taid_ray.report.search_results import bounds, position, read_search
@@ -167,7 +167,7 @@ def test_shown(value: Any, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sampler", "expected"),
+    ("distribution", "expected"),
     [
         ({"loguniform": [1, 20]}, (1, 20)),
         ({"quniform": [0, 1, 0.25]}, (0, 1)),
@@ -178,8 +178,8 @@ def test_shown(value: Any, text: str) -> None:
         ({"choice": [True, False]}, (0, 0)),
     ],
 )
-def test_bounds(sampler: dict[str, Any], expected: tuple[float, float]) -> None:
-    assert bounds(Sampler.model_validate(sampler)) == expected
+def test_bounds(distribution: dict[str, Any], expected: tuple[float, float]) -> None:
+    assert bounds(Distribution.model_validate(distribution)) == expected
 
 
 def test_position() -> None:

@@ -16,7 +16,7 @@ from taid_ray.config.schema import DistillConfig, build_config, known_keys
 from taid_ray.control.status import read_status
 from taid_ray.errors import CheckpointError, ClusterError, ConfigError, RunError
 from taid_ray.report.history import read_history
-from taid_ray.run.directory import MAY_CHANGE, Run, check_run_dir, read_summary, run_directory, scratch_directory
+from taid_ray.run.directory import MAY_CHANGE, Run, inspect_run_dir, read_summary, run_directory, scratch_directory
 from taid_ray.run.layout import METRICS_FILE, SUMMARY_FILE
 from tests.support.paths import ROOT
 
@@ -39,9 +39,9 @@ def begin(found: DistillConfig) -> str:
 
 def test_an_unfinished_run_is_taken_up_again_under_its_id(tmp_path: Path) -> None:
     found = config(tmp_path / "run")
-    assert check_run_dir(found) == "new"
+    assert inspect_run_dir(found) == "new"
     first = begin(found)
-    assert check_run_dir(found) == "unfinished"
+    assert inspect_run_dir(found) == "unfinished"
     with run_directory(found) as run:
         assert (run.id, run.attempts) == (first, 1)
         assert run.checkpoints == str(tmp_path / "run" / "checkpoints")
@@ -56,7 +56,7 @@ def test_a_finished_run_is_known(tmp_path: Path) -> None:
     found = config(tmp_path / "run")
     begin(found)
     (found.run_dir / SUMMARY_FILE).write_text('{"steps": 9}')
-    assert check_run_dir(found) == "finished" and read_summary(found.run_dir) == {"steps": 9}
+    assert inspect_run_dir(found) == "finished" and read_summary(found.run_dir) == {"steps": 9}
 
 
 def test_every_key_that_may_change_exists_and_may(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_every_key_that_may_change_exists_and_may(tmp_path: Path) -> None:
         "teacher.replicas=3", "teacher.window=9", "student.workers=4", "student.zero_stage=3", "train.micro_batch_size=1",
         "student.deepspeed={zero_optimization: {reduce_bucket_size: 1000}}", "checkpoint.keep=7", "name=other",
     ]  # fmt: skip
-    assert check_run_dir(config(tmp_path / "run", *free)) == "unfinished"
+    assert inspect_run_dir(config(tmp_path / "run", *free)) == "unfinished"
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_every_key_that_may_change_exists_and_may(tmp_path: Path) -> None:
 def test_what_the_trajectory_depends_on_may_not_change(override: str, named: str, tmp_path: Path) -> None:
     begin(config(tmp_path / "run"))
     with pytest.raises(ConfigError) as refused:
-        check_run_dir(config(tmp_path / "run", override))
+        inspect_run_dir(config(tmp_path / "run", override))
     assert named in str(refused.value) and "--out" in str(refused.value)
 
 
@@ -98,7 +98,7 @@ def test_a_new_directory_goes_again_if_nothing_was_trained_and_an_old_one_stays(
     for error in (ClusterError("no room"), KeyboardInterrupt(), SystemExit(143)):
         with pytest.raises(type(error)), run_directory(found):
             raise error
-    assert check_run_dir(found) == "unfinished"
+    assert inspect_run_dir(found) == "unfinished"
 
 
 @pytest.mark.parametrize("metrics", [None, ""])

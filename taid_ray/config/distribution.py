@@ -10,7 +10,7 @@ from pydantic import model_serializer, model_validator
 
 from taid_ray.config.schema import Section
 
-# Arguments of every sampler but `choice`; the names are Ray Tune's.
+# Arguments of every distribution but `choice`; the names are Ray Tune's.
 ARGUMENTS = {
     "uniform": "[lower, upper]",
     "loguniform": "[lower, upper]",
@@ -21,7 +21,7 @@ ARGUMENTS = {
 }
 
 
-class Sampler(Section):
+class Distribution(Section):
     """How one key is drawn, written as `{kind: arguments}`, for example `{loguniform: [1, 20]}`."""
 
     kind: Literal["uniform", "loguniform", "quniform", "qloguniform", "randint", "lograndint", "choice"]
@@ -35,10 +35,10 @@ class Sampler(Section):
         kinds = ", ".join([*ARGUMENTS, "choice"])
         if not isinstance(value, dict) or len(value) != 1:
             found = f" (found {shown(value)})" if isinstance(value, dict) else ""  # text.explain shows others
-            raise ValueError(f"must be one sampler, such as {{uniform: [0, 1]}}, of {kinds}{found}")
+            raise ValueError(f"must be one distribution, such as {{uniform: [0, 1]}}, of {kinds}{found}")
         ((kind, arguments),) = value.items()
         if kind != "choice" and kind not in ARGUMENTS:
-            raise ValueError(f"there is no sampler {shown(kind)}; use one of {kinds}")
+            raise ValueError(f"there is no distribution {shown(kind)}; use one of {kinds}")
         if not isinstance(arguments, list):
             raise ValueError(f"{kind} takes {ARGUMENTS.get(kind, 'a list of values')} (found {shown(arguments)})")
         arguments = [_number(argument) for argument in arguments]
@@ -62,7 +62,7 @@ class Sampler(Section):
         return [lower, upper - 1 if "int" in self.kind else upper]
 
     def draw(self, random_numbers: random.Random) -> Any:
-        """One value, distributed as Ray Tune's sampler of that name."""
+        """One value, distributed as Ray Tune's distribution of that name."""
         if self.kind == "choice":
             return random_numbers.choice(self.arguments)
         lower, upper, *q = self.arguments
