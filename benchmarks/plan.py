@@ -181,13 +181,13 @@ def point(trial: Trial, console: Console, empty: int) -> dict[str, Any]:
 
 def run(config: DistillConfig, console: Console) -> dict[str, Any]:
     """Median seconds of a step of a whole run, and the most its processes held."""
-    from taid_ray.driver.launch import Surroundings, distill_among
+    from taid_ray.driver.launch import RunContext, run_distillation
     from taid_ray.files import read_metrics
     from taid_ray.plan.memory_watch import memory_watched
     from taid_ray.run.layout import METRICS_FILE
 
     with memory_watched(f"taid-teacher-{config.name}") as peaks:
-        distill_among(config, Surroundings(console=console))
+        run_distillation(config, RunContext(console=console))
         found = peaks()
     lines = read_metrics(config.run_dir / METRICS_FILE)[WARM_UP:-4]  # the teacher has no more work in the last ones
     names = [name for name in lines[0] if name.endswith("_s") and name != "tokens_per_s"]

@@ -10,25 +10,25 @@ from torch import Tensor
 from taid_ray.checkpoint.store import (
     STATE_FILE,
     CheckpointStore,
-    DamagedError,
+    DamagedCheckpointError,
     File,
     Index,
-    RunState,
-    TornError,
+    TornCheckpointError,
+    TrainingState,
     step_of,
 )
 from taid_ray.distributed.world import World
 from taid_ray.errors import CheckpointError
 
 
-class Restored:
+class RestoredCheckpoint:
     """A checkpoint that was read, its tensors spread over the ranks."""
 
     def __init__(
         self,
         name: str,
         older: list[str],
-        state: RunState,
+        state: TrainingState,
         readers: dict[str, int],
         own: dict[str, Tensor],
         world: World,
@@ -58,7 +58,7 @@ class Restored:
         self._own.clear()
 
 
-def restore(store: CheckpointStore, world: World, note: Callable[[str], None]) -> Restored | None:
+def restore(store: CheckpointStore, world: World, note: Callable[[str], None]) -> RestoredCheckpoint | None:
     """The newest whole checkpoint; None if none was ever finished. Collective.
 
     note: told of those that are passed over. Raises CheckpointError if some were finished, but none can be read.
@@ -68,10 +68,10 @@ def restore(store: CheckpointStore, world: World, note: Callable[[str], None]) -
     for number, name in enumerate(names):
         try:
             return _read(store, name, names[number + 1 :], world)
-        except TornError as error:
+        except TornCheckpointError as error:
             if world.is_main:
                 note(f"the checkpoint of step {step_of(name)} was not written to its end; it is passed over ({error})")
-        except DamagedError as error:
+        except DamagedCheckpointError as error:
             damaged = damaged or str(error)
             note(f"the checkpoint of step {step_of(name)} is damaged; it is passed over ({error})")
     if damaged:
@@ -82,8 +82,8 @@ def restore(store: CheckpointStore, world: World, note: Callable[[str], None]) -
     return None
 
 
-def _read(store: CheckpointStore, name: str, older: list[str], world: World) -> Restored:
-    """Raises TornError or DamagedError, the same kind on every rank."""
+def _read(store: CheckpointStore, name: str, older: list[str], world: World) -> RestoredCheckpoint:
+    """Raises TornCheckpointError or DamagedCheckpointError, the same kind on every rank."""
     index, state = _shared_state(store, name, world)
     files = sorted(file for file in index if file != STATE_FILE)
     readers = {tensor: i % world.size for i, file in enumerate(files) for tensor in index[file].tensors}
@@ -94,31 +94,31 @@ def _read(store: CheckpointStore, name: str, older: list[str], world: World) -> 
             if i % world.size == world.rank:
                 own |= store.read_tensors(name, file, index[file])
         if missing := [key for key, reader in readers.items() if reader == world.rank and key not in own]:
-            raise DamagedError(f"{name} lacks the tensor {missing[0]}")
+            raise DamagedCheckpointError(f"{name} lacks the tensor {missing[0]}")
     except CheckpointError as error:
         problem = error
     (problems,) = world.sum([float(problem is not None)])
     if problems:
-        raise DamagedError(str(problem or "another worker found it damaged"))
-    return Restored(name, older, state, readers, own, world)
+        raise DamagedCheckpointError(str(problem or "another worker found it damaged"))
+    return RestoredCheckpoint(name, older, state, readers, own, world)
 
 
-def _shared_state(store: CheckpointStore, name: str, world: World) -> tuple[Index, RunState]:
+def _shared_state(store: CheckpointStore, name: str, world: World) -> tuple[Index, TrainingState]:
     """Index and state, which rank 0 reads for all."""
     message: dict[str, object] = {}
     if world.is_main:
         try:
             index = store.index(name)
             if STATE_FILE not in index:
-                raise DamagedError(f"{name} has no {STATE_FILE}")
+                raise DamagedCheckpointError(f"{name} has no {STATE_FILE}")
             text = store.read(name, STATE_FILE, index[STATE_FILE])
-            RunState.from_json(text)
+            TrainingState.from_json(text)
             message = {"index": {file: asdict(found) for file, found in index.items()}, "state": text.decode()}
         except CheckpointError as error:
-            message = {"torn": isinstance(error, TornError), "error": str(error)}
+            message = {"torn": isinstance(error, TornCheckpointError), "error": str(error)}
     shared = json.loads(world.share_bytes(json.dumps(message).encode()))
     if "error" in shared:
-        raise (TornError if shared["torn"] else DamagedError)(shared["error"])
-    return {file: File(**found) for file, found in shared["index"].items()}, RunState.from_json(
+        raise (TornCheckpointError if shared["torn"] else DamagedCheckpointError)(shared["error"])
+    return {file: File(**found) for file, found in shared["index"].items()}, TrainingState.from_json(
         shared["state"].encode()
     )

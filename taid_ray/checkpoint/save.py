@@ -8,14 +8,14 @@ from contextlib import suppress
 
 from torch import Tensor
 
-from taid_ray.checkpoint.restore import Restored
+from taid_ray.checkpoint.restore import RestoredCheckpoint
 from taid_ray.checkpoint.store import (
     STATE_FILE,
     STORAGE_ERRORS,
     CheckpointStore,
     Index,
-    RunState,
-    TornError,
+    TornCheckpointError,
+    TrainingState,
     checkpoint_name,
     step_of,
     tensor_file,
@@ -32,7 +32,7 @@ MOST_FAILURES = 3
 POLL_S = 0.5
 
 
-class Saver:
+class CheckpointWriter:
     """Saves one run's checkpoints, on one rank. `save`, `settle` and `finish` are collective."""
 
     def __init__(
@@ -41,7 +41,7 @@ class Saver:
         config: CheckpointConfig,
         world: World,
         attempt: int,
-        restored: Restored | None,
+        restored: RestoredCheckpoint | None,
         timeout_s: float,
         note: Callable[[str], None],
     ):
@@ -66,7 +66,9 @@ class Saver:
     def name(self, step: int) -> str:
         return checkpoint_name(step, self._attempt)
 
-    def save(self, step: int, state: RunState, tensors: Iterable[tuple[str, Tensor | None]], best: str | None) -> None:
+    def save(
+        self, step: int, state: TrainingState, tensors: Iterable[tuple[str, Tensor | None]], best: str | None
+    ) -> None:
         """Takes a copy of everything now and writes it in the background, once the previous checkpoint is written.
 
         tensors: name, and the tensor on the CPU where it is this rank's to write. best: name of the checkpoint to keep,
@@ -134,7 +136,7 @@ class Saver:
             "(student.timeout_s); look after the storage, and start the run again to resume it"
         )
 
-    def _write(self, name: str, state: RunState, own: list[tuple[str, Tensor]], best: str | None) -> None:
+    def _write(self, name: str, state: TrainingState, own: list[tuple[str, Tensor]], best: str | None) -> None:
         start = time.monotonic()
         try:
             num_bytes = self._write_own(name, state, own)
@@ -153,7 +155,7 @@ class Saver:
         except (CheckpointError, *STORAGE_ERRORS) as error:
             self._note(f"checkpoints in {self._store.location}: {error}")
 
-    def _write_own(self, name: str, state: RunState, own: list[tuple[str, Tensor]]) -> int:
+    def _write_own(self, name: str, state: TrainingState, own: list[tuple[str, Tensor]]) -> int:
         files: Index = {}
         if self._world.is_main:
             files[STATE_FILE] = self._store.write(name, STATE_FILE, state.to_json(), [])
@@ -169,7 +171,7 @@ class Saver:
             try:
                 self._store.index(name)
                 return True
-            except TornError:
+            except TornCheckpointError:
                 if self._give_up.wait(POLL_S):
                     return False
         return False

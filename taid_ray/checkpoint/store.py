@@ -32,16 +32,16 @@ STATE_FILE = "state.json"
 STORAGE_ERRORS = (OSError, ArrowException)
 
 
-class TornError(CheckpointError):
+class TornCheckpointError(CheckpointError):
     """A checkpoint was not written to its end."""
 
 
-class DamagedError(CheckpointError):
+class DamagedCheckpointError(CheckpointError):
     """A checkpoint was written to its end, and is not what was written any more."""
 
 
 @dataclass(frozen=True)
-class RunState:
+class TrainingState:
     """Everything but tensors that a run continues from."""
 
     result: StepResult
@@ -49,13 +49,13 @@ class RunState:
     cursor: Cursor
     """Where the data stand. What follows from the number of the step is not kept: learning rate, random numbers."""
     record: dict[str, Any]
-    """Figures for the summary, see `student.record.Record`."""
+    """Figures for the summary, see `student.totals.RunTotals`."""
 
     def to_json(self) -> bytes:
         return json.dumps({"format": FORMAT} | asdict(self)).encode()
 
     @classmethod
-    def from_json(cls, text: bytes) -> "RunState":
+    def from_json(cls, text: bytes) -> "TrainingState":
         """Raises CheckpointError if the text is of another version of taid-ray, or nothing that `to_json` wrote."""
         try:
             content = json.loads(text)
@@ -69,7 +69,9 @@ class RunState:
                 raise TypeError("record")
             return cls(result, cursor, content["record"])
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise DamagedError(f"{STATE_FILE} is no state of a run ({type(error).__name__}: {error})") from error
+            raise DamagedCheckpointError(
+                f"{STATE_FILE} is no state of a run ({type(error).__name__}: {error})"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,9 @@ class CheckpointStore:
         return sorted((name for name in names if _is_name(name)), reverse=True)
 
     def index(self, name: str) -> Index:
-        """What a checkpoint consists of. Raises TornError, or DamagedError if a file is shorter than when it was written.
+        """The files of a checkpoint.
+
+        Raises TornCheckpointError, or DamagedCheckpointError if a file is shorter than when it was written.
 
         Whether the files hold what was written shows when they are read.
         """
@@ -115,11 +119,11 @@ class CheckpointStore:
         first = self._last_file(name, 0, sizes)
         world_size = first.get("world_size")
         if not isinstance(world_size, int) or not 1 <= world_size <= 10**6:
-            raise DamagedError(f"{name}/{last_file(0)} names {world_size!r} ranks")
+            raise DamagedCheckpointError(f"{name}/{last_file(0)} names {world_size!r} ranks")
         index: Index = {}
         if missing := [rank for rank in range(world_size) if last_file(rank) not in sizes]:
             # Before any is read: whoever waits for the checkpoint asks twice a second.
-            raise TornError(
+            raise TornCheckpointError(
                 f"{name} has no {last_file(missing[0])}, and {len(missing)} of {world_size} ranks have not finished"
             )
         for rank in range(world_size):
@@ -127,17 +131,19 @@ class CheckpointStore:
             try:
                 index |= {file: File(**found) for file, found in content["files"].items()}
             except (TypeError, KeyError, AttributeError) as error:
-                raise DamagedError(f"{name}/{last_file(rank)} lists no files ({error})") from error
+                raise DamagedCheckpointError(f"{name}/{last_file(rank)} lists no files ({error})") from error
         for file, expected in index.items():
             if sizes.get(file) != expected.bytes:
-                raise DamagedError(f"{name}/{file} has {sizes.get(file)} bytes, and {expected.bytes} were written")
+                raise DamagedCheckpointError(
+                    f"{name}/{file} has {sizes.get(file)} bytes, and {expected.bytes} were written"
+                )
         return index
 
     def read(self, name: str, file: str, expected: File) -> bytes:
-        """Raises DamagedError if the file is not what was written."""
+        """Raises DamagedCheckpointError if the file is not what was written."""
         content = self._read(name, file)
         if xxhash.xxh3_128_hexdigest(content) != expected.digest:
-            raise DamagedError(f"{name}/{file} is not what was written (checksum)")
+            raise DamagedCheckpointError(f"{name}/{file} is not what was written (checksum)")
         return content
 
     def read_tensors(self, name: str, file: str, expected: File) -> dict[str, Tensor]:
@@ -145,7 +151,7 @@ class CheckpointStore:
         try:
             return load(self.read(name, file, expected))
         except (SafetensorError, ValueError, KeyError) as error:
-            raise DamagedError(f"{name}/{file} holds no tensors ({error})") from error
+            raise DamagedCheckpointError(f"{name}/{file} holds no tensors ({error})") from error
 
     def write(self, name: str, file: str, content: bytes, tensors: list[str]) -> File:
         """Raises CheckpointError, leaving no part of the file, if there is no room for it or the storage does not answer."""
@@ -180,13 +186,13 @@ class CheckpointStore:
 
     def _last_file(self, name: str, rank: int, sizes: Mapping[str, int]) -> dict[str, Any]:
         if last_file(rank) not in sizes:
-            raise TornError(f"{name}: rank {rank} did not finish writing")
+            raise TornCheckpointError(f"{name}: rank {rank} did not finish writing")
         try:
             content = json.loads(self._read(name, last_file(rank)))
         except (ValueError, RecursionError) as error:
-            raise TornError(f"{name}: rank {rank} did not finish writing ({error})") from error
+            raise TornCheckpointError(f"{name}: rank {rank} did not finish writing ({error})") from error
         if not isinstance(content, dict) or content.pop("digest", None) != _digest(content) or content["rank"] != rank:
-            raise DamagedError(f"{name}/{last_file(rank)} is not what was written (checksum)")
+            raise DamagedCheckpointError(f"{name}/{last_file(rank)} is not what was written (checksum)")
         return content
 
     def _read(self, name: str, file: str) -> bytes:
@@ -194,9 +200,9 @@ class CheckpointStore:
             with self._fs.open_input_stream(f"{self._root}/{name}/{file}") as stream:
                 return stream.read()
         except FileNotFoundError as error:
-            raise TornError(f"{name}/{file} is missing") from error
+            raise TornCheckpointError(f"{name}/{file} is missing") from error
         except STORAGE_ERRORS as error:
-            raise DamagedError(f"{self.location}/{name}/{file} cannot be read: {error}") from error
+            raise DamagedCheckpointError(f"{self.location}/{name}/{file} cannot be read: {error}") from error
 
 
 def checkpoint_name(step: int, attempt: int) -> str:

@@ -1,8 +1,8 @@
 """The one process that holds references: preflight, launch, attempts, supervision, progress, liveness.
 
-A run, top to bottom: `launch.distill` -> `preflight.prepare` (gives the `Plan`) -> `launch.run_on_cluster` ->
+A run, top to bottom: `launch.distill` -> `preflight.prepare` (gives the `RunSpec`) -> `launch.run_on_cluster` ->
 `student.worker.run_worker` in each Ray Train process -> `student.loop.train_loop`. The driver never holds tensors; they go
-from pool to worker. Others use `launch` (distill, distill_among), `preflight`, `supervise.teacher_pool`, `progress`,
+from pool to worker. Others use `launch` (distill, run_distillation), `preflight`, `supervise.teacher_pool`, `progress`,
 `signals` and `cache_fill`.
 
 Traps:

@@ -16,8 +16,8 @@ from ray.train import ControllerError, TrainingFailedError
 from taid_ray.config.schema import StudentConfig
 from taid_ray.distributed.capacity import Demand, free_room, workers_now
 from taid_ray.driver.progress import ProgressView
-from taid_ray.driver.signals import POLL_S, Signals, attend
-from taid_ray.driver.supervise import Followed
+from taid_ray.driver.signals import POLL_S, StopRequest, run_in_thread
+from taid_ray.driver.supervise import RunProgress
 from taid_ray.errors import AttemptError, ClusterError, TaidRayError, WorkerError
 from taid_ray.scheduler.aggregate import STOP
 from taid_ray.scheduler.owner import SchedulerOwner
@@ -38,8 +38,8 @@ def run_attempts(
     student: StudentConfig,
     demand: Demand,
     scheduler: SchedulerOwner,
-    followed: Followed,
-    signals: Signals,
+    followed: RunProgress,
+    signals: StopRequest,
     view: ProgressView,
     restarts: int,
 ) -> dict[str, Any]:
@@ -54,9 +54,9 @@ def run_attempts(
         workers = min(wait_for_room(demand, student.timeout_s, signals, view), most)
         view.say(f"starting {workers} student worker(s)")
         followed.training = False
-        watch = Watch(demand, workers, scheduler, followed, signals, view)
+        watch = AttemptMonitor(demand, workers, scheduler, followed, signals, view)
         try:
-            result = attend(lambda: fit(workers, restarts), watch.look)  # noqa: B023  # ends before the next round
+            result = run_in_thread(lambda: fit(workers, restarts), watch.look)  # noqa: B023  # ends before the next round
         except (TrainingFailedError, RayError) as error:
             cause = cause_of(error)
             if isinstance(cause, TaidRayError) and not isinstance(cause, AttemptError):
@@ -84,7 +84,7 @@ def run_attempts(
         restarts += 1
 
 
-class Watch:
+class AttemptMonitor:
     """What the driver looks after while one attempt runs."""
 
     def __init__(
@@ -92,8 +92,8 @@ class Watch:
         demand: Demand,
         workers: int,
         scheduler: SchedulerOwner,
-        followed: Followed,
-        signals: Signals,
+        followed: RunProgress,
+        signals: StopRequest,
         view: ProgressView,
     ):
         self._demand, self._workers, self._scheduler, self._followed = demand, workers, scheduler, followed
@@ -128,7 +128,7 @@ class Watch:
         self._scheduler.ask(STOP)  # again and again, because a restarted scheduler actor has forgotten it
 
 
-def wait_for_room(demand: Demand, timeout_s: float, signals: Signals, view: ProgressView) -> int:
+def wait_for_room(demand: Demand, timeout_s: float, signals: StopRequest, view: ProgressView) -> int:
     """How many workers to start now. Raises ClusterError if there is no room for the fewest within timeout_s."""
     start = time.monotonic()
     while (workers := workers_now(demand)) < demand.workers:

@@ -25,7 +25,7 @@ from taid_ray.models.hub import restoring_hub_mode
 from taid_ray.models.pair import model_configs, run_tokenizer
 from taid_ray.student.clock import PhaseClock
 from taid_ray.student.prefetch import Prefetcher, StepBatches, read_ahead
-from taid_ray.student.spec import Plan
+from taid_ray.student.spec import RunSpec
 from taid_ray.teacher.cache.cached import CachedTeacher
 from taid_ray.teacher.cache.claims import NoClaims
 from taid_ray.teacher.cache.offline import save_record
@@ -97,7 +97,7 @@ def fill_config(config: DistillConfig) -> DistillConfig:
     )
 
 
-def all_rows(config: DistillConfig, plan: Plan, tokenizer: Any) -> Iterator[Row]:
+def all_rows(config: DistillConfig, plan: RunSpec, tokenizer: Any) -> Iterator[Row]:
     """Rows that hold every sample a run may ask for, each checked to hold shared ids only."""
     held_out = validation_rows(config.data, tokenizer)
     data = TrainingData(config.data, tokenizer, config.train.seed, batch_size=1)
@@ -112,7 +112,7 @@ def all_rows(config: DistillConfig, plan: Plan, tokenizer: Any) -> Iterator[Row]
         yield from rows
 
 
-def check_fits(config: DistillConfig, plan: Plan, tokenizer: Any) -> int:
+def check_fits(config: DistillConfig, plan: RunSpec, tokenizer: Any) -> int:
     """Counts the rows. Raises ConfigError if the cache would begin to drop outputs before all are in it."""
     per_token = payload_bytes_per_token(config, model_configs(config)[0], plan.vocabulary)
     rows = tokens = samples = 0
@@ -130,7 +130,7 @@ def check_fits(config: DistillConfig, plan: Plan, tokenizer: Any) -> int:
 
 
 @contextmanager
-def running_teacher(config: DistillConfig, plan: Plan, view: ProgressView) -> Iterator[TeacherClient]:
+def running_teacher(config: DistillConfig, plan: RunSpec, view: ProgressView) -> Iterator[TeacherClient]:
     """The teacher in this process, or in a pool of its own that is removed at the end."""
     num_shared = plan.vocabulary.num_shared
     if config.teacher.mode == "local":

@@ -21,16 +21,16 @@ from taid_ray.distributed.device import collective_backend, resolve
 from taid_ray.distributed.network import RayNetworkConfig
 from taid_ray.driver.attempts import run_attempts
 from taid_ray.driver.live import announced
+from taid_ray.driver.orphans import ending_orphaned_cleaners, own_job
 from taid_ray.driver.preflight import notes, prepare
 from taid_ray.driver.progress import ProgressView
-from taid_ray.driver.signals import Signals, stop_signals
+from taid_ray.driver.signals import StopRequest, stop_signals
 from taid_ray.driver.supervise import followed, scheduler_actor, shared_pool, teacher_pool
-from taid_ray.driver.sweep import own_job, swept
 from taid_ray.models.hub import restoring_hub_mode
 from taid_ray.run.directory import Run, inspect_run_dir, read_summary, run_directory, scratch_directory
 from taid_ray.run.log import logged
 from taid_ray.student.deepspeed_internals import use_deepspeed_on
-from taid_ray.student.spec import Job, Plan
+from taid_ray.student.spec import RunSpec, WorkerSpec
 from taid_ray.tracking.follow import check_installed, tracked
 
 
@@ -50,20 +50,20 @@ class RunResult:
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class RunContext:
     """What a run finds there already, because it is one of many."""
 
     console: Console | None = None
     """Where it says what it does, instead of the terminal."""
-    pool: Callable[[DistillConfig, Plan], str | None] | None = None
+    pool: Callable[[DistillConfig, RunSpec], str | None] | None = None
     """Names the teacher pool that the run may use; None: it needs one of its own."""
-    signals: Signals | None = None
+    signals: StopRequest | None = None
     """Of somebody who wants it to stop, instead of this process's."""
     on_validation: Callable[[dict[str, Any]], None] | None = None
     """See supervise.followed."""
 
 
-ALONE = Surroundings()
+STANDALONE = RunContext()
 
 
 def distill(config: DistillConfig) -> RunResult:
@@ -76,10 +76,10 @@ def distill(config: DistillConfig) -> RunResult:
     One run per process at a time: what belongs to a process is set for the run, environment variables (RAY_ADDRESS,
     RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S, HF_HUB_OFFLINE), handlers of signals, and constants of the model hub's client.
     """
-    return distill_among(config, ALONE)
+    return run_distillation(config, STANDALONE)
 
 
-def distill_among(config: DistillConfig, around: Surroundings) -> RunResult:
+def run_distillation(config: DistillConfig, around: RunContext) -> RunResult:
     """`distill` for a run that may be one of many."""
     config = with_absolute_paths(config)
     if inspect_run_dir(config) == "finished":
@@ -87,8 +87,8 @@ def distill_among(config: DistillConfig, around: Surroundings) -> RunResult:
     check_installed(config)
     with restoring_hub_mode(), ProgressView(around.console) as view:
         view.say("checking models and data")
-        plan = prepare(config)
-        for note in notes(config, plan):
+        spec = prepare(config)
+        for note in notes(config, spec):
             view.say(f"note: {note}")
         view.say("connecting to Ray" if ray.is_initialized() or os.environ.get("RAY_ADDRESS") else "starting Ray here")
         with run_directory(config) as run, logged(config.run_dir, run.id, view), ray_cluster():
@@ -100,30 +100,30 @@ def distill_among(config: DistillConfig, around: Surroundings) -> RunResult:
             demand = demand_of(config, device)
             check_capacity(demand)
             if config.teacher.mode == "pool":
-                check_object_store(plan.payload_bytes, config.teacher, demand.max_workers)
+                check_object_store(spec.payload_bytes, config.teacher, demand.max_workers)
             if room := capacity_note(demand):
                 view.say(f"note: {room}")
             with tracked(config, run.id, bool(run.attempts), view) as tracking:
-                summary = tracking.finished(run_on_cluster(config, plan, demand, run, view, around))
+                summary = tracking.finished(run_on_cluster(config, spec, demand, run, view, around))
     return RunResult(config.run_dir, summary)
 
 
 def run_on_cluster(
-    config: DistillConfig, plan: Plan, demand: Demand, run: Run, view: ProgressView, around: Surroundings
+    config: DistillConfig, spec: RunSpec, demand: Demand, run: Run, view: ProgressView, around: RunContext
 ) -> dict[str, Any]:
     """Starts scheduler, teacher pool and student workers side by side; the workers wait for the pool, which outlives them."""
-    shared = around.pool(config, plan) if around.pool else None
+    shared = around.pool(config, spec) if around.pool else None
     own_pool = None if shared or config.teacher.mode != "pool" else f"taid-teacher-{run.id}"
     with (
         # First, so that taking everything down is not interrupted halfway.
         nullcontext(around.signals) if around.signals else stop_signals() as signals,
-        announced(config.run_dir, own_pool, plan.total_steps),
-        swept(run.jobs),
-        scheduler_actor(config, plan, f"taid-scheduler-{run.id}") as scheduler,
+        announced(config.run_dir, own_pool, spec.total_steps),
+        ending_orphaned_cleaners(run.jobs),
+        scheduler_actor(config, spec, f"taid-scheduler-{run.id}") as scheduler,
         shared_pool(shared, scheduler.set_pool)
         if shared
-        else teacher_pool(config, plan, demand, f"taid-teacher-{run.id}", scheduler.set_pool, view) as pool,
-        followed(scheduler, plan, view, around.on_validation) as progress,
+        else teacher_pool(config, spec, demand, f"taid-teacher-{run.id}", scheduler.set_pool, view) as pool,
+        followed(scheduler, spec, view, around.on_validation) as progress,
         scratch_directory(config.run_dir) as scratch,
     ):
 
@@ -131,7 +131,7 @@ def run_on_cluster(
             run.begin_attempt(workers, own_job())
             # Else Ray Train would ask a stopped process for ten minutes how it is, whatever the other workers say.
             os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.student.timeout_s)
-            job = Job(config, plan, demand.device, scheduler.actor, pool, run.checkpoints, restarts)
+            job = WorkerSpec(config, spec, demand.device, scheduler.actor, pool, run.checkpoints, restarts)
             trainer = TorchTrainer(
                 start_worker,
                 train_loop_config={"job": job},
@@ -156,7 +156,7 @@ def run_on_cluster(
 
 def start_worker(arguments: dict[str, Any]) -> dict[str, Any] | None:
     """Runs in each Ray Train process. Everything heavy is imported here, after the environment is right for it."""
-    job: Job = arguments["job"]
+    job: WorkerSpec = arguments["job"]
     use_deepspeed_on(job.device)
     from taid_ray.student.worker import run_worker
 

@@ -9,13 +9,13 @@ from taid_ray.errors import ConfigError
 from taid_ray.models.pair import check_models, model_configs, run_tokenizer, shared_vocabulary
 from taid_ray.models.vocabulary import Vocabulary
 from taid_ray.scheduler.schedule import adaptive_is_linear, sigmoid
-from taid_ray.student.spec import DataCheck, Plan
+from taid_ray.student.spec import DataCheck, RunSpec
 from taid_ray.teacher.cache.offline import find_record
 from taid_ray.teacher.cache.tiers import check_directory
 from taid_ray.teacher.payload import check_topk, payload_bytes_per_token
 
 
-def prepare(config: DistillConfig) -> Plan:
+def prepare(config: DistillConfig) -> RunSpec:
     """Checks teacher, student and data against each other. Downloads from the hub what is not there yet.
 
     Raises ConfigError, ModelError or DataError.
@@ -31,7 +31,7 @@ def prepare(config: DistillConfig) -> Plan:
         find_record(config, vocabulary.num_shared)
     data = TrainingData(config.data, tokenizer, config.train.seed, config.train.batch_size)
     checked = check_data(config.data, data, tokenizer, vocabulary.num_shared)
-    return Plan(
+    return RunSpec(
         total_steps=config.train.steps or steps_of_epochs(config, data),
         vocabulary=vocabulary,
         payload_bytes=largest_payload(config, teacher_config, vocabulary),
@@ -39,16 +39,16 @@ def prepare(config: DistillConfig) -> Plan:
     )
 
 
-def notes(config: DistillConfig, plan: Plan) -> list[str]:
+def notes(config: DistillConfig, spec: RunSpec) -> list[str]:
     """What is allowed, but perhaps not meant: documents lost, and a schedule whose adaptive part does nothing."""
     found, schedule = [], config.schedule
-    if plan.data.dropped or plan.data.truncated:
+    if spec.data.dropped or spec.data.truncated:
         found.append(
-            f"of the first {config.data.block_documents} documents, {plan.data.dropped} are left out (empty, too long, or "
-            f"nothing left of the response) and {plan.data.truncated} are cut short (data.overlong: {config.data.overlong}); "
+            f"of the first {config.data.block_documents} documents, {spec.data.dropped} are left out (empty, too long, or "
+            f"nothing left of the response) and {spec.data.truncated} are cut short (data.overlong: {config.data.overlong}); "
             "a larger data.sequence_length keeps more"
         )
-    t_start, t_end, steps = schedule.t_start, schedule.t_end, plan.total_steps
+    t_start, t_end, steps = schedule.t_start, schedule.t_end, spec.total_steps
     adaptive = config.loss.name == "taid" and schedule.mode in ("adaptive", "normalised") and t_start < t_end
     gain = schedule.gain if schedule.mode == "normalised" else 0.0
     if adaptive and adaptive_is_linear(t_start, t_end, schedule.alpha, steps, gain):

@@ -12,7 +12,7 @@ POLL_S = 0.5
 
 
 @dataclass
-class Signals:
+class StopRequest:
     """SIGINT and SIGTERM since the run began."""
 
     first: int = 0
@@ -24,9 +24,9 @@ class Signals:
 
 
 @contextmanager
-def stop_signals() -> Iterator[Signals]:
+def stop_signals() -> Iterator[StopRequest]:
     """Takes Ctrl-C and SIGTERM as a wish to stop, which `run_attempts` fulfils; a second one as the wish to stop at once."""
-    found = Signals()
+    found = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield found
         return
@@ -43,7 +43,7 @@ def stop_signals() -> Iterator[Signals]:
             signal.signal(number, handler)
 
 
-def attend(work: Callable[[], Any], look: Callable[[], None]) -> Any:
+def run_in_thread(work: Callable[[], Any], look: Callable[[], None]) -> Any:
     """The result of `work`, which runs in a thread, so that this one can look around and hear signals meanwhile."""
     done: Future[Any] = Future()
 

@@ -15,7 +15,7 @@ from taid_ray.driver.progress import ProgressView
 from taid_ray.errors import TaidRayError, TeacherError
 from taid_ray.run.log import STUDENT
 from taid_ray.scheduler.owner import SchedulerOwner
-from taid_ray.student.spec import Plan
+from taid_ray.student.spec import RunSpec
 from taid_ray.teacher.pool.lease import keep_lease
 from taid_ray.teacher.pool.lifecycle import PoolWatch, start_pool, stop_pool
 
@@ -31,9 +31,9 @@ class _CancelledError(Exception):
 
 
 @contextmanager
-def scheduler_actor(config: DistillConfig, plan: Plan, name: str) -> Iterator[SchedulerOwner]:
+def scheduler_actor(config: DistillConfig, spec: RunSpec, name: str) -> Iterator[SchedulerOwner]:
     """The run's TAID scheduler actor, ended with the run."""
-    owner = SchedulerOwner(name, effective_schedule(config), plan.total_steps, config.student.workers.max)
+    owner = SchedulerOwner(name, effective_schedule(config), spec.total_steps, config.student.workers.max)
     try:
         yield owner
     finally:
@@ -50,7 +50,7 @@ def effective_schedule(config: DistillConfig) -> ScheduleConfig:
 @contextmanager
 def teacher_pool(
     config: DistillConfig,
-    plan: Plan,
+    spec: RunSpec,
     demand: Demand,
     name: str,
     tell: Callable[[Exception | None], None],
@@ -75,7 +75,7 @@ def teacher_pool(
     def start() -> None:
         error: Exception | None = None
         try:
-            num_shared = plan.vocabulary.num_shared
+            num_shared = spec.vocabulary.num_shared
             info = start_pool(config.teacher, num_shared, demand.device, name, demand.teacher_role, on_wait=go_on)
             stop_renewing.append(keep_lease(name))
             view.say(f"teacher pool is ready ({info.num_parameters:,} parameters, {info.dtype})")
@@ -156,7 +156,7 @@ def _show_news(watch: PoolWatch, view: ProgressView) -> None:
 
 
 @dataclass
-class Followed:
+class RunProgress:
     """What the driver knows of the workers' progress."""
 
     step: int = 0
@@ -170,16 +170,16 @@ class Followed:
 @contextmanager
 def followed(
     scheduler: SchedulerOwner,
-    plan: Plan,
+    spec: RunSpec,
     view: ProgressView,
     on_validation: Callable[[dict[str, Any]], None] | None = None,
-) -> Iterator[Followed]:
+) -> Iterator[RunProgress]:
     """Shows on the terminal what the scheduler actor hears from the workers.
 
     on_validation: called, in a thread, with the figures of each validation once, those of earlier attempts included; but
     for the one after the last step, which the summary has.
     """
-    done, found = threading.Event(), Followed()
+    done, found = threading.Event(), RunProgress()
     following = _Unbroken("following the workers", view)
     seen, shown, validated = 0, 0, -1
 
@@ -188,13 +188,13 @@ def followed(
         notes, metrics, validations = scheduler.progress(seen)
         if metrics and metrics["step"] != shown:
             found.step, found.training = max(found.step, metrics["step"]), True
-            view.step(metrics, plan.total_steps)
+            view.step(metrics, spec.total_steps)
             shown = metrics["step"]
         for note in notes:
             view.say(note, STUDENT)
             seen += 1
         for figures in validations:
-            if on_validation is not None and validated < figures["step"] < plan.total_steps:
+            if on_validation is not None and validated < figures["step"] < spec.total_steps:
                 on_validation(figures)
                 validated = figures["step"]
 

@@ -23,7 +23,7 @@ from taid_ray.data.dataset import TrainingData
 from taid_ray.distributed.capacity import Demand, check_capacity, demand_of
 from taid_ray.distributed.cluster import cluster_has_gpus, ray_cluster
 from taid_ray.distributed.device import resolve
-from taid_ray.driver.launch import Surroundings, distill_among
+from taid_ray.driver.launch import RunContext, run_distillation
 from taid_ray.errors import ClusterError, ConfigError
 from taid_ray.files import read_metrics
 from taid_ray.models.pair import run_tokenizer
@@ -31,7 +31,7 @@ from taid_ray.plan.calibration import Measured
 from taid_ray.plan.memory_watch import memory_watched
 from taid_ray.plan.rates import Rates
 from taid_ray.run.layout import METRICS_FILE
-from taid_ray.student.spec import Plan
+from taid_ray.student.spec import RunSpec
 from taid_ray.teacher.pool.client import PoolTeacher
 from taid_ray.teacher.pool.lease import keep_lease
 from taid_ray.teacher.pool.lifecycle import start_pool, stop_pool
@@ -146,8 +146,8 @@ def rates_of(
 def _measured(config: DistillConfig, demand: Demand, console: Console) -> Measured:
     pool = f"taid-teacher-{config.name}-{uuid.uuid4().hex[:8]}"
     with _own_pool(config, demand, pool) as start, memory_watched(pool) as peaks:
-        around = Surroundings(console=console, pool=start if config.teacher.mode == "pool" else None)
-        distill_among(config, around)
+        around = RunContext(console=console, pool=start if config.teacher.mode == "pool" else None)
+        run_distillation(config, around)
         found = peaks()
         read_s, batch = _read(config)
         trips = [0.0]
@@ -167,11 +167,11 @@ def _measured(config: DistillConfig, demand: Demand, console: Console) -> Measur
 
 
 @contextmanager
-def _own_pool(config: DistillConfig, demand: Demand, name: str) -> Iterator[Callable[[DistillConfig, Plan], str]]:
+def _own_pool(config: DistillConfig, demand: Demand, name: str) -> Iterator[Callable[[DistillConfig, RunSpec], str]]:
     """Yields what starts the pool, which is still there after the run, for more questions."""
     stops: list[Callable[[], None]] = []
 
-    def start(own: DistillConfig, plan: Plan) -> str:
+    def start(own: DistillConfig, plan: RunSpec) -> str:
         start_pool(own.teacher, plan.vocabulary.num_shared, demand.device, name, demand.teacher_role)
         stops.append(keep_lease(name))
         return name

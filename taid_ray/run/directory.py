@@ -148,7 +148,7 @@ class Run:
 
     @property
     def jobs(self) -> set[str]:
-        """The Ray jobs, as `driver.sweep.own_job` names them, of all drivers that started workers."""
+        """The Ray jobs, as `driver.orphans.own_job` names them, of all drivers that started workers."""
         return jobs_of(self._content)
 
     def begin_attempt(self, workers: int, job: str) -> None:

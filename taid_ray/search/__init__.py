@@ -3,8 +3,8 @@
 Others use `driver` (run_search, SearchResult).
 
 Traps:
-- A trial (`trial.run_trial`) runs in Ray Tune's process and is itself a driver (`driver.launch.distill_among`), with what is
-  there already (`Surroundings`: pool, log, the wish to stop, who hears of validations).
+- A trial (`trial.run_trial`) runs in Ray Tune's process and is itself a driver (`driver.launch.run_distillation`), with what is
+  there already (`RunContext`: pool, log, the wish to stop, who hears of validations).
 - The truth is in trials.json (`book`) and in the trials' run directories; known trials are replayed into a new Tuner, whose
   own state is never read back.
 """

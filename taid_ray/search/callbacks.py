@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from taid_ray.driver.progress import ProgressView
-from taid_ray.driver.signals import Signals
+from taid_ray.driver.signals import StopRequest
 from taid_ray.report.format import shown
 from taid_ray.report.search_page import trials_table
 from taid_ray.report.search_results import Search, read_search
@@ -53,7 +53,7 @@ class TrialsShown:
 class Watcher(tune.Callback):
     """Keeps the book, and says what happens."""
 
-    def __init__(self, book: TrialBook, signals: Signals, view: ProgressView):
+    def __init__(self, book: TrialBook, signals: StopRequest, view: ProgressView):
         self._book, self._signals, self._view = book, signals, view
         self._old = {name: status for status in ("finished", "stopped") for name in book.with_status(status)}
 

@@ -31,11 +31,11 @@ from taid_ray.distributed.capacity import Demand, check_capacity, check_object_s
 from taid_ray.distributed.cluster import cluster_has_gpus, ray_cluster
 from taid_ray.distributed.device import resolve
 from taid_ray.driver.live import announced
+from taid_ray.driver.orphans import ending_orphaned_cleaners
 from taid_ray.driver.preflight import notes, prepare
 from taid_ray.driver.progress import ProgressView
-from taid_ray.driver.signals import Signals, attend, stop_signals
+from taid_ray.driver.signals import StopRequest, run_in_thread, stop_signals
 from taid_ray.driver.supervise import teacher_pool
-from taid_ray.driver.sweep import swept
 from taid_ray.errors import ClusterError, ConfigError, TaidRayError
 from taid_ray.files import replace_text
 from taid_ray.models.hub import restoring_hub_mode
@@ -47,7 +47,7 @@ from taid_ray.run.log import logged
 from taid_ray.search.book import TrialBook
 from taid_ray.search.callbacks import TrialsShown, Watcher
 from taid_ray.search.trial import STOP_FILE, SearchJob, pool_spec, run_trial
-from taid_ray.student.spec import Plan
+from taid_ray.student.spec import RunSpec
 from taid_ray.teacher.cache.tiers import Cache
 from taid_ray.tracking.follow import check_installed, tell_stopped
 
@@ -88,10 +88,10 @@ def run_search(
     trials = TrialsShown(config.run_dir)
     with restoring_hub_mode(), ProgressView(above=trials.table) as view:
         view.say("checking models, data and the search space")
-        plan = prepare(config)
-        space.check(config.model_dump(mode="json"), plan.total_steps)
+        spec = prepare(config)
+        space.check(config.model_dump(mode="json"), spec.total_steps)
         if not any(key.startswith("schedule.") for key in space.space):
-            for note in notes(config, plan):
+            for note in notes(config, spec):
                 view.say(f"note: {note}")
         with search_directory(config, space) as (book, name), logged(config.run_dir, name, view):
             if len(book.with_status("finished", "stopped")) < space.num_trials:
@@ -100,7 +100,7 @@ def run_search(
                     check_capacity(demand)
                     before = book.with_status("stopped")
                     try:
-                        run_trials(config, space, plan, demand, book, name, max_concurrent, trials, view)
+                        run_trials(config, space, spec, demand, book, name, max_concurrent, trials, view)
                     finally:
                         for trial in sorted({*book.with_status("stopped")} - {*before}):
                             # Ray Tune ended its process, with what it had not passed on yet.
@@ -113,7 +113,7 @@ def run_search(
 def run_trials(
     config: DistillConfig,
     space: Space,
-    plan: Plan,
+    spec: RunSpec,
     demand: Demand,
     book: TrialBook,
     name: str,
@@ -134,10 +134,10 @@ def run_trials(
     with (
         stop_signals() as signals,
         announced(config.run_dir, pool_name if pooled else None),
-        swept(former_jobs(config.run_dir)),
+        ending_orphaned_cleaners(former_jobs(config.run_dir)),
         # What trials keep in memory would go with the last of them that runs.
         closing(Cache(config.cache, view.say)) if config.cache.on else nullcontext(),
-        teacher_pool(config, plan, demand, pool_name, tell, view) if pooled else nullcontext(),
+        teacher_pool(config, spec, demand, pool_name, tell, view) if pooled else nullcontext(),
     ):
         if pooled:
             wait_for_pool(up, signals)
@@ -148,14 +148,14 @@ def run_trials(
                 "the cluster has no room for a trial at present: other jobs hold what its nodes have; see `ray status`"
             )
         if pooled:
-            check_object_store(plan.payload_bytes, config.teacher, concurrent * demand.workers)
+            check_object_store(spec.payload_bytes, config.teacher, concurrent * demand.workers)
         view.say(
             f"{space.num_trials} trials, {concurrent} at a time, {len(book.with_status('finished'))} finished before"
         )
         stopped = frozenset(book.with_status("stopped"))
         tree = config.model_dump(mode="json")
         shared = pool_name if pooled else None
-        job = SearchJob(config.run_dir, tree, plan.total_steps, shared, pool_spec(config, plan), stopped)
+        job = SearchJob(config.run_dir, tree, spec.total_steps, shared, pool_spec(config, spec), stopped)
         run_tune(space, book, job, concurrent, signals, trials, view)
         if signals.count:
             raise signals.end()
@@ -166,7 +166,7 @@ def run_tune(
     book: TrialBook,
     job: SearchJob,
     concurrent: int,
-    signals: Signals,
+    signals: StopRequest,
     trials: TrialsShown,
     view: ProgressView,
 ) -> None:
@@ -213,7 +213,7 @@ def run_tune(
             stop_file.touch()
 
     try:
-        attend(tuner.fit, look)
+        run_in_thread(tuner.fit, look)
     finally:
         stop_file.unlink(missing_ok=True)
         for left in (
@@ -257,12 +257,12 @@ def scheduler(space: Space, total_steps: int) -> TrialScheduler:
 
 
 def former_jobs(directory: Path) -> set[str]:
-    """The Ray jobs, as `driver.sweep.own_job` names them, of the drivers that this search's trials have had."""
+    """The Ray jobs, as `driver.orphans.own_job` names them, of the drivers that this search's trials have had."""
     manifests = [read_manifest(path) for path in directory.glob(f"{TRIALS}/*/{RUN_FILE}")]
     return {job for manifest in manifests if manifest for job in jobs_of(manifest)}
 
 
-def wait_for_pool(up: Future[None], signals: Signals) -> None:
+def wait_for_pool(up: Future[None], signals: StopRequest) -> None:
     """Raises what the pool failed with."""
     while not up.done():
         if signals.count:

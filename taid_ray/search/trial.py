@@ -15,13 +15,13 @@ from rich.console import Console
 
 from taid_ray.config.schema import DistillConfig
 from taid_ray.config.space import trial_config
-from taid_ray.driver.launch import Surroundings, distill_among
-from taid_ray.driver.signals import Signals
+from taid_ray.driver.launch import RunContext, run_distillation
+from taid_ray.driver.signals import StopRequest
 from taid_ray.errors import TaidRayError
 from taid_ray.files import read_metrics
 from taid_ray.run.directory import inspect_run_dir
 from taid_ray.run.layout import TRIALS, VALIDATION_FILE
-from taid_ray.student.spec import Plan
+from taid_ray.student.spec import RunSpec
 
 STOP_FILE, ERROR_SUFFIX, LOG_SUFFIX = ".stop", ".error", ".log"
 POLL_S = 0.5
@@ -45,10 +45,10 @@ class SearchJob:
     """Trials that the scheduler stopped while an earlier driver ran."""
 
 
-def pool_spec(config: DistillConfig, plan: Plan) -> Any:
+def pool_spec(config: DistillConfig, spec: RunSpec) -> Any:
     """What two runs must have in common to use the same teacher pool. The others of the section are the clients' own."""
     own = {"window", "window_mib", "hedge_after", "timeout_s"}
-    return config.teacher.model_dump(mode="json", exclude=own), plan.vocabulary.num_shared
+    return config.teacher.model_dump(mode="json", exclude=own), spec.vocabulary.num_shared
 
 
 def run_trial(params: dict[str, Any], job: SearchJob) -> None:
@@ -81,14 +81,14 @@ def distil_trial(tree: dict[str, Any], params: dict[str, Any], job: SearchJob) -
         report_all(config.run_dir)
         return
 
-    def shared(own: DistillConfig, plan: Plan) -> str | None:
-        return job.pool if job.pool and pool_spec(own, plan) == job.pool_spec else None
+    def shared(own: DistillConfig, spec: RunSpec) -> str | None:
+        return job.pool if job.pool and pool_spec(own, spec) == job.pool_spec else None
 
     config.run_dir.parent.mkdir(parents=True, exist_ok=True)
     with config.run_dir.with_suffix(LOG_SUFFIX).open("a", encoding="utf-8") as log, asked(job.directory) as signals:
         console = Console(file=log, width=130)
         try:
-            result = distill_among(config, Surroundings(console, shared, signals, report))
+            result = run_distillation(config, RunContext(console, shared, signals, report))
         except (KeyboardInterrupt, SystemExit):
             return  # the search was asked to stop, and the run has a checkpoint
     # Not before the summary is there: a scheduler ends a trial that has reported its last step.
@@ -111,9 +111,9 @@ def report_all(run_dir: Path) -> None:
 
 
 @contextmanager
-def asked(directory: Path) -> Iterator[Signals]:
+def asked(directory: Path) -> Iterator[StopRequest]:
     """The wish to stop with a checkpoint, which the search's driver leaves as a file."""
-    signals, over = Signals(), threading.Event()
+    signals, over = StopRequest(), threading.Event()
 
     def watch() -> None:
         while not over.wait(POLL_S):

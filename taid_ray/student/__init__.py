@@ -3,7 +3,7 @@
 Others use `worker.run_worker`, `spec` (what the driver hands over), `prefetch.Prefetcher` and `evaluate` (`taid-ray eval`).
 
 Traps:
-- The loss runs inside the head module's own forward (`engine.let_head_run_functions`), because under ZeRO-3 the head's
+- The loss runs inside the head module's own forward (`engine.patch_head_forward`), because under ZeRO-3 the head's
   weight is whole only there. Adapters on the head are registered as external parameters for the same reason.
 - ZeRO 0 in float32 clips in an optimizer hook of ours: DeepSpeed keeps no norm there. ZeRO 0 with bfloat16 is refused.
 - The denominator of the loss comes from the batch itself; the loop compares it with what the scheduler actor summed up.

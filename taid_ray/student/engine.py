@@ -14,7 +14,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from taid_ray.checkpoint.restore import Restored
+from taid_ray.checkpoint.restore import RestoredCheckpoint
 from taid_ray.config.schema import DistillConfig
 from taid_ray.data.batch import Batch
 from taid_ray.distributed.device import loss_memory_mib
@@ -31,14 +31,14 @@ from taid_ray.teacher.payload import TeacherOutput
 HeadFunction = Callable[[Tensor, Tensor, Tensor | None], Any]
 
 
-class Distiller(nn.Module):
+class LossInHead(nn.Module):
     """Runs `function(hidden [N, H], head weight [V, H], head bias)` inside the model's head module."""
 
     def __init__(self, model: nn.Module, causal_lm: Any):
         super().__init__()
         self.model = model
         self.causal_lm = [causal_lm]  # in a list: with LoRA it is a part of `model` and must not be registered twice
-        let_head_run_functions(causal_lm.get_output_embeddings())
+        patch_head_forward(causal_lm.get_output_embeddings())
 
     def forward(self, inputs: dict[str, Tensor], loss_positions: Tensor, function: HeadFunction) -> Any:
         causal_lm = self.causal_lm[0]
@@ -46,7 +46,7 @@ class Distiller(nn.Module):
         return causal_lm.get_output_embeddings()(hidden, function)
 
 
-def let_head_run_functions(head: Any) -> None:
+def patch_head_forward(head: Any) -> None:
     """Gives a head module's forward an optional function of (hidden, whole weight, bias) to run instead of a matmul."""
     plain = head.forward
     adapters = getattr(head, "lora_A", None)
@@ -75,7 +75,7 @@ class Student:
         world: World,
         device: torch.device,
         clock: PhaseClock,
-        restored: Restored | None = None,
+        restored: RestoredCheckpoint | None = None,
     ):
         """Wraps `model` (on CPU, float32). All ranks must pass identical weights.
 
@@ -108,7 +108,7 @@ class Student:
         memory_mib = config.loss.memory_mib or loss_memory_mib(device)
         self.chunk_tokens = chunk_tokens_for(num_shared, memory_mib * 2**20)
         self.engine, *_ = deepspeed.initialize(
-            model=Distiller(self.trained, model).to(device),
+            model=LossInHead(self.trained, model).to(device),
             optimizer=optimizer,
             config=deepspeed_config(config),
         )

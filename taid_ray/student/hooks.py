@@ -2,8 +2,8 @@
 
 from dataclasses import asdict, replace
 
-from taid_ray.checkpoint.save import Saver
-from taid_ray.checkpoint.store import RunState
+from taid_ray.checkpoint.save import CheckpointWriter
+from taid_ray.checkpoint.store import TrainingState
 from taid_ray.config.schema import DistillConfig
 from taid_ray.data.dataset import Cursor
 from taid_ray.distributed.world import World
@@ -15,9 +15,9 @@ from taid_ray.run.metrics import MetricLog, StepMetrics
 from taid_ray.scheduler.aggregate import GO_ON, SAVE, STOP, StepResult
 from taid_ray.scheduler.client import SchedulerClient
 from taid_ray.student.engine import Student
-from taid_ray.student.preemption import LeaveNotice
-from taid_ray.student.record import Record
-from taid_ray.student.spec import Plan
+from taid_ray.student.preemption import PreemptionWatch
+from taid_ray.student.spec import RunSpec
+from taid_ray.student.totals import RunTotals
 from taid_ray.student.validation import HeldOut, evaluate
 from taid_ray.teacher.cache.cached import CachedTeacher
 from taid_ray.teacher.pool.client import PoolTeacher
@@ -28,29 +28,29 @@ USAGE_STEPS = 100
 """Steps over which is judged what holds the run back."""
 
 
-class BetweenSteps:
+class StepHooks:
     """The `on_step` of the training loop, and its `request`."""
 
     def __init__(
         self,
         config: DistillConfig,
-        plan: Plan,
+        spec: RunSpec,
         world: World,
         student: Student,
         teacher: TeacherClient,
         teacher_head: Head | None,
         held_out: HeldOut,
-        record: Record,
-        saver: Saver,
+        record: RunTotals,
+        saver: CheckpointWriter,
         log: MetricLog | None,
         scheduler: SchedulerClient,
         gauges: StudentGauges | None,
     ):
         """log, gauges: rank 0's."""
-        self._config, self._total_steps, self._world = config, plan.total_steps, world
+        self._config, self._total_steps, self._world = config, spec.total_steps, world
         self._student, self._teacher, self._teacher_head, self._held_out = student, teacher, teacher_head, held_out
         self._record, self._saver, self._log, self._scheduler = record, saver, log, scheduler
-        self._gauges, self._leaving = gauges, LeaveNotice()
+        self._gauges, self._leaving = gauges, PreemptionWatch()
         self._leave_validations()  # those of earlier attempts
 
     def request(self, step: int) -> int:
@@ -103,7 +103,7 @@ class BetweenSteps:
         if self._log is not None:
             self._log.sync()
         (teacher_tokens,) = self._world.sum([self._teacher.tokens])
-        state = RunState(replace(result, request=GO_ON), cursor, self._record.state(int(teacher_tokens)))
+        state = TrainingState(replace(result, request=GO_ON), cursor, self._record.state(int(teacher_tokens)))
         self._saver.save(step, state, self._student.state(), self._record.best)
 
     def _say_what_holds_back(self, metrics: StepMetrics) -> None:

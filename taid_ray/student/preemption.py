@@ -11,7 +11,7 @@ from taid_ray.distributed.ray_internals import draining_nodes
 POLL_S = 2.0
 
 
-class LeaveNotice:
+class PreemptionWatch:
     """Asks the cluster every POLL_S in a thread of its own, as long as this process is connected to it."""
 
     def __init__(self) -> None:

@@ -20,7 +20,7 @@ class DataCheck:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunSpec:
     """What every process of the run has to agree on."""
 
     total_steps: int
@@ -31,11 +31,11 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Job:
+class WorkerSpec:
     """What the driver hands to every student worker."""
 
     config: DistillConfig
-    plan: Plan
+    spec: RunSpec
     device: str
     """cpu or cuda."""
     scheduler: Any

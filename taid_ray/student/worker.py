@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from taid_ray.checkpoint.restore import restore
-from taid_ray.checkpoint.save import Saver
+from taid_ray.checkpoint.save import CheckpointWriter
 from taid_ray.checkpoint.store import CheckpointStore
 from taid_ray.config.schema import DistillConfig
 from taid_ray.data.batch import Row, collate
@@ -32,11 +32,11 @@ from taid_ray.run.metrics import MetricLog
 from taid_ray.scheduler.client import SchedulerClient
 from taid_ray.student.clock import PhaseClock
 from taid_ray.student.engine import Student
-from taid_ray.student.hooks import BetweenSteps
+from taid_ray.student.hooks import StepHooks
 from taid_ray.student.loop import train_loop
 from taid_ray.student.prefetch import Prefetcher, read_ahead, step_batches
-from taid_ray.student.record import Record
-from taid_ray.student.spec import Job, Plan
+from taid_ray.student.spec import RunSpec, WorkerSpec
+from taid_ray.student.totals import RunTotals
 from taid_ray.student.validation import HeldOut
 from taid_ray.teacher.cache.cached import CachedTeacher
 from taid_ray.teacher.cache.claims import ClaimRegistry, NoClaims
@@ -56,12 +56,12 @@ SUSPECTS = 50
 """Documents named when a loss is not finite."""
 
 
-def run_worker(job: Job) -> dict[str, Any] | None:
+def run_worker(job: WorkerSpec) -> dict[str, Any] | None:
     """Trains one run to its end, or to where somebody stops it, from its newest checkpoint if it has one.
 
     Returns on rank 0 the summary, or {"stopped": step}; None elsewhere.
     """
-    config, plan, world = job.config, job.plan, World.current()
+    config, spec, world = job.config, job.spec, World.current()
     device = torch_device(job.device, int(os.environ["LOCAL_RANK"]))
     scheduler = SchedulerClient(job.scheduler, world.rank, config.peer_timeout_s)
     note = scheduler.note if world.is_main else _ignore
@@ -75,13 +75,13 @@ def run_worker(job: Job) -> dict[str, Any] | None:
     store = CheckpointStore(job.checkpoints)
     restored = restore(store, world, scheduler.note)
     note("student: building the model")
-    model = build_student(config, plan.vocabulary).eval()
+    model = build_student(config, spec.vocabulary).eval()
     tested_head(model, "student.model", config.data.pack)
     if uses_dropout(model, config):
         note("note: the student uses dropout, so its trajectory depends on the number of workers and micro-batches")
     note("student: starting DeepSpeed")
     clock = PhaseClock(device)
-    student = Student(config, model, plan.vocabulary.num_shared, world, device, clock, restored)
+    student = Student(config, model, spec.vocabulary.num_shared, world, device, clock, restored)
     if restored:
         restored.forget()  # the tensors; the student has them now
     tokenizer = run_tokenizer(config)
@@ -91,34 +91,34 @@ def run_worker(job: Job) -> dict[str, Any] | None:
     teacher_head = teacher.head().to(device) if needs_head(config.teacher.payload) else None
     last = scheduler.join(attempt, world.size, restored.state.result if restored else None)
     valid_rows = validation_rows(config.data, tokenizer)
-    check_ids(valid_rows, plan.vocabulary.num_shared, tokenizer.get_vocab())
+    check_ids(valid_rows, spec.vocabulary.num_shared, tokenizer.get_vocab())
     window = config.teacher.window, config.teacher.window_mib * 2**20
     held_out = HeldOut(valid_rows, world, config.train.micro_batch_size, teacher, *window)
     if restored:
-        record = Record.from_state(restored.state.record)
+        record = RunTotals.from_state(restored.state.record)
         note(f"going on after step {last.step}, from the checkpoint {restored.name}")
     else:
-        record = Record(measured_payload_error(config, teacher, valid_rows, note) if world.is_main else 0.0)
+        record = RunTotals(measured_payload_error(config, teacher, valid_rows, note) if world.is_main else 0.0)
 
-    saver = Saver(store, config.checkpoint, world, attempt, restored, config.peer_timeout_s, scheduler.note)
+    saver = CheckpointWriter(store, config.checkpoint, world, attempt, restored, config.peer_timeout_s, scheduler.note)
     log = MetricLog(config.run_dir / METRICS_FILE, last.step) if world.is_main else None
-    gauges = StudentGauges(Run(config).id, plan.total_steps, job.restarts) if world.is_main else None
-    between = BetweenSteps(
-        config, plan, world, student, teacher, teacher_head, held_out, record, saver, log, scheduler, gauges
+    gauges = StudentGauges(Run(config).id, spec.total_steps, job.restarts) if world.is_main else None
+    between = StepHooks(
+        config, spec, world, student, teacher, teacher_head, held_out, record, saver, log, scheduler, gauges
     )
     if not restored:
         between.validate(0)
     accumulation = num_micro_batches(config.train.batch_size, config.train.micro_batch_size, world.size)
     data = TrainingData(config.data, tokenizer, config.train.seed, config.train.batch_size)
     start = restored.state.cursor if restored else START
-    rows = read_ahead(training_batches(data, plan, tokenizer, last.step, start), READ_AHEAD_STEPS)
+    rows = read_ahead(training_batches(data, spec, tokenizer, last.step, start), READ_AHEAD_STEPS)
     batches = step_batches(rows, world, accumulation)
     stream = Prefetcher(batches, teacher, *window, clock)
     note("training")
-    with suspects_named(stream, scheduler, world, config, saver):
+    with naming_suspect_documents(stream, scheduler, world, config, saver):
         last = train_loop(
             config.train,
-            plan.total_steps,
+            spec.total_steps,
             student,
             teacher_head,
             scheduler,
@@ -128,12 +128,12 @@ def run_worker(job: Job) -> dict[str, Any] | None:
             between.request,
             between,
         )
-    if last.step < plan.total_steps:
+    if last.step < spec.total_steps:
         note(f"stopping after step {last.step}; the checkpoint is being written")
         saver.finish()
         outcome: dict[str, Any] = {"stopped": last.step}
     else:
-        between.validate(plan.total_steps)
+        between.validate(spec.total_steps)
         note("saving the model")
         saver.settle()
         student.save(config.run_dir / "model")
@@ -142,7 +142,7 @@ def run_worker(job: Job) -> dict[str, Any] | None:
             last.step, teacher.info(), int(teacher_tokens), student.num_parameters, data.counts, job.restarts
         )
         if world.is_main:
-            leave_results(config, outcome, tokenizer)
+            write_results(config, outcome, tokenizer)
     if log is not None:
         log.close()
     teacher.close()
@@ -150,7 +150,7 @@ def run_worker(job: Job) -> dict[str, Any] | None:
     return outcome if world.is_main else None
 
 
-def leave_results(config: DistillConfig, summary: dict[str, Any], tokenizer: Any) -> None:
+def write_results(config: DistillConfig, summary: dict[str, Any], tokenizer: Any) -> None:
     """Puts tokenizer, model card and plots beside the saved model; last the summary, with which the run is finished."""
     if config.data.format != "text":
         tokenizer.chat_template = chat_template(config.data.chat_template, tokenizer)
@@ -161,18 +161,18 @@ def leave_results(config: DistillConfig, summary: dict[str, Any], tokenizer: Any
 
 
 def training_batches(
-    data: TrainingData, plan: Plan, tokenizer: Any, done: int = 0, start: Cursor = START
+    data: TrainingData, spec: RunSpec, tokenizer: Any, done: int = 0, start: Cursor = START
 ) -> Iterator[tuple[list[Row], Cursor]]:
     """The run's global batches after step `done`, each checked to hold shared ids only; ends with the last step."""
     tokens = tokenizer.get_vocab()
-    for _, (rows, cursor) in zip(range(done, plan.total_steps), data.batches(start), strict=False):
-        check_ids(rows, plan.vocabulary.num_shared, tokens)
+    for _, (rows, cursor) in zip(range(done, spec.total_steps), data.batches(start), strict=False):
+        check_ids(rows, spec.vocabulary.num_shared, tokens)
         yield rows, cursor
 
 
 @contextmanager
-def suspects_named(
-    stream: Prefetcher, scheduler: SchedulerClient, world: World, config: DistillConfig, saver: Saver
+def naming_suspect_documents(
+    stream: Prefetcher, scheduler: SchedulerClient, world: World, config: DistillConfig, saver: CheckpointWriter
 ) -> Iterator[None]:
     """Adds to a loss that is not finite where to look for its cause, and where the run could go on from."""
     try:
@@ -190,9 +190,9 @@ def suspects_named(
         ) from error
 
 
-def connect_teacher(job: Job, scheduler: SchedulerClient, device: torch.device, world: World) -> TeacherClient:
+def connect_teacher(job: WorkerSpec, scheduler: SchedulerClient, device: torch.device, world: World) -> TeacherClient:
     """The pool's client once the pool is up, a teacher in this process, or none; behind the cache if there is one."""
-    config, num_shared = job.config, job.plan.vocabulary.num_shared
+    config, num_shared = job.config, job.spec.vocabulary.num_shared
     teacher: TeacherClient
     claims: ClaimRegistry = NoClaims()
     if config.teacher.mode == "local":

@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 
 from taid_ray.checkpoint.restore import restore
-from taid_ray.checkpoint.store import STATE_FILE, CheckpointStore, RunState, checkpoint_name, step_of, tensor_file
+from taid_ray.checkpoint.store import STATE_FILE, CheckpointStore, TrainingState, checkpoint_name, step_of, tensor_file
 from taid_ray.data.dataset import Cursor
 from taid_ray.distributed.world import World
 from taid_ray.errors import CheckpointError
@@ -61,9 +61,9 @@ def tensors_of(name: str) -> dict[str, torch.Tensor]:
     return {f"w{n}": torch.randn(n + 1, 3, generator=generator) for n in range(4)}
 
 
-def state_of(name: str) -> RunState:
+def state_of(name: str) -> TrainingState:
     schedule = {"t": 0.5, "momentum": 0.1, "previous": 2.5, "step": step_of(name)}
-    return RunState(
+    return TrainingState(
         StepResult(step_of(name), schedule, 1.5, 2.5, tokens=9), Cursor(1, 2, 3, step_of(name)), {"best": None}
     )
 
@@ -188,10 +188,10 @@ def test_states_of_any_shape() -> None:
 
     def check(content: bytes) -> None:
         try:
-            state = RunState.from_json(content)
+            state = TrainingState.from_json(content)
         except CheckpointError:
             return
-        assert RunState.from_json(state.to_json()).to_json() == state.to_json()
+        assert TrainingState.from_json(state.to_json()).to_json() == state.to_json()
 
     original = state_of(NEW).to_json()
     feed(mutated([original]) | other_values(original) | st.sampled_from(ODD_JSON), 1000, check)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from taid_ray import build_config
-from taid_ray.driver.launch import Surroundings, distill_among
-from taid_ray.driver.signals import Signals
+from taid_ray.driver.launch import RunContext, run_distillation
+from taid_ray.driver.signals import StopRequest
 from taid_ray.files import read_lines
 from taid_ray.tracking.prometheus import METRICS
 from tests.support.paths import BUNDLE
@@ -44,11 +44,11 @@ def live_run(ray_cluster: str, tmp_path: Path) -> Iterator[Path]:
             "checkpoint": {"every_steps": 10},
         }
     )
-    signals, ended = Signals(), []
+    signals, ended = StopRequest(), []
 
     def run() -> None:
         try:
-            distill_among(config, Surroundings(signals=signals))
+            run_distillation(config, RunContext(signals=signals))
         except BaseException as error:  # looked at below
             ended.append(error)
 

@@ -18,7 +18,7 @@ from taid_ray.driver.launch import start_worker
 from taid_ray.driver.preflight import prepare
 from taid_ray.run.directory import write_config
 from taid_ray.scheduler.owner import SchedulerOwner
-from taid_ray.student.spec import Job
+from taid_ray.student.spec import WorkerSpec
 from taid_ray.teacher.pool.lifecycle import start_pool, stop_pool
 from tests.support.paths import BUNDLE
 from tests.support.reference import reference_run
@@ -133,12 +133,14 @@ def runs(
     for pool, stage, micro in layouts:
         config = config_for(pool, stage, micro, workers, str(root / f"{pool}-zero{stage}-micro{micro}"))
         write_config(config)
-        plan = prepare(config)
+        spec = prepare(config)
         name = f"scheduler-{workers}-{pool}-{stage}-{micro}"
-        schedulers.append(SchedulerOwner(name, config.schedule, plan.total_steps, workers))
+        schedulers.append(SchedulerOwner(name, config.schedule, spec.total_steps, workers))
         schedulers[-1].set_pool(None)
         jobs.append(
-            Job(config, plan, "cpu", schedulers[-1].actor, pools.get(pool, ""), str(config.run_dir / "checkpoints"))
+            WorkerSpec(
+                config, spec, "cpu", schedulers[-1].actor, pools.get(pool, ""), str(config.run_dir / "checkpoints")
+            )
         )
     TorchTrainer(
         run_jobs,

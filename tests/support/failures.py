@@ -19,7 +19,7 @@ RESUMED = "going on after step "
 
 @dataclass(frozen=True)
 class Failure:
-    """Signals to processes of one run."""
+    """StopRequest to processes of one run."""
 
     name: str
     victims: Callable[[Run, Random], list[int]]

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from taid_ray.checkpoint import save as saving
-from taid_ray.checkpoint.restore import Restored, restore
-from taid_ray.checkpoint.save import MOST_FAILURES, Saver
+from taid_ray.checkpoint.restore import RestoredCheckpoint, restore
+from taid_ray.checkpoint.save import MOST_FAILURES, CheckpointWriter
 from taid_ray.checkpoint.store import (
     STATE_FILE,
     CheckpointStore,
-    RunState,
-    TornError,
+    TornCheckpointError,
+    TrainingState,
     checkpoint_name,
     last_file,
     share,
@@ -54,8 +54,8 @@ def flipped(content: bytes, position: int, bit: int) -> bytes:
     return content[:position] + bytes([content[position] ^ (1 << bit)]) + content[position + 1 :]
 
 
-def state_of(step: int) -> RunState:
-    return RunState(StepResult(step, {"t": 0.4 + step / 100}), Cursor(samples=step), {"tokens": step * 10})
+def state_of(step: int) -> TrainingState:
+    return TrainingState(StepResult(step, {"t": 0.4 + step / 100}), Cursor(samples=step), {"tokens": step * 10})
 
 
 def tensors_of(step: int, shapes: dict[str, tuple[int, ...]] = SHAPES) -> dict[str, Tensor]:
@@ -69,7 +69,8 @@ def write(root: Path | str, steps: Iterable[int], ranks: int = 2) -> CheckpointS
     notes: list[str] = []
     owners = share([(key, tensor.numel()) for key, tensor in tensors_of(0).items()], ranks)
     savers = [
-        Saver(store, CheckpointConfig(keep=9), Alone(rank, ranks), 1, None, 10, notes.append) for rank in range(ranks)
+        CheckpointWriter(store, CheckpointConfig(keep=9), Alone(rank, ranks), 1, None, 10, notes.append)
+        for rank in range(ranks)
     ]
     for step in steps:
         for rank in reversed(range(ranks)):  # rank 0 waits for the others' parts
@@ -80,12 +81,12 @@ def write(root: Path | str, steps: Iterable[int], ranks: int = 2) -> CheckpointS
     return store
 
 
-def read(store: CheckpointStore) -> tuple[Restored | None, list[str]]:
+def read(store: CheckpointStore) -> tuple[RestoredCheckpoint | None, list[str]]:
     notes: list[str] = []
     return restore(store, World(), notes.append), notes
 
 
-def assert_is(found: Restored | None, step: int) -> None:
+def assert_is(found: RestoredCheckpoint | None, step: int) -> None:
     """Every bit of the checkpoint of that step."""
     assert found is not None and found.name == checkpoint_name(step, 1)
     assert found.state == state_of(step)
@@ -267,18 +268,20 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def saver(disk: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Saver, list[str]]:
+def saver(disk: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[CheckpointWriter, list[str]]:
     """Saves on the small disk, in several files per checkpoint; with what it says."""
     monkeypatch.setattr(saving, "PART_BYTES", 6000)
     notes: list[str] = []
-    return Saver(CheckpointStore(str(disk / "run")), CheckpointConfig(), World(), 1, None, 10, notes.append), notes
+    return CheckpointWriter(
+        CheckpointStore(str(disk / "run")), CheckpointConfig(), World(), 1, None, 10, notes.append
+    ), notes
 
 
-def save(saver: Saver, step: int) -> None:
+def save(saver: CheckpointWriter, step: int) -> None:
     saver.save(step, state_of(step), tensors_of(step).items(), None)
 
 
-def test_a_full_disk_costs_one_checkpoint(disk: Path, saver: tuple[Saver, list[str]]) -> None:
+def test_a_full_disk_costs_one_checkpoint(disk: Path, saver: tuple[CheckpointWriter, list[str]]) -> None:
     """It is said, nothing of it stays to take up room, the last one stays, and the next one is saved once there is room."""
     one, notes = saver
     save(one, OLD)
@@ -302,7 +305,7 @@ def test_a_full_disk_costs_one_checkpoint(disk: Path, saver: tuple[Saver, list[s
     assert said == []  # what was left of the other one is gone
 
 
-def test_a_disk_that_stays_full_ends_the_run(disk: Path, saver: tuple[Saver, list[str]]) -> None:
+def test_a_disk_that_stays_full_ends_the_run(disk: Path, saver: tuple[CheckpointWriter, list[str]]) -> None:
     one, notes = saver
     fill(disk)
     for step in range(1, MOST_FAILURES + 1):
@@ -313,7 +316,9 @@ def test_a_disk_that_stays_full_ends_the_run(disk: Path, saver: tuple[Saver, lis
     assert one.last_good() == "There is no checkpoint yet."
 
 
-def test_failures_that_do_not_follow_one_another_end_nothing(disk: Path, saver: tuple[Saver, list[str]]) -> None:
+def test_failures_that_do_not_follow_one_another_end_nothing(
+    disk: Path, saver: tuple[CheckpointWriter, list[str]]
+) -> None:
     one, notes = saver
     for step in range(1, 3 * MOST_FAILURES):
         ballast = fill(disk) if step % 3 else None
@@ -341,7 +346,7 @@ def test_waiting_for_a_checkpoint_of_many_ranks_reads_their_files_once(
         store.finish(name, rank, ranks, {})
         if rank < ranks - 1:
             read.clear()
-            with pytest.raises(TornError, match=rf"{ranks - rank - 1} of {ranks} ranks have not finished"):
+            with pytest.raises(TornCheckpointError, match=rf"{ranks - rank - 1} of {ranks} ranks have not finished"):
                 store.index(name)
             assert read == [last_file(0)]
     read.clear()

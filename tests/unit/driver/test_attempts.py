@@ -15,8 +15,8 @@ from taid_ray.config.schema import Range, StudentConfig
 from taid_ray.distributed.capacity import Demand
 from taid_ray.driver import attempts, signals
 from taid_ray.driver.attempts import run_attempts
-from taid_ray.driver.signals import Signals
-from taid_ray.driver.supervise import Followed
+from taid_ray.driver.signals import StopRequest
+from taid_ray.driver.supervise import RunProgress
 from taid_ray.errors import AttemptError, ClusterError, DataError, WorkerError
 from taid_ray.scheduler.aggregate import STOP
 from tests.support.journal import WITHIN_S, Journal
@@ -59,7 +59,7 @@ class Driver:
         room: for workers on the nodes, all free; free: for more of them, as things are.
         """
         self.outcomes, self.room, self.free = iter(outcomes), room, free
-        self.scheduler, self.view, self.followed, self.signals = Scheduler(), View(), Followed(), Signals()
+        self.scheduler, self.view, self.followed, self.signals = Scheduler(), View(), RunProgress(), StopRequest()
         self.student = StudentConfig(model="m", workers=Range(min=1, max=2), timeout_s=30.0, max_failures=failures)
         self.started: list[tuple[int, int]] = []
 

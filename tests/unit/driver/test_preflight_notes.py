@@ -7,7 +7,7 @@ import pytest
 from taid_ray.config.schema import build_config
 from taid_ray.driver.preflight import notes
 from taid_ray.scheduler.schedule import TAIDSchedule
-from taid_ray.student.spec import DataCheck, Plan
+from taid_ray.student.spec import DataCheck, RunSpec
 
 
 def said(steps: int = 250, loss: str = "taid", **schedule: Any) -> list[str]:
@@ -19,7 +19,7 @@ def said(steps: int = 250, loss: str = "taid", **schedule: Any) -> list[str]:
         "schedule": schedule,
         "train": {"steps": steps},
     }
-    return notes(build_config(tree), Plan(steps, cast(Any, None), 0, DataCheck(10, 0, 0, 10)))
+    return notes(build_config(tree), RunSpec(steps, cast(Any, None), 0, DataCheck(10, 0, 0, 10)))
 
 
 @pytest.mark.parametrize("mode", ["adaptive", "normalised"])

@@ -10,9 +10,9 @@ from ray.exceptions import RayError
 
 from taid_ray.config.schema import build_config
 from taid_ray.driver import supervise
-from taid_ray.driver.attempts import Watch
-from taid_ray.driver.signals import Signals
-from taid_ray.driver.supervise import Followed, followed, teacher_pool
+from taid_ray.driver.attempts import AttemptMonitor
+from taid_ray.driver.signals import StopRequest
+from taid_ray.driver.supervise import RunProgress, followed, teacher_pool
 from tests.support.waiting import wait_until
 
 WITHIN_S = 60.0
@@ -105,7 +105,7 @@ def test_a_moment_of_blindness_does_not_keep_a_run_that_has_made_no_step() -> No
         wait_until(lambda: board.asked > 2, "the driver to see again")
         wait_until(lambda: not progress.blind, "the driver to know it")
         with pytest.raises(SystemExit):
-            Watch(DEMAND, 1, board, progress, Signals(15, 1), view).look()
+            AttemptMonitor(DEMAND, 1, board, progress, StopRequest(15, 1), view).look()
 
 
 def test_a_signal_asks_for_a_checkpoint_where_the_driver_cannot_see_the_steps() -> None:
@@ -117,14 +117,14 @@ def test_a_signal_asks_for_a_checkpoint_where_the_driver_cannot_see_the_steps() 
         for _ in range(2):  # a new attempt begins without a step, and is not seen either
             progress.training = False
             wait_until(lambda: progress.blind, "the driver knows that it sees nothing")
-            watch = Watch(DEMAND, 1, board, progress, Signals(15, 1), view)
+            watch = AttemptMonitor(DEMAND, 1, board, progress, StopRequest(15, 1), view)
             watch.look()
     assert len(board.requests) == 2
 
 
 def test_a_signal_before_the_first_step_ends_at_once() -> None:
     with pytest.raises(SystemExit):
-        Watch(DEMAND, 1, Board(metrics(0)), Followed(), Signals(15, 1), View()).look()  # type: ignore[arg-type]
+        AttemptMonitor(DEMAND, 1, Board(metrics(0)), RunProgress(), StopRequest(15, 1), View()).look()  # type: ignore[arg-type]
 
 
 def test_the_end_does_not_wait_for_ever_for_who_is_told_of_validations(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +148,7 @@ def test_news_of_the_pool_may_fail_and_the_workers_are_told_of_the_pool_all_the_
 ) -> None:
     """A restarted scheduler actor must hear that the pool is up, or the workers of the next attempt would wait for ever."""
 
-    class Watch:
+    class AttemptMonitor:
         def __init__(self, name: str):
             pass
 
@@ -164,7 +164,7 @@ def test_news_of_the_pool_may_fail_and_the_workers_are_told_of_the_pool_all_the_
             enough.set()
 
     info = SimpleNamespace(num_parameters=1, dtype="float32", dropped_mass=0.0)
-    monkeypatch.setattr(supervise, "PoolWatch", Watch)
+    monkeypatch.setattr(supervise, "PoolWatch", AttemptMonitor)
     monkeypatch.setattr(supervise, "start_pool", lambda *given, **options: info)
     monkeypatch.setattr(supervise, "stop_pool", lambda name: None)
     monkeypatch.setattr(supervise, "keep_lease", lambda name: lambda: None)

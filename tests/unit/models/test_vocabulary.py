@@ -13,7 +13,7 @@ from taid_ray.data.shared_ids import check_ids
 from taid_ray.driver.preflight import prepare
 from taid_ray.errors import ConfigError, DataError, ModelError
 from taid_ray.models.vocabulary import align
-from taid_ray.student.spec import DataCheck, Plan
+from taid_ray.student.spec import DataCheck, RunSpec
 from tests.support.paths import BUNDLE, SHARED
 
 BASE = {token: index for index, token in enumerate("abcdef")}
@@ -119,7 +119,7 @@ def test_real_tokenizers() -> None:
 # --- what `prepare` makes of it ------------------------------------------------------------------------------------
 
 
-def prepared(tmp_path: Path, train: list[str], valid: list[str] | None, **changes: Any) -> Plan:
+def prepared(tmp_path: Path, train: list[str], valid: list[str] | None, **changes: Any) -> RunSpec:
     """The plan for texts, each the response to a short prompt; the student's ids end at `vocab_size`."""
     files = {}
     for name, texts in (("train", train), ("valid", valid)):

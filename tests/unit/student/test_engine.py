@@ -59,22 +59,22 @@ def train(config: DistillConfig) -> tuple[list[StepMetrics], Any]:
     from taid_ray.student.worker import training_batches
     from taid_ray.teacher.local import LocalTeacher
 
-    plan, world, device = prepare(config), World(), torch.device("cpu")
+    spec, world, device = prepare(config), World(), torch.device("cpu")
     clock = PhaseClock(device)
-    student = Student(config, build_student(config, plan.vocabulary), plan.vocabulary.num_shared, world, device, clock)
-    teacher = LocalTeacher(config.teacher, plan.vocabulary.num_shared, device)
-    scheduler = LocalScheduler(config, plan.total_steps)
+    student = Student(config, build_student(config, spec.vocabulary), spec.vocabulary.num_shared, world, device, clock)
+    teacher = LocalTeacher(config.teacher, spec.vocabulary.num_shared, device)
+    scheduler = LocalScheduler(config, spec.total_steps)
     accumulation = num_micro_batches(config.train.batch_size, config.train.micro_batch_size, 1)
     tokenizer = run_tokenizer(config)
     data = TrainingData(config.data, tokenizer, config.train.seed, config.train.batch_size)
-    batches = step_batches(training_batches(data, plan, tokenizer), world, accumulation)
+    batches = step_batches(training_batches(data, spec, tokenizer), world, accumulation)
     lines: list[StepMetrics] = []
     start = scheduler.aggregator.result
     stream = Prefetcher(batches, teacher, config.teacher.window, config.teacher.window_mib * 2**20, clock)
     head = teacher.head() if needs_head(config.teacher.payload) else None
     on_step = lambda metrics, result, cursor: lines.append(metrics)  # noqa: E731
     train_loop(
-        config.train, plan.total_steps, student, head, scheduler, stream, start, clock, lambda step: GO_ON, on_step
+        config.train, spec.total_steps, student, head, scheduler, stream, start, clock, lambda step: GO_ON, on_step
     )
     return lines, student
 

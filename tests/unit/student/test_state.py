@@ -24,8 +24,8 @@ def train(stage: int, kind: str, world: Any, directory: Path, restored: Any) -> 
     import xxhash
     from safetensors.torch import load_file
 
-    from taid_ray.checkpoint.save import Saver
-    from taid_ray.checkpoint.store import CheckpointStore, RunState
+    from taid_ray.checkpoint.save import CheckpointWriter
+    from taid_ray.checkpoint.store import CheckpointStore, TrainingState
     from taid_ray.config.schema import CheckpointConfig
     from taid_ray.data.batch import Batch
     from taid_ray.data.dataset import Cursor
@@ -36,9 +36,9 @@ def train(stage: int, kind: str, world: Any, directory: Path, restored: Any) -> 
     from taid_ray.student.engine import Student
 
     config = config_for(TIED | {"zero_stage": stage} | KINDS[kind])
-    plan, device = prepare(config), torch.device("cpu")
-    model = build_student(config, plan.vocabulary).eval()
-    student = Student(config, model, plan.vocabulary.num_shared, world, device, PhaseClock(device), restored)
+    spec, device = prepare(config), torch.device("cpu")
+    model = build_student(config, spec.vocabulary).eval()
+    student = Student(config, model, spec.vocabulary.num_shared, world, device, PhaseClock(device), restored)
     losses = []
     for step in range(restored.state.result.step if restored else 0, STEPS):
         ids = torch.randint(IDS, (ROWS, LENGTH), generator=torch.Generator().manual_seed(step))
@@ -54,8 +54,8 @@ def train(stage: int, kind: str, world: Any, directory: Path, restored: Any) -> 
         student.step(1e-3)
         losses.append(world.sum([total.item() / ids.numel()])[0])
         if step + 1 == SAVED and not restored:
-            saver = Saver(CheckpointStore(str(directory)), CheckpointConfig(), world, 1, None, 60.0, print)
-            saver.save(SAVED, RunState(StepResult(SAVED, {}), Cursor(), {}), student.state(), None)
+            saver = CheckpointWriter(CheckpointStore(str(directory)), CheckpointConfig(), world, 1, None, 60.0, print)
+            saver.save(SAVED, TrainingState(StepResult(SAVED, {}), Cursor(), {}), student.state(), None)
             saver.finish()
     student.save(directory / "model")
     world.barrier()

@@ -36,7 +36,7 @@ def test_one_worker_of_a_node_tries_to_write_to_the_run_directory(
     monkeypatch.setattr(worker, "World", SimpleNamespace(current=lambda: Elsewhere(rank, 16)))
     monkeypatch.setattr(worker, "SchedulerClient", SchedulerClient)
     monkeypatch.setattr(worker, "check_run_dir_writable", lambda run_dir, rank: tried.append(rank))
-    job: Any = SimpleNamespace(config=config_for(TIED), plan=None, device="cpu", scheduler=None)
+    job: Any = SimpleNamespace(config=config_for(TIED), spec=None, device="cpu", scheduler=None)
     with pytest.raises(Reached):
         run_worker(job)
     assert tried == probes

@@ -440,10 +440,10 @@ def flash_like(saved: Callable[..., Path]) -> Any:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
-    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
+    def run_in_thread(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
         return sdpa_attention_forward(module, query, key, value, mask if len(query) == 1 else None, **options)
 
-    AttentionInterface.register("flash_like", attend)
+    AttentionInterface.register("flash_like", run_in_thread)
     AttentionMaskInterface.register("flash_like", sdpa_mask)
     model = load_causal_lm(str(saved("llama", torch.bfloat16)))
     model.config._attn_implementation = "flash_like"

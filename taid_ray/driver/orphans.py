@@ -35,7 +35,7 @@ def own_job() -> str:
 
 
 @contextmanager
-def swept(former: Collection[str] = ()) -> Iterator[None]:
+def ending_orphaned_cleaners(former: Collection[str] = ()) -> Iterator[None]:
     """On exit ends the abandoned cleaners of this driver, and of the same run's former drivers.
 
     former: their jobs, as `own_job` names them. Nothing of anybody else's is touched.
@@ -44,10 +44,10 @@ def swept(former: Collection[str] = ()) -> Iterator[None]:
         yield
     finally:
         with suppress(RayStateApiException, RayError, OSError):  # no dashboard, say; nothing depends on this
-            end_abandoned_cleaners(former)
+            end_orphaned_cleaners(former)
 
 
-def end_abandoned_cleaners(former: Collection[str] = ()) -> None:
+def end_orphaned_cleaners(former: Collection[str] = ()) -> None:
     """Ends cleaners of `former` jobs that are over, and this job's if no controller of it lives."""
     cleaners = _alive(CLEANER)
     if not cleaners:

@@ -13,7 +13,7 @@ from taid_ray.teacher.protocol import TeacherInfo
 
 
 @dataclass
-class Record:
+class RunTotals:
     """Rank 0's is the one that is saved and used; all ranks keep one."""
 
     payload_error: float = 0.0
@@ -35,7 +35,7 @@ class Record:
     started: float = field(default_factory=time.monotonic)
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> "Record":
+    def from_state(cls, state: Mapping[str, Any]) -> "RunTotals":
         """From what `state` gave, on the way through JSON."""
         validations = {
             found["step"]: Evaluation(**{key: value for key, value in found.items() if key != "step"})

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from taid_ray.driver import sweep
-from taid_ray.driver.sweep import CLEANER, CONTROLLER, swept
+from taid_ray.driver import orphans
+from taid_ray.driver.orphans import CLEANER, CONTROLLER, ending_orphaned_cleaners
 
 OWN, FORMER, FORMER_ALIVE, STRANGER, STRANGER_OVER, SAME_ID_ELSEWHERE = "01", "02", "03", "04", "05", "06"
 CLEANERS = (OWN, FORMER, FORMER_ALIVE, STRANGER, STRANGER_OVER, SAME_ID_ELSEWHERE)
@@ -22,9 +22,9 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     context = SimpleNamespace(get_session_name=lambda: "session_b", get_job_id=lambda: OWN)
     ray = SimpleNamespace(get_runtime_context=lambda: context, remote=remote, get=lambda answer, timeout: answer)
-    monkeypatch.setattr(sweep, "ray", ray)
-    monkeypatch.setattr(sweep, "dead_jobs", lambda: {FORMER, STRANGER_OVER, SAME_ID_ELSEWHERE})
-    monkeypatch.setattr(sweep, "NodeAffinitySchedulingStrategy", lambda node, soft: None)
+    monkeypatch.setattr(orphans, "ray", ray)
+    monkeypatch.setattr(orphans, "dead_jobs", lambda: {FORMER, STRANGER_OVER, SAME_ID_ELSEWHERE})
+    monkeypatch.setattr(orphans, "NodeAffinitySchedulingStrategy", lambda node, soft: None)
     return ended
 
 
@@ -42,15 +42,15 @@ FORMER_JOBS = {f"session_b/{FORMER}", f"session_b/{FORMER_ALIVE}", f"session_a/{
 
 
 def test_only_what_this_run_started_is_ended(monkeypatch: pytest.MonkeyPatch, ended: list[str]) -> None:
-    monkeypatch.setattr(sweep, "_alive", alive())
-    with swept(FORMER_JOBS):
+    monkeypatch.setattr(orphans, "_alive", alive())
+    with ending_orphaned_cleaners(FORMER_JOBS):
         assert not ended
     assert ended == [OWN, FORMER]
 
 
 def test_not_while_a_controller_of_this_job_lives(monkeypatch: pytest.MonkeyPatch, ended: list[str]) -> None:
     """Another trial of the same search, for example."""
-    monkeypatch.setattr(sweep, "_alive", alive(OWN))
-    with swept(FORMER_JOBS):
+    monkeypatch.setattr(orphans, "_alive", alive(OWN))
+    with ending_orphaned_cleaners(FORMER_JOBS):
         pass
     assert ended == [FORMER]
