@@ -514,6 +514,13 @@ class DistillConfig(Section):
         return Path(self.out or f"runs/{self.name}").expanduser().absolute()
 
     @property
+    def effective_schedule(self) -> ScheduleConfig:
+        """The schedule of the run: every loss but TAID compares with the teacher itself, which is t = 1 throughout."""
+        if self.loss.name == "taid":
+            return self.schedule
+        return self.schedule.model_copy(update={"mode": "constant", "t_start": 1.0, "t_end": 1.0})
+
+    @property
     def peer_timeout_s(self) -> float:
         """How long workers wait for one another; one of them may be waiting for its teacher."""
         return self.student.timeout_s + self.teacher.timeout_s

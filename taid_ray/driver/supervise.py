@@ -9,7 +9,7 @@ from typing import Any
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from taid_ray.config.schema import DistillConfig, ScheduleConfig
+from taid_ray.config.schema import DistillConfig
 from taid_ray.distributed.capacity import Demand
 from taid_ray.driver.progress import ProgressView
 from taid_ray.errors import TaidRayError, TeacherError
@@ -33,18 +33,11 @@ class _CancelledError(Exception):
 @contextmanager
 def scheduler_actor(config: DistillConfig, spec: RunSpec, name: str) -> Iterator[SchedulerOwner]:
     """The run's TAID scheduler actor, ended with the run."""
-    owner = SchedulerOwner(name, effective_schedule(config), spec.total_steps, config.student.workers.max)
+    owner = SchedulerOwner(name, config.effective_schedule, spec.total_steps, config.student.workers.max)
     try:
         yield owner
     finally:
         owner.close()
-
-
-def effective_schedule(config: DistillConfig) -> ScheduleConfig:
-    """The schedule of the run; every loss but TAID compares with the teacher itself, which is t = 1 throughout."""
-    if config.loss.name == "taid":
-        return config.schedule
-    return config.schedule.model_copy(update={"mode": "constant", "t_start": 1.0, "t_end": 1.0})
 
 
 @contextmanager

@@ -148,6 +148,13 @@ def test_defaults_are_those_of_the_reference() -> None:
     assert config.run_dir == Path("runs/distill").absolute()
 
 
+def test_other_losses_run_at_t_1_whatever_the_schedule_says() -> None:
+    config = build_config(tree_with(schedule__t_start=0.2))
+    assert config.effective_schedule == config.schedule
+    other = build_config(tree_with(schedule__t_start=0.2, loss__name="forward_kl")).effective_schedule
+    assert (other.mode, other.t_start, other.t_end) == ("constant", 1.0, 1.0)
+
+
 def test_overrides_are_typed_and_nested(minimal_file: Path) -> None:
     overrides = ["schedule.t_start=0.3", "train.learning_rate=2e-3", "student.lora.rank=4", "train.steps=7"]
     config = load_config(minimal_file, [*overrides, "data.prompt_columns=[a, b]", "teacher.revision=null"])
