@@ -175,13 +175,13 @@ def search(
     """Searches and prints where everything is."""
     console = Console()
     console.print("loading Ray, torch and transformers", highlight=False)
-    from taid_ray.report.search_notes import notes
+    from taid_ray.report.search_notes import search_notes
     from taid_ray.report.search_page import trials_table
     from taid_ray.search.driver import run_search
 
     result = run_search(base, wanted, out, max_concurrent, share_outputs)
     console.print(trials_table(result.search))
-    for note in notes(result.search):
+    for note in search_notes(result.search):
         print_line(console, f"note: {note}")
     print_line(console, f"search directory: {result.path}")
     if result.best is None:

@@ -50,21 +50,21 @@ def submit(
 
     Ctrl-C leaves the job running."""
     loaded = load_config(config, overrides or [], {} if out is None else {"out": out})
-    search = search_order(loaded, space, trials, max_concurrent, share_outputs)
+    search = search_options(loaded, space, trials, max_concurrent, share_outputs)
     console = Console()
 
     def say(message: str) -> None:
         print_line(console, message)
 
     from taid_ray.control import jobs
-    from taid_ray.control.order import Order, own_version
+    from taid_ray.control.job_spec import JobSpec, own_version
     from taid_ray.control.submit import begin, check_end, check_travels, job_name, runtime_environment
 
     check_travels(loaded, working_dir)
     environment = runtime_environment(runtime_env, working_dir)
     client = jobs.connect(address)
-    order = Order(own_version(), loaded.model_dump(mode="json"), search)
-    job, late = begin(client, job_name(str(loaded.out)), order, environment, say)
+    job_spec = JobSpec(own_version(), loaded.model_dump(mode="json"), search)
+    job, late = begin(client, job_name(str(loaded.out)), job_spec, environment, say)
     say(f"job {job} {'is under way already' if late else 'submitted'} at {client.get_address()}")
     if not wait:
         return
@@ -81,10 +81,10 @@ def submit(
     raise JobEnd(jobs.exit_code(ended))
 
 
-def search_order(
+def search_options(
     loaded: DistillConfig, space: Path | None, trials: int | None, max_concurrent: int | None, share_outputs: bool
 ) -> dict[str, Any] | None:
-    """What control.order.Order says of a search. Raises ConfigError if the space does not fit the configuration."""
+    """What control.job_spec.JobSpec says of a search. Raises ConfigError if the space does not fit the configuration."""
     if space is None:
         if (trials, max_concurrent, share_outputs) != (None, None, True):
             raise ConfigError(

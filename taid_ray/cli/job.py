@@ -8,30 +8,30 @@ import json
 
 from taid_ray.cli import app as cli
 from taid_ray.config.schema import build_config
-from taid_ray.control.order import METADATA_KEY, Order, own_version
+from taid_ray.control.job_spec import METADATA_KEY, JobSpec, own_version
 from taid_ray.errors import ConfigError
 from taid_ray.run.live import job_metadata
 
 
 def main() -> None:
-    cli.guarded(obey)
+    cli.guarded(run_job)
 
 
-def obey() -> None:
+def run_job() -> None:
     """Raises ConfigError if this is not the taid-ray that the job was checked by."""
-    order = Order(**json.loads(job_metadata().get(METADATA_KEY, "{}")))
-    if None not in (order.version, own_version()) and order.version != own_version():
+    job_spec = JobSpec(**json.loads(job_metadata().get(METADATA_KEY, "{}")))
+    if None not in (job_spec.version, own_version()) and job_spec.version != own_version():
         raise ConfigError(
-            f"the cluster has taid-ray {own_version()}, and this job was submitted by taid-ray {order.version}; use the "
+            f"the cluster has taid-ray {own_version()}, and this job was submitted by taid-ray {job_spec.version}; use the "
             "same version on both sides (cluster/Dockerfile makes the cluster's image)"
         )
-    config = build_config(order.config)
-    if order.search is None:
+    config = build_config(job_spec.config)
+    if job_spec.search is None:
         cli.run(config)
     else:
         from taid_ray.config.space import Space
 
-        cli.search(config, Space.model_validate(order.search["space"]), **order.search["options"])
+        cli.search(config, Space.model_validate(job_spec.search["space"]), **job_spec.search["options"])
 
 
 if __name__ == "__main__":

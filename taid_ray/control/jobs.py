@@ -25,7 +25,7 @@ HEADERS_VARIABLE = "RAY_JOB_HEADERS"
 """Environment variables of Ray's own `ray job`; the token of a cluster that wants one is read by Ray itself."""
 SHOWN_LINES = 30
 """Of the log of a job that was under way before."""
-RETRY_S, PATIENCE_S = 2.0, 120.0
+RETRY_S, RECONNECT_S = 2.0, 120.0
 POLL_S, PENDING_S = 0.5, 10.0
 SILENT_S = 60.0
 """After so long without a line the log is asked for anew: a connection that broke without a word looks the same."""
@@ -79,11 +79,11 @@ def newest(client: JobSubmissionClient, name: str) -> tuple[int, JobDetails | No
     return found
 
 
-class Patience:
-    """With a cluster that does not answer: PATIENCE_S from its first failure after an answer."""
+class ReconnectDeadline:
+    """With a cluster that does not answer: RECONNECT_S from its first failure after an answer."""
 
-    def __init__(self, client: JobSubmissionClient, job: str, say: Callable[[str], None]):
-        self._address, self._job, self._say = client.get_address(), job, say
+    def __init__(self, client: JobSubmissionClient, job: str, notify: Callable[[str], None]):
+        self._address, self._job, self._notify = client.get_address(), job, notify
         self._lost: float | None = None
 
     def answered(self) -> None:
@@ -94,38 +94,38 @@ class Patience:
         now = time.monotonic()
         if self._lost is None:
             self._lost = now
-            self._say(f"the connection to {self._address} was lost ({_one_line(error)}); trying again")
-        if now - self._lost > PATIENCE_S:
+            self._notify(f"the connection to {self._address} was lost ({_one_line(error)}); trying again")
+        if now - self._lost > RECONNECT_S:
             raise ClusterError(
-                f"{self._address} has not answered for {PATIENCE_S:.0f} s ({_one_line(error)}); the job {self._job} may go on "
+                f"{self._address} has not answered for {RECONNECT_S:.0f} s ({_one_line(error)}); the job {self._job} may go on "
                 "there. Give the same command again when it answers"
             ) from error
 
 
 def follow(
-    client: JobSubmissionClient, job: str, write: Callable[[str], None], say: Callable[[str], None], late: bool
+    client: JobSubmissionClient, job: str, write: Callable[[str], None], notify: Callable[[str], None], late: bool
 ) -> JobDetails:
     """Hands on the log of a job until that has ended. late: begins with what is new and the last lines before.
 
-    Raises ClusterError if the cluster does not answer for PATIENCE_S; the job may go on.
+    Raises ClusterError if the cluster does not answer for RECONNECT_S; the job may go on.
     """
-    log, patience = _Log(write), Patience(client, job, say)
+    log, deadline = _Log(write), ReconnectDeadline(client, job, notify)
     while True:
         try:
-            _wait_for_start(client, job, say, patience)
+            _wait_for_start(client, job, notify, deadline)
             if late:
                 log.skip_all_but_last(client.get_job_logs(job))
                 late = False
-            heard = asyncio.run(_tail(client, job, log, patience))
+            heard = asyncio.run(_tail(client, job, log, deadline))
             info = client.get_job_info(job)
             if info.status.is_terminal():
                 return info
             if not heard:
                 raise TimeoutError(f"no line of the log came for {SILENT_S:.0f} s")
         except HICCUPS as error:
-            patience.lost(error)
+            deadline.lost(error)
         else:
-            patience.answered()
+            deadline.answered()
         time.sleep(RETRY_S)
 
 
@@ -139,16 +139,18 @@ def exit_code(job: JobDetails) -> int:
     return FAILED_CODE if code is None else 128 - code if code < 0 else code
 
 
-def _wait_for_start(client: JobSubmissionClient, job: str, say: Callable[[str], None], patience: Patience) -> None:
+def _wait_for_start(
+    client: JobSubmissionClient, job: str, notify: Callable[[str], None], deadline: ReconnectDeadline
+) -> None:
     """Until then there is no log, and installing packages may take minutes."""
     start, said = time.monotonic(), ""
     # Of a job that runs only its log counts as an answer: something between may let requests through, but no log.
     while (info := client.get_job_info(job)).status == JobStatus.PENDING:
-        patience.answered()
+        deadline.answered()
         message = info.message or "it is pending"
         if message != said and time.monotonic() - start > PENDING_S:
             said = message
-            say(f"the job has not begun after {PENDING_S:.0f} s: {_one_line(message)}")
+            notify(f"the job has not begun after {PENDING_S:.0f} s: {_one_line(message)}")
         time.sleep(POLL_S)
 
 
@@ -170,7 +172,7 @@ class _Log:
             self._write(new)
 
 
-async def _tail(client: JobSubmissionClient, job: str, log: _Log, patience: Patience) -> bool:
+async def _tail(client: JobSubmissionClient, job: str, log: _Log, deadline: ReconnectDeadline) -> bool:
     """Returns when the log has ended, or said nothing for SILENT_S: Ray's client itself would wait for ever.
 
     Returns whether it said anything; a log that can be reached does, since it is sent from its beginning.
@@ -188,7 +190,7 @@ async def _tail(client: JobSubmissionClient, job: str, log: _Log, patience: Pati
         except StopAsyncIteration:
             return True
         heard = True
-        patience.answered()
+        deadline.answered()
         log.add(chunk)
 
 

@@ -19,10 +19,10 @@ from taid_ray.teacher.pool.request import WHERE_TO_LOOK
 POLL_S = 0.5
 
 
-def scale_teacher(run_dir: Path, live: Live, replicas: int, say: Callable[[str], None]) -> None:
+def scale_teacher(run_dir: Path, live: Live, replicas: int, notify: Callable[[str], None]) -> None:
     """Returns when exactly so many replicas run. No batch is lost or repeated meanwhile.
 
-    say: told of the progress. Raises ConfigError if the run is not alive, ClusterError if its cluster has no room for so
+    notify: told of the progress. Raises ConfigError if the run is not alive, ClusterError if its cluster has no room for so
     many, TeacherError if they do not run within teacher.timeout_s, or cannot start; then the pool stays as it was.
     """
     config = run_config(run_dir)
@@ -40,20 +40,20 @@ def scale_teacher(run_dir: Path, live: Live, replicas: int, say: Callable[[str],
     check_scale(demand_of(config, resolve(config.device, cluster_has_gpus())), replicas)
     before = ray.get(lease.set_replicas.remote(replicas), timeout=LEASE_S)
     try:
-        _wait(pool, lease, replicas, config.teacher.timeout_s, say)
+        _wait(pool, lease, replicas, config.teacher.timeout_s, notify)
     except TeacherError:
         ray.get(lease.set_replicas.remote(before), timeout=LEASE_S)
         raise
 
 
-def _wait(pool: str, lease: ActorHandle, replicas: int, timeout_s: float, say: Callable[[str], None]) -> None:
+def _wait(pool: str, lease: ActorHandle, replicas: int, timeout_s: float, notify: Callable[[str], None]) -> None:
     start, said = time.monotonic(), ""
     while (waited := time.monotonic() - start) < timeout_s:
         states = replica_states(pool)
         if not states:
             raise TeacherError(f"the teacher pool {pool} was removed meanwhile: its run ended")
         if states == {"RUNNING": replicas}:
-            say(f"teacher pool: {replicas} replica(s) run, after {waited:.0f} s")
+            notify(f"teacher pool: {replicas} replica(s) run, after {waited:.0f} s")
             return
         failure = ray.get(lease.failure.remote(), timeout=LEASE_S)
         if failure is not None:
@@ -61,7 +61,7 @@ def _wait(pool: str, lease: ActorHandle, replicas: int, timeout_s: float, say: C
         shown = ", ".join(f"{count} {state.lower()}" for state, count in sorted(states.items()))
         if shown != said:
             said = shown
-            say(f"teacher pool: {shown}; to be {replicas}")
+            notify(f"teacher pool: {shown}; to be {replicas}")
         time.sleep(POLL_S)
     raise TeacherError(
         f"the teacher pool has {states.get('RUNNING', 0)} of {replicas} replicas after {waited:.0f} s (teacher.timeout_s), so "

@@ -10,13 +10,13 @@ from taid_ray.control.status import read_status
 from taid_ray.errors import ClusterError, ConfigError
 from taid_ray.run.live import Live, death, read_live, search_of
 
-POLL_S, SAY_S = 0.5, 5.0
+POLL_S, NOTIFY_S = 0.5, 5.0
 START_S = 120.0
 """So long a driver may take to connect to its cluster."""
 
 
-def stop(directory: Path, address: str | None, say: Callable[[str], None]) -> None:
-    """Returns when the driver has ended. say: told of the progress.
+def stop(directory: Path, address: str | None, notify: Callable[[str], None]) -> None:
+    """Returns when the driver has ended. notify: told of the progress.
 
     address: of the Jobs API, if not what the driver knows. Raises ConfigError if the driver is out of reach, ClusterError
     if it died instead of saving.
@@ -27,21 +27,21 @@ def stop(directory: Path, address: str | None, say: Callable[[str], None]) -> No
         )
     status = read_status(directory)
     if status.state not in ("starting", "training", "searching"):
-        say(f"nothing to stop: {status.headline}")
+        notify(f"nothing to stop: {status.headline}")
         return
-    live = _wait_for_driver(directory, say)
+    live = _wait_for_driver(directory, notify)
     if live is None:
-        say(f"nothing to stop: {read_status(directory).headline if directory.exists() else 'it has ended'}")
+        notify(f"nothing to stop: {read_status(directory).headline if directory.exists() else 'it has ended'}")
         return
-    ended = _ask_job(live, address, say) if live.submission else _ask_process(directory, live, say)
-    _wait_for_end(directory, live, ended, say)
+    ended = _ask_job(live, address, notify) if live.submission else _ask_process(directory, live, notify)
+    _wait_for_end(directory, live, ended, notify)
     if not directory.exists():
-        say("ended before the first step, so there is nothing to resume")
+        notify("ended before the first step, so there is nothing to resume")
         return
-    say(read_status(directory).headline)
+    notify(read_status(directory).headline)
 
 
-def _wait_for_driver(directory: Path, say: Callable[[str], None]) -> Live | None:
+def _wait_for_driver(directory: Path, notify: Callable[[str], None]) -> Live | None:
     start, said = time.monotonic(), False
     while directory.exists() and read_status(directory).state in ("starting", "training", "searching"):
         live = read_live(directory)
@@ -53,35 +53,35 @@ def _wait_for_driver(directory: Path, say: Callable[[str], None]) -> Live | None
                 "(Ctrl-C)"
             )
         if not said:
-            say("it is being started; waiting until it can be told")
+            notify("it is being started; waiting until it can be told")
         said = True
         time.sleep(POLL_S)
     return None
 
 
-def _ask_job(live: Live, address: str | None, say: Callable[[str], None]) -> Callable[[], bool]:
+def _ask_job(live: Live, address: str | None, notify: Callable[[str], None]) -> Callable[[], bool]:
     from taid_ray.control import jobs
 
     client = jobs.connect(address or os.environ.get(jobs.ADDRESS_VARIABLES[0]) or live.dashboard or live.address)
     job = str(live.submission)
     with jobs.answering(client.get_address()):
         client.stop_job(job)
-    say(f"asked the job {job} to stop; it saves a checkpoint after its step")
-    patience = jobs.Patience(client, job, say)
+    notify(f"asked the job {job} to stop; it saves a checkpoint after its step")
+    deadline = jobs.ReconnectDeadline(client, job, notify)
 
     def ended() -> bool:
         try:
             over = bool(client.get_job_status(job).is_terminal())
         except jobs.HICCUPS as error:
-            patience.lost(error)
+            deadline.lost(error)
             return False
-        patience.answered()
+        deadline.answered()
         return over
 
     return ended
 
 
-def _ask_process(directory: Path, live: Live, say: Callable[[str], None]) -> Callable[[], bool]:
+def _ask_process(directory: Path, live: Live, notify: Callable[[str], None]) -> Callable[[], bool]:
     if not live.is_here:
         raise ConfigError(
             f"{directory}: its driver is process {live.pid} on {live.host}, and no Ray job, so it cannot be reached from here; "
@@ -93,19 +93,19 @@ def _ask_process(directory: Path, live: Live, say: Callable[[str], None]) -> Cal
         raise ClusterError(f"{directory}: its driver, process {live.pid}, belongs to another user; ask them") from None
     except ProcessLookupError:
         pass
-    say(f"asked process {live.pid} to stop; it saves a checkpoint after its step")
+    notify(f"asked process {live.pid} to stop; it saves a checkpoint after its step")
     return lambda: not live.runs_here
 
 
-def _wait_for_end(directory: Path, live: Live, ended: Callable[[], bool], say: Callable[[str], None]) -> None:
+def _wait_for_end(directory: Path, live: Live, ended: Callable[[], bool], notify: Callable[[str], None]) -> None:
     start = said = time.monotonic()
     while not ended():
         now = time.monotonic()
-        if now - said >= SAY_S and directory.exists():
+        if now - said >= NOTIFY_S and directory.exists():
             said = now
             status = read_status(directory)
             place = f", at step {status.step}" if status.trials is None else ""
-            say(f"waiting for its end{place} ({now - start:.0f} s)")
+            notify(f"waiting for its end{place} ({now - start:.0f} s)")
         time.sleep(POLL_S)
     if directory.exists() and read_live(directory) == live:  # which a driver takes away when it ends by itself
         _tell_death(directory)

@@ -13,7 +13,7 @@ from ray.job_submission import JobDetails, JobSubmissionClient
 
 from taid_ray.config.schema import DistillConfig
 from taid_ray.control import jobs
-from taid_ray.control.order import Order
+from taid_ray.control.job_spec import JobSpec
 from taid_ray.errors import ClusterError, ConfigError
 
 ENTRYPOINT = "python -m taid_ray.cli.job"
@@ -88,15 +88,19 @@ def job_name(out: str) -> str:
 
 
 def begin(
-    client: JobSubmissionClient, name: str, order: Order, environment: Mapping[str, Any], say: Callable[[str], None]
+    client: JobSubmissionClient,
+    name: str,
+    job_spec: JobSpec,
+    environment: Mapping[str, Any],
+    notify: Callable[[str], None],
 ) -> tuple[str, bool]:
     """Submits a job for the run, unless one is under way. Returns its id, and whether it was there before."""
     with jobs.answering(client.get_address()):
         for _ in range(TRIES):
             number, last = jobs.newest(client, name)
             if last is not None and not last.status.is_terminal():
-                if last.metadata != order.to_metadata() | _given_by_ray(last):
-                    say("note: it was submitted with another configuration than this one")
+                if last.metadata != job_spec.to_metadata() | _given_by_ray(last):
+                    notify("note: it was submitted with another configuration than this one")
                 return str(last.submission_id), True
             wanted = name if not number else f"{name}-{number + 1}"
             try:
@@ -104,7 +108,7 @@ def begin(
                     entrypoint=ENTRYPOINT,
                     submission_id=wanted,
                     runtime_env=dict(environment),
-                    metadata=order.to_metadata(),
+                    metadata=job_spec.to_metadata(),
                 )
             except RuntimeError as error:
                 if "already exists" not in str(error):  # else somebody else was faster

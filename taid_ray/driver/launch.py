@@ -20,18 +20,18 @@ from taid_ray.distributed.cluster import cluster_has_gpus, ray_cluster
 from taid_ray.distributed.device import collective_backend, resolve
 from taid_ray.distributed.network import RayNetworkConfig
 from taid_ray.driver.attempts import run_attempts
-from taid_ray.driver.live import announced
+from taid_ray.driver.live import liveness_file
 from taid_ray.driver.orphans import ending_orphaned_cleaners, own_job
 from taid_ray.driver.preflight import notes, prepare
 from taid_ray.driver.progress import ProgressView
 from taid_ray.driver.signals import StopRequest, stop_signals
 from taid_ray.driver.supervise import followed, scheduler_actor, shared_pool, teacher_pool
 from taid_ray.models.hub import restoring_hub_mode
-from taid_ray.run.directory import Run, inspect_run_dir, read_summary, run_directory, scratch_directory
-from taid_ray.run.log import logged
+from taid_ray.run.directory import RunManifest, inspect_run_dir, read_summary, run_directory, scratch_directory
+from taid_ray.run.log import run_logging
 from taid_ray.student.deepspeed_internals import use_deepspeed_on
 from taid_ray.student.spec import RunSpec, WorkerSpec
-from taid_ray.tracking.follow import check_installed, tracked
+from taid_ray.tracking.follow import check_installed, tracking_session
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def run_distillation(config: DistillConfig, around: RunContext) -> RunResult:
         for note in notes(config, spec):
             view.say(f"note: {note}")
         view.say("connecting to Ray" if ray.is_initialized() or os.environ.get("RAY_ADDRESS") else "starting Ray here")
-        with run_directory(config) as run, logged(config.run_dir, run.id, view), ray_cluster():
+        with run_directory(config) as run, run_logging(config.run_dir, run.id, view), ray_cluster():
             if run.attempts:
                 view.say(
                     f"resuming the run in {config.run_dir}; its workers were started {run.attempts} time(s) before"
@@ -103,13 +103,13 @@ def run_distillation(config: DistillConfig, around: RunContext) -> RunResult:
                 check_object_store(spec.payload_bytes, config.teacher, demand.max_workers)
             if room := capacity_note(demand):
                 view.say(f"note: {room}")
-            with tracked(config, run.id, bool(run.attempts), view) as tracking:
+            with tracking_session(config, run.id, bool(run.attempts), view) as tracking:
                 summary = tracking.finished(run_on_cluster(config, spec, demand, run, view, around))
     return RunResult(config.run_dir, summary)
 
 
 def run_on_cluster(
-    config: DistillConfig, spec: RunSpec, demand: Demand, run: Run, view: ProgressView, around: RunContext
+    config: DistillConfig, spec: RunSpec, demand: Demand, run: RunManifest, view: ProgressView, around: RunContext
 ) -> dict[str, Any]:
     """Starts scheduler, teacher pool and student workers side by side; the workers wait for the pool, which outlives them."""
     shared = around.pool(config, spec) if around.pool else None
@@ -117,7 +117,7 @@ def run_on_cluster(
     with (
         # First, so that taking everything down is not interrupted halfway.
         nullcontext(around.signals) if around.signals else stop_signals() as signals,
-        announced(config.run_dir, own_pool, spec.total_steps),
+        liveness_file(config.run_dir, own_pool, spec.total_steps),
         ending_orphaned_cleaners(run.jobs),
         scheduler_actor(config, spec, f"taid-scheduler-{run.id}") as scheduler,
         shared_pool(shared, scheduler.set_pool)

@@ -20,7 +20,7 @@ from taid_ray.run.live import AUTH_MODE, BEAT_S, SUBMISSION_ID, Live, job_metada
 
 
 @contextmanager
-def announced(run_dir: Path, pool: str | None, total_steps: int | None = None) -> Iterator[None]:
+def liveness_file(run_dir: Path, pool: str | None, total_steps: int | None = None) -> Iterator[None]:
     """Leaves word in the directory of a run or search that it lives, until it is over. In the driver, connected to Ray.
 
     pool: see Live. An end that is not the run's own, by a signal or an error, is left in ended.json.

@@ -43,7 +43,7 @@ class ProgressView:
         """above: what stands above the bar, asked for several times a second. clock: in seconds."""
         self.console, self._above, self._clock = console or Console(), above, clock
         self.records = Records()
-        """All that is said, for `run.log.logged`."""
+        """All that is said, for `run.log.run_logging`."""
         self.made = 0
         """The last step."""
         self._started = self._clock()

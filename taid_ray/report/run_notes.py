@@ -13,7 +13,7 @@ EARLY = 2
 """Steps at the start whose t is t_start by definition: the first loss has none to be compared with."""
 
 
-def notes(history: History) -> list[str]:
+def run_notes(history: History) -> list[str]:
     """Plain sentences about a run, the most important ones first."""
     return [*_progress(history), *_schedule(history), *_bottleneck(history), *_attempts(history)]
 

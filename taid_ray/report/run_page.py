@@ -10,7 +10,7 @@ from taid_ray.files import replace_text
 from taid_ray.report.format import shown_amount, shown_name, shown_seconds
 from taid_ray.report.history import PHASES, History, read_history
 from taid_ray.report.page import details_part, notes_part, page, picture_part, table_part
-from taid_ray.report.run_notes import notes
+from taid_ray.report.run_notes import run_notes
 from taid_ray.report.run_plots import PHASE_COLOURS, REST, loss_curves, optimizer, step_time, t_curve, throughput
 from taid_ray.run.metrics import perplexity
 
@@ -37,7 +37,7 @@ def write_run_report(path: Path) -> list[str]:
     try:
         (path / "report").mkdir(exist_ok=True)
         parts = [
-            notes_part(notes(history)),
+            notes_part(run_notes(history)),
             table_part("Key figures", (), key_figures(history)),
             *_validation_part(history),
             *(picture_part(title, draw(history), path / "report" / name) for name, draw, title in _plots(history)),
@@ -50,7 +50,7 @@ def write_run_report(path: Path) -> list[str]:
         replace_text(path / REPORT_FILE, page(f"Run {history.config.name}", _summary(history), parts))
     except OSError as error:
         raise RunError(f"{path}: the report cannot be written there ({error}); make room, or copy the run") from error
-    return notes(history)
+    return run_notes(history)
 
 
 def key_figures(history: History) -> list[tuple[str, str]]:

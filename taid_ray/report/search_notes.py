@@ -22,7 +22,7 @@ EDGE = 0.05
 """The last part of a range, at either end, that is called its edge."""
 
 
-def notes(search: Search) -> list[str]:
+def search_notes(search: Search) -> list[str]:
     """Plain sentences about a search, the most important ones first."""
     return [
         *_completeness(search),

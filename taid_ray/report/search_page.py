@@ -11,7 +11,7 @@ from rich.text import Text
 from taid_ray.files import replace_text
 from taid_ray.report.format import shown
 from taid_ray.report.page import details_part, notes_part, page, picture_part, table_part
-from taid_ray.report.search_notes import notes
+from taid_ray.report.search_notes import search_notes
 from taid_ray.report.search_plots import parallel, t_curves, validation
 from taid_ray.report.search_results import METRIC_NAMES, Search, Trial
 
@@ -117,7 +117,7 @@ def _page(search: Search, pictures: Sequence[str], texts: Sequence[str]) -> str:
     if best is not None:
         params = ", ".join(f"{key} = {shown(value)}" for key, value in best.params.items())
         summary += f" The best is {best.name} with {search.value(best):.4f}: {params}."
-    title, parts = f"Search {search.path.absolute().name}", [notes_part(notes(search)), _html_table(search)]
+    title, parts = f"Search {search.path.absolute().name}", [notes_part(search_notes(search)), _html_table(search)]
     return page(title, summary, [*parts, *pictures, *texts])
 
 

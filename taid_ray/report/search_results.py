@@ -30,11 +30,11 @@ from taid_ray.run.layout import (
     TRIALS,
     TRIALS_FILE,
     VALIDATION_FILE,
-    Status,
+    TrialStatus,
 )
 
 METRIC_NAMES = {"kl": "validation KL", "cross_entropy": "validation cross-entropy"}
-RANKED_STATUS: tuple[Status, ...] = ("finished", "running", "stopped", "failed", "waiting")
+RANKED_STATUS: tuple[TrialStatus, ...] = ("finished", "running", "stopped", "failed", "waiting")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Trial:
     name: str
     params: dict[str, Any]
     """The searched keys with the values of this trial."""
-    status: Status
+    status: TrialStatus
     """`stopped`: by the search's scheduler, before its last step."""
     error: str
     """Why it failed; empty otherwise."""
@@ -143,7 +143,7 @@ def _read_trials(path: Path) -> list[dict[str, Any]]:
     for number, entry in enumerate(entries, start=1):
         if not isinstance(entry, dict) or not {"name", "params", "status"} <= entry.keys():
             raise damaged(path, f"entry {number} has not the keys name, params and status")
-        if entry["status"] not in get_args(Status):
+        if entry["status"] not in get_args(TrialStatus):
             raise damaged(path, f"trial {entry['name']} has the unknown status {entry['status']!r}")
     return entries
 

@@ -129,7 +129,7 @@ def jobs_of(manifest: dict[str, Any]) -> set[str]:
     return {attempt["job"] for attempt in manifest["attempts"] if "job" in attempt}
 
 
-class Run:
+class RunManifest:
     """RUN/run.json: what the drivers of one run, one after another, know it by."""
 
     def __init__(self, config: DistillConfig):
@@ -180,7 +180,7 @@ def scratch_directory(run_dir: Path) -> Iterator[str]:
 
 
 @contextmanager
-def run_directory(config: DistillConfig) -> Iterator[Run]:
+def run_directory(config: DistillConfig) -> Iterator[RunManifest]:
     """Makes the run directory, or takes it up again, and keeps other drivers out of it.
 
     Removes it again if it is new and the run ends before its first step by what a user can put right. Raises ConfigError if
@@ -192,7 +192,7 @@ def run_directory(config: DistillConfig) -> Iterator[Run]:
         new = not (run_dir / RUN_FILE).exists()
         for left in run_dir.glob(f"{RAY_TRAIN_PREFIX}*"):  # by a driver that was killed
             shutil.rmtree(left, ignore_errors=True)
-        run = Run(config)
+        run = RunManifest(config)
         run.write()
         write_config(config)
         try:

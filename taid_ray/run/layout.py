@@ -14,4 +14,4 @@ RAY_TRAIN_PREFIX = ".ray-train-"
 
 SEARCH_FILE, TRIALS_FILE, TRIALS = "search.yaml", "trials.json", "trials"
 
-Status = Literal["waiting", "running", "finished", "stopped", "failed"]
+TrialStatus = Literal["waiting", "running", "finished", "stopped", "failed"]

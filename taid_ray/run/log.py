@@ -79,7 +79,7 @@ class _Warnings(logging.Handler):
 
 
 @contextmanager
-def logged(directory: Path, run: str, speaker: Speaker) -> Iterator[None]:
+def run_logging(directory: Path, run: str, speaker: Speaker) -> Iterator[None]:
     """Appends to directory/log.jsonl what `speaker` says and has said, warnings, and the error that ends the run."""
     path = directory / LOG_FILE
     _cut_torn_line(path)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from taid_ray.files import damaged, read_json, write_json
-from taid_ray.run.layout import SUMMARY_FILE, TRIALS, TRIALS_FILE, Status
+from taid_ray.run.layout import SUMMARY_FILE, TRIALS, TRIALS_FILE, TrialStatus
 
 
 class TrialBook:
@@ -30,7 +30,7 @@ class TrialBook:
                 raise damaged(self._path, f"it holds no list of trials ({error})") from None
             self._write()
 
-    def name_of(self, params: Mapping[str, Any]) -> str:
+    def assign_name(self, params: Mapping[str, Any]) -> str:
         """The name of a trial, to be asked for once per trial and driver.
 
         A trial of an earlier driver with the same params is meant, the n-th time the n-th one; else it is a new one.
@@ -46,7 +46,7 @@ class TrialBook:
         self._write()
         return name
 
-    def mark(self, name: str, status: Status, error: str = "") -> None:
+    def mark(self, name: str, status: TrialStatus, error: str = "") -> None:
         """What has become of a trial."""
         entry = next(entry for entry in self.entries if entry["name"] == name)
         entry["status"], entry["error"] = status, error
@@ -56,7 +56,7 @@ class TrialBook:
         """Of every trial, in the order of their creation."""
         return [entry["params"] for entry in self.entries]
 
-    def with_status(self, *wanted: Status) -> list[str]:
+    def with_status(self, *wanted: TrialStatus) -> list[str]:
         """Names."""
         return [entry["name"] for entry in self.entries if entry["status"] in wanted]
 
@@ -67,7 +67,7 @@ class TrialBook:
         """Whether the trial's run directory is complete."""
         return (self.run_dir(name) / SUMMARY_FILE).exists()
 
-    def _status_left(self, entry: Mapping[str, Any]) -> Status:
+    def _status_left(self, entry: Mapping[str, Any]) -> TrialStatus:
         if self.is_finished(entry["name"]):
             return "finished"
         # What failed is tried again, from its last checkpoint: the cause may have been put right.

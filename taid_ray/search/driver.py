@@ -30,7 +30,7 @@ from taid_ray.config.text import read_tree
 from taid_ray.distributed.capacity import Demand, check_capacity, check_object_store, demand_of, room_for_trials
 from taid_ray.distributed.cluster import cluster_has_gpus, ray_cluster
 from taid_ray.distributed.device import resolve
-from taid_ray.driver.live import announced
+from taid_ray.driver.live import liveness_file
 from taid_ray.driver.orphans import ending_orphaned_cleaners
 from taid_ray.driver.preflight import notes, prepare
 from taid_ray.driver.progress import ProgressView
@@ -43,7 +43,7 @@ from taid_ray.report.search_page import write_report
 from taid_ray.report.search_results import Search, Trial, read_search
 from taid_ray.run.directory import changed_keys, jobs_of, locked, read_manifest
 from taid_ray.run.layout import RAY_TRAIN_PREFIX, RUN_FILE, SEARCH_FILE, TRIALS
-from taid_ray.run.log import logged
+from taid_ray.run.log import run_logging
 from taid_ray.search.book import TrialBook
 from taid_ray.search.callbacks import TrialsShown, Watcher
 from taid_ray.search.trial import STOP_FILE, SearchJob, pool_spec, run_trial
@@ -93,7 +93,7 @@ def run_search(
         if not any(key.startswith("schedule.") for key in space.space):
             for note in notes(config, spec):
                 view.say(f"note: {note}")
-        with search_directory(config, space) as (book, name), logged(config.run_dir, name, view):
+        with search_directory(config, space) as (book, name), run_logging(config.run_dir, name, view):
             if len(book.with_status("finished", "stopped")) < space.num_trials:
                 with ray_cluster():
                     demand = demand_of(config, resolve(config.device, cluster_has_gpus()))
@@ -133,7 +133,7 @@ def run_trials(
     pool_name = f"taid-teacher-{name}"
     with (
         stop_signals() as signals,
-        announced(config.run_dir, pool_name if pooled else None),
+        liveness_file(config.run_dir, pool_name if pooled else None),
         ending_orphaned_cleaners(former_jobs(config.run_dir)),
         # What trials keep in memory would go with the last of them that runs.
         closing(Cache(config.cache, view.say)) if config.cache.on else nullcontext(),
@@ -184,7 +184,7 @@ def run_tune(
     trials.begun = True
 
     def named(trial: Any) -> str:
-        return book.name_of(trial.config)
+        return book.assign_name(trial.config)
 
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(run_trial, job=job), TRIAL_RESOURCES),

@@ -85,7 +85,10 @@ def distil_trial(tree: dict[str, Any], params: dict[str, Any], job: SearchJob) -
         return job.pool if job.pool and pool_spec(own, spec) == job.pool_spec else None
 
     config.run_dir.parent.mkdir(parents=True, exist_ok=True)
-    with config.run_dir.with_suffix(LOG_SUFFIX).open("a", encoding="utf-8") as log, asked(job.directory) as signals:
+    with (
+        config.run_dir.with_suffix(LOG_SUFFIX).open("a", encoding="utf-8") as log,
+        stop_file_watch(job.directory) as signals,
+    ):
         console = Console(file=log, width=130)
         try:
             result = run_distillation(config, RunContext(console, shared, signals, report))
@@ -111,7 +114,7 @@ def report_all(run_dir: Path) -> None:
 
 
 @contextmanager
-def asked(directory: Path) -> Iterator[StopRequest]:
+def stop_file_watch(directory: Path) -> Iterator[StopRequest]:
     """The wish to stop with a checkpoint, which the search's driver leaves as a file."""
     signals, over = StopRequest(), threading.Event()
 

@@ -26,7 +26,7 @@ from taid_ray.models.loading import tested_head
 from taid_ray.models.pair import run_tokenizer
 from taid_ray.models.student_init import build_student
 from taid_ray.report.card import write_model_card, write_plots
-from taid_ray.run.directory import Run
+from taid_ray.run.directory import RunManifest
 from taid_ray.run.layout import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
 from taid_ray.run.metrics import MetricLog
 from taid_ray.scheduler.client import SchedulerClient
@@ -102,7 +102,7 @@ def run_worker(job: WorkerSpec) -> dict[str, Any] | None:
 
     saver = CheckpointWriter(store, config.checkpoint, world, attempt, restored, config.peer_timeout_s, scheduler.note)
     log = MetricLog(config.run_dir / METRICS_FILE, last.step) if world.is_main else None
-    gauges = StudentGauges(Run(config).id, spec.total_steps, job.restarts) if world.is_main else None
+    gauges = StudentGauges(RunManifest(config).id, spec.total_steps, job.restarts) if world.is_main else None
     between = StepHooks(
         config, spec, world, student, teacher, teacher_head, held_out, record, saver, log, scheduler, gauges
     )

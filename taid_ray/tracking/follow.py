@@ -17,12 +17,12 @@ from taid_ray.config.schema import DistillConfig, load_config
 from taid_ray.config.text import read_tree
 from taid_ray.errors import ConfigError
 from taid_ray.files import write_json
-from taid_ray.run.directory import Run
+from taid_ray.run.directory import RunManifest
 from taid_ray.run.layout import CONFIG_FILE, METRICS_FILE, SEARCH_FILE, SUMMARY_FILE
 from taid_ray.run.live import search_of
 from taid_ray.run.log import DRIVER, Speaker
 from taid_ray.tracking.sinks import TENSORBOARD, MLflow, Outcome, TensorBoard, Tracker, WeightsAndBiases
-from taid_ray.tracking.tail import Figures
+from taid_ray.tracking.tail import MetricsTail
 
 POLL_S = 2.0
 AGAIN_S = 30.0
@@ -36,7 +36,7 @@ class Follower:
 
     def __init__(self, name: str, run_dir: Path, begin: Callable[[], Tracker], speaker: Speaker):
         self.name, self._begin, self._speaker = name, begin, speaker
-        self._figures = Figures(run_dir)
+        self._tail = MetricsTail(run_dir)
         self._tracker: Tracker | None = None
         self._over = threading.Event()
         self._outcome: Outcome = "failed"
@@ -47,7 +47,7 @@ class Follower:
     def open(self) -> Tracker:
         """Raises what the tracker's library raises if it cannot be reached."""
         self._tracker = self._begin()
-        self._figures.begin(self._tracker.known)
+        self._tail.begin(self._tracker.known)
         return self._tracker
 
     def start(self) -> None:
@@ -78,11 +78,11 @@ class Follower:
                 self._failed(error)
             else:
                 self._arrived()
-        self._figures.close()
+        self._tail.close()
 
     def _send_new(self) -> None:
-        restarted = self._figures.restarted()
-        if self._tracker is None or (restarted and self._tracker.anew):
+        restarted = self._tail.restarted()
+        if self._tracker is None or (restarted and self._tracker.rewrites_history):
             old, self._tracker = self._tracker, None
             if old is not None:
                 old.close("stopped")
@@ -90,14 +90,14 @@ class Follower:
         assert self._tracker is not None
         more = True
         while more:
-            points = self._figures.look()
+            points = self._tail.peek()
             if points:
                 self._tracker.send(points)
-            more = self._figures.taken()
+            more = self._tail.commit()
 
     def _failed(self, error: Exception) -> None:
         first = self.missing is None
-        since = f"what follows step {max(0, self._figures.step)} has not arrived"
+        since = f"what follows step {max(0, self._tail.step)} has not arrived"
         self.missing = f"{since} ({type(error).__name__}: {first_line(error)})"
         if first:
             self._say(f"{self.name}: {self.missing}; the run goes on, and it is tried again every {AGAIN_S:.0f} s")
@@ -144,7 +144,7 @@ class Tracking:
 
 
 @contextmanager
-def tracked(config: DistillConfig, run: str, resumed: bool, speaker: Speaker) -> Iterator[Tracking]:
+def tracking_session(config: DistillConfig, run: str, resumed: bool, speaker: Speaker) -> Iterator[Tracking]:
     """Passes on the figures of a run until it ends.
 
     Raises ConfigError if W&B or MLflow refuses a new run. A resumed one goes on without it meanwhile.
@@ -177,7 +177,7 @@ def tracked(config: DistillConfig, run: str, resumed: bool, speaker: Speaker) ->
 def tell_stopped(run_dir: Path, speaker: Speaker) -> None:
     """Passes on the rest of a run whose process was ended from outside, and that it was stopped. Nothing follows it now."""
     config = load_config(run_dir / CONFIG_FILE)
-    with tracked(config, Run(config).id, True, speaker) as tracking:
+    with tracking_session(config, RunManifest(config).id, True, speaker) as tracking:
         tracking.close("stopped")
 
 

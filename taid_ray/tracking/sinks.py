@@ -29,7 +29,7 @@ class Point(NamedTuple):
 class Tracker(Protocol):
     """Takes the points of one run, in the order of their steps."""
 
-    anew: bool
+    rewrites_history: bool
     """Whether it holds nothing yet, and is to be given the run from its first step."""
     known: int
     """The last step that it holds from before; -1: none."""
@@ -53,7 +53,7 @@ def point(line: Mapping[str, Any], section: str) -> Point:
 class TensorBoard:
     """RUN/tensorboard. Written anew by every driver and after every restart, so it holds what metrics.jsonl holds."""
 
-    anew, known = True, -1
+    rewrites_history, known = True, -1
 
     def __init__(self, directory: Path):
         from torch.utils.tensorboard import SummaryWriter
@@ -77,7 +77,7 @@ class TensorBoard:
 class WeightsAndBiases:
     """A W&B run of the same id, which a resumed run goes on with. Its steps before the resumption stay as they were."""
 
-    anew = False
+    rewrites_history = False
 
     def __init__(self, project: str, run: str, config: DistillConfig, group: str | None):
         # Else it would ask for a key at the terminal, and the cluster would wait; so that is an error, as elsewhere.
@@ -112,7 +112,7 @@ class WeightsAndBiases:
 class MLflow:
     """An MLflow run, found again by a tag: MLflow gives ids of its own."""
 
-    anew = False
+    rewrites_history = False
 
     def __init__(self, experiment: str, run: str, config: DistillConfig, group: str | None):
         from mlflow import MlflowClient

@@ -14,7 +14,7 @@ MOST_LINES = 500
 """Lines that are read and sent at a time."""
 
 
-class Figures:
+class MetricsTail:
     """The lines that were added to a run's files since they were last taken."""
 
     def __init__(self, run_dir: Path):
@@ -47,8 +47,8 @@ class Figures:
         self._inode = os.fstat(self._file.fileno()).st_ino
         return again
 
-    def look(self) -> list[Point]:
-        """The next points, in the order of their steps; the same again until they are `taken`."""
+    def peek(self) -> list[Point]:
+        """The next points, in the order of their steps; the same again until they are `commit`."""
         lines, end = self._new_lines()
         # Rank 0 leaves a validation before the line of the following step, so after reading this line it is there.
         until = lines[-1]["step"] if len(lines) == MOST_LINES else None
@@ -63,7 +63,7 @@ class Figures:
         self._next = (end, last, max([self._validated, *(found["step"] for found in validations)]))
         return sorted(points, key=lambda each: each.step)
 
-    def taken(self) -> bool:
+    def commit(self) -> bool:
         """They have arrived. Returns whether there may be more."""
         more = self._next[0] > self._offset
         self._offset, self.step, self._validated = self._next

@@ -19,7 +19,7 @@ from taid_ray.config.schema import DistillConfig, build_config
 from taid_ray.control import scale
 from taid_ray.control.scale import scale_teacher
 from taid_ray.data.batch import Batch, Row, collate
-from taid_ray.driver.live import announced
+from taid_ray.driver.live import liveness_file
 from taid_ray.errors import ClusterError, TeacherError
 from taid_ray.run.directory import write_config
 from taid_ray.run.layout import LIVE_FILE
@@ -203,7 +203,7 @@ def test_by_hand_under_load_no_answer_is_lost(pools: None, configs: dict[str, Di
     config, said = configs["by-hand"], list[str]()
     watch = PoolWatch("by-hand")
     assert watch.news() == []
-    with working("by-hand", config) as worker, announced(config.run_dir, "by-hand"):
+    with working("by-hand", config) as worker, liveness_file(config.run_dir, "by-hand"):
         scale_teacher(config.run_dir, live_pool(config.run_dir), 3, said.append)
         assert worker.teacher.num_replicas() == 3
         assert watch.news() == ["teacher pool: 3 replica(s) run, 1 before"]
@@ -220,7 +220,7 @@ def test_by_hand_beyond_the_cluster_or_a_lost_model(
     ray_cluster: str, pools: None, configs: dict[str, DistillConfig]
 ) -> None:
     config = configs["by-hand"]
-    with announced(config.run_dir, "by-hand"):
+    with liveness_file(config.run_dir, "by-hand"):
         with pytest.raises(ClusterError, match=r"--teacher 30: .*room for 8 replica\(s\) of 1 shard\(s\) x 0.2 CPU"):
             scale_teacher(config.run_dir, live_pool(config.run_dir), 30, print)
         shutil.move(config.teacher.model, config.teacher.model + "-away")
@@ -241,7 +241,7 @@ def test_by_hand_past_its_deadline(
     write_config(hurried)
     monkeypatch.setattr(scale, "POLL_S", 0.1)
     with (
-        announced(tmp_path, "by-hand"),
+        liveness_file(tmp_path, "by-hand"),
         pytest.raises(TeacherError, match=r"has 1 of 2 replicas after \d+ s"),
     ):
         scale_teacher(tmp_path, live_pool(tmp_path), 2, print)

@@ -190,7 +190,7 @@ def test_the_driver_leaves_word_of_its_end(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(driver_side, "os", SimpleNamespace(utime=touch))
     run = run_dir(tmp_path, steps=4, ended=ended("failed", "before"))
-    with pytest.raises(SystemExit), driver_side.announced(run, "p", 7):
+    with pytest.raises(SystemExit), driver_side.liveness_file(run, "p", 7):
         assert read_status(run).state == "training" and read_status(run).total_steps == 7
         assert not (run / ENDED_FILE).exists()
         age(run / LIVE_FILE, 1000)
@@ -199,10 +199,10 @@ def test_the_driver_leaves_word_of_its_end(tmp_path: Path, monkeypatch: pytest.M
         assert time.time() - (run / LIVE_FILE).stat().st_mtime < 500
         raise SystemExit(143)
     assert read_status(run).state == "stopped" and not (run / LIVE_FILE).exists()
-    with pytest.raises(ConfigError), driver_side.announced(run, None):
+    with pytest.raises(ConfigError), driver_side.liveness_file(run, None):
         raise ConfigError("loss.name: wrong")
     assert (read_status(run).state, read_status(run).why) == ("failed", "loss.name: wrong")
-    with driver_side.announced(run, None):
+    with driver_side.liveness_file(run, None):
         (run / SUMMARY_FILE).write_text('{"steps": 4}')
     assert read_status(run).state == "finished" and not (run / ENDED_FILE).exists()
 

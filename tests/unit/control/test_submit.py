@@ -17,10 +17,10 @@ from ray.job_submission import JobDetails, JobStatus, JobType
 
 from taid_ray.cli import app as cli
 from taid_ray.cli import job
-from taid_ray.cli.job import obey
+from taid_ray.cli.job import run_job
 from taid_ray.config.schema import DistillConfig, build_config
 from taid_ray.control import jobs
-from taid_ray.control.order import METADATA_KEY, Order
+from taid_ray.control.job_spec import METADATA_KEY, JobSpec
 from taid_ray.control.submit import STOP_WAIT, begin, check_end, check_travels, job_name, runtime_environment
 from taid_ray.errors import ClusterError, ConfigError
 from taid_ray.run.live import JOB_CONFIG
@@ -32,7 +32,7 @@ TREE: dict[str, Any] = {
     "data": {"train": "d"},
     "train": {"steps": 40},
 }
-ORDER = Order("1", TREE)
+SPEC = JobSpec("1", TREE)
 
 
 def config(**values: Any) -> DistillConfig:
@@ -68,9 +68,9 @@ class Cluster:
         self.jobs.append(new)
 
 
-def begun(cluster: Cluster, order: Order = ORDER) -> tuple[str, bool, list[str]]:
+def begun(cluster: Cluster, job_spec: JobSpec = SPEC) -> tuple[str, bool, list[str]]:
     said: list[str] = []
-    job, late = begin(cluster, "taid-RUN", order, {}, said.append)
+    job, late = begin(cluster, "taid-RUN", job_spec, {}, said.append)
     return job, late, said
 
 
@@ -146,9 +146,9 @@ def test_of_two_at_once_one_follows() -> None:
 
 
 def test_another_configuration_is_told_of() -> None:
-    running = details(1, JobStatus.RUNNING, metadata=ORDER.to_metadata() | {"job_name": "x", "job_submission_id": "x"})
+    running = details(1, JobStatus.RUNNING, metadata=SPEC.to_metadata() | {"job_name": "x", "job_submission_id": "x"})
     assert begun(Cluster(running))[2] == []
-    assert "another configuration" in begun(Cluster(running), Order("1", TREE | {"name": "b"}))[2][0]
+    assert "another configuration" in begun(Cluster(running), JobSpec("1", TREE | {"name": "b"}))[2][0]
 
 
 @pytest.mark.parametrize(
@@ -332,21 +332,21 @@ def test_the_entry_point_does_what_was_ordered(monkeypatch: pytest.MonkeyPatch) 
     done: list[Any] = []
     monkeypatch.setattr(cli, "run", done.append)
     monkeypatch.setattr(cli, "search", lambda *given, **options: done.append((*given, options)))
-    ordered(monkeypatch, ORDER)
-    obey()
+    submitted(monkeypatch, SPEC)
+    run_job()
     assert done == [build_config(TREE)]
     space = {"search": "grid", "space": {"schedule.alpha": {"choice": [0.1, 0.2]}}}
-    ordered(monkeypatch, Order("1", TREE, {"space": space, "options": {"out": "/x"}}))
-    obey()
+    submitted(monkeypatch, JobSpec("1", TREE, {"space": space, "options": {"out": "/x"}}))
+    run_job()
     assert done[1][0] == build_config(TREE) and done[1][1].num_trials == 2 and done[1][2] == {"out": "/x"}
-    ordered(monkeypatch, Order("2", TREE))
+    submitted(monkeypatch, JobSpec("2", TREE))
     with pytest.raises(ConfigError, match=r"the cluster has taid-ray 1, and this job was submitted by taid-ray 2"):
-        obey()
+        run_job()
 
 
-def ordered(monkeypatch: pytest.MonkeyPatch, order: Order) -> None:
-    metadata = {"job_submission_id": "x"} | order.to_metadata()
-    assert set(order.to_metadata()) == {METADATA_KEY}
+def submitted(monkeypatch: pytest.MonkeyPatch, job_spec: JobSpec) -> None:
+    metadata = {"job_submission_id": "x"} | job_spec.to_metadata()
+    assert set(job_spec.to_metadata()) == {METADATA_KEY}
     monkeypatch.setenv(JOB_CONFIG, json.dumps({"runtime_env": {}, "metadata": metadata}))
 
 

@@ -18,7 +18,7 @@ from taid_ray.config.schema import build_config
 from taid_ray.errors import ConfigError, RunError
 from taid_ray.report.format import shown_amount, shown_seconds
 from taid_ray.report.history import COLUMNS, PHASES, History, read_history
-from taid_ray.report.run_notes import notes
+from taid_ray.report.run_notes import run_notes
 from taid_ray.report.run_page import key_figures, time_rows, validation_rows, write_run_report
 from taid_ray.report.run_plots import Bins, loss_curves, optimizer, step_time, t_curve, throughput
 from taid_ray.run.metrics import StepMetrics
@@ -197,7 +197,7 @@ def test_the_page_holds_everything(tmp_path: Path) -> None:
     assert "<script" not in text and "http" not in re.sub(r"base64,[^\"]*", "", text)
     assert "color-scheme: light dark" in text and "a<b" in page.text["td"]
     assert page.text["h1"] == ["Run stories"] and page.text["p"][0].startswith("Finished: 40 of 40 steps. KL to the")
-    assert page.text["li"] == notes(read_history(run)) and (run / "config.yaml").exists()
+    assert page.text["li"] == run_notes(read_history(run)) and (run / "config.yaml").exists()
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.name in before} == before
     assert {path.name for path in run.iterdir()} == {*before, "report", "report.html"}
     assert sorted(path.name for path in (run / "report").iterdir()) == sorted(names)
@@ -291,7 +291,7 @@ def test_long_runs_are_thinned_out(tmp_path: Path) -> None:
 
 
 def said(directory: Path, *args: Any, **changes: Any) -> str:
-    return "\n".join(notes(made(directory, *args, **changes)))
+    return "\n".join(run_notes(made(directory, *args, **changes)))
 
 
 def test_notes_on_an_adaptive_run(tmp_path: Path) -> None:
@@ -319,7 +319,7 @@ def test_notes_on_other_schedules_and_losses(tmp_path: Path) -> None:
     assert "schedule.mode is linear: t follows the line from 0.4 to 1" in linear
     assert "constant: t stays 0.4" in said(tmp_path / "c", schedule={"mode": "constant"})
     other = made(tmp_path / "d", loss={"name": "reverse_kl"})
-    assert "The loss is reverse_kl" in notes(other)[0] and "floor" not in "\n".join(notes(other))
+    assert "The loss is reverse_kl" in run_notes(other)[0] and "floor" not in "\n".join(run_notes(other))
     assert "divergence (reverse_kl)" in drawn(loss_curves(other))
     write_run_report(other.path)
     assert not (other.path / "report" / "t.png").exists()
@@ -333,7 +333,7 @@ def test_notes_on_an_unfinished_run(tmp_path: Path) -> None:
     assert "t is 0.76" in text and "on its way to t_end = 1" in text
     open_end = made(tmp_path / "b", 20, finished=False, train={"epochs": 2})
     assert open_end.total_steps is None and open_end.floor() is None
-    assert "is known once the run has ended" in "\n".join(notes(open_end))
+    assert "is known once the run has ended" in "\n".join(run_notes(open_end))
     assert "linear floor" not in drawn(t_curve(open_end))
 
 

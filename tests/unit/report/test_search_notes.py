@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from taid_ray.report.search_notes import notes
+from taid_ray.report.search_notes import search_notes
 from taid_ray.report.search_results import read_search
 from taid_ray.report.statistics import compare_groups, trends
 from tests.support.search_files import ALPHA, STEPS, Written, write_search
@@ -20,7 +20,9 @@ def said(
     directory: Path, trials: list[Written], word: str, space: dict[str, Any] = ALPHA, **settings: Any
 ) -> list[str]:
     """The notes that hold a word."""
-    return [note for note in notes(read_search(write_search(directory, trials, space, **settings))) if word in note]
+    return [
+        note for note in search_notes(read_search(write_search(directory, trials, space, **settings))) if word in note
+    ]
 
 
 def tried(values: list[Any], figures: list[float], key: str = KEY) -> list[Written]:
@@ -66,7 +68,7 @@ def test_noise_is_rarely_called_an_effect(tmp_path: Path) -> None:
             replace(trial, params=found, validations=[{"kl": float(random.uniform(1, 2))}])
             for trial, found in zip(search.trials, params, strict=True)
         ]
-        lines = [note for note in notes(replace(search, trials=trials)) if "Spearman" in note]
+        lines = [note for note in search_notes(replace(search, trials=trials)) if "Spearman" in note]
         assert len(lines) == 3
         wrong += any("no effect" not in line for line in lines)
     assert wrong <= 7  # 60 * 0.05 is 3; more than 7 of them has a chance of 1 in 100
@@ -144,7 +146,7 @@ def test_other_losses_have_no_adaptive_part(tmp_path: Path) -> None:
     config = tmp_path / "trials" / "0001" / "config.yaml"
     config.write_text(config.read_text().replace("name: taid", "name: reverse_kl"))
     assert "reverse_kl" in config.read_text()
-    assert not any("inactive" in note for note in notes(read_search(tmp_path)))
+    assert not any("inactive" in note for note in search_notes(read_search(tmp_path)))
 
 
 def test_what_ended_early_is_named(tmp_path: Path) -> None:
@@ -157,7 +159,7 @@ def test_what_ended_early_is_named(tmp_path: Path) -> None:
         Written(status="running"),
         Written(status="waiting"),
     ]
-    found = notes(read_search(write_search(tmp_path, trials, scheduler="asha")))
+    found = search_notes(read_search(write_search(tmp_path, trials, scheduler="asha")))
     assert "The search is not complete: 2 trials (0006, 0007) to go." in found
     assert any(
         note.startswith("Stopped early by asha, so not compared at full length: 1 trial (0002).") for note in found
@@ -168,7 +170,7 @@ def test_what_ended_early_is_named(tmp_path: Path) -> None:
 
 
 def test_no_finished_trial(tmp_path: Path) -> None:
-    found = notes(read_search(write_search(tmp_path, [Written(status="stopped", step=10)])))
+    found = search_notes(read_search(write_search(tmp_path, [Written(status="stopped", step=10)])))
     assert any("no best one and no best.yaml" in note for note in found) and not any("seed" in note for note in found)
 
 

@@ -16,7 +16,14 @@ from taid_ray.config.schema import DistillConfig, build_config, known_keys
 from taid_ray.control.status import read_status
 from taid_ray.errors import CheckpointError, ClusterError, ConfigError, RunError
 from taid_ray.report.history import read_history
-from taid_ray.run.directory import MAY_CHANGE, Run, inspect_run_dir, read_summary, run_directory, scratch_directory
+from taid_ray.run.directory import (
+    MAY_CHANGE,
+    RunManifest,
+    inspect_run_dir,
+    read_summary,
+    run_directory,
+    scratch_directory,
+)
 from taid_ray.run.layout import METRICS_FILE, SUMMARY_FILE
 from tests.support.paths import ROOT
 
@@ -169,7 +176,7 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, content: str) -> None:
     found = config(tmp_path / "run")
     begin(found)
     (found.run_dir / "run.json").write_text(content)
-    for read in (lambda: Run(found), lambda: read_status(found.run_dir), lambda: read_history(found.run_dir)):
+    for read in (lambda: RunManifest(found), lambda: read_status(found.run_dir), lambda: read_history(found.run_dir)):
         with pytest.raises(RunError, match=r"run\.json is damaged"):
             read()
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from taid_ray.driver.progress import ProgressView
 from taid_ray.errors import DataError
-from taid_ray.run.log import LOG_FILE, STUDENT, logged
+from taid_ray.run.log import LOG_FILE, STUDENT, run_logging
 
 KEYS = {"time", "level", "run", "step", "role", "message"}
 
@@ -39,7 +39,7 @@ def test_what_was_said_before_the_run_had_a_directory_comes_first(tmp_path: Path
     before = datetime.now(UTC)
     view.say("checking models and data")
     between = datetime.now(UTC)
-    with logged(tmp_path, "run-1", view):
+    with run_logging(tmp_path, "run-1", view):
         assert len(lines(tmp_path)) == 1, "also if nothing follows"
         view.say("übrigens: 100 %s\nzwei Zeilen", STUDENT)
     first, second = lines(tmp_path)
@@ -51,13 +51,13 @@ def test_what_was_said_before_the_run_had_a_directory_comes_first(tmp_path: Path
 
 
 def test_a_line_is_there_as_soon_as_it_is_said(tmp_path: Path, view: ProgressView) -> None:
-    with logged(tmp_path, "run-1", view):
+    with run_logging(tmp_path, "run-1", view):
         view.say("now")
         assert [line["message"] for line in lines(tmp_path)] == ["now"]
 
 
 def test_a_line_knows_the_step_after_which_it_was_said(tmp_path: Path, view: ProgressView) -> None:
-    with logged(tmp_path, "run-1", view):
+    with run_logging(tmp_path, "run-1", view):
         view.step(figures(7), 100)
         view.say("a checkpoint")
     assert [(line["step"], line["message"]) for line in lines(tmp_path)] == [(7, "a checkpoint")]
@@ -67,7 +67,7 @@ def test_figures_are_logged_now_and_then_and_at_the_end(tmp_path: Path, view: Pr
     """A week of steps must not fill the disk; metrics.jsonl has them all."""
     now = [0.0]
     view = ProgressView(view.console, clock=lambda: now[0])
-    with logged(tmp_path, "run-1", view):
+    with run_logging(tmp_path, "run-1", view):
         for step in range(1, 131):
             now[0] = float(step)
             view.step(figures(step), 130)
@@ -76,11 +76,11 @@ def test_figures_are_logged_now_and_then_and_at_the_end(tmp_path: Path, view: Pr
 
 
 def test_a_resumed_run_appends_after_the_last_whole_line(tmp_path: Path, view: ProgressView) -> None:
-    with logged(tmp_path, "run-1", view):
+    with run_logging(tmp_path, "run-1", view):
         view.say("one")
     with (tmp_path / LOG_FILE).open("a") as file:
         file.write('{"time": "2026-')  # killed here
-    with logged(tmp_path, "run-1", view):
+    with run_logging(tmp_path, "run-1", view):
         view.say("two")
     assert [line["message"] for line in lines(tmp_path)] == ["one", "two"]
 
@@ -97,7 +97,7 @@ def test_a_resumed_run_appends_after_the_last_whole_line(tmp_path: Path, view: P
 def test_the_error_that_ended_the_run_is_the_last_line(
     tmp_path: Path, view: ProgressView, error: BaseException, level: str, message: str, has_trace: bool
 ) -> None:
-    with pytest.raises(type(error)), logged(tmp_path, "run-1", view):
+    with pytest.raises(type(error)), run_logging(tmp_path, "run-1", view):
         view.step(figures(3), 9)
         raise error
     (line,) = lines(tmp_path)
@@ -108,7 +108,7 @@ def test_the_error_that_ended_the_run_is_the_last_line(
 
 def test_warnings_of_the_package_reach_terminal_and_log_once(tmp_path: Path, view: ProgressView) -> None:
     logger = logging.getLogger("taid_ray.teacher.pool.lifecycle")
-    with logged(tmp_path, "run-1", view):
+    with run_logging(tmp_path, "run-1", view):
         logger.warning("replicas differ in %s bits", "some")
         logger.info("nobody needs this")
     (line,) = lines(tmp_path)

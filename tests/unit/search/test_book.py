@@ -12,27 +12,27 @@ from taid_ray.search.book import TrialBook
 
 def test_names_count_up_and_equal_params_are_different_trials(tmp_path: Path) -> None:
     book = TrialBook(tmp_path)
-    assert [book.name_of({"a": value}) for value in (1, 2, 1)] == ["0001", "0002", "0003"]
+    assert [book.assign_name({"a": value}) for value in (1, 2, 1)] == ["0001", "0002", "0003"]
     assert book.params() == [{"a": 1}, {"a": 2}, {"a": 1}]
 
 
 def test_a_later_driver_finds_the_same_trials_whatever_the_order(tmp_path: Path) -> None:
     book = TrialBook(tmp_path)
     for value in (1, 2, 1):
-        book.name_of({"b": 0, "a": value})
+        book.assign_name({"b": 0, "a": value})
     later = TrialBook(tmp_path)
-    assert [later.name_of({"a": value, "b": 0}) for value in (2, 1, 1, 1)] == ["0002", "0001", "0003", "0004"]
+    assert [later.assign_name({"a": value, "b": 0}) for value in (2, 1, 1, 1)] == ["0002", "0001", "0003", "0004"]
 
 
 def test_numbers_of_numpy_are_kept_as_plain_ones(tmp_path: Path) -> None:
-    TrialBook(tmp_path).name_of({"a": np.float64(0.1), "b": np.int64(3)})
-    assert TrialBook(tmp_path).name_of({"a": 0.1, "b": 3}) == "0001"
+    TrialBook(tmp_path).assign_name({"a": np.float64(0.1), "b": np.int64(3)})
+    assert TrialBook(tmp_path).assign_name({"a": 0.1, "b": 3}) == "0001"
 
 
 def test_what_ran_waits_and_what_is_complete_is_finished(tmp_path: Path) -> None:
     book = TrialBook(tmp_path)
     for value, status in enumerate(("running", "running", "failed", "stopped", "finished")):
-        book.mark(book.name_of({"a": value}), status, "because")
+        book.mark(book.assign_name({"a": value}), status, "because")
     for name in ("0002", "0005"):  # a driver may be killed between a trial's end and its mark
         book.run_dir(name).mkdir(parents=True)
         (book.run_dir(name) / "summary.json").touch()

@@ -24,7 +24,7 @@ def space(**values: Any) -> Space:
 def begin(out: Path, trials: int = 1) -> None:
     with search_directory(config(out), space()) as (book, _):
         for value in range(trials):
-            book.name_of({"schedule.beta": value})
+            book.assign_name({"schedule.beta": value})
 
 
 def test_trials_share_a_cache_in_the_searchs_directory_unless_told_otherwise(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_a_directory_of_something_else_is_refused_and_left_alone(tmp_path: Path)
 def test_a_search_that_fails_before_its_first_trial_leaves_nothing(tmp_path: Path, trials: int) -> None:
     with pytest.raises(TeacherError), search_directory(config(tmp_path / "S"), space()) as (book, _):
         for value in range(trials):
-            book.name_of({"schedule.beta": value})
+            book.assign_name({"schedule.beta": value})
         raise TeacherError("gone")
     assert (tmp_path / "S").exists() == bool(trials)
 

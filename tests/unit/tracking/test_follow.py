@@ -15,12 +15,12 @@ from taid_ray.config.schema import DistillConfig, build_config
 from taid_ray.driver.progress import ProgressView
 from taid_ray.errors import ConfigError
 from taid_ray.files import read_metrics, write_lines
-from taid_ray.run.directory import Run, write_config
+from taid_ray.run.directory import RunManifest, write_config
 from taid_ray.run.metrics import MetricLog, StepMetrics
 from taid_ray.tracking import follow as tracking
-from taid_ray.tracking.follow import Follower, check_installed, tell_stopped, tracked
+from taid_ray.tracking.follow import Follower, check_installed, tell_stopped, tracking_session
 from taid_ray.tracking.sinks import MLflow, Outcome, Point, TensorBoard, WeightsAndBiases, point
-from taid_ray.tracking.tail import Figures
+from taid_ray.tracking.tail import MetricsTail
 from tests.support.journal import WITHIN_S, Journal
 
 FIGURES = [name for name in StepMetrics.__dataclass_fields__ if name != "step"]
@@ -53,8 +53,8 @@ def write_validations(run_dir: Path, *steps: int) -> None:
 class Memory:
     """A tracker that can be out of order, and tells of what it is given and, meanwhile, of what it refuses."""
 
-    def __init__(self, anew: bool = False, known: int = -1):
-        self.anew, self.known = anew, known
+    def __init__(self, rewrites_history: bool = False, known: int = -1):
+        self.rewrites_history, self.known = rewrites_history, known
         self.points, self.refused = Journal(), Journal()
         self.closed: list[Outcome] = []
         self.broken = False
@@ -119,20 +119,20 @@ def test_every_step_arrives_once_and_in_order_while_the_files_grow(tmp_path: Pat
 
 
 def test_a_line_that_is_being_written_waits(tmp_path: Path, follow: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    memory, looks, look = Memory(), Journal(), Figures.look
+    memory, peeks, peek = Memory(), Journal(), MetricsTail.peek
 
-    def told(figures: Figures) -> list[Point]:
-        looks.append(look(figures))
-        found: list[Point] = looks[-1]
+    def told(figures: MetricsTail) -> list[Point]:
+        peeks.append(peek(figures))
+        found: list[Point] = peeks[-1]
         return found
 
-    monkeypatch.setattr(Figures, "look", told)
+    monkeypatch.setattr(MetricsTail, "peek", told)
     path = tmp_path / "metrics.jsonl"
     line = json.dumps({"step": 1, "loss": 2.0})
     path.write_text(line[:9])
     follower = follow(memory)
-    looks.wait_length(5)
-    assert not memory.points and not any(looks)
+    peeks.wait_length(5)
+    assert not memory.points and not any(peeks)
     with path.open("a") as file:
         file.write(line[9:] + "\n" + line[:4])
     memory.wait_for([1])
@@ -156,12 +156,12 @@ def test_the_validation_of_the_last_known_step_is_made_up_for(tmp_path: Path) ->
     """A driver that is killed during a validation has sent the step's line already."""
     write_validations(tmp_path, 0, 5)
     write_steps(tmp_path, 1, 6).close()
-    figures = Figures(tmp_path)
+    figures = MetricsTail(tmp_path)
     figures.begin(5)
     figures.restarted()
-    assert [(step, "validation/kl" in found) for step, found in figures.look()] == [(5, True), (6, False)]
-    figures.taken()
-    assert not figures.look()
+    assert [(step, "validation/kl" in found) for step, found in figures.peek()] == [(5, True), (6, False)]
+    figures.commit()
+    assert not figures.peek()
     figures.close()
 
 
@@ -188,7 +188,10 @@ def test_an_outage_to_the_end_is_in_the_summary(
 ) -> None:
     memory = Memory()
     monkeypatch.setattr(tracking, "MLflow", lambda *given: memory)
-    with ProgressView(console) as view, tracked(config_of(tmp_path, mlflow="x"), "run-1", False, view) as tracking_:
+    with (
+        ProgressView(console) as view,
+        tracking_session(config_of(tmp_path, mlflow="x"), "run-1", False, view) as tracking_,
+    ):
         log = write_steps(tmp_path, 1, 2)
         memory.wait_for([1, 2])
         memory.broken = True
@@ -201,7 +204,7 @@ def test_an_outage_to_the_end_is_in_the_summary(
 
 
 def test_a_run_in_order_leaves_its_summary_alone(tmp_path: Path, console: Console) -> None:
-    with ProgressView(console) as view, tracked(config_of(tmp_path), "run-1", False, view) as tracking_:
+    with ProgressView(console) as view, tracking_session(config_of(tmp_path), "run-1", False, view) as tracking_:
         write_steps(tmp_path, 1, 2)
         assert tracking_.finished({"steps": 2}) == {"steps": 2}
     assert not (tmp_path / "summary.json").exists()
@@ -219,7 +222,7 @@ def test_trackers_hear_how_a_run_ended(
     with (
         pytest.raises(type(error)),
         ProgressView(console) as view,
-        tracked(config_of(tmp_path, wandb="x"), "run-1", False, view),
+        tracking_session(config_of(tmp_path, wandb="x"), "run-1", False, view),
     ):
         raise error
     assert memory.closed == [outcome]
@@ -233,11 +236,11 @@ def test_what_a_stopped_trial_did_not_pass_on_arrives(
     monkeypatch.setattr(tracking, "WeightsAndBiases", lambda project, run, *given: runs.append(run) or memory)
     config = config_of(tmp_path, wandb="x")
     write_config(config)
-    Run(config).write()
+    RunManifest(config).write()
     write_steps(tmp_path, 1, 5).close()
     with ProgressView(console) as view:
         tell_stopped(tmp_path, view)
-    assert runs == [Run(config).id]
+    assert runs == [RunManifest(config).id]
     assert memory.steps == [4, 5] and memory.closed == ["stopped"]
     assert sorted(board(tmp_path)["train/loss"]) == [1, 2, 3, 4, 5]
 
@@ -257,10 +260,10 @@ def test_a_new_run_that_is_refused_ends_and_a_resumed_one_goes_on(
     config = config_of(tmp_path, wandb="x")
     with ProgressView(console) as view:
         with pytest.raises(ConfigError, match=r"tracking.wandb: .*no API key.*remove tracking.wandb"):  # noqa: SIM117
-            with tracked(config, "run-1", False, view):
+            with tracking_session(config, "run-1", False, view):
                 pytest.fail("it was to be refused")
         write_steps(tmp_path, 1, 5)
-        with tracked(config, "run-1", True, view):
+        with tracking_session(config, "run-1", True, view):
             tries.wait_length(5)
             away[0] = False
             memory.wait_for([3, 4, 5])
@@ -280,7 +283,7 @@ def test_a_tracker_that_is_open_is_closed_where_another_one_refuses_the_run(
     monkeypatch.setattr(tracking, "MLflow", refuses)
     config = config_of(tmp_path, wandb="x", mlflow="y")
     with ProgressView(console) as view, pytest.raises(ConfigError, match=r"tracking.mlflow: .*no such experiment"):  # noqa: SIM117
-        with tracked(config, "run-1", False, view):
+        with tracking_session(config, "run-1", False, view):
             pytest.fail("it was to be refused")
     assert memory.closed == ["failed"]
     left = {thread.name for thread in threading.enumerate() if thread.is_alive()}
@@ -319,7 +322,7 @@ def test_trials_are_grouped_by_their_search(tmp_path: Path, console: Console, mo
     trial = tmp_path / "trials" / "001"
     trial.mkdir(parents=True)
     for run_dir in (trial, tmp_path):
-        with ProgressView(console) as view, tracked(config_of(run_dir, mlflow="x"), "run-1", False, view):
+        with ProgressView(console) as view, tracking_session(config_of(run_dir, mlflow="x"), "run-1", False, view):
             pass
     assert [(experiment, run, group) for experiment, run, _, group in given] == [
         ("x", "run-1", "search-1"),
@@ -377,13 +380,13 @@ def test_tensorboard_shows_what_the_files_hold_after_any_restart(
 
     monkeypatch.setattr(TensorBoard, "send", told)
     with ProgressView(console) as view:
-        with tracked(config, "run-1", False, view):
+        with tracking_session(config, "run-1", False, view):
             write_validations(tmp_path, 0)
             write_steps(tmp_path, 1, 6)
             shown.wait_for(6)
             write_steps(tmp_path, 4, 9, salt=0.5).close()
             write_validations(tmp_path, 0, 8)
-        with tracked(config, "run-1", True, view):
+        with tracking_session(config, "run-1", True, view):
             write_steps(tmp_path, 7, 12, salt=0.25).close()
     lines = [point(line, "train") for line in read_metrics(tmp_path / "metrics.jsonl")]
     lines += [point(line, "validation") for line in read_metrics(tmp_path / "validation.jsonl")]

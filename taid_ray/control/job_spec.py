@@ -9,7 +9,7 @@ METADATA_KEY = "taid_ray"
 
 
 @dataclass(frozen=True)
-class Order:
+class JobSpec:
     """What the job is to do."""
 
     version: str | None
