@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from taid_ray.config.schema import load_config
+from taid_ray.config.schema import CacheConfig, load_config
 from taid_ray.errors import ConfigError
 from taid_ray.report.format import print_line
 
@@ -42,14 +42,14 @@ def warm(
 @app.command()
 def stats(directory: Directory) -> None:
     """Show what a cache holds."""
+    from taid_ray.teacher.cache.files import SUFFIX, total_bytes
     from taid_ray.teacher.cache.offline import all_records
-    from taid_ray.teacher.cache.store import SUFFIX
 
     entries = [entry for entry in store(directory).entries() if entry.path.endswith(SUFFIX)]
     shown = [
         ("cache", str(directory)),
         ("samples", f"{len(entries):,}"),
-        ("size", shown_bytes(sum(entry.bytes for entry in entries))),
+        ("size", shown_bytes(total_bytes(entries))),
     ]
     if entries:
         shown.append(("used", f"{shown_time(min(entries).used)} (first) to {shown_time(max(entries).used)} (last)"))
@@ -67,7 +67,10 @@ def prune(
     max_gib: Annotated[float, typer.Option(min=0, help="Size (GiB) to keep; 0 empties the cache.")],
 ) -> None:
     """Remove what was not used for longest. Also safe while runs use the cache."""
-    removed = store(directory).prune(int(max_gib * 2**30))
+    try:
+        removed = store(directory).prune(int(max_gib * 2**30))
+    except OSError as error:
+        raise ConfigError(f"{directory} cannot be emptied ({error}); see who uses it and to whom it belongs") from None
     if max_gib == 0:
         import shutil
 
@@ -79,13 +82,11 @@ def prune(
 
 def store(directory: Path) -> "CacheStore":
     """The samples of a cache. Raises ConfigError if there is none."""
-    from taid_ray.teacher.cache.store import CacheStore
-    from taid_ray.teacher.cache.tiers import samples_directory
+    from taid_ray.teacher.cache.store import CacheStore, samples_directory
 
-    samples = samples_directory(directory)
-    if not samples.is_dir():
+    if not samples_directory(directory).is_dir():
         raise ConfigError(f"{directory} holds no cache of teacher outputs; name the cache.directory of a configuration")
-    return CacheStore(samples, 0, lambda message: None)
+    return CacheStore(CacheConfig(directory=str(directory)), notify=lambda message: None)
 
 
 def shown_bytes(count: int) -> str:

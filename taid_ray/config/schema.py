@@ -421,15 +421,27 @@ class CacheConfig(Section):
     """Teacher outputs that are kept, for later epochs, for other trials of a search, and for later runs."""
 
     directory: Name | None = None
-    """Directory that keeps the teacher's outputs: one that all nodes see, or a local one of each node."""
+    """Directory that keeps the teacher's outputs: one that all nodes see, or a local one of each node, in memory if it lies in
+    /dev/shm. Default: none are kept."""
     disk_gib: Positive = 50.0
     """Size (GiB) that the directory's samples never exceed; those not used for longest make room."""
-    memory_gib: NonNegative = 0.0
-    """Memory (GiB) of each node, in /dev/shm, that keeps outputs while a run uses them; 0: none."""
 
     @property
     def on(self) -> bool:
-        return self.directory is not None or self.memory_gib > 0
+        return self.directory is not None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_memory(cls, values: Any) -> Any:
+        """Ignores the removed key memory_gib where it is 0, as in the config.yaml of older runs; else refuses it."""
+        if not isinstance(values, dict) or "memory_gib" not in values:
+            return values
+        if values["memory_gib"]:
+            raise ValueError(
+                "cache.memory_gib is no key any more; to keep the teacher's outputs in memory, set cache.directory to a "
+                "directory in it, for example cache.directory: /dev/shm/taid-ray-cache, and cache.disk_gib to its size"
+            )
+        return {key: value for key, value in values.items() if key != "memory_gib"}
 
     @field_validator("directory")
     @classmethod
@@ -552,6 +564,17 @@ def build_config(
         return DistillConfig.model_validate(merged)
     except ValidationError as error:
         raise ConfigError("\n".join(explain(problem, known_keys()) for problem in error.errors())) from None
+
+
+def stored_config(tree: Mapping[str, Any]) -> DistillConfig:
+    """Validates the configuration that a run or a search left in its directory, maybe one of an older version.
+
+    Raises ConfigError. What a removed key said is ignored: cache.memory_gib.
+    """
+    cache = tree.get("cache")
+    if isinstance(cache, Mapping):
+        tree = {**tree, "cache": {key: value for key, value in cache.items() if key != "memory_gib"}}
+    return build_config(tree)
 
 
 def known_keys(section: type[Section] = DistillConfig, prefix: str = "") -> dict[str, str]:

@@ -28,9 +28,9 @@ from taid_ray.student.prefetch import Prefetcher, StepBatches, read_ahead
 from taid_ray.student.spec import RunSpec
 from taid_ray.teacher.cache.cached import CachedTeacher
 from taid_ray.teacher.cache.claims import NoClaims
+from taid_ray.teacher.cache.files import BLOCK
 from taid_ray.teacher.cache.offline import save_record
-from taid_ray.teacher.cache.store import BLOCK, FULL
-from taid_ray.teacher.cache.tiers import Cache
+from taid_ray.teacher.cache.store import FULL, CacheStore
 from taid_ray.teacher.local import LocalTeacher
 from taid_ray.teacher.payload import payload_bytes_per_token
 from taid_ray.teacher.pool.client import PoolTeacher
@@ -69,7 +69,7 @@ def fill_cache(config: DistillConfig) -> FillResult:
         view.wait_for("reading all data")
         rows = check_fits(config, plan, tokenizer)
         with running_teacher(config, plan, view) as inner:
-            teacher = CachedTeacher(inner, Cache(config.cache, view.say), NoClaims(), torch.device("cpu"))
+            teacher = CachedTeacher(inner, CacheStore(config.cache, view.say), NoClaims(), torch.device("cpu"))
             try:
                 request_rows(config, teacher, all_rows(config, plan, tokenizer), rows, view)
                 held_out = collate(validation_rows(config.data, tokenizer)[: config.train.micro_batch_size])
@@ -82,19 +82,14 @@ def fill_cache(config: DistillConfig) -> FillResult:
 
 
 def fill_config(config: DistillConfig) -> DistillConfig:
-    """With a teacher, if it is the configuration of a run without one; on disk only. Raises ConfigError."""
+    """With a teacher, if it is the configuration of a run without one. Raises ConfigError if it has no cache."""
     if config.cache.directory is None:
         raise ConfigError(
             "cache.directory is not set: name the directory to keep the teacher's outputs in, for example "
             "cache.directory=cache"
         )
     mode = "pool" if config.teacher.mode == "cache" else config.teacher.mode
-    return config.model_copy(
-        update={
-            "teacher": config.teacher.model_copy(update={"mode": mode}),
-            "cache": config.cache.model_copy(update={"memory_gib": 0.0}),
-        }
-    )
+    return config.model_copy(update={"teacher": config.teacher.model_copy(update={"mode": mode})})
 
 
 def all_rows(config: DistillConfig, plan: RunSpec, tokenizer: Any) -> Iterator[Row]:

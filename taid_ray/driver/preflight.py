@@ -11,7 +11,7 @@ from taid_ray.models.vocabulary import Vocabulary
 from taid_ray.scheduler.schedule import adaptive_is_linear, sigmoid
 from taid_ray.student.spec import DataCheck, RunSpec
 from taid_ray.teacher.cache.offline import find_record
-from taid_ray.teacher.cache.tiers import check_directory
+from taid_ray.teacher.cache.store import check_directory
 from taid_ray.teacher.payload import check_topk, payload_bytes_per_token
 
 

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,6 @@ from taid_ray.search.book import TrialBook
 from taid_ray.search.callbacks import TrialsShown, Watcher
 from taid_ray.search.trial import STOP_FILE, SearchJob, pool_spec, run_trial
 from taid_ray.student.spec import RunSpec
-from taid_ray.teacher.cache.tiers import Cache
 from taid_ray.tracking.follow import check_installed, tell_stopped
 
 SCRATCH = ".tune"
@@ -135,8 +134,6 @@ def run_trials(
         stop_signals() as signals,
         liveness_file(config.run_dir, pool_name if pooled else None),
         ending_orphaned_cleaners(former_jobs(config.run_dir)),
-        # What trials keep in memory would go with the last of them that runs.
-        closing(Cache(config.cache, view.say)) if config.cache.on else nullcontext(),
         teacher_pool(config, spec, demand, pool_name, tell, view) if pooled else nullcontext(),
     ):
         if pooled:

@@ -41,7 +41,7 @@ from taid_ray.student.validation import HeldOut
 from taid_ray.teacher.cache.cached import CachedTeacher
 from taid_ray.teacher.cache.claims import ClaimRegistry, NoClaims
 from taid_ray.teacher.cache.offline import OfflineTeacher
-from taid_ray.teacher.cache.tiers import Cache
+from taid_ray.teacher.cache.store import CacheStore
 from taid_ray.teacher.local import LocalTeacher
 from taid_ray.teacher.payload import EXACT, needs_head
 from taid_ray.teacher.pool.client import PoolTeacher
@@ -205,7 +205,7 @@ def connect_teacher(job: WorkerSpec, scheduler: SchedulerClient, device: torch.d
         teacher = PoolTeacher(job.pool, config.teacher, scheduler.note, answers_at, keeps_lease=world.is_main)
         claims = PoolClaims(job.pool) if config.cache.on else claims
     if config.cache.on:
-        teacher = CachedTeacher(teacher, Cache(config.cache, scheduler.note), claims, device)
+        teacher = CachedTeacher(teacher, CacheStore(config.cache, scheduler.note), claims, device)
     if config.data.pack:
         teacher.info().require_packing()
     return teacher

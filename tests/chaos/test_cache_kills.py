@@ -6,7 +6,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -19,9 +19,8 @@ import torch
 
 from taid_ray.config.schema import CacheConfig
 from taid_ray.teacher.cache import store as cache_store
-from taid_ray.teacher.cache import tiers as cache
-from taid_ray.teacher.cache.store import SUFFIX, CacheStore
-from taid_ray.teacher.cache.tiers import Cache
+from taid_ray.teacher.cache.files import ABANDONED_S, SUFFIX, seal, total_bytes
+from taid_ray.teacher.cache.store import CacheStore
 
 PROCESSES, KEYS = 8, 3000
 KILLS = 250
@@ -44,9 +43,13 @@ def value(number: int) -> dict[str, torch.Tensor]:
     }
 
 
+def open_store(root: Path, notify: Callable[[str], None] = print) -> CacheStore:
+    return CacheStore(CacheConfig(directory=str(root.parent), disk_gib=LIMIT / 2**30), notify)
+
+
 def read_and_write(root: Path, process: int, problems: Any, counts: Any) -> None:
     """Until it is killed, one time in ten in the middle of writing a file. Such files are named after the process."""
-    store, draw, names = CacheStore(root, LIMIT, problems.put), random.Random(process), itertools.count()
+    store, draw, names = open_store(root, problems.put), random.Random(process), itertools.count()
     cache_store.uuid.uuid4 = lambda: SimpleNamespace(hex=f"{process}-{next(names)}")  # type: ignore[assignment, return-value]
 
     def write(path: Path, content: bytes) -> int:
@@ -90,13 +93,13 @@ def left_by_dead(root: Path, living: list[BaseProcess]) -> list[Path]:
 
 def age(paths: list[Path]) -> None:
     """As if nobody had written to them for long."""
-    then = time.time() - 2 * cache_store.ABANDONED_S
+    then = time.time() - 2 * ABANDONED_S
     for path in paths:
         os.utime(path, (then, then))
 
 
 def bytes_in(root: Path) -> int:
-    return sum(entry.bytes for entry in CacheStore(root, 0, print).entries())
+    return total_bytes(open_store(root).entries())
 
 
 def damage(root: Path, draw: random.Random) -> None:
@@ -122,7 +125,7 @@ def test_killed_readers_and_writers(tmp_path: Path) -> None:
     for number in range(KEYS * 2 // 5):  # by one who does not count, to begin near the limit
         path = root / key_of(number)[:2] / f"{key_of(number)}{SUFFIX}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(cache_store._sealed(key_of(number), value(number)))
+        path.write_bytes(seal(key_of(number), value(number)))
 
     first = bytes_in(root)
 
@@ -164,42 +167,5 @@ def test_killed_readers_and_writers(tmp_path: Path) -> None:
     assert first + counts[2] > LIMIT > most > 0.7 * LIMIT
     assert len(left) > KILLS / 4 and most_left < len(left) / 4  # the killed leave some, which do not pile up
     age(left_by_dead(root, []))
-    CacheStore(root, LIMIT, print).put(key_of(0), value(0))
+    open_store(root).prune(LIMIT)
     assert list((root / "new").iterdir()) == []
-
-
-def hold(memory: Path, ready: Any) -> None:
-    cache.SHARED_MEMORY = memory
-    mine = Cache(CacheConfig(memory_gib=0.01), print)
-    mine.put(key_of(1), value(1))
-    ready.release()
-    while True:
-        signal.pause()
-
-
-@pytest.mark.more
-def test_memory_that_the_killed_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It stays while one process lives, and goes when the next one comes after all were killed."""
-    memory = tmp_path / "shm"
-    memory.mkdir()
-    monkeypatch.setattr(cache, "SHARED_MEMORY", memory)
-    fork = multiprocessing.get_context("fork")
-    ready = fork.Semaphore(0)
-    processes = [fork.Process(target=hold, args=(memory, ready), daemon=True) for _ in range(3)]
-    for process in processes:
-        process.start()
-    for _ in processes:
-        assert ready.acquire(timeout=WAIT_S)
-    for process in processes[:2]:
-        process.kill()
-        process.join()
-    mine = Cache(CacheConfig(memory_gib=0.01), print)
-    assert mine.get(key_of(1)) is not None
-    mine.close()
-    assert len(list(memory.iterdir())) == 1
-    processes[2].kill()
-    processes[2].join()
-    other = Cache(CacheConfig(memory_gib=0.01), print)
-    assert other.get(key_of(1)) is None
-    other.close()
-    assert list(memory.iterdir()) == []

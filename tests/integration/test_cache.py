@@ -18,7 +18,7 @@ from taid_ray.config.schema import CacheConfig, TeacherConfig
 from taid_ray.data.batch import Batch, collate
 from taid_ray.data.packing import Sample, to_rows
 from taid_ray.teacher.cache.cached import CachedTeacher
-from taid_ray.teacher.cache.tiers import Cache
+from taid_ray.teacher.cache.store import CacheStore
 from taid_ray.teacher.local import LocalTeacher
 from taid_ray.teacher.pool import lease as pool_lease
 from taid_ray.teacher.pool import lifecycle
@@ -68,7 +68,7 @@ def trial(
     answered: called after each batch with their number so far.
     """
     inner = PoolTeacher(POOL, CONFIG)
-    teacher = CachedTeacher(inner, Cache(CacheConfig(directory=str(directory)), print), PoolClaims(POOL), CPU)
+    teacher = CachedTeacher(inner, CacheStore(CacheConfig(directory=str(directory)), print), PoolClaims(POOL), CPU)
     try:
         requests = [teacher.submit(batch) for batch in batches[:3]]
         for number in range(len(batches)):

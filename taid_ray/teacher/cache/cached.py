@@ -16,7 +16,7 @@ from taid_ray.errors import TeacherError
 from taid_ray.models.loading import Head
 from taid_ray.teacher.cache.claims import RENEW_S, ClaimRegistry
 from taid_ray.teacher.cache.samples import KeyedSample, batch_of_samples, join, samples_of, split
-from taid_ray.teacher.cache.tiers import Cache
+from taid_ray.teacher.cache.store import CacheStore
 from taid_ray.teacher.payload import TeacherOutput
 from taid_ray.teacher.protocol import TeacherClient, TeacherInfo
 from taid_ray.teacher.transfer import ToDevice
@@ -61,7 +61,7 @@ class CachedTeacher:
     it waits for nobody but the teacher. The third waits for what others compute, and puts the answers together.
     """
 
-    def __init__(self, inner: TeacherClient, cache: Cache, claims: ClaimRegistry, device: torch.device):
+    def __init__(self, inner: TeacherClient, cache: CacheStore, claims: ClaimRegistry, device: torch.device):
         self._inner, self._cache, self._claims, self._device = inner, cache, claims, device
         self._to_device = ToDevice(device)
         self._holder = uuid.uuid4().hex
@@ -122,7 +122,6 @@ class CachedTeacher:
             thread.join(CLOSE_S)
         with self._lock:
             self._claims.release(self._holder, self._scoped(self._held))
-        self._cache.close()
 
     def _run(self, number: int, stage: Callable[[CachedRequest], None]) -> None:
         following = self._queues[number + 1] if number + 1 < len(self._queues) else None

@@ -1,70 +1,89 @@
-"""One tier of the cache: a directory of small safetensors files that any number of processes and nodes use at once.
+"""The cache on disk: a directory of small safetensors files that any number of processes and nodes use at once.
 
-    ROOT/KE/KEY.safetensors    one sample's part of the teacher's answer, under the first two characters of its key
-    ROOT/new/RANDOM            files being written; renamed when whole
-    ROOT/lock                  held (flock) by whoever counts and makes room; it ends with its holder
+    DIRECTORY/id                              name of this cache, which all who see the directory have in common
+    DIRECTORY/samples/KE/KEY.safetensors      one sample's part of the teacher's answer, under the first two characters of its key
+    DIRECTORY/samples/new/RANDOM              files being written; renamed when whole
+    DIRECTORY/samples/lock                    held by whoever changes one of the two files `id` and `used`, or makes room
+    DIRECTORY/samples/used                    bytes that are used, as far as writers told before they wrote
 
-No file is ever changed, so whoever finds one finds all of it, unless the machine failed; a checksum tells. What was used
-last is what was read or written last, by the time of change that each file has anyway.
+No sample's file is ever changed, so whoever finds one finds all of it, unless the machine failed; a checksum tells. What was
+used last is what was read or written last, by the time of change that each file has anyway.
 """
 
-import fcntl
-import json
 import os
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from filelock import FileLock, Timeout
 from torch import Tensor
 
-from taid_ray.errors import TeacherError
-from taid_ray.teacher.wire import digest, pack
+from taid_ray.config.schema import CacheConfig
+from taid_ray.errors import ConfigError
+from taid_ray.teacher.cache.files import (
+    SUFFIX,
+    Entry,
+    is_abandoned,
+    list_files,
+    on_disk,
+    remove_oldest,
+    seal,
+    total_bytes,
+    unseal,
+)
 
 WRITERS = 64
 """Processes that may write at the same time without exceeding the limit together."""
 FULL, MADE_ROOM = 0.9, 0.8
 """Parts of the limit: where room is made, and down to where."""
+LOCK_S = 60.0
+"""How long a writer waits for the lock. Counting a million files on a network file system may take as long."""
 TOUCH_S = 60.0
-"""A file's time of use is this precise, so that a file read often is not written often."""
-ABANDONED_S = 600.0
-"""A file that is being written for so long has lost its writer."""
-BLOCK = 4096
-SUFFIX = ".safetensors"
-
-
-class Entry(NamedTuple):
-    """A file in the store."""
-
-    used: float
-    """When, in seconds since 1970."""
-    bytes: int
-    """On the disk."""
-    path: str
+"""Precision of a file's time of use, so that a file that is read often is not written often."""
 
 
 class CacheStore:
     """Samples by their key. Thread-safe.
 
-    Nothing about it is an error: what cannot be read is not there, what cannot be written will not be there later.
+    Never raises: what cannot be read counts as missing, and what cannot be written is dropped.
+
+    The samples take at most FULL of the limit, as far as `used` tells, and `used` tells too little only of what was granted
+    before the files were last counted and is written since: WRITERS times an allowance at most, which is the rest of the
+    limit. It tells too much where writers end with a part of their allowance, or write what is there already; so the files
+    are counted before room is made, and else never.
     """
 
-    def __init__(self, root: Path, limit_bytes: int, notify: Callable[[str], None]):
-        """limit_bytes: that all files together never exceed. notify: is told, once, why the store does not work."""
-        self._root, self._limit, self._notify = root, limit_bytes, notify
-        # Each writer looks again after so many bytes. So WRITERS of them that saw it almost full exceed nothing.
-        self._allowance = int((1 - FULL) * limit_bytes / WRITERS)
+    def __init__(self, config: CacheConfig, notify: Callable[[str], None]):
+        """config: with a directory. notify: is told, once, why the cache does not work."""
+        self._root, self._limit = samples_directory(str(config.directory)), int(config.disk_gib * 2**30)
+        self._notify = notify
+        self._lock, self._patience_s = FileLock(self._root / "lock"), LOCK_S
+        self._allowance = int((1 - FULL) * self._limit / WRITERS)
         self._may_write = 0
+        """Bytes that are counted as used already, and are this process's to write."""
         self._writing = threading.Lock()
         self._said = False
 
+    @cached_property
+    def scope(self) -> str:
+        """A name that all processes have in common that find here what each of them puts, and no others."""
+        path = self._root.parent / "id"
+        try:
+            scope = path.read_text() if path.exists() else ""
+            if not scope:
+                with self._writing, self._locked():
+                    scope = (path.read_text() if path.exists() else "") or uuid.uuid4().hex
+                    path.write_text(scope)
+            return scope
+        except OSError:  # `put` says so
+            return uuid.uuid4().hex
+
     def get(self, key: str) -> dict[str, Tensor] | None:
-        """The tensors of a sample, or None if they are not there, or not what was written (then they are removed)."""
+        """The tensors of a sample; None if they are not there, or not what was written (then the file is removed)."""
         path = self._path(key)
         try:
             with path.open("rb") as file:
@@ -75,7 +94,7 @@ class CacheStore:
         except OSError as error:
             self._say(f"cannot be read ({error})")
             return None
-        tensors = _unsealed(content, key)
+        tensors = unseal(content, key)
         with suppress(OSError):  # another user's, or gone meanwhile
             if tensors is None:
                 path.unlink()
@@ -84,9 +103,9 @@ class CacheStore:
         return tensors
 
     def put(self, key: str, tensors: dict[str, Tensor]) -> None:
-        """Keeps the tensors of a sample, if there is room for them."""
-        content = _sealed(key, tensors)
-        size = _on_disk(len(content))
+        """Keeps the tensors of a sample, if there is room for them. Waits for the lock, which it seldom needs, for LOCK_S."""
+        content = seal(key, tensors)
+        size = on_disk(len(content))
         with self._writing:
             try:
                 if size <= self._may_write:
@@ -94,41 +113,75 @@ class CacheStore:
                     self._write(key, content)
                     return
                 with self._locked():
-                    if self._make_room(size):
+                    if self._reserve(size):
                         self._write(key, content)
-                        self._may_write = self._allowance
             except OSError as error:
                 self._say(f"cannot keep more ({error})")
 
     def entries(self) -> list[Entry]:
         """All files, half written ones too. Raises OSError."""
-        found: list[Entry] = []
+        entries: list[Entry] = []
         with suppress(FileNotFoundError), os.scandir(self._root) as directories:
             for directory in directories:
                 if directory.is_dir():
-                    found.extend(_files(directory.path))
-        return found
+                    entries.extend(list_files(directory.path))
+        return entries
 
     def prune(self, max_bytes: int) -> int:
-        """Removes what was not used for longest until at most `max_bytes` are left, and returns how many were removed."""
+        """Removes what was not used for longest until at most `max_bytes` are left, and returns how many were removed.
+
+        Counts all files anew. Raises OSError.
+        """
         if not self._root.is_dir():
             return 0
         with self._writing, self._locked():
-            return len(_remove_oldest(self.entries(), max_bytes))
+            entries = self._scan()
+            removed = remove_oldest(entries, max_bytes)
+            self._write_used(total_bytes(entries) - total_bytes(removed))
+            return len(removed)
 
     def _path(self, key: str) -> Path:
         return self._root / key[:2] / f"{key}{SUFFIX}"
 
-    def _make_room(self, size: int) -> bool:
-        """Whether there is room for a file of `size` bytes now. To be called while the lock is held."""
+    def _reserve(self, size: int) -> bool:
+        """Counts a file of `size` bytes and a new allowance as used, making room if needed; False if there is none.
+
+        To be called while the lock is held.
+        """
         if size > MADE_ROOM * self._limit:
             self._say(f"is too small for a sample of {size / 2**20:.1f} MiB")
             return False
-        entries = [entry for entry in self.entries() if not _is_abandoned(entry)]
-        left = sum(entry.bytes for entry in entries)
-        if left + size > FULL * self._limit:
-            left -= sum(entry.bytes for entry in _remove_oldest(entries, int(MADE_ROOM * self._limit) - size))
-        return left + size <= FULL * self._limit
+        most = int(FULL * self._limit)
+        used = self._read_used()
+        if used is not None:
+            used = max(0, used - self._may_write)  # what is left of the last allowance is given back
+        self._may_write = 0
+        if used is None or used + size > most:
+            entries = self._scan()
+            used = total_bytes(entries)
+            if used + size > most:
+                used -= total_bytes(remove_oldest(entries, int(MADE_ROOM * self._limit) - size))
+        room = most - used - size
+        if room >= 0:
+            self._may_write = min(self._allowance, room)
+            used += size + self._may_write
+        self._write_used(used)
+        return room >= 0
+
+    def _scan(self) -> list[Entry]:
+        """All files, after removing what killed writers left. The slow part: one call of `stat` for each file."""
+        return [entry for entry in self.entries() if not is_abandoned(entry)]
+
+    def _read_used(self) -> int | None:
+        """None if nobody has counted yet, or was killed while writing it down."""
+        try:
+            return int((self._root / "used").read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def _write_used(self, used: int) -> None:
+        # In place: nodes that share a network file system may find the old file for a while where one was renamed.
+        (self._root / "used").write_text(str(used))
 
     def _write(self, key: str, content: bytes) -> None:
         path, temporary = self._path(key), self._root / "new" / uuid.uuid4().hex
@@ -143,10 +196,15 @@ class CacheStore:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
+        """Holds the lock. Raises OSError if it is not got; then nobody waits again until it was free once."""
         self._root.mkdir(parents=True, exist_ok=True)
-        with (self._root / "lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+        try:
+            with self._lock.acquire(timeout=self._patience_s):
+                self._patience_s = LOCK_S
+                yield
+        except Timeout:
+            waited_s, self._patience_s = self._patience_s, 0.0
+            raise OSError(f"another process holds {self._lock.lock_file}, and still did after {waited_s:g} s") from None
 
     def _say(self, what: str) -> None:
         if not self._said:
@@ -154,51 +212,17 @@ class CacheStore:
             self._notify(f"the cache of teacher outputs in {self._root} {what}; the run goes on without that part")
 
 
-def _sealed(key: str, tensors: dict[str, Tensor]) -> bytes:
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    checksum = digest({name: pack(tensor) for name, tensor in whole.items()})
-    return save(whole, {"key": key, "digest": checksum})
+def check_directory(config: CacheConfig) -> None:
+    """Raises ConfigError if there can be no cache in its directory."""
+    if config.directory is None:
+        return
+    path = Path(config.directory).expanduser().absolute()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
+        why = "may not be written to" if existing.is_dir() else "is a file"
+        raise ConfigError(f"cache.directory: {path} cannot be used, because {existing} {why}; choose another directory")
 
 
-def _unsealed(content: bytes, key: str) -> dict[str, Tensor] | None:
-    """What was sealed under this key, or None for anything else."""
-    try:
-        tensors = load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
-        fine = header["key"] == key and header["digest"] == digest({name: pack(x) for name, x in tensors.items()})
-    except (SafetensorError, TeacherError, ValueError, LookupError, TypeError, ArithmeticError, RuntimeError):
-        return None
-    return tensors if fine else None
-
-
-def _files(directory: str) -> Iterator[Entry]:
-    with suppress(FileNotFoundError), os.scandir(directory) as files:
-        for file in files:
-            with suppress(FileNotFoundError):  # moved or removed meanwhile
-                found = file.stat(follow_symlinks=False)
-                yield Entry(found.st_mtime, _on_disk(found.st_size), file.path)
-
-
-def _is_abandoned(entry: Entry) -> bool:
-    """Whether it is what a killed writer left; removes it then."""
-    if entry.path.endswith(SUFFIX) or time.time() - entry.used < ABANDONED_S:
-        return False
-    Path(entry.path).unlink(missing_ok=True)
-    return True
-
-
-def _remove_oldest(entries: list[Entry], max_bytes: int) -> list[Entry]:
-    """Until at most max_bytes are left; returns what was removed. What is being written is left alone."""
-    total, removed = sum(entry.bytes for entry in entries), []
-    for entry in sorted(entry for entry in entries if entry.path.endswith(SUFFIX)):
-        if total <= max_bytes:
-            break
-        Path(entry.path).unlink(missing_ok=True)
-        total -= entry.bytes
-        removed.append(entry)
-    return removed
-
-
-def _on_disk(size: int) -> int:
-    """Whole blocks, as file systems keep files."""
-    return -(-size // BLOCK) * BLOCK
+def samples_directory(directory: str | Path) -> Path:
+    """Where the samples are, in the cache of that directory."""
+    return Path(directory).expanduser() / "samples"

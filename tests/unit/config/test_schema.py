@@ -183,7 +183,7 @@ def test_the_run_directory_may_lie_at_home(monkeypatch: pytest.MonkeyPatch, tmp_
 
 @pytest.mark.parametrize(
     ("values", "on"),
-    [({}, False), ({"disk_gib": 9}, False), ({"directory": "c"}, True), ({"memory_gib": 0.5}, True)],
+    [({}, False), ({"disk_gib": 9}, False), ({"directory": "c"}, True)],
 )
 def test_the_cache_is_on_where_it_has_a_place(values: dict[str, Any], on: bool) -> None:
     assert build_config(tree_with(cache=values)).cache.on == on
@@ -334,7 +334,6 @@ def test_unknown_keys_get_the_nearest_known_one(values: dict[str, Any], expected
         ("cache.directory", "s3://bucket/cache"),
         ("cache.directory", "~nobody-of-this-name/cache"),
         ("cache.disk_gib", 0.0),
-        ("cache.memory_gib", -1.0),
     ],
 )
 def test_wrong_values_are_refused_with_key_and_value(key: str, value: Any) -> None:
@@ -394,7 +393,6 @@ def test_every_problem_is_reported_at_once() -> None:
             {"teacher__mode": "cache"},
             ["teacher.mode: cache", "taid-ray cache warm", "cache.directory", "teacher.mode: pool"],
         ),
-        ({"teacher__mode": "cache", "cache__memory_gib": 1}, ["teacher.mode: cache", "cache.directory"]),
         ({"teacher__mode": "local", "teacher__shards": 3}, ["teacher.mode", "local", "shards: 3", "pool"]),
     ],
 )

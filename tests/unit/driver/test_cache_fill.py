@@ -22,7 +22,7 @@ from taid_ray.models.pair import model_configs, run_tokenizer, shared_vocabulary
 from taid_ray.teacher.cache.cached import CachedTeacher
 from taid_ray.teacher.cache.claims import NoClaims
 from taid_ray.teacher.cache.offline import OfflineTeacher, all_records, find_record
-from taid_ray.teacher.cache.tiers import Cache
+from taid_ray.teacher.cache.store import CacheStore
 from taid_ray.teacher.local import LocalTeacher
 
 CPU = torch.device("cpu")
@@ -55,7 +55,7 @@ def num_shared(settings: DistillConfig) -> int:
 def reader(settings: DistillConfig) -> CachedTeacher:
     """As a worker of a run without a teacher has it."""
     inner = OfflineTeacher(settings, num_shared(settings))
-    return CachedTeacher(inner, Cache(settings.cache, print), NoClaims(), CPU)
+    return CachedTeacher(inner, CacheStore(settings.cache, print), NoClaims(), CPU)
 
 
 def batches(settings: DistillConfig, size: int = 5, seed: int = 3) -> list[Batch]:

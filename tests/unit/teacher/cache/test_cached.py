@@ -16,7 +16,7 @@ from taid_ray.errors import TeacherError
 from taid_ray.teacher.cache import cached
 from taid_ray.teacher.cache.cached import CachedTeacher
 from taid_ray.teacher.cache.claims import Claims, NoClaims
-from taid_ray.teacher.cache.tiers import Cache
+from taid_ray.teacher.cache.store import CacheStore
 from taid_ray.teacher.payload import TeacherOutput
 from tests.support.journal import WITHIN_S, Journal
 
@@ -85,7 +85,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
 
     def make(claims: Any = None, directory: str = "cache", **values: Any) -> tuple[CachedTeacher, Any]:
         inner: Any = FakeTeacher()
-        cache = Cache(CacheConfig(directory=str(tmp_path / directory), **values), lambda message: None)
+        cache = CacheStore(CacheConfig(directory=str(tmp_path / directory), **values), lambda message: None)
         made.append(CachedTeacher(inner, cache, claims or NoClaims(), CPU))
         return made[-1], inner
 
