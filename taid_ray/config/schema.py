@@ -571,9 +571,9 @@ def stored_config(tree: Mapping[str, Any]) -> DistillConfig:
 
     Raises ConfigError. What a removed key said is ignored: cache.memory_gib.
     """
-    cache = tree.get("cache")
-    if isinstance(cache, Mapping):
-        tree = {**tree, "cache": {key: value for key, value in cache.items() if key != "memory_gib"}}
+    tree = dict(tree)
+    if isinstance(cache := tree.get("cache"), dict):
+        tree["cache"] = {key: value for key, value in cache.items() if key != "memory_gib"}
     return build_config(tree)
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from taid_ray.config.schema import DistillConfig, load_config
+from taid_ray.config.schema import DistillConfig, stored_config
+from taid_ray.config.text import read_tree
 from taid_ray.errors import ConfigError
 from taid_ray.files import read_json, read_lines
 from taid_ray.report.search_results import Search, read_search
@@ -110,7 +111,7 @@ def read_status(path: Path) -> Status:
             f"{path}: {what}; name what `taid-ray train`, `tune` or `submit` was given as --out (a run that ends before its "
             "first step takes its directory away)"
         )
-    return _run_status(path, load_config(path / CONFIG_FILE), run)
+    return _run_status(path, stored_config(read_tree(path / CONFIG_FILE)), run)
 
 
 def _search_status(path: Path, search: Search) -> Status:

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from taid_ray.config.schema import DistillConfig, load_config
+from taid_ray.config.schema import DistillConfig, stored_config
+from taid_ray.config.text import read_tree
 from taid_ray.errors import ConfigError
 from taid_ray.files import damaged, read_json, read_lines
 from taid_ray.run.directory import read_manifest
@@ -81,7 +82,14 @@ def read_history(path: Path) -> History:
     written = datetime.fromtimestamp(metrics.stat().st_mtime, UTC)
     validations = read_lines(path / VALIDATION_FILE)
     return History(
-        path, load_config(path / CONFIG_FILE), run["id"], run["attempts"], columns, validations, summary, written
+        path,
+        stored_config(read_tree(path / CONFIG_FILE)),
+        run["id"],
+        run["attempts"],
+        columns,
+        validations,
+        summary,
+        written,
     )
 
 

@@ -17,7 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from taid_ray.config.distribution import Distribution
-from taid_ray.config.schema import DistillConfig, build_config
+from taid_ray.config.schema import DistillConfig, stored_config
 from taid_ray.config.space import Space
 from taid_ray.config.text import read_tree
 from taid_ray.errors import ConfigError
@@ -179,7 +179,7 @@ def _read_config(path: Path) -> DistillConfig | None:
 @lru_cache(maxsize=4096)
 def _built_config(path: Path, modified: int) -> DistillConfig:
     """Once per version of the file: a live table asks every few seconds."""
-    return build_config(yaml.safe_load(path.read_text(encoding="utf-8")))
+    return stored_config(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
 def bounds(distribution: Distribution) -> tuple[float, float]:

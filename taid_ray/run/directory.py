@@ -17,7 +17,8 @@ from typing import IO, Any, Literal
 import yaml
 
 from taid_ray.config.paths import flat, with_absolute_paths
-from taid_ray.config.schema import DistillConfig, load_config
+from taid_ray.config.schema import DistillConfig, stored_config
+from taid_ray.config.text import read_tree
 from taid_ray.errors import ConfigError, TaidRayError
 from taid_ray.files import damaged, read_json, replace_text, write_json
 from taid_ray.run.layout import CONFIG_FILE, LOCK_FILE, METRICS_FILE, RAY_TRAIN_PREFIX, RUN_FILE, SUMMARY_FILE
@@ -89,7 +90,7 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
 
 def _check_same(config: DistillConfig) -> None:
     """Raises ConfigError if the directory's run was begun with something else that its trajectory depends on."""
-    changed = changed_keys(load_config(config.run_dir / CONFIG_FILE), with_absolute_paths(config))
+    changed = changed_keys(stored_config(read_tree(config.run_dir / CONFIG_FILE)), with_absolute_paths(config))
     if changed:
         raise ConfigError(
             f"out: {config.run_dir} holds a run that was begun with other values of keys that may not change: "

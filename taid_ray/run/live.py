@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from taid_ray.config.schema import DistillConfig, build_config
+from taid_ray.config.schema import DistillConfig, stored_config
 from taid_ray.config.text import read_tree
 from taid_ray.errors import ConfigError
 from taid_ray.files import damaged, read_json
@@ -121,9 +121,9 @@ def live_pool(run_dir: Path) -> Live:
 def run_config(run_dir: Path) -> DistillConfig:
     """The configuration of a run, or of a search, with a pool. Raises ConfigError."""
     if (run_dir / SEARCH_FILE).is_file():
-        config = build_config(read_tree(run_dir / SEARCH_FILE)["config"])
+        config = stored_config(read_tree(run_dir / SEARCH_FILE)["config"])
     elif (run_dir / CONFIG_FILE).is_file():
-        config = build_config(read_tree(run_dir / CONFIG_FILE))
+        config = stored_config(read_tree(run_dir / CONFIG_FILE))
     else:
         raise ConfigError(
             f"{run_dir} is not a run directory: it holds no {CONFIG_FILE}; name the directory of a live run or search"

@@ -24,7 +24,7 @@ from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from taid_ray.config.paths import with_absolute_paths
-from taid_ray.config.schema import CacheConfig, DistillConfig, Range, build_config
+from taid_ray.config.schema import CacheConfig, DistillConfig, Range, stored_config
 from taid_ray.config.space import Space
 from taid_ray.config.text import read_tree
 from taid_ray.distributed.capacity import Demand, check_capacity, check_object_store, demand_of, room_for_trials
@@ -311,7 +311,7 @@ def search_directory(config: DistillConfig, space: Space) -> Iterator[tuple[Tria
 
 def _check_same(before: dict[str, Any], config: DistillConfig, space: Space, book: TrialBook) -> None:
     """Raises ConfigError if the directory's search was begun with something else."""
-    changed = changed_keys(build_config(before["config"]), config)
+    changed = changed_keys(stored_config(before["config"]), config)
     now, old = space.model_dump(mode="json"), before["space"]
     changed += [
         f"{key} (was {old.get(key)}, now {now[key]})" for key in now if key != "trials" and now[key] != old.get(key)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from taid_ray.config.schema import DistillConfig, load_config
+from taid_ray.config.schema import DistillConfig, stored_config
 from taid_ray.config.text import read_tree
 from taid_ray.errors import ConfigError
 from taid_ray.files import write_json
@@ -176,7 +176,7 @@ def tracking_session(config: DistillConfig, run: str, resumed: bool, speaker: Sp
 
 def tell_stopped(run_dir: Path, speaker: Speaker) -> None:
     """Passes on the rest of a run whose process was ended from outside, and that it was stopped. Nothing follows it now."""
-    config = load_config(run_dir / CONFIG_FILE)
+    config = stored_config(read_tree(run_dir / CONFIG_FILE))
     with tracking_session(config, RunManifest(config).id, True, speaker) as tracking:
         tracking.close("stopped")
 

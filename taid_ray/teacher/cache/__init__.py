@@ -1,6 +1,6 @@
 """The teacher's outputs kept per sample: the store on disk, the client in front of a teacher, the teacher that is only a cache.
 
-Others use `tiers.Cache`, `cached.CachedTeacher`, `offline` (OfflineTeacher, find_record) and `claims`.
+Others use `store.CacheStore`, `cached.CachedTeacher`, `offline` (OfflineTeacher, find_record) and `claims`.
 
 Traps:
 - A row of a batch is cut into its documents again (`samples`), because the cache is keyed by sample and not by row.

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from taid_ray.config.schema import DistillConfig, build_config, known_keys, load_config
+from taid_ray.config.schema import DistillConfig, build_config, known_keys, load_config, stored_config
 from taid_ray.config.text import read_tree
 from taid_ray.errors import ConfigError
 from tests.support.paths import ROOT
@@ -187,6 +187,21 @@ def test_the_run_directory_may_lie_at_home(monkeypatch: pytest.MonkeyPatch, tmp_
 )
 def test_the_cache_is_on_where_it_has_a_place(values: dict[str, Any], on: bool) -> None:
     assert build_config(tree_with(cache=values)).cache.on == on
+
+
+def test_the_removed_key_of_the_cache_is_refused_with_what_to_set_instead() -> None:
+    message = refusal(tree_with(cache__memory_gib=8))
+    assert message.startswith("cache.memory_gib is no key any more; ") and "cache.directory: /dev/shm/" in message
+    assert build_config(tree_with(cache__memory_gib=0.0)) == build_config(tree_with())  # as older runs wrote it
+
+
+@pytest.mark.parametrize("memory_gib", [0.0, 8.0])
+def test_a_stored_configuration_of_an_older_version_is_read(memory_gib: float) -> None:
+    tree = tree_with(cache__memory_gib=memory_gib, cache__disk_gib=9)
+    assert stored_config(tree) == build_config(tree_with(cache__disk_gib=9))
+    assert tree["cache"] == {"memory_gib": memory_gib, "disk_gib": 9}
+    with pytest.raises(ConfigError, match=r"^cache\.memory: unknown key"):
+        stored_config(tree_with(cache__memory=1))
 
 
 @pytest.mark.parametrize(

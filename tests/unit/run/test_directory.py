@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from taid_ray.config.paths import with_absolute_paths
 from taid_ray.config.schema import DistillConfig, build_config, known_keys
@@ -57,6 +58,19 @@ def test_an_unfinished_run_is_taken_up_again_under_its_id(tmp_path: Path) -> Non
     attempts = json.loads((found.run_dir / "run.json").read_text())["attempts"]
     assert [attempt["workers"] for attempt in attempts] == [2, 1]
     assert {path.name for path in found.run_dir.iterdir()} == {"config.yaml", "run.json", METRICS_FILE}
+
+
+@pytest.mark.parametrize("memory_gib", [0.0, 8.0])
+def test_a_run_that_was_begun_when_the_cache_had_memory_is_taken_up_again(tmp_path: Path, memory_gib: float) -> None:
+    found = config(tmp_path / "run", "cache.directory=/somewhere")
+    begin(found)
+    path = found.run_dir / "config.yaml"
+    tree = yaml.safe_load(path.read_text())
+    tree["cache"]["memory_gib"] = memory_gib
+    path.write_text(yaml.safe_dump(tree))
+    (found.run_dir / METRICS_FILE).write_text("")
+    assert inspect_run_dir(found) == "unfinished"
+    assert read_status(found.run_dir)
 
 
 def test_a_finished_run_is_known(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 
 from taid_ray.config.schema import DistillConfig, build_config
@@ -47,6 +48,16 @@ def test_a_search_is_taken_up_with_its_name_and_may_grow(tmp_path: Path) -> None
         pass
     with search_directory(config(tmp_path / "S"), space(trials=30)) as (book, second):
         assert len(book.entries) == 2 and first == second
+
+
+def test_a_search_that_was_begun_when_the_cache_had_memory_is_taken_up(tmp_path: Path) -> None:
+    begin(tmp_path / "S", 2)
+    path = tmp_path / "S/search.yaml"
+    content = yaml.safe_load(path.read_text())
+    content["config"]["cache"]["memory_gib"] = 8.0
+    path.write_text(yaml.safe_dump(content))
+    with search_directory(config(tmp_path / "S"), space()) as (book, _):
+        assert len(book.entries) == 2
 
 
 @pytest.mark.parametrize(
