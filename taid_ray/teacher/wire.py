@@ -14,7 +14,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from taid_ray.errors import TeacherError
+from taid_ray.errors import MessageError
 
 Packed = tuple[str, tuple[int, ...], np.ndarray]
 """Name of the torch dtype, shape, and the bytes as a one-dimensional uint8 array."""
@@ -34,10 +34,6 @@ MAX_BYTES = 2**62
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 
-class DamagedMessage(TeacherError):
-    """What arrived is not what was sent. The same request may succeed when it is sent again."""
-
-
 def pack(tensor: Tensor) -> Packed:
     """Any strided tensor, without a copy if it is contiguous and on CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
@@ -47,7 +43,7 @@ def pack(tensor: Tensor) -> Packed:
 def unpack(packed: Packed) -> Tensor:
     """The tensor, on CPU, sharing memory with `packed`. After a trip through Ray it must not be written to.
 
-    Raises DamagedMessage unless this is a tuple as `pack` makes it, of one of DTYPES, whose parts fit together.
+    Raises MessageError unless this is a tuple as `pack` makes it, of one of DTYPES, whose parts fit together.
     """
     name, shape, data = _checked(packed)
     if not data.size:
@@ -58,10 +54,10 @@ def unpack(packed: Packed) -> Tensor:
 def digest(tensors: Mapping[str, Packed]) -> str:
     """A checksum (XXH3, 64 bits) of names, dtypes, shapes and bytes, whatever the order of the names.
 
-    Guards against accidents only, at the speed of memory. Raises DamagedMessage as `unpack`.
+    Guards against accidents only, at the speed of memory. Raises MessageError as `unpack`.
     """
     if not isinstance(tensors, Mapping) or not all(isinstance(name, str) for name in tensors):
-        raise DamagedMessage(f"packed tensors must have names (found a {type(tensors).__name__})")
+        raise MessageError(f"packed tensors must have names (found a {type(tensors).__name__})")
     result = xxhash.xxh3_64()
     for name in sorted(tensors):
         dtype, shape, data = _checked(tensors[name])
@@ -71,10 +67,10 @@ def digest(tensors: Mapping[str, Packed]) -> str:
 
 
 def verify(tensors: Mapping[str, Packed], checksum: str) -> None:
-    """Raises DamagedMessage unless `checksum` is the digest of these tensors."""
+    """Raises MessageError unless `checksum` is the digest of these tensors."""
     found = digest(tensors)
     if found != checksum:
-        raise DamagedMessage(
+        raise MessageError(
             f"packed tensors do not have the checksum they were sent with (found {found}, expected {checksum!s:.16}); "
             "if this happens again, check memory and network of the nodes"
         )
@@ -83,23 +79,23 @@ def verify(tensors: Mapping[str, Packed], checksum: str) -> None:
 def _checked(packed: Any) -> Packed:
     """The tuple itself, for which `unpack` cannot fail. Its parts are shown only where they are known to be short."""
     if type(packed) is not tuple or len(packed) != 3:
-        raise DamagedMessage(f"a packed tensor must be (dtype, shape, bytes) (found a {type(packed).__name__})")
+        raise MessageError(f"a packed tensor must be (dtype, shape, bytes) (found a {type(packed).__name__})")
     name, shape, data = packed
     if type(name) is not str or name not in DTYPES:
         shown = name if type(name) is str else type(name)
-        raise DamagedMessage(
+        raise MessageError(
             f"a packed tensor names the unknown dtype {shown!a:.40}; run the same taid-ray on all machines"
         )
     if type(shape) is not tuple or len(shape) > MAX_DIMENSIONS or not all(type(n) is int for n in shape):
-        raise DamagedMessage(f"the shape of a packed tensor must be at most {MAX_DIMENSIONS} integers")
+        raise MessageError(f"the shape of a packed tensor must be at most {MAX_DIMENSIONS} integers")
     # Zeros left out, because torch counts the strides of a tensor without elements, too.
     if min(shape, default=0) < 0 or math.prod(n for n in shape if n) * DTYPES[name].itemsize > MAX_BYTES:
-        raise DamagedMessage("the shape of a packed tensor must be of sizes that a tensor can have")
+        raise MessageError("the shape of a packed tensor must be of sizes that a tensor can have")
     if type(data) is not np.ndarray or data.dtype != np.uint8 or data.ndim != 1 or not data.flags.c_contiguous:
-        raise DamagedMessage("the bytes of a packed tensor must be a one-dimensional contiguous array of uint8")
+        raise MessageError("the bytes of a packed tensor must be a one-dimensional contiguous array of uint8")
     expected = math.prod(shape) * DTYPES[name].itemsize
     if data.size != expected:
-        raise DamagedMessage(
+        raise MessageError(
             f"a packed tensor of shape {shape} and dtype {name} needs {expected} bytes (found {data.size}); run the same "
             "taid-ray on all machines"
         )

@@ -12,7 +12,7 @@ from ray import serve
 
 from taid_ray.config.schema import TeacherConfig
 from taid_ray.data.batch import Batch
-from taid_ray.errors import TeacherError
+from taid_ray.errors import MessageError, TeacherError
 from taid_ray.models.loading import Head
 from taid_ray.teacher.model import head_digest
 from taid_ray.teacher.payload import TeacherOutput
@@ -22,7 +22,7 @@ from taid_ray.teacher.pool.replica import HeadPiece, ScoreRequest, ScoreResponse
 from taid_ray.teacher.pool.request import LatencyTracker, PendingRequest, ResponseWaiter
 from taid_ray.teacher.protocol import TeacherInfo
 from taid_ray.teacher.transfer import ToDevice
-from taid_ray.teacher.wire import DamagedMessage, unpack, verify
+from taid_ray.teacher.wire import unpack, verify
 from taid_ray.tracking.prometheus import STUDENT, Instruments, run_of_pool
 
 PIECE_BYTES = 64 * 2**20
@@ -171,14 +171,14 @@ class PoolTeacher:
         return self._to_device.copy(output)
 
     def _accepted(self, answer: ScoreResponse, num_positions: int) -> TeacherOutput:
-        """The answer, on CPU. Raises DamagedMessage, naming the replica, for one that cannot be right."""
+        """The answer, on CPU. Raises MessageError, naming the replica, for one that cannot be right."""
         info = self.info()
         try:
             verify(answer.payload, answer.checksum)
             tensors = {name: unpack(packed) for name, packed in answer.payload.items()}
             info.check_output(tensors, num_positions)
-        except TeacherError as error:
-            raise DamagedMessage(f"{error} (sent by replica {answer.replica})") from error
+        except (MessageError, TeacherError) as error:
+            raise MessageError(f"{error} (sent by replica {answer.replica})") from error
         return TeacherOutput(info.payload, tensors, answer.compute_s)
 
 

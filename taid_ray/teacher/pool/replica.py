@@ -23,13 +23,13 @@ from torch.distributed import TCPStore
 from taid_ray.config.schema import TeacherConfig
 from taid_ray.data.batch import Batch
 from taid_ray.distributed.device import collective_backend, torch_device
-from taid_ray.errors import TaidRayError, TeacherError
+from taid_ray.errors import MessageError, TaidRayError, TeacherError
 from taid_ray.models.hub import offline_if_unreachable
 from taid_ray.teacher.model import TeacherModel
 from taid_ray.teacher.pool.autoscaling import REPORT_S, LoadMeter
 from taid_ray.teacher.pool.lease import ReplicaCommand, find_lease
 from taid_ray.teacher.protocol import TeacherInfo
-from taid_ray.teacher.wire import DamagedMessage, Packed, digest, pack, unpack, verify
+from taid_ray.teacher.wire import Packed, digest, pack, unpack, verify
 from taid_ray.tracking.prometheus import TEACHER, Instruments, run_of_pool
 
 LOOPBACK = "127.0.0.1"  # a replica's placement group lies on one node
@@ -58,7 +58,7 @@ class ScoreRequest(NamedTuple):
         return cls(inputs, targets, digest(_joined(inputs, targets)))
 
     def unpacked(self) -> ScoreInputs:
-        """Raises DamagedMessage if this is not what was sent."""
+        """Raises MessageError if this is not what was sent."""
         verify(_joined(self.inputs, self.targets), self.checksum)
         inputs = {name: unpack(packed) for name, packed in self.inputs.items()}
         return inputs, unpack(self.targets["loss_positions"]), unpack(self.targets["labels"])
@@ -152,7 +152,7 @@ class TeacherReplica:
     async def score(self, request: ScoreRequest, request_id: str) -> ScoreResponse:
         """The payload at the loss positions, as TeacherModel.score.
 
-        Raises AlreadyHereError at once if a request of that id is here, DamagedMessage, TeacherError, ReplicaBrokenError.
+        Raises AlreadyHereError at once if a request of that id is here, MessageError, TeacherError, ReplicaBrokenError.
         """
         if request_id in self._here:
             raise AlreadyHereError(f"replica {self._name} has this request already")
@@ -200,8 +200,8 @@ class TeacherReplica:
     def _unpacked(self, request: ScoreRequest) -> ScoreInputs:
         try:
             return request.unpacked()
-        except DamagedMessage as error:
-            raise DamagedMessage(f"{error} (at replica {self._name})") from error
+        except MessageError as error:
+            raise MessageError(f"{error} (at replica {self._name})") from error
 
     async def _load(self, config: TeacherConfig, num_shared: int, device_kind: str) -> TeacherModel:
         store = None

@@ -21,10 +21,9 @@ from ray.exceptions import (
 from ray.serve.exceptions import DeploymentUnavailableError, RequestCancelledError
 
 from taid_ray.config.schema import TeacherConfig
-from taid_ray.errors import TaidRayError, TeacherError
+from taid_ray.errors import MessageError, TaidRayError, TeacherError
 from taid_ray.teacher.pool.lease import find_lease
 from taid_ray.teacher.pool.replica import AlreadyHereError, ReplicaBrokenError, ScoreResponse
-from taid_ray.teacher.wire import DamagedMessage
 
 RETRY_PAUSE_S = 1.0
 NOTICE_S = 15.0
@@ -44,7 +43,7 @@ LOST = (
     ReplicaBrokenError,
 )
 # A checksum failed, or Ray could not even read what came.
-DAMAGED = (DamagedMessage, RaySystemError)
+DAMAGED = (MessageError, RaySystemError)
 DAMAGED_TRIES = 3
 """So often one request may come to harm; a teacher whose values are wrong each time says so quickly."""
 
@@ -124,7 +123,7 @@ class PendingRequest:
     def __init__(self, send: Callable[[str], Any], accept: Callable[[Any], Any] = lambda answer: answer):
         """send: sends it under the id it is given, and returns Serve's response.
 
-        accept: what the caller gets for an answer. Raises DamagedMessage for one that is to be asked for again.
+        accept: what the caller gets for an answer. Raises MessageError for one that is to be asked for again.
         """
         self.accept, self.id, self._send = accept, uuid.uuid4().hex, send
         self.submitted = time.monotonic()

@@ -10,7 +10,7 @@ from ray.exceptions import ActorDiedError, RaySystemError, RayTaskError
 
 from taid_ray.config.schema import TeacherConfig
 from taid_ray.data.batch import Batch
-from taid_ray.errors import TeacherError
+from taid_ray.errors import MessageError, TeacherError
 from taid_ray.losses.projection import LogitTransform
 from taid_ray.teacher.pool import client
 from taid_ray.teacher.pool import request as module
@@ -18,7 +18,7 @@ from taid_ray.teacher.pool.client import PoolTeacher
 from taid_ray.teacher.pool.replica import AlreadyHereError, ScoreRequest, ScoreResponse
 from taid_ray.teacher.pool.request import Hedge, LatencyTracker, PendingRequest, ResponseWaiter
 from taid_ray.teacher.protocol import TeacherInfo
-from taid_ray.teacher.wire import DamagedMessage, digest, pack
+from taid_ray.teacher.wire import digest, pack
 
 
 def patience(multiple: float, waits: list[tuple[float, float, str]]) -> LatencyTracker:
@@ -243,7 +243,7 @@ def test_closing_ends_the_wait(clock: Clock, waiter: Callable[..., ResponseWaite
 def test_a_request_that_arrived_damaged_is_sent_again(
     clock: Clock, waiter: Callable[..., ResponseWaiter], said: list[str]
 ) -> None:
-    error = RayTaskError("score", "", DamagedMessage("no checksum (at replica a)")).as_instanceof_cause()
+    error = RayTaskError("score", "", MessageError("no checksum (at replica a)")).as_instanceof_cause()
     sender = Sender(clock, (0.0, error), (0.0, "answer"))
     assert waiter().answer(PendingRequest(sender)) == "answer"
     assert said == ["the teacher pool received a damaged request (no checksum (at replica a)); asking again"]
@@ -262,14 +262,14 @@ def test_what_ray_cannot_read_is_asked_for_again(
 def test_a_damaged_answer_does_not_end_the_wait_for_the_other_replica(
     clock: Clock, waiter: Callable[..., ResponseWaiter]
 ) -> None:
-    sender = Sender(clock, (0.2, DamagedMessage("bad")), (0.4, "answer"))
+    sender = Sender(clock, (0.2, MessageError("bad")), (0.4, "answer"))
     assert waiter().answer(PendingRequest(sender), Hedge(clock.now, 5.0)) == "answer"
     assert len(sender.sent) == 2
 
 
 def test_the_deadline_is_over_all_tries(clock: Clock, waiter: Callable[..., ResponseWaiter]) -> None:
-    with pytest.raises(TeacherError, match=r"after 30 s \(teacher.timeout_s\); last failure: DamagedMessage: bad"):
-        waiter(timeout_s=30.0).answer(PendingRequest(Sender(clock, (0.1, DamagedMessage("bad")), (NEVER, ""))))
+    with pytest.raises(TeacherError, match=r"after 30 s \(teacher.timeout_s\); last failure: MessageError: bad"):
+        waiter(timeout_s=30.0).answer(PendingRequest(Sender(clock, (0.1, MessageError("bad")), (NEVER, ""))))
 
 
 K, V = 3, 20
@@ -375,7 +375,7 @@ def test_a_request_survives_the_wire_and_damage_to_any_part_is_noticed() -> None
         damaged = data.copy()
         damaged[0] ^= 4
         getattr(request, part)[name] = (dtype, shape, damaged)
-        with pytest.raises(DamagedMessage, match="checksum"):
+        with pytest.raises(MessageError, match="checksum"):
             request.unpacked()
 
 
