@@ -3,11 +3,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BENCH_STAMP := $(VENV)/.installed-bench
+DOCS_STAMP := $(VENV)/.installed-docs
 BENCHMARKS := loss payload overlap scheduler step scale_out tune plan
 LOG := $(VENV)/install.log
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-more test-all test-wheel test-all-layouts test-netns soak lint bench bench-tune clean
+.PHONY: help install quickstart test test-more test-all test-wheel test-all-layouts test-netns soak lint docs bench bench-tune clean
 
 help:
 	@echo "make install     create $(VENV) and install taid-ray with its development tools"
@@ -20,6 +21,7 @@ help:
 	@echo "make test-netns  a run on three hosts that are network namespaces (Linux, root; ten minutes)"
 	@echo "make soak        kills parts of runs at random for MINUTES=10, and counts what is lost"
 	@echo "make lint        ruff, mypy, import rules (import-linter), declared dependencies (deptry)"
+	@echo "make docs        the documents as a site, in site/; a dead link is an error"
 	@echo "make bench       all benchmarks, or one: make bench ONLY=loss (see benchmarks/README.md)"
 	@echo "make bench-tune  what a search costs beside one run (some minutes)"
 	@echo "make clean       remove $(VENV) and caches (runs/ stays)"
@@ -79,6 +81,15 @@ lint: install
 	$(BIN)/deptry taid_ray
 	$(BIN)/deptry . --ignore DEP004
 
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "The site is in site/; to read it: $(BIN)/mkdocs serve"
+
+$(DOCS_STAMP): $(STAMP)
+	@echo "Installing what the site is built with ..."
+	@$(WATCH) $(BIN)/python -m pip install -c constraints.txt -e '.[docs]'
+	@touch $@
+
 # One after another, each in a process of its own; a failure does not keep the others from running.
 bench: $(BENCH_STAMP)
 	@failed=; for name in $(or $(ONLY),$(BENCHMARKS)); do echo "== $$name"; \
@@ -94,5 +105,5 @@ $(BENCH_STAMP): $(STAMP)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find taid_ray tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

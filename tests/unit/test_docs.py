@@ -1,10 +1,12 @@
-"""What the documents point to is there: files, modules, tests and targets of make."""
+"""What the documents point to is there: files, modules, tests and targets of make. The reference has every key."""
 
+import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 
+from taid_ray.config.schema import known_keys
 from tests.support.paths import ROOT
 
 DOCUMENTS = [*sorted((ROOT / "docs").glob("*.md")), *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING"))]
@@ -25,3 +27,41 @@ def test_everything_that_is_named_exists(document: Path) -> None:
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     missing += [target for target in re.findall(r"(?:`| {4})make ([a-z][\w-]+)", text) if target not in targets]
     assert not missing
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict[str, str]:
+    """The entry of each key in the site's reference: its help and its line of facts."""
+    spec = importlib.util.spec_from_file_location("key_reference", ROOT / "docs" / "key_reference.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    parts = re.split(r"^### \S+ \{ #(\S+) \}$", module.key_reference(), flags=re.MULTILINE)
+    return {key: text.split("\n## ")[0].strip() for key, text in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def test_the_reference_has_every_key_with_its_help(reference: dict[str, str]) -> None:
+    keys = {key.removesuffix(".min").removesuffix(".max"): text for key, text in known_keys().items()}
+    assert reference.keys() - keys.keys() == {"student.lora"}, "a section that may be left out is an entry of its own"
+    assert not keys.keys() - reference.keys()
+    ranges = {"teacher.replicas", "student.workers"}
+    assert not [key for key, text in keys.items() if key not in ranges and " ".join(text.split()) not in reference[key]]
+
+
+@pytest.mark.parametrize(
+    ("key", "facts"),
+    [
+        ("train.steps", "whole number (at least 1) or `null` · default `null`"),
+        ("train.learning_rate", "number (above 0) · default `0.0001` · may be searched"),
+        ("train.betas", "[number (at least 0, below 1), number (at least 0, below 1)] · default `[0.9, 0.999]`"),
+        ("student.zero_stage", "`0` | `1` | `2` | `3` · default `2` · may change on resume · may be searched"),
+        ("student.workers", "whole number or `{min: A, max: B}` · default `1`"),
+        ("teacher.model", "text · required"),
+        ("data.prompt_columns", "list of text (length at least 1) · default `[prompt]`"),
+        ("student.lora.target_modules", "`all-linear` or list of text · default `all-linear`"),
+        ("checkpoint.storage", "text or `null` · default `null`\n"),
+        ("cache.directory", "text or `null` · default `null` · may change on resume\n"),
+    ],
+)
+def test_facts_of_a_key(reference: dict[str, str], key: str, facts: str) -> None:
+    assert facts in reference[key]
