@@ -160,9 +160,7 @@ def run(config: DistillConfig) -> None:
     result = distill(config)
     console.print(result_table(result.summary))
     print_line(console, f"run directory: {result.path}")
-    console.print(
-        "  model/ (Hugging Face)  summary.json  metrics.jsonl  report/training.png  config.yaml", highlight=False
-    )
+    console.print("  model/ (Hugging Face)  report.html  summary.json  metrics.jsonl  config.yaml", highlight=False)
 
 
 def search(

@@ -12,7 +12,8 @@ def report(
 ) -> None:
     """Draw a run: how t moved, loss, where the time went, and what to make of it, in RUN/report.html."""
     from taid_ray.report.format import print_line
-    from taid_ray.report.run_page import REPORT_FILE, write_run_report
+    from taid_ray.report.run_page import write_run_report
+    from taid_ray.run.layout import REPORT_FILE
 
     console = Console()
     for note in write_run_report(run):

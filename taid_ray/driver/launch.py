@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,10 @@ from taid_ray.driver.progress import ProgressView
 from taid_ray.driver.signals import StopRequest, stop_signals
 from taid_ray.driver.supervise import followed, scheduler_actor, shared_pool, teacher_pool
 from taid_ray.models.hub import restoring_hub_mode
+from taid_ray.report.card import CARD_FILE, write_model_card
+from taid_ray.report.format import print_line
 from taid_ray.run.directory import RunManifest, inspect_run_dir, read_summary, run_directory, scratch_directory
+from taid_ray.run.layout import REPORT_FILE
 from taid_ray.run.log import run_logging
 from taid_ray.student.deepspeed_internals import use_deepspeed_on
 from taid_ray.student.spec import RunSpec, WorkerSpec
@@ -83,7 +87,10 @@ def run_distillation(config: DistillConfig, around: RunContext) -> RunResult:
     """`distill` for a run that may be one of many."""
     config = with_absolute_paths(config)
     if inspect_run_dir(config) == "finished":
-        return RunResult(config.run_dir, read_summary(config.run_dir))
+        summary = read_summary(config.run_dir)
+        if not all((config.run_dir / name).exists() for name in (CARD_FILE, REPORT_FILE)):
+            leave_report(config, summary, partial(print_line, around.console or Console()))
+        return RunResult(config.run_dir, summary)
     check_installed(config)
     with restoring_hub_mode(), ProgressView(around.console) as view:
         view.say("checking models and data")
@@ -105,6 +112,8 @@ def run_distillation(config: DistillConfig, around: RunContext) -> RunResult:
                 view.say(f"note: {room}")
             with tracking_session(config, run.id, bool(run.attempts), view) as tracking:
                 summary = tracking.finished(run_on_cluster(config, spec, demand, run, view, around))
+            view.wait_for("drawing the report")
+            leave_report(config, summary, view.say)
     return RunResult(config.run_dir, summary)
 
 
@@ -152,6 +161,23 @@ def run_on_cluster(
             return trainer.fit().return_value
 
         return run_attempts(fit, config.student, demand, scheduler, progress, signals, view, run.attempts)
+
+
+def leave_report(config: DistillConfig, summary: dict[str, Any], notify: Callable[[str], None]) -> None:
+    """Writes the model card and the report of a finished run. What fails is told, and the run stays finished."""
+    from taid_ray.report.run_page import write_run_report  # matplotlib takes a second to import
+
+    for name, write in (
+        (CARD_FILE, lambda: write_model_card(config.run_dir, config, summary)),
+        (REPORT_FILE, lambda: write_run_report(config.run_dir)),
+    ):
+        try:
+            write()
+        except Exception as error:
+            told = f"{type(error).__name__}: {error}"
+            notify(
+                f"warning: the run is finished, but {name} could not be written ({told}); the same command tries again"
+            )
 
 
 def start_worker(arguments: dict[str, Any]) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """Reading runs and searches back: history, notes, plots, pages, the model card. Free of Ray.
 
-Others use `run_page.write_run_report`, `search_page.write_report`, `search_results.read_search`, the notes of runs and
-searches, `card` (model card, closing table) and `format`.
+Others use `run_page.write_run_report`, `search_page.write_report`, `search_results.read_search`, `run_notes`, `search_notes`,
+`card` (model card, closing table) and `format`. The driver writes card and report at the end of a run; workers draw nothing.
 
 Traps:
 - `page` is the shell of both pages; they load nothing from elsewhere.

@@ -1,4 +1,4 @@
-"""The human side of a finished run: model card, plots, and the closing table."""
+"""The model card of a finished run, and the table of its validation that closes the terminal's output."""
 
 from pathlib import Path
 from typing import Any
@@ -6,10 +6,10 @@ from typing import Any
 from rich.table import Table
 
 from taid_ray.config.schema import DistillConfig
-from taid_ray.files import read_metrics
 from taid_ray.report.format import shown_name
 from taid_ray.run.metrics import perplexity
 
+CARD_FILE = "model/README.md"
 COLUMNS = ("", "cross-entropy", "perplexity", "KL to the teacher", "parameters")
 CARD = """---
 library_name: transformers
@@ -58,44 +58,8 @@ def result_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
-def write_plots(run_dir: Path) -> None:
-    """RUN/report/training.png: the loss and its parts, t, gradient norm and learning rate by step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    lines = read_metrics(run_dir / "metrics.jsonl")
-    steps = [line["step"] for line in lines]
-
-    def series(key: str) -> list[float]:
-        return [line[key] for line in lines]
-
-    figure, (loss, schedule, optimizer) = plt.subplots(3, 1, figsize=(8, 9), sharex=True, layout="constrained")
-    loss.plot(steps, series("loss"), label="loss (cross-entropy form)")
-    loss.plot(steps, series("entropy_pt"), label="entropy of the target", alpha=0.7)
-    loss.plot(steps, series("kl"), label="KL(target || student)")
-    loss.set_ylabel("nats per token")
-    schedule.plot(steps, series("t"), color="tab:green", label="t")
-    schedule.set_ylim(-0.02, 1.02)
-    schedule.set_ylabel("interpolation t")
-    optimizer.plot(steps, series("grad_norm"), color="tab:red", label="gradient norm")
-    optimizer.set_ylabel("gradient norm")
-    optimizer.set_xlabel("optimizer step")
-    rate = optimizer.twinx()
-    rate.plot(steps, series("lr"), color="tab:gray", linestyle="--", label="learning rate")
-    rate.set_ylabel("learning rate")
-    for axis in (loss, schedule, optimizer):
-        axis.grid(alpha=0.3)
-    loss.legend(loc="best")
-    optimizer.legend(handles=[*optimizer.lines, *rate.lines], loc="best")
-    (run_dir / "report").mkdir(exist_ok=True)
-    figure.savefig(run_dir / "report" / "training.png", dpi=110)
-    plt.close(figure)
-
-
 def write_model_card(run_dir: Path, config: DistillConfig, summary: dict[str, Any]) -> None:
-    """RUN/model/README.md: what the model is, where it came from, and how it measured."""
+    """Writes RUN/model/README.md: what the model is, where it came from, and how it measured."""
     schedule, data, student, taid = config.schedule, config.data, config.student, config.loss.name == "taid"
     origin = {
         "pretrained": f"`{shown_name(str(student.model))}`",
@@ -135,4 +99,4 @@ def write_model_card(run_dir: Path, config: DistillConfig, summary: dict[str, An
         facts="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
         figures="\n".join(f"| {' | '.join(row)} |" for row in result_rows(summary)),
     )
-    (run_dir / "model" / "README.md").write_text(card, encoding="utf-8")
+    (run_dir / CARD_FILE).write_text(card, encoding="utf-8")

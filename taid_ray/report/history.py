@@ -19,12 +19,12 @@ from taid_ray.errors import ConfigError
 from taid_ray.files import damaged, read_json, read_lines
 from taid_ray.run.directory import read_manifest
 from taid_ray.run.layout import CONFIG_FILE, METRICS_FILE, RUN_FILE, SEARCH_FILE, SUMMARY_FILE, VALIDATION_FILE
+from taid_ray.run.metrics import PHASES
 
-PHASES = ("data_s", "forward_s", "loss_s", "backward_s", "optimizer_s", "schedule_wait_s", "teacher_wait_s")
-"""What `step_s` is made of, but for bookkeeping."""
+PHASE_COLUMNS = tuple(f"{phase}_s" for phase in PHASES)
 COLUMNS = (
     "step", "epoch", "t", "momentum", "loss", "kl", "entropy_pt", "sft", "floor_active", "lr", "grad_norm", "tokens", "step_s",
-    *PHASES, "teacher_compute_s", "payload_bytes", "samples_seen",
+    *PHASE_COLUMNS, "teacher_compute_s", "payload_bytes", "samples_seen",
 )  # fmt: skip
 
 

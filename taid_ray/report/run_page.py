@@ -8,13 +8,13 @@ import yaml
 from taid_ray.errors import RunError
 from taid_ray.files import replace_text
 from taid_ray.report.format import shown_amount, shown_name, shown_seconds
-from taid_ray.report.history import PHASES, History, read_history
+from taid_ray.report.history import PHASE_COLUMNS, History, read_history
 from taid_ray.report.page import details_part, notes_part, page, picture_part, table_part
 from taid_ray.report.run_notes import run_notes
 from taid_ray.report.run_plots import PHASE_COLOURS, REST, loss_curves, optimizer, step_time, t_curve, throughput
+from taid_ray.run.layout import REPORT_FILE
 from taid_ray.run.metrics import perplexity
 
-REPORT_FILE = "report.html"
 PLOTS = {
     "t.png": (t_curve, "How t moved"),
     "loss.png": (loss_curves, "Loss"),
@@ -87,7 +87,7 @@ def key_figures(history: History) -> list[tuple[str, str]]:
 def time_rows(history: History) -> list[tuple[str, str, str, str]]:
     """Each phase with a bar, its mean seconds, and its share of the step, the longest first."""
     step = float(history["step_s"].mean())
-    seconds = {PHASE_COLOURS[key][0]: float(history[key].mean()) for key in PHASES}
+    seconds = {PHASE_COLOURS[key][0]: float(history[key].mean()) for key in PHASE_COLUMNS}
     seconds[REST[0]] = max(0.0, step - sum(seconds.values()))
     ordered = sorted(seconds.items(), key=lambda item: -item[1])
     shares = [value / max(step, 1e-9) for _, value in ordered]

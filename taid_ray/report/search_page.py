@@ -14,8 +14,9 @@ from taid_ray.report.page import details_part, notes_part, page, picture_part, t
 from taid_ray.report.search_notes import search_notes
 from taid_ray.report.search_plots import parallel, t_curves, validation
 from taid_ray.report.search_results import METRIC_NAMES, Search, Trial
+from taid_ray.run.layout import REPORT_FILE
 
-REPORT_FILE, BEST_FILE = "report.html", "best.yaml"
+BEST_FILE = "best.yaml"
 PLOTS = {
     "parallel.png": (parallel, "What was tried: one line per trial, from its values to its figure"),
     "t_curves.png": (t_curves, "How t moved"),

@@ -5,7 +5,7 @@ from typing import Literal
 LIVE_FILE, ENDED_FILE = "live.json", "ended.json"
 
 CONFIG_FILE, METRICS_FILE, SUMMARY_FILE = "config.yaml", "metrics.jsonl", "summary.json"
-VALIDATION_FILE = "validation.jsonl"
+VALIDATION_FILE, REPORT_FILE = "validation.jsonl", "report.html"
 
 RUN_FILE, LOCK_FILE = "run.json", ".lock"
 

@@ -10,6 +10,9 @@ from pathlib import Path
 from taid_ray.errors import RunError
 from taid_ray.files import replace_text
 
+PHASES = ("data", "teacher_wait", "forward", "loss", "backward", "optimizer", "schedule_wait")
+"""What the time of a step is made of, but for bookkeeping: `StepMetrics` has each with `_s` at its end."""
+
 
 @dataclass(frozen=True)
 class StepMetrics:

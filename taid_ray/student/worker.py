@@ -25,7 +25,6 @@ from taid_ray.models.hub import offline_if_unreachable
 from taid_ray.models.loading import tested_head
 from taid_ray.models.pair import run_tokenizer
 from taid_ray.models.student_init import build_student
-from taid_ray.report.card import write_model_card, write_plots
 from taid_ray.run.directory import RunManifest
 from taid_ray.run.layout import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
 from taid_ray.run.metrics import MetricLog
@@ -151,12 +150,10 @@ def run_worker(job: WorkerSpec) -> dict[str, Any] | None:
 
 
 def write_results(config: DistillConfig, summary: dict[str, Any], tokenizer: Any) -> None:
-    """Puts tokenizer, model card and plots beside the saved model; last the summary, with which the run is finished."""
+    """Puts the tokenizer beside the saved model; last the summary, with which the run is finished."""
     if config.data.format != "text":
         tokenizer.chat_template = chat_template(config.data.chat_template, tokenizer)
     tokenizer.save_pretrained(config.run_dir / "model")
-    write_model_card(config.run_dir, config, summary)
-    write_plots(config.run_dir)
     write_json(config.run_dir / SUMMARY_FILE, summary)
 
 

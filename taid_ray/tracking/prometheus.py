@@ -11,7 +11,7 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from taid_ray.run.metrics import StepMetrics
+from taid_ray.run.metrics import PHASES, StepMetrics
 
 STUDENT, TEACHER = "student", "teacher"
 TAGS = ("run", "role")
@@ -43,7 +43,6 @@ METRICS: dict[str, tuple[type[Any], str]] = {
 }
 """Kind and meaning. Ray adds `ray_` in front, and `_total` to counters."""
 OWN_TAGS = {"taid_phase_seconds": "phase", "taid_requests_again": "reason"}
-PHASES = ("data", "teacher_wait", "forward", "loss", "backward", "optimizer", "schedule_wait")
 
 
 class Instruments:

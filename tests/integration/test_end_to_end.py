@@ -24,7 +24,7 @@ def check_run(result: RunResult, steps: int) -> list[dict[str, Any]]:
 
     held = {path.name for path in result.path.iterdir()}
     figures = {"metrics.jsonl", "validation.jsonl", "summary.json", "tensorboard"}
-    written = figures | {"config.yaml", "run.json", "log.jsonl", "model", "report"}
+    written = figures | {"config.yaml", "run.json", "log.jsonl", "model", "report.html", "report"}
     assert held - {"checkpoints"} == written
     validations = [json.loads(line) for line in (result.path / "validation.jsonl").read_text().splitlines()]
     assert validations == result.summary["validations"] and len(validations) >= 2
@@ -35,7 +35,8 @@ def check_run(result: RunResult, steps: int) -> list[dict[str, Any]]:
     assert json.loads((result.path / "summary.json").read_text()) == result.summary
     assert result.summary["steps"] == steps
     assert result.summary["tokens"] == sum(line["tokens"] for line in lines)
-    assert (result.path / "report" / "training.png").stat().st_size > 10_000
+    assert (result.path / "report" / "t.png").stat().st_size > 10_000
+    assert (result.model / "README.md").exists()
     model, tokenizer = AutoModelForCausalLM.from_pretrained(result.model), AutoTokenizer.from_pretrained(result.model)
     logits = model(**tokenizer("Once upon a time", return_tensors="pt")).logits
     assert logits.isfinite().all() and logits.shape[-1] >= len(tokenizer.get_vocab())

@@ -9,87 +9,25 @@ from typing import Any
 import numpy as np
 import pytest
 import typer
-import yaml
 from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from taid_ray.cli.report import report
-from taid_ray.config.schema import build_config
 from taid_ray.errors import ConfigError, RunError
 from taid_ray.report.format import shown_amount, shown_seconds
-from taid_ray.report.history import COLUMNS, PHASES, History, read_history
+from taid_ray.report.history import COLUMNS, PHASE_COLUMNS, History, read_history
 from taid_ray.report.run_notes import run_notes
 from taid_ray.report.run_page import key_figures, time_rows, validation_rows, write_run_report
 from taid_ray.report.run_plots import Bins, loss_curves, optimizer, step_time, t_curve, throughput
-from taid_ray.run.metrics import StepMetrics
-from taid_ray.scheduler.schedule import TAIDSchedule
+from taid_ray.run.metrics import PHASES, StepMetrics
 from tests.support.html_page import Page
-
-STEPS = 40
-TREE: dict[str, Any] = {
-    "name": "stories",
-    "teacher": {"model": "org/teacher"},
-    "student": {"init": "cut", "layers": [0, 4]},
-    "data": {"train": "org/data"},
-    "schedule": {"t_start": 0.4, "alpha": 0.1},
-    "train": {"steps": STEPS, "eval_every": 10},
-}
-SUMMARY = {
-    "steps": STEPS,
-    "teacher": {"parameters": 262_080},
-    "after": {"parameters": 136_512},
-    "wall_s": 125.0,
-    "documents_read": 1024,
-    "dropped_documents": 3,
-}
-BEGAN = [{"began": f"2026-11-21T18:{minute}:21+00:00", "workers": 2, "host": "a<b"} for minute in (19, 25)]
-
-
-def metric_lines(tree: dict[str, Any], steps: int, total: int) -> list[dict[str, Any]]:
-    """As a run of this schedule writes them: t and floor_active are those that the step before led to."""
-    schedule = build_config(tree).schedule
-    rule = TAIDSchedule(
-        schedule.t_start, schedule.t_end, schedule.alpha, schedule.beta, total, schedule.mode, schedule.gain
-    )
-    lines = []
-    for step in range(1, steps + 1):
-        state, kl = rule.state, 1 + 1 / step
-        lines.append(
-            {
-                "step": step, "epoch": 0, "t": state.t, "momentum": state.momentum, "loss": kl + 1.5, "kl": kl,
-                "entropy_pt": 1.5, "sft": 0.0, "floor_active": state.floor_active, "lr": 1e-3, "grad_norm": 3 / step,
-                "tokens": 100, "tokens_per_s": 50.0, "step_s": 2.0, "teacher_wait_s": 0.2, "data_s": 0.1, "forward_s": 0.4,
-                "loss_s": 0.3, "backward_s": 0.8, "optimizer_s": 0.1, "schedule_wait_s": 0.0, "teacher_compute_s": 1.8,
-                "payload_bytes": 6400, "samples_seen": step * 4,
-            }
-        )  # fmt: skip
-        rule.update(kl + 1.5)
-    return lines
-
-
-def validation_lines(steps: int) -> list[dict[str, Any]]:
-    return [
-        {"step": step, "cross_entropy": 3.5 - step / 40, "teacher_cross_entropy": 1.5, "kl": 2 - step / 40, "tokens": 9}
-        for step in range(0, steps + 1, 10)
-    ]
-
-
-def write_run(run: Path, steps: int = STEPS, finished: bool = True, **changes: Any) -> Path:
-    """changes: of the configuration."""
-    run.mkdir(parents=True)
-    tree = TREE | changes
-    (run / "config.yaml").write_text(yaml.safe_dump(build_config(tree).model_dump(mode="json")))
-    (run / "run.json").write_text(json.dumps({"id": "stories-1234", "attempts": BEGAN}))
-    total = tree["train"].get("steps") or STEPS
-    write_lines(run / "metrics.jsonl", metric_lines(tree, steps, total))
-    write_lines(run / "validation.jsonl", validation_lines(steps))
-    if finished:
-        (run / "summary.json").write_text(json.dumps(SUMMARY | {"steps": steps}))
-    return run
-
-
-def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+from tests.support.report_files import (
+    STEPS,
+    TREE,
+    metric_lines,
+    write_lines,
+    write_run,
+)
 
 
 def made(directory: Path, *args: Any, **kwargs: Any) -> History:
@@ -105,7 +43,7 @@ def test_columns_are_those_of_the_metrics_and_the_phases_those_of_the_loop() -> 
     from taid_ray.student.loop import PHASES as LOOP
 
     assert set(COLUMNS) <= {field.name for field in fields(StepMetrics)} and len(set(COLUMNS)) == len(COLUMNS)
-    assert set(PHASES) == {f"{phase}_s" for phase in LOOP} | {"teacher_wait_s"}
+    assert set(PHASES) == {*LOOP, "teacher_wait"}
 
 
 def test_history_of_a_finished_run(tmp_path: Path) -> None:
@@ -219,7 +157,7 @@ def test_odd_figures_have_a_report(tmp_path: Path) -> None:
     lines = metric_lines(TREE, 20, STEPS)
     lines[3]["grad_norm"] = float("inf")
     for line in lines:
-        line |= dict.fromkeys((*PHASES, "step_s"), 0.0)
+        line |= dict.fromkeys((*PHASE_COLUMNS, "step_s"), 0.0)
     write_lines(run / "metrics.jsonl", lines)
     (run / "validation.jsonl").unlink()
     write_run_report(run)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from ray.util.metrics import Counter, Histogram
 
-from taid_ray.run.metrics import StepMetrics
-from taid_ray.tracking.prometheus import METRICS, OWN_TAGS, PHASES, SECONDS, Instruments
+from taid_ray.run.metrics import PHASES, StepMetrics
+from taid_ray.tracking.prometheus import METRICS, OWN_TAGS, SECONDS, Instruments
 from tests.support.paths import ROOT
 
 DASHBOARD = ROOT / "cluster" / "grafana" / "taid-ray.json"

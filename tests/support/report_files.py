@@ -1,0 +1,79 @@
+"""Directories of runs that nobody ran, with everything that a report shows."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from taid_ray.config.schema import build_config
+from taid_ray.scheduler.schedule import TAIDSchedule
+
+STEPS = 40
+TREE: dict[str, Any] = {
+    "name": "stories",
+    "teacher": {"model": "org/teacher"},
+    "student": {"init": "cut", "layers": [0, 4]},
+    "data": {"train": "org/data"},
+    "schedule": {"t_start": 0.4, "alpha": 0.1},
+    "train": {"steps": STEPS, "eval_every": 10},
+}
+SUMMARY = {
+    "steps": STEPS,
+    "t": 0.9952,
+    "tokens": 4000,
+    "teacher": {"cross_entropy": 1.6, "parameters": 262_080},
+    "before": {"cross_entropy": 6.5523, "kl": 4.9, "parameters": 136_512},
+    "after": {"cross_entropy": 2.25, "kl": 0.71234, "parameters": 136_512},
+    "wall_s": 125.0,
+    "documents_read": 1024,
+    "dropped_documents": 3,
+}
+BEGAN = [{"began": f"2026-11-21T18:{minute}:21+00:00", "workers": 2, "host": "a<b"} for minute in (19, 25)]
+
+
+def metric_lines(tree: dict[str, Any], steps: int, total: int) -> list[dict[str, Any]]:
+    """As a run of this schedule writes them: t and floor_active are those that the step before led to."""
+    schedule = build_config(tree).schedule
+    rule = TAIDSchedule(
+        schedule.t_start, schedule.t_end, schedule.alpha, schedule.beta, total, schedule.mode, schedule.gain
+    )
+    lines = []
+    for step in range(1, steps + 1):
+        state, kl = rule.state, 1 + 1 / step
+        lines.append(
+            {
+                "step": step, "epoch": 0, "t": state.t, "momentum": state.momentum, "loss": kl + 1.5, "kl": kl,
+                "entropy_pt": 1.5, "sft": 0.0, "floor_active": state.floor_active, "lr": 1e-3, "grad_norm": 3 / step,
+                "tokens": 100, "tokens_per_s": 50.0, "step_s": 2.0, "teacher_wait_s": 0.2, "data_s": 0.1, "forward_s": 0.4,
+                "loss_s": 0.3, "backward_s": 0.8, "optimizer_s": 0.1, "schedule_wait_s": 0.0, "teacher_compute_s": 1.8,
+                "payload_bytes": 6400, "samples_seen": step * 4,
+            }
+        )  # fmt: skip
+        rule.update(kl + 1.5)
+    return lines
+
+
+def validation_lines(steps: int) -> list[dict[str, Any]]:
+    return [
+        {"step": step, "cross_entropy": 3.5 - step / 40, "teacher_cross_entropy": 1.5, "kl": 2 - step / 40, "tokens": 9}
+        for step in range(0, steps + 1, 10)
+    ]
+
+
+def write_run(run: Path, steps: int = STEPS, finished: bool = True, **changes: Any) -> Path:
+    """changes: of the configuration."""
+    run.mkdir(parents=True)
+    tree = TREE | changes
+    (run / "config.yaml").write_text(yaml.safe_dump(build_config(tree).model_dump(mode="json")))
+    (run / "run.json").write_text(json.dumps({"id": "stories-1234", "attempts": BEGAN}))
+    total = tree["train"].get("steps") or STEPS
+    write_lines(run / "metrics.jsonl", metric_lines(tree, steps, total))
+    write_lines(run / "validation.jsonl", validation_lines(steps))
+    if finished:
+        (run / "summary.json").write_text(json.dumps(SUMMARY | {"steps": steps}))
+    return run
+
+
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -1,0 +1,50 @@
+"""metrics.jsonl: whole lines at once, and errors that name the file and the step."""
+
+from pathlib import Path
+
+import pytest
+
+from taid_ray.errors import RunError
+from taid_ray.files import read_metrics
+from taid_ray.run.metrics import MetricLog, StepMetrics
+
+
+def metrics(step: int) -> StepMetrics:
+    return StepMetrics(
+        step=step, epoch=0, t=0.4 + step / 100, momentum=0.0, loss=3.0 / step, kl=1.0 / step, entropy_pt=2.0 / step, sft=0.0,
+        floor_active=False, lr=1e-3, grad_norm=0.5, tokens=100, tokens_per_s=50.0, step_s=2.0, teacher_wait_s=0.0,
+        data_s=0.1, forward_s=0.4, loss_s=0.5, backward_s=0.8, optimizer_s=0.1, schedule_wait_s=0.0, teacher_compute_s=0.9,
+        payload_bytes=6400, samples_seen=step * 4,
+    )  # fmt: skip
+
+
+def test_metrics_lines_are_complete_at_once_and_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricLog(path, 0)
+    for step in (1, 2):
+        log.write(metrics(step))
+        assert [line["step"] for line in read_metrics(path)] == list(range(1, step + 1))  # before the next step
+    log.close()
+    again = MetricLog(path, 2)
+    again.write(metrics(3))
+    again.close()
+    lines = read_metrics(path)
+    assert [line["t"] for line in lines] == [metrics(step).t for step in (1, 2, 3)]
+    documented = "step epoch t momentum loss kl entropy_pt floor_active lr grad_norm tokens tokens_per_s step_s"
+    times = "data_s teacher_wait_s forward_s loss_s backward_s optimizer_s schedule_wait_s teacher_compute_s"
+    assert set(lines[0]) >= set(f"{documented} {times} payload_bytes samples_seen".split())
+
+
+def test_a_full_disk_is_told_with_the_step(tmp_path: Path) -> None:
+    log = MetricLog(tmp_path / "metrics.jsonl", 0)
+    log.close()
+    log._file = Path("/dev/full").open("w")  # noqa: SIM115  # the log closes it
+    with pytest.raises(RunError, match=r"metrics\.jsonl cannot be written after step 1: .*No space left"):
+        log.write(metrics(1))
+    log.close()  # whose own attempt to write the line must not hide the error
+
+
+def test_metrics_that_do_not_reach_the_checkpoint_are_damaged(tmp_path: Path) -> None:
+    MetricLog(tmp_path / "metrics.jsonl", 0).close()
+    with pytest.raises(RunError, match="no line for step 1, and the newest checkpoint is of step 2"):
+        MetricLog(tmp_path / "metrics.jsonl", 2)
