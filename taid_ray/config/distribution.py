@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import model_serializer, model_validator
 
-from taid_ray.config.schema import Section
+from taid_ray.config.fields import Section
 
 # Arguments of every distribution but `choice`; the names are Ray Tune's.
 ARGUMENTS = {

@@ -1,66 +1,40 @@
-"""The configuration: one typed, frozen tree. The text under each field is its help.
+"""The configuration: one typed, frozen tree. The text under each field is its help, and its entry in the key reference.
 
 `load_config` reads YAML plus dotted `key=value` overrides. Everything that can be known to be wrong without opening a
 model or a cluster is refused here, with the dotted key, the value found and the remedy.
 """
 
 import copy
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
-from taid_ray.config.text import CREDENTIALS, apply_override, explain, read_tree, set_key
+from taid_ray.config.fields import (
+    EVALUATED,
+    RESUMABLE,
+    SETS_ROWS,
+    SETS_STEPS,
+    TRAINING_ONLY,
+    BelowOne,
+    Count,
+    Int,
+    Mark,
+    Name,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    Range,
+    Section,
+    SharedByTrials,
+    Unit,
+    home_checked,
+)
+from taid_ray.config.text import apply_override, explain, read_tree, set_key
 from taid_ray.errors import ConfigError
 
-
-def _number(value: Any) -> Any:
-    if isinstance(value, bool):  # pydantic would take `yes` and `on`, which YAML reads as true, for 1
-        raise ValueError("must be a number")
-    return value
-
-
-def _name(value: str) -> str:
-    if not value.strip():
-        raise ValueError("must not be empty")
-    address = value.partition("://")[2]
-    if re.match(r"[^@]*:[^@]*@", address) or re.search(r"[?&][^=]*(secret|token|key|password)[^=]*=", address, re.I):
-        raise ValueError(
-            f"{CREDENTIALS}, because config.yaml is copied and shown; give them to the storage's library by its "
-            "environment variables or its own files"
-        )
-    return value
-
-
-def _home_checked(path: str | None) -> str | None:
-    try:
-        Path(path or "").expanduser()
-    except RuntimeError:
-        raise ValueError("there is no such home directory; write the path without '~'") from None
-    return path
-
-
-Name = Annotated[str, AfterValidator(_name)]
-Int = Annotated[int, BeforeValidator(_number)]
-Float = Annotated[float, BeforeValidator(_number)]
-PositiveInt = Annotated[Int, Field(ge=1)]
-Count = Annotated[Int, Field(ge=0)]
-Positive = Annotated[Float, Field(gt=0)]
-NonNegative = Annotated[Float, Field(ge=0)]
-Unit = Annotated[Float, Field(ge=0, le=1)]
-BelowOne = Annotated[Float, Field(ge=0, lt=1)]
 LossName = Literal["taid", "forward_kl", "reverse_kl", "js", "tvd", "skew_forward_kl", "skew_reverse_kl"]
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"]
 Payload = Literal["hidden", "hidden_int8", "hidden_fp8", "topk", "logits"]
@@ -87,96 +61,66 @@ OWNED_DEEPSPEED_KEYS = {
 }
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-class Range(Section):
-    """How many there may be; a whole number stands for a range of that number only."""
-
-    min: PositiveInt
-    """Fewest."""
-    max: PositiveInt
-    """Most."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_number(cls, value: Any) -> Any:
-        if isinstance(value, dict | Range):
-            return value
-        if isinstance(value, list) and len(value) == 2:
-            return {"min": value[0], "max": value[1]}
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError("must be a whole number of at least 1, or {min: A, max: B}")
-        return {"min": value, "max": value}
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "Range":
-        if self.min > self.max:
-            raise ValueError(f"min = {self.min} is above max = {self.max}; lower min")
-        return self
-
-    @model_serializer
-    def _as_number(self) -> int | dict[str, int]:
-        return self.min if self.min == self.max else {"min": self.min, "max": self.max}
-
-    @property
-    def fixed(self) -> bool:
-        return self.min == self.max
-
-
 class TeacherConfig(Section):
-    model: Name
-    """Hub name or local directory of the teacher."""
-    revision: str | None = None
-    """Hub revision of the teacher."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the teacher's weights and of what it sends; `auto` takes the checkpoint's own."""
-    quantization: dict[str, Any] = {}
-    """Passed to transformers as `quantization_config` (for example `{quant_method: bitsandbytes, load_in_4bit: true}`)."""
-    attention: Attention = "sdpa"
-    """Attention implementation of the teacher; the flash ones need the package flash-attn and a GPU."""
-    trust_remote_code: bool = False
-    """Run Python code that ships with the teacher's checkpoint."""
-    mode: Literal["pool", "local", "cache"] = "pool"
-    """`pool`: Ray actors of its own. `local`: inside every student worker (small teachers, debugging). `cache`: no teacher at
-    all, only what `taid-ray cache warm` left in `cache.directory`."""
-    replicas: Range = Range(min=1, max=1)
-    """Whole copies of the teacher in the pool: a number, or `{min: 1, max: 4}` to follow the load: the pool starts with
-    the fewest, adds some while requests queue up, and drops them when they are idle."""
-    shards: PositiveInt = 1
-    """Processes (GPUs) that share one replica by tensor parallelism."""
-    cpus_per_shard: Positive = 1.0
-    """CPUs reserved for each shard."""
+    """The model that is learned from. Its weights never change."""
+
+    model: Annotated[Name, EVALUATED, SETS_ROWS]
+    """The teacher: a model name on the Hugging Face hub, or a local directory of such a model."""
+    revision: Annotated[str | None, EVALUATED, SETS_ROWS] = None
+    """Branch, tag or commit of the teacher on the hub; by default its main branch."""
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], EVALUATED] = "auto"
+    """Precision of the teacher's weights and of the outputs it sends. `auto` takes the precision of the checkpoint."""
+    quantization: Annotated[dict[str, Any], EVALUATED] = {}
+    """Settings that transformers takes as `quantization_config`, for example
+    `{quant_method: bitsandbytes, load_in_4bit: true}`. Empty: the teacher is not quantized."""
+    attention: Annotated[Attention, EVALUATED] = "sdpa"
+    """Attention implementation of the teacher. The flash ones need the package flash-attn and a GPU."""
+    trust_remote_code: Annotated[bool, EVALUATED] = False
+    """Allow Python code that comes with the teacher's checkpoint to run."""
+    mode: Annotated[Literal["pool", "local", "cache"], RESUMABLE] = "pool"
+    """Where the teacher runs. `pool`: in Ray actors of its own. `local`: inside every student worker (for small teachers and
+    for debugging). `cache`: nowhere; every output is read from what `taid-ray cache warm` left in `cache.directory`."""
+    replicas: Annotated[Range, RESUMABLE] = Range(min=1, max=1)
+    """Copies of the teacher in the pool: a number, or a range such as `{min: 1, max: 4}`. With a range the pool starts with
+    the smallest number, adds replicas while requests queue up, and removes them when they are idle."""
+    shards: Annotated[PositiveInt, RESUMABLE] = 1
+    """Processes (each with a GPU on a GPU cluster) that share one replica by tensor parallelism."""
+    cpus_per_shard: Annotated[Positive, RESUMABLE] = 1.0
+    """CPUs that Ray reserves for each shard."""
     payload: Payload = "hidden"
-    """What the teacher sends per loss position. Exact: `hidden` (final hidden states; logits are rebuilt at the student),
-    `logits` (whole vocabulary). Approximate: `hidden_int8`, `hidden_fp8` (a scale per token), `topk` (the likeliest ids)."""
+    """What the teacher sends for each position that carries loss. Exact: `hidden`, the final hidden states, from which the
+    student's worker computes the logits; `logits`, those of the whole vocabulary. Approximate: `hidden_int8` and
+    `hidden_fp8`, hidden states rounded with one scale per token; `topk`, the probabilities of the likeliest tokens."""
     topk: PositiveInt = 64
-    """Ids sent per loss position with `payload: topk`; the mass of all others is sent as one number."""
-    max_tokens: PositiveInt = 16384
-    """Tokens (rows x length) a replica computes in one forward pass; longer requests are split, rows of like length
-    together."""
-    window: PositiveInt = 4
-    """Requests each student worker keeps in flight ahead of the step that consumes them."""
-    window_mib: PositiveInt = 1024
-    """Memory (MiB) that the answers of these requests may take; fewer are in flight where this is reached first."""
-    hedge_after: NonNegative = 5.0
-    """Send a request to another replica too once it takes so many times as long as usual; 0 never does."""
-    timeout_s: Positive = 600.0
-    """Seconds to wait for the pool to start, or for one answer, before the run stops with an error."""
-    idle_timeout_s: Positive = 600.0
-    """Seconds without any client after which the pool removes itself from the cluster."""
+    """Number of token ids sent per position with `payload: topk`. The probability of all others is sent as one number."""
+    max_tokens: Annotated[PositiveInt, EVALUATED, RESUMABLE] = 16384
+    """Tokens (rows x length, padding included) that a replica puts through the model at once. A larger request is computed
+    in several parts, with rows of similar length together."""
+    window: Annotated[PositiveInt, RESUMABLE] = 4
+    """Requests that each student worker sends ahead of the step that needs the answers."""
+    window_mib: Annotated[PositiveInt, RESUMABLE] = 1024
+    """Largest total size (MiB) of the answers to these requests, per student worker. Where they would take more, fewer are
+    sent ahead."""
+    hedge_after: Annotated[NonNegative, RESUMABLE] = 5.0
+    """A request that has taken this many times as long as usual is sent to a second replica too, in case the first one hangs.
+    0 turns this off."""
+    timeout_s: Annotated[Positive, RESUMABLE] = 600.0
+    """Seconds to wait until the pool has started, and for each answer, before the run stops with an error."""
+    idle_timeout_s: Annotated[Positive, RESUMABLE] = 600.0
+    """Seconds without any run that uses it after which the pool removes itself from the cluster."""
 
 
 class LoraConfig(Section):
+    """Low-rank adapters, which train instead of the student's own weights. `RUN/model` holds the merged weights."""
+
     rank: PositiveInt = 16
     """Rank of the adapters."""
     alpha: Positive = 32.0
-    """Adapters are scaled by alpha / rank."""
+    """Scale of the adapters: their output is multiplied by alpha / rank."""
     dropout: BelowOne = 0.0
-    """Dropout before the adapters. Above 0 the trajectory depends on the number of workers."""
+    """Dropout in front of the adapters. With a value above 0 the results depend on the number of workers."""
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
-    """Module names that get an adapter; `all-linear` leaves the head out."""
+    """Names of the modules that get an adapter. `all-linear`: all linear layers but the head."""
 
     @field_validator("target_modules")
     @classmethod
@@ -187,42 +131,50 @@ class LoraConfig(Section):
 
 
 class StudentConfig(Section):
-    model: Name | None = None
-    """Hub name or local directory. May be left out with `init: cut` or `init: scratch` (the teacher's is used)."""
-    revision: str | None = None
-    """Hub revision of the student."""
+    """The model that is trained, and the workers that train it."""
+
+    model: Annotated[Name | None, EVALUATED, SETS_ROWS] = None
+    """The student: a model name on the Hugging Face hub, or a local directory of such a model. Not given with `init: cut`;
+    with `init: scratch` the teacher's architecture is used where it is missing."""
+    revision: Annotated[str | None, EVALUATED, SETS_ROWS] = None
+    """Branch, tag or commit of the student on the hub; by default its main branch."""
     init: Literal["pretrained", "scratch", "cut"] = "pretrained"
-    """`pretrained`: load `model`. `scratch`: its architecture, new weights. `cut`: keep `layers` of the teacher."""
+    """Where the student's first weights come from. `pretrained`: the weights of `model`. `scratch`: random weights in the
+    architecture of `model`, changed by `architecture`. `cut`: the teacher's weights, with only the `layers` named."""
     layers: list[Count] | None = None
-    """With `init: cut`, the teacher's layers to keep, in this order (for example [0, 4])."""
+    """With `init: cut`: the numbers of the teacher's layers to keep, from 0, in the student's order, for example `[0, 4]`."""
     architecture: dict[str, Any] = {}
-    """With `init: scratch`, values that replace those of the model's config (for example `{num_hidden_layers: 4}`)."""
-    resize_to_teacher: bool = False
-    """Add mean-initialised rows for token ids only the teacher has, and save the teacher's tokenizer."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Compute precision. With bfloat16 DeepSpeed keeps float32 master weights."""
-    attention: Attention = "sdpa"
-    """Attention implementation of the student; the flash ones need the package flash-attn and a GPU."""
-    trust_remote_code: bool = False
-    """Run Python code that ships with the student's checkpoint."""
-    workers: Range = Range(min=1, max=1)
-    """Ray Train workers (one GPU each on a GPU cluster): a number, or `{min: 2, max: 8}` to take as many as the nodes that
-    offer `taid_student` have room for, also when they come and go. Batches, learning rate and trajectory do not depend on it."""
-    cpus_per_worker: Positive = 1.0
-    """CPUs reserved for each worker."""
-    timeout_s: Positive = 600.0
-    """Seconds (beyond `teacher.timeout_s`) that workers wait for one another before they are restarted from the last
-    checkpoint; also how long the run waits for room on the cluster after a failure."""
-    max_failures: Count = 10
-    """Failures of the workers in a row, without a step between them that had not been reached before, that are survived."""
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    """DeepSpeed ZeRO stage: what is sharded over the workers (1 optimizer, 2 + gradients, 3 + weights)."""
-    deepspeed: dict[str, Any] = {}
-    """Further DeepSpeed configuration, passed through (for example `{zero_optimization: {offload_optimizer: ...}}`)."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass to save memory."""
+    """With `init: scratch`: values that replace those in the model's config.json, for example `{num_hidden_layers: 4}`."""
+    resize_to_teacher: Annotated[bool, SETS_ROWS] = False
+    """Give the student the teacher's tokenizer, and embedding rows for the token ids that only the teacher has. A new row
+    starts as the mean of the others."""
+    dtype: Annotated[Literal["float32", "bfloat16"], EVALUATED] = "bfloat16"
+    """Precision of the student's computation. With bfloat16 DeepSpeed keeps master weights in float32."""
+    attention: Annotated[Attention, EVALUATED] = "sdpa"
+    """Attention implementation of the student. The flash ones need the package flash-attn and a GPU."""
+    trust_remote_code: Annotated[bool, EVALUATED] = False
+    """Allow Python code that comes with the student's checkpoint to run."""
+    workers: Annotated[Range, RESUMABLE] = Range(min=1, max=1)
+    """Processes that train the student, each with a GPU on a GPU cluster: a number, or a range such as `{min: 2, max: 8}`. With
+    a range the run takes as many as find room on the nodes that offer the resource `taid_student`, also when nodes come and
+    go. The results do not depend on it, because batches and learning rate do not."""
+    cpus_per_worker: Annotated[Positive, RESUMABLE] = 1.0
+    """CPUs that Ray reserves for each worker."""
+    timeout_s: Annotated[Positive, RESUMABLE] = 600.0
+    """Seconds, in addition to `teacher.timeout_s`, that workers wait for one another before all of them restart from the
+    last checkpoint. After a failure the run also waits this long for room on the cluster."""
+    max_failures: Annotated[Count, RESUMABLE] = 10
+    """Number of failures in a row that a run survives. A step that had not been reached before starts the count anew."""
+    zero_stage: Annotated[Literal[0, 1, 2, 3], RESUMABLE] = 2
+    """DeepSpeed ZeRO stage, which says what is divided among the workers: 0 nothing, 1 the optimizer's state, 2 also the
+    gradients, 3 also the weights."""
+    deepspeed: Annotated[dict[str, Any], RESUMABLE] = {}
+    """Further DeepSpeed settings, for example `{zero_optimization: {offload_optimizer: {device: cpu}}}`. Those that taid-ray
+    sets itself are refused."""
+    gradient_checkpointing: Annotated[bool, RESUMABLE] = False
+    """Save memory by computing activations a second time in the backward pass."""
     lora: LoraConfig | None = None
-    """Train low-rank adapters instead of all weights; `RUN/model` holds the merged weights."""
+    """Train low-rank adapters instead of all weights, with the keys below. By default all weights are trained."""
 
     @field_validator("deepspeed")
     @classmethod
@@ -279,54 +231,66 @@ class StudentConfig(Section):
 
 
 class DataConfig(Section):
-    train: Name
-    """Hub name of a dataset, or a local json / jsonl / parquet / csv / txt file or directory of such files."""
+    """The documents to train and to validate on, and how they become rows of tokens."""
+
+    train: Annotated[Name, TRAINING_ONLY]
+    """Training data: the name of a dataset on the Hugging Face hub, a local file (json, jsonl, parquet, csv or txt), or a
+    directory of such files."""
     valid: Name | None = None
-    """Validation data, given like `train`. Without it the first `valid_documents` documents of `train` are held out."""
+    """Validation data, given like `train`. Without it the first `valid_documents` documents of `train` are kept for
+    validation, and not trained on."""
     subset: str | None = None
-    """Configuration name of a hub dataset."""
-    split: str = "train"
-    """Split of `train` to read (hub datasets)."""
+    """Configuration name of a dataset on the hub, where it has several."""
+    split: Annotated[str, TRAINING_ONLY] = "train"
+    """Split of `train` to read, if it is a dataset on the hub."""
     valid_split: str = "validation"
-    """Split of `valid` to read (hub datasets)."""
+    """Split of `valid` to read, if it is a dataset on the hub."""
     valid_documents: PositiveInt = 200
-    """How many documents validation uses at most."""
+    """Largest number of documents that validation uses."""
     format: Literal["text", "chat", "prompt_response"] = "text"
-    """`text`: plain documents. `chat`: lists of messages. `prompt_response`: one column each."""
+    """What a row of the data holds. `text`: a document. `chat`: a list of messages. `prompt_response`: a prompt and a
+    response, in columns of their own."""
     text_column: str = "text"
-    """Column of the documents (`format: text`)."""
+    """With `format: text`: the column of the documents."""
     messages_column: str = "messages"
-    """Column of the message lists, each message with `role` and `content` (`format: chat`)."""
+    """With `format: chat`: the column of the message lists. Each message has a `role` and a `content`."""
     prompt_columns: Annotated[list[str], Field(min_length=1)] = ["prompt"]
-    """Columns joined by a blank line into the prompt, empty ones left out (`format: prompt_response`)."""
+    """With `format: prompt_response`: the columns that make the prompt, joined by a blank line. Empty ones are left out."""
     response_column: str = "response"
-    """Column of the response (`format: prompt_response`)."""
+    """With `format: prompt_response`: the column of the response."""
     chat_template: str | None = None
-    """Jinja template, or a file holding one, instead of the tokenizer's own (`format: chat | prompt_response`)."""
+    """Jinja chat template, or the path of a file that holds one, for `format: chat` and `prompt_response`. By default the
+    tokenizer's own."""
     loss_on: Literal["response", "all"] = "response"
-    """Which tokens of chat and prompt/response data carry loss; `all` is what the published TAID code trains on."""
+    """Which tokens carry loss with `format: chat` and `prompt_response`: those of the responses only, or all, as the published
+    TAID code does. With `format: text` all tokens carry loss."""
     sequence_length: Annotated[Int, Field(ge=2)] = 2048
-    """Tokens per row."""
+    """Largest number of tokens in a row."""
     pack: bool = True
-    """Put several documents into one row, without attention between them."""
+    """Put several documents into one row. They do not attend to one another."""
     overlong: Literal["error", "drop", "truncate"] = "error"
-    """What to do with a chat or prompt/response row longer than `sequence_length`. Plain documents are cut into pieces."""
+    """What happens to a document that is longer than `sequence_length`, with `format: chat` and `prompt_response`: the run stops
+    with an error, the document is left out, or its end is cut off. With `format: text` it is cut into pieces."""
     streaming: bool = False
-    """Read the dataset as a stream instead of preparing it on disk first (large corpora)."""
-    block_documents: PositiveInt = 1024
-    """Documents are read, shuffled and packed in blocks of this many."""
+    """Read the data as a stream, instead of first preparing all of it on disk. For very large data sets; needs
+    `train.steps`."""
+    block_documents: Annotated[PositiveInt, TRAINING_ONLY] = 1024
+    """Documents are read, shuffled and packed in blocks of this many. Larger blocks shuffle better and need more memory."""
 
 
 class LossConfig(Section):
+    """What the student minimises."""
+
     name: LossName = "taid"
-    """The divergence between teacher and student."""
+    """The divergence between teacher and student, per token. `taid` is the only one that uses the section `schedule`."""
     weight: Unit | None = None
-    """Mixing weight of `js` (the teacher's), `skew_forward_kl` and `skew_reverse_kl`; their default is 0.1."""
+    """Mixing weight of `js` (the teacher's share), `skew_forward_kl` and `skew_reverse_kl`. Default: 0.1."""
     sft_weight: Unit = 0.0
-    """Share of plain cross-entropy on the labels: loss = (1 - sft_weight) * divergence + sft_weight * cross-entropy."""
-    memory_mib: PositiveInt | None = None
-    """Memory (MiB) for the logits that exist at the same time, which sets how many positions share a matmul. Default: 128
-    on a CPU, 2048 on a GPU."""
+    """Share of plain cross-entropy on the data's own tokens:
+    loss = (1 - sft_weight) * divergence + sft_weight * cross-entropy."""
+    memory_mib: Annotated[PositiveInt | None, RESUMABLE] = None
+    """Memory (MiB) for the logits that exist at the same time. It sets how many positions the loss treats at once. Default:
+    128 on a CPU, 2048 on a GPU."""
 
     @model_validator(mode="after")
     def _weight_fits(self) -> "LossConfig":
@@ -336,21 +300,25 @@ class LossConfig(Section):
 
 
 class ScheduleConfig(Section):
+    """How TAID's t moves from the student (0) to the teacher (1) during a run."""
+
     mode: Literal["adaptive", "normalised", "linear", "constant"] = "adaptive"
-    """`adaptive`: the paper's rule. `normalised`: the same with the loss's fall divided by its running size, so that fast and
-    slow learning really differ. `linear`: from t_start towards t_end. `constant`: t stays t_start."""
+    """`adaptive`: the paper's rule, which moves t faster while the loss falls. `normalised`: the same rule with the fall of the
+    loss divided by its usual size, so that fast and slow learning really differ. `linear`: from t_start towards t_end.
+    `constant`: t stays at t_start."""
     t_start: Unit = 0.4
-    """Interpolation at the first step (the paper: 0.4 for Phi-3, 0.2 for its other pairs)."""
+    """Value of t at the first step. The paper uses 0.4 for Phi-3, and 0.2 for its other pairs."""
     t_end: Unit = 1.0
-    """Where t moves to; 1 is the teacher itself. As in the published code the last step uses the value of two steps before."""
+    """Value that t moves to; 1 is the teacher itself. As in the published code the last step uses the value of two steps
+    before, so that a linear schedule ends just below it."""
     alpha: Unit = 5e-4
-    """Step size of the adaptive rule. What matters is alpha times the number of steps."""
+    """Step size of the adaptive rule. What matters is alpha times the number of steps, so a short run needs a larger one."""
     beta: Unit = 0.99
-    """Momentum of the adaptive rule."""
+    """Momentum of the adaptive rule: how slowly its average of the loss's fall changes."""
     gain: Positive = 10.0
-    """How sharply mode `normalised` tells fast learning from slow."""
+    """With `mode: normalised`: how strongly t reacts to the difference between fast and slow learning."""
     signal: Literal["cross_entropy", "kl"] = "cross_entropy"
-    """What the adaptive rule watches: `cross_entropy` as the published code, `kl` as the paper."""
+    """The loss that the adaptive rule watches: `cross_entropy`, as in the published code, or `kl`, as in the paper."""
 
     @model_validator(mode="after")
     def _range(self) -> "ScheduleConfig":
@@ -368,32 +336,34 @@ class ScheduleConfig(Section):
 
 
 class TrainConfig(Section):
-    steps: PositiveInt | None = None
-    """Optimizer steps. Give either this or `epochs`."""
-    epochs: Positive | None = None
-    """Passes over the training data. Give either this or `steps`."""
-    batch_size: PositiveInt = 64
-    """Rows per optimizer step over all workers."""
-    micro_batch_size: PositiveInt = 8
-    """Rows a worker puts through the model at once; accumulation follows from it."""
+    """The length of the training, its batches, and the AdamW optimizer."""
+
+    steps: Annotated[PositiveInt | None, SETS_STEPS] = None
+    """Number of optimizer steps. Give either this or `epochs`."""
+    epochs: Annotated[Positive | None, SETS_STEPS] = None
+    """Number of passes over the training data, which need not be whole. Give either this or `steps`."""
+    batch_size: Annotated[PositiveInt, SETS_ROWS] = 64
+    """Rows per optimizer step, over all workers together."""
+    micro_batch_size: Annotated[PositiveInt, RESUMABLE] = 8
+    """Rows that a worker puts through the model at once. Gradients are accumulated over as many micro-batches as it takes."""
     learning_rate: Positive = 1e-4
-    """Peak learning rate of AdamW."""
+    """Highest learning rate of AdamW."""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the learning rate after the warm-up; cosine and linear end at 0."""
+    """Course of the learning rate after the warm-up. `cosine` and `linear` end at 0."""
     warmup_steps: Count = 0
-    """Steps of linear warm-up."""
+    """Steps over which the learning rate first rises, linearly, to its highest value."""
     weight_decay: NonNegative = 0.01
-    """Weight decay of AdamW, on matrices only (not on biases, norms)."""
+    """Weight decay of AdamW. It acts on matrices only, not on biases and norms."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
-    """Moment decay rates of AdamW."""
+    """Decay rates of AdamW's two moments."""
     epsilon: Positive = 1e-8
-    """Epsilon of AdamW."""
+    """AdamW's epsilon, which is added to the denominator of its update."""
     max_grad_norm: NonNegative = 1.0
-    """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
+    """Largest norm of the whole gradient; a larger one is scaled down to it. 0 turns this off."""
     seed: Int = 0
-    """Seed of data order and new weights."""
-    eval_every: Count = 0
-    """Validate every so many steps; 0 validates before and after only."""
+    """Seed of the order of the data, of new weights and of dropout."""
+    eval_every: Annotated[Count, RESUMABLE] = 0
+    """Number of steps between validations. With 0 only the first and the last model are validated."""
 
     @model_validator(mode="after")
     def _length(self) -> "TrainConfig":
@@ -404,27 +374,29 @@ class TrainConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every_steps: PositiveInt | None = None
-    """Save a checkpoint every so many optimizer steps."""
-    every_minutes: Positive | None = 10.0
-    """Save a checkpoint every so many minutes; null: never by time. Stopping a run saves one in any case."""
-    keep: PositiveInt = 2
-    """How many of the newest checkpoints are kept."""
-    best: Literal["cross_entropy", "kl"] | None = None
-    """Also save one at every validation, and keep the one with the lowest of this figure."""
-    storage: Name | None = None
-    """Where they are kept: a directory that all nodes see, or a URI such as s3://bucket/path; every run has a directory of
-    its own in it. Default: RUN/checkpoints."""
+    """When the state of the training is saved, and where. A run that is stopped saves it in any case."""
+
+    every_steps: Annotated[PositiveInt | None, RESUMABLE] = None
+    """Optimizer steps between checkpoints; null: the number of steps does not matter."""
+    every_minutes: Annotated[Positive | None, RESUMABLE] = 10.0
+    """Minutes between checkpoints; null: time does not matter."""
+    keep: Annotated[PositiveInt, RESUMABLE] = 2
+    """Number of checkpoints that are kept, the newest ones."""
+    best: Annotated[Literal["cross_entropy", "kl"] | None, RESUMABLE] = None
+    """Also save a checkpoint at every validation, and keep the one with the lowest value of this figure."""
+    storage: Annotated[Name | None, SharedByTrials("every trial has a directory of its own in it")] = None
+    """Where checkpoints are kept: a directory that all nodes see, or a URI such as `s3://bucket/path`. Each run makes a
+    directory of its own there. Default: `RUN/checkpoints`."""
 
 
 class CacheConfig(Section):
-    """Teacher outputs that are kept, for later epochs, for other trials of a search, and for later runs."""
+    """The teacher's outputs, kept on disk for later epochs, for other trials of a search, and for later runs."""
 
     directory: Name | None = None
-    """Directory that keeps the teacher's outputs: one that all nodes see, or a local one of each node, in memory if it lies in
-    /dev/shm. Default: none are kept."""
+    """Directory that keeps the teacher's outputs: one that all nodes see, or a local one on each node, which is in memory if it
+    lies in `/dev/shm`. By default no outputs are kept."""
     disk_gib: Positive = 50.0
-    """Size (GiB) that the directory's samples never exceed; those not used for longest make room."""
+    """Largest size (GiB) of the directory. The samples that have gone unused for longest make room for new ones."""
 
     @property
     def on(self) -> bool:
@@ -448,37 +420,43 @@ class CacheConfig(Section):
     def _directory(cls, value: str | None) -> str | None:
         if value is not None and "://" in value:
             raise ValueError("remote storage is not offered; name a directory")
-        return _home_checked(value)
+        return home_checked(value)
 
 
 class TrackingConfig(Section):
-    """Where a run's figures go beside its own files and TensorBoard's. All else is said to W&B and MLflow by their own
-    environment variables (`WANDB_API_KEY`, `WANDB_MODE`, `MLFLOW_TRACKING_URI` ...), set where `taid-ray` is started."""
+    """Trackers that a run's figures go to, in addition to its own files and TensorBoard's. W&B and MLflow take everything else
+    from their own environment variables (`WANDB_API_KEY`, `WANDB_MODE`, `MLFLOW_TRACKING_URI` ...), set where `taid-ray` is
+    started."""
 
     wandb: Name | None = None
-    """Project of Weights & Biases that gets the run (needs the package wandb: `pip install 'taid-ray[wandb]'`)."""
+    """Weights & Biases project that gets the run. Needs the package wandb: `pip install 'taid-ray[wandb]'`."""
     mlflow: Name | None = None
-    """Experiment of MLflow that gets the run (needs the package mlflow: `pip install 'taid-ray[mlflow]'`)."""
+    """MLflow experiment that gets the run. Needs the package mlflow: `pip install 'taid-ray[mlflow]'`."""
 
 
 class DistillConfig(Section):
     """Everything that defines one distillation run."""
 
-    name: str = "distill"
-    """Name of the run, used in logs and for the teacher pool."""
-    out: Name | None = None
-    """Run directory, on a file system that every node sees; `~` is the home directory. Default: runs/NAME."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where models run; `auto` takes GPUs if the cluster has any."""
+    name: Annotated[str, RESUMABLE, SharedByTrials("the search names its trials")] = "distill"
+    """Name of the run, in its logs and of its teacher pool."""
+    out: Annotated[
+        Name | None, RESUMABLE, SharedByTrials("every trial has a directory of its own inside the search's")
+    ] = None
+    """Run directory (RUN), which all files of the run go to. It must lie on a file system that every node sees; `~` is the home
+    directory. Default: `runs/NAME`."""
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], EVALUATED, SharedByTrials("all trials run on the same kind of device")
+    ] = "auto"
+    """Where the models run: `auto` uses GPUs if the cluster has any."""
     teacher: TeacherConfig
     student: StudentConfig
-    data: DataConfig
+    data: Annotated[DataConfig, EVALUATED, SETS_ROWS]
     loss: LossConfig = LossConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
-    cache: CacheConfig = CacheConfig()
-    tracking: TrackingConfig = TrackingConfig()
+    cache: Annotated[CacheConfig, RESUMABLE, SharedByTrials("all trials share the teacher's outputs")] = CacheConfig()
+    tracking: Annotated[TrackingConfig, RESUMABLE] = TrackingConfig()
 
     @field_validator("name")
     @classmethod
@@ -496,7 +474,7 @@ class DistillConfig(Section):
             raise ValueError(
                 "remote storage is not offered yet; name a directory on a file system that every node sees"
             )
-        return _home_checked(value)
+        return home_checked(value)
 
     @model_validator(mode="after")
     def _fits_together(self) -> "DistillConfig":
@@ -511,7 +489,9 @@ class DistillConfig(Section):
                 "set teacher.mode: pool"
             )
         if self.data.streaming and self.train.epochs is not None:
-            raise ValueError("train.epochs needs the length of the data, which a stream has not; set train.steps")
+            raise ValueError(
+                "train.epochs needs the length of the data, which is not known for a stream; set train.steps"
+            )
         if self.checkpoint.best and not self.train.eval_every:
             raise ValueError(
                 f"checkpoint.best: {self.checkpoint.best} compares validations, and train.eval_every is 0; set it"
@@ -577,12 +557,32 @@ def stored_config(tree: Mapping[str, Any]) -> DistillConfig:
     return build_config(tree)
 
 
+def section_of(field: FieldInfo) -> type[Section] | None:
+    """The section that a field holds, perhaps beside null; None for a field with a value."""
+    kinds = (field.annotation, *get_args(field.annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
+
+
 def known_keys(section: type[Section] = DistillConfig, prefix: str = "") -> dict[str, str]:
-    """Every dotted key of the tree with its help text."""
+    """Every dotted key with its help text; also those of ranges and of sections that may be null."""
     keys: dict[str, str] = {}
     for name, field in section.model_fields.items():
-        nested = [
-            a for a in (field.annotation, *get_args(field.annotation)) if isinstance(a, type) and issubclass(a, Section)
-        ]
-        keys |= known_keys(nested[0], f"{prefix}{name}.") if nested else {f"{prefix}{name}": field.description or ""}
+        key, inner = f"{prefix}{name}", section_of(field)
+        if inner is None or field.description:
+            keys[key] = field.description or ""
+        if inner is not None:
+            keys |= known_keys(inner, f"{key}.")
     return keys
+
+
+def marks_of(key: str) -> list[Mark]:
+    """The marks of a dotted key: those of its field, and of every section on the way to it."""
+    marks: list[Mark] = []
+    section: type[Section] | None = DistillConfig
+    for part in key.split("."):
+        field = section.model_fields.get(part) if section else None
+        if field is None:  # a key in a mapping that taid-ray only passes on, or none at all
+            break
+        marks += [mark for mark in field.metadata if isinstance(mark, Mark)]
+        section = section_of(field)
+    return marks

@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from taid_ray.config.distribution import Distribution
-from taid_ray.config.schema import Count, DistillConfig, Int, Positive, PositiveInt, Section, build_config, known_keys
+from taid_ray.config.fields import SETS_ROWS, SETS_STEPS, Count, Int, Positive, PositiveInt, Section, SharedByTrials
+from taid_ray.config.schema import DistillConfig, build_config, known_keys, marks_of
 from taid_ray.config.text import explain, read_tree
 from taid_ray.errors import ConfigError
 
@@ -23,19 +24,6 @@ MAX_GRID = 500
 """Trials of a grid: the files of a search are written anew for each of them."""
 DRAWS = 64
 """Joint draws that `Space.check` puts through the configuration, besides every end of every range."""
-
-# What all trials of a search have in common, and why. A name with a dot at its end stands for all keys below it.
-SHARED = {
-    "name": "the search names its trials",
-    "out": "every trial has a directory of its own inside the search's",
-    "device": "all trials run on the same kind of device",
-    "cache.": "all trials share the teacher's outputs",
-    "checkpoint.storage": "every trial has a directory of its own in it",
-}
-LENGTH = ("train.steps", "train.epochs")
-"""Keys that set the number of optimizer steps."""
-TOKENIZED_BY = ("student.model", "student.revision", "student.resize_to_teacher", "teacher.model", "teacher.revision")
-"""Keys that say which tokenizer makes rows of the data."""
 
 
 class Space(Section):
@@ -118,23 +106,29 @@ class Space(Section):
         known = [key for key in known_keys() if not key.endswith((".min", ".max"))]
         sections = {key[:dot] for key in known for dot in range(len(key)) if key[dot] == "."}
         for key in self.space:
-            for shared, reason in SHARED.items():
-                if key == shared or (shared.endswith(".") and f"{key}.".startswith(shared)):
-                    raise ConfigError(f"space.{key}: cannot be searched, because {reason}; set it in the configuration")
+            for mark in marks_of(key):
+                if isinstance(mark, SharedByTrials):
+                    raise ConfigError(
+                        f"space.{key}: cannot be searched, because {mark.meaning}; set it in the configuration"
+                    )
             if key in sections:
                 raise ConfigError(f"space.{key}: is a whole section; name one of its keys, for example {_below(key)}")
 
     def _check_lengths(self, base: DistillConfig) -> None:
         """What compares trials, or divides by their steps, needs all of them to have the base's number."""
         rows_change = base.train.epochs is not None  # so that steps do
-        made_of = (*TOKENIZED_BY, "train.batch_size")
-        lengths = [k for k in self.space if k in LENGTH or (rows_change and (k in made_of or k.startswith("data.")))]
+        changing = {SETS_STEPS, SETS_ROWS} if rows_change else {SETS_STEPS}
+        lengths = [key for key in self.space if changing.intersection(marks_of(key))]
         if lengths and self.scheduler != "fifo":
             # ASHA would end a longer trial at the base's last step, and call it worse than others.
             raise ConfigError(
                 f"space.{lengths[0]}: can change the number of steps, and scheduler: {self.scheduler} compares trials of "
                 "one length; set scheduler: fifo, or leave the key out"
-                + ("" if lengths[0] in LENGTH else ", or set train.steps instead of train.epochs in the configuration")
+                + (
+                    ""
+                    if SETS_STEPS in marks_of(lengths[0])
+                    else ", or set train.steps instead of train.epochs in the configuration"
+                )
             )
         if ALPHA_STEPS not in self.space:
             return

@@ -16,8 +16,9 @@ from typing import IO, Any, Literal
 
 import yaml
 
+from taid_ray.config.fields import RESUMABLE
 from taid_ray.config.paths import flat, with_absolute_paths
-from taid_ray.config.schema import DistillConfig, stored_config
+from taid_ray.config.schema import DistillConfig, marks_of, stored_config
 from taid_ray.config.text import read_tree
 from taid_ray.errors import ConfigError, TaidRayError
 from taid_ray.files import damaged, read_json, replace_text, write_json
@@ -25,31 +26,6 @@ from taid_ray.run.layout import CONFIG_FILE, LOCK_FILE, METRICS_FILE, RAY_TRAIN_
 
 LOCK_S = 1.0
 """`is_locked` has a lock for a moment; who is refused for longer than this is refused by a driver."""
-
-# What a run may be resumed with other values of: where and how it is computed, not what.
-MAY_CHANGE = (
-    "name",
-    "out",
-    *(
-        f"teacher.{key}"
-        for key in (
-            "mode", "replicas", "shards", "cpus_per_shard", "max_tokens", "window", "window_mib", "hedge_after", "timeout_s",
-            "idle_timeout_s",
-        )
-    ),
-    *(
-        f"student.{key}"
-        for key in (
-            "workers", "cpus_per_worker", "zero_stage", "deepspeed", "gradient_checkpointing", "timeout_s", "max_failures"
-        )
-    ),
-    "loss.memory_mib",
-    "train.micro_batch_size",
-    "train.eval_every",
-    *(f"checkpoint.{key}" for key in ("every_steps", "every_minutes", "keep", "best")),
-    "cache",
-    "tracking",
-)  # fmt: skip
 
 
 def inspect_run_dir(config: DistillConfig) -> Literal["new", "unfinished", "finished"]:
@@ -104,7 +80,7 @@ def changed_keys(before: DistillConfig, now: DistillConfig) -> list[str]:
     return [
         f"{key} (was {json.dumps(old.get(key))}, now {json.dumps(new.get(key))})"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in MAY_CHANGE)
+        if old.get(key) != new.get(key) and RESUMABLE not in marks_of(key)
     ]
 
 

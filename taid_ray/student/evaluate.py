@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from taid_ray.config.schema import DataConfig, DistillConfig, build_config
+from taid_ray.config.fields import EVALUATED, TRAINING_ONLY
+from taid_ray.config.schema import DistillConfig, build_config, known_keys, marks_of
 from taid_ray.data.batch import Batch, collate
 from taid_ray.data.dataset import validation_rows
 from taid_ray.data.documents import open_documents, read_blocks
@@ -28,12 +29,6 @@ from taid_ray.teacher.payload import TeacherOutput
 
 ROUGE_ROWS, ROUGE_NEW_TOKENS = 64, 128
 BATCH_ROWS = 8
-# Keys that change a measurement, by section; the others are about training.
-USED_KEYS = {
-    "teacher": {"model", "revision", "dtype", "quantization", "attention", "trust_remote_code", "max_tokens"},
-    "student": {"model", "revision", "dtype", "attention", "trust_remote_code"},
-    "data": set(DataConfig.model_fields) - {"train", "split", "block_documents"},
-}
 
 
 @dataclass(frozen=True)
@@ -147,10 +142,16 @@ def check_used(overrides: Sequence[str]) -> None:
     """Raises ConfigError for a key that would change nothing."""
     for override in overrides:
         key = override.partition("=")[0]
-        section, _, rest = key.partition(".")
-        if rest.partition(".")[0] not in USED_KEYS.get(section, set()) and key != "device":
-            used = [f"{section}.{name}" for name in sorted(USED_KEYS.get(section, ()))] or [f"{s}.*" for s in USED_KEYS]
-            raise ConfigError(f"{key}: eval makes no use of this key; leave it out. It uses {', '.join(used)}")
+        if not _used(key):
+            section = f"{key.partition('.')[0]}."
+            near = [known for known in known_keys() if known.startswith(section) and _used(known)]
+            used = ", ".join(near) or "keys of teacher, student and data"
+            raise ConfigError(f"{key}: eval makes no use of this key; leave it out. It uses {used}")
+
+
+def _used(key: str) -> bool:
+    marks = marks_of(key)
+    return EVALUATED in marks and TRAINING_ONLY not in marks
 
 
 @torch.no_grad()

@@ -13,18 +13,11 @@ import pytest
 import yaml
 
 from taid_ray.config.paths import with_absolute_paths
-from taid_ray.config.schema import DistillConfig, build_config, known_keys
+from taid_ray.config.schema import DistillConfig, build_config
 from taid_ray.control.status import read_status
 from taid_ray.errors import CheckpointError, ClusterError, ConfigError, RunError
 from taid_ray.report.history import read_history
-from taid_ray.run.directory import (
-    MAY_CHANGE,
-    RunManifest,
-    inspect_run_dir,
-    read_summary,
-    run_directory,
-    scratch_directory,
-)
+from taid_ray.run.directory import RunManifest, inspect_run_dir, read_summary, run_directory, scratch_directory
 from taid_ray.run.layout import METRICS_FILE, SUMMARY_FILE
 from tests.support.paths import ROOT
 
@@ -80,10 +73,8 @@ def test_a_finished_run_is_known(tmp_path: Path) -> None:
     assert inspect_run_dir(found) == "finished" and read_summary(found.run_dir) == {"steps": 9}
 
 
-def test_every_key_that_may_change_exists_and_may(tmp_path: Path) -> None:
+def test_keys_that_may_change_on_resume_may(tmp_path: Path) -> None:
     begin(config(tmp_path / "run"))
-    keys = {f"{key}." for key in known_keys()}
-    assert all(any(key.startswith(f"{free}.") for key in keys) for free in MAY_CHANGE)
     free = [
         "teacher.replicas=3", "teacher.window=9", "student.workers=4", "student.zero_stage=3", "train.micro_batch_size=1",
         "student.deepspeed={zero_optimization: {reduce_bucket_size: 1000}}", "checkpoint.keep=7", "name=other",
