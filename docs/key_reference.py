@@ -6,9 +6,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic.fields import FieldInfo
 
-from taid_ray.config.schema import DistillConfig, Range, Section
-from taid_ray.config.space import SHARED
-from taid_ray.run.directory import MAY_CHANGE
+from taid_ray.config.fields import RESUMABLE, Range, Section, SharedByTrials
+from taid_ray.config.schema import DistillConfig, marks_of, section_of
 
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "min_length": "length at least"}
 NAMES = {
@@ -23,20 +22,12 @@ NAMES = {
 
 def key_reference() -> str:
     """The reference of all configuration keys as Markdown: a heading per section, below it a heading per key."""
-    top = {name: field for name, field in DistillConfig.model_fields.items() if section_of(field) is None}
-    parts = ["## The run", *(_key(name, field) for name, field in top.items())]
-    for name, field in DistillConfig.model_fields.items():
+    fields = DistillConfig.model_fields
+    parts = ["## The run", *(_key(name, field) for name, field in fields.items() if section_of(field) is None)]
+    for name, field in fields.items():
         if (section := section_of(field)) is not None:
             parts += [f"## {name}", *_section(section, f"{name}.")]
     return "\n\n".join(parts)
-
-
-def section_of(field: FieldInfo) -> type[Section] | None:
-    """The section that a field stands for; a Range is none, because a number may be written for it."""
-    for kind in (field.annotation, *get_args(field.annotation)):
-        if isinstance(kind, type) and issubclass(kind, Section) and kind is not Range:
-            return kind
-    return None
 
 
 def _section(section: type[Section], prefix: str) -> list[str]:
@@ -46,15 +37,17 @@ def _section(section: type[Section], prefix: str) -> list[str]:
 
 def _entries(key: str, field: FieldInfo) -> list[str]:
     inner = section_of(field)
-    return [_key(key, field), *(_section(inner, f"{key}.") if inner else [])]
+    below = [] if inner in (None, Range) else _section(inner, f"{key}.")  # of a range, a number may be given instead
+    return [_key(key, field), *below]
 
 
 def _key(key: str, field: FieldInfo) -> str:
     """One key: heading, help, and a line of facts."""
     default = "required" if field.is_required() else f"default `{_shown(field.get_default(call_default_factory=True))}`"
     facts = [_type(field.annotation, field.metadata), default]
-    facts += ["may change on resume"] if _may_change(key) else []
-    facts += ["may be searched"] if _may_be_searched(key) else []
+    marks = marks_of(key)
+    facts += ["may change on resume"] if RESUMABLE in marks else []
+    facts += [] if any(isinstance(mark, SharedByTrials) for mark in marks) else ["may be searched"]
     return (
         f"### {key} {{ #{key} }}\n\n{' '.join((field.description or '').split())}\n\n{' · '.join(facts)}\n{{ .facts }}"
     )
@@ -93,11 +86,3 @@ def _shown(value: Any) -> str:
     return str(yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True)).split("\n")[
         0
     ]
-
-
-def _may_change(key: str) -> bool:
-    return any(f"{key}.".startswith(f"{free}.") for free in MAY_CHANGE)
-
-
-def _may_be_searched(key: str) -> bool:
-    return not any(key == shared or (shared.endswith(".") and key.startswith(shared)) for shared in SHARED)
