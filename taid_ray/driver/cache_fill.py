@@ -38,28 +38,30 @@ from taid_ray.teacher.pool.lifecycle import start_pool, stop_pool
 from taid_ray.teacher.protocol import TeacherClient
 
 HEADER_BYTES = 512
-"""Of a file in the store, at most."""
+"""Most bytes that a file of the cache has beside its tensors."""
 REQUESTS_PER_REPLICA = 2
+"""Requests under way, so that no replica waits for its next one."""
 
 
 @dataclass(frozen=True)
 class FillResult:
-    """What `fill_cache` did."""
+    """Result of `fill_cache`."""
 
     directory: str
     rows: int
     found: int
-    """Samples whose outputs were there already."""
+    """Samples whose outputs were in the cache already."""
     computed: int
+    """Samples whose outputs were computed."""
     teacher_tokens: int
 
 
 def fill_cache(config: DistillConfig) -> FillResult:
-    """Fills `config.cache.directory` with the outputs for the validation rows and every training sample.
+    """Fills `config.cache.directory` with the teacher's outputs for the validation rows and every training sample.
 
-    Those of one epoch; of the run's steps, if the data are a stream. Joins Ray or starts it, and a pool with it, as a run
-    does; with teacher.mode: local neither. What is there already is verified and not computed again. Raises ConfigError,
-    before anything is started, if they do not fit into cache.disk_gib.
+    Training samples are those of one epoch, or of the run's steps if the data are a stream. Joins Ray or starts it, and a
+    teacher pool with it, as a run does; with teacher.mode: local neither. Outputs that are in the cache already are verified
+    and not computed again. Raises ConfigError, before anything is started, if the outputs do not fit into cache.disk_gib.
     """
     config = fill_config(with_absolute_paths(config))
     with restoring_hub_mode(), ProgressView() as view:
@@ -82,7 +84,7 @@ def fill_cache(config: DistillConfig) -> FillResult:
 
 
 def fill_config(config: DistillConfig) -> DistillConfig:
-    """With a teacher, if it is the configuration of a run without one. Raises ConfigError if it has no cache."""
+    """The configuration with a teacher pool in place of teacher.mode: cache. Raises ConfigError if it has no cache."""
     if config.cache.directory is None:
         raise ConfigError(
             "cache.directory is not set: name the directory to keep the teacher's outputs in, for example "
@@ -93,7 +95,7 @@ def fill_config(config: DistillConfig) -> DistillConfig:
 
 
 def all_rows(config: DistillConfig, plan: RunSpec, tokenizer: Any) -> Iterator[Row]:
-    """Rows that hold every sample a run may ask for, each checked to hold shared ids only."""
+    """Yields rows that hold every sample a run may ask for. Raises a TaidRayError for a row with ids that are not shared."""
     held_out = validation_rows(config.data, tokenizer)
     data = TrainingData(config.data, tokenizer, config.train.seed, batch_size=1)
     training: Iterator[tuple[list[Row], Cursor]]
@@ -108,7 +110,7 @@ def all_rows(config: DistillConfig, plan: RunSpec, tokenizer: Any) -> Iterator[R
 
 
 def check_fits(config: DistillConfig, plan: RunSpec, tokenizer: Any) -> int:
-    """Counts the rows. Raises ConfigError if the cache would begin to drop outputs before all are in it."""
+    """Counts the rows. Raises ConfigError if the cache is too small for the outputs of all of them."""
     per_token = payload_bytes_per_token(config, model_configs(config)[0], plan.vocabulary)
     rows = tokens = samples = 0
     for row in all_rows(config, plan, tokenizer):
@@ -126,7 +128,7 @@ def check_fits(config: DistillConfig, plan: RunSpec, tokenizer: Any) -> int:
 
 @contextmanager
 def running_teacher(config: DistillConfig, plan: RunSpec, view: ProgressView) -> Iterator[TeacherClient]:
-    """The teacher in this process, or in a pool of its own that is removed at the end."""
+    """Loads the teacher into this process, or starts a pool of its own for it that is removed at the end."""
     num_shared = plan.vocabulary.num_shared
     if config.teacher.mode == "local":
         view.say("loading the teacher")
@@ -157,7 +159,7 @@ def running_teacher(config: DistillConfig, plan: RunSpec, view: ProgressView) ->
 def request_rows(
     config: DistillConfig, teacher: CachedTeacher, rows: Iterator[Row], total: int, view: ProgressView
 ) -> None:
-    """Asks for the outputs of all rows, with enough under way to keep every replica busy."""
+    """Requests the outputs of all rows, with enough requests under way to keep every replica busy."""
     view.say(f"computing the teacher's outputs for {total:,} rows")
     window = max(config.teacher.window, REQUESTS_PER_REPLICA * config.teacher.replicas.max)
     steps = read_ahead(_steps(rows, config.train.micro_batch_size), window)

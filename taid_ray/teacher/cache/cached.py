@@ -1,4 +1,4 @@
-"""A teacher that is asked only for what the cache does not hold."""
+"""A teacher client that asks the teacher only for what the cache does not hold."""
 
 import queue
 import threading
@@ -22,54 +22,55 @@ from taid_ray.teacher.protocol import TeacherClient, TeacherInfo
 from taid_ray.teacher.transfer import ToDevice
 
 POLL_S = 0.05
-"""How often a sample that another process computes is looked for."""
+"""Seconds between two looks for a sample that another process computes."""
 CLOSE_S = 5.0
+"""How long `close` waits for each thread."""
 
 
 @dataclass
 class TeacherCall:
-    """What the teacher itself was asked for."""
+    """A request to the teacher itself."""
 
     request: Any
-    """Of the inner client."""
+    """What `submit` of the inner client returned."""
     samples: list[KeyedSample]
-    """In the order of its answer."""
+    """The samples that were sent, in the order of the answer."""
 
 
 @dataclass
 class CachedRequest:
-    """A batch on its way through the threads."""
+    """A batch on its way through the three threads."""
 
     batch: Batch
     samples: list[KeyedSample] = field(default_factory=list)
     parts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """By the samples' keys, on CPU: what is known of the answer."""
+    """The known parts of the answer, on CPU, by the samples' keys."""
     call: TeacherCall | None = None
     compute_s: float = 0.0
     output: Future[Any] = field(default_factory=Future)
 
     def missing(self) -> list[KeyedSample]:
-        """Each once."""
+        """The samples whose outputs are not known yet, without duplicates."""
         return list({sample.key: sample for sample in self.samples if sample.key not in self.parts}.values())
 
 
 class CachedTeacher:
     """A TeacherClient in front of another one, which must answer on CPU and is asked for each sample once.
 
-    Three threads work ahead of `collect`, each through the requests in order. The first looks into the cache and asks for
-    what is missing, in one request. The second keeps the answers as soon as they are there, because others wait for them;
-    it waits for nobody but the teacher. The third waits for what others compute, and puts the answers together.
+    Three threads work ahead of `collect`, and each takes the requests in order. The first looks into the cache and sends what
+    is missing to the teacher, in one request. The second writes the teacher's answers into the cache; it waits for nothing else,
+    because other processes wait for these answers. The third waits for samples that other processes compute, and joins the parts.
     """
 
     def __init__(self, inner: TeacherClient, cache: CacheStore, claims: ClaimRegistry, device: torch.device):
         self._inner, self._cache, self._claims, self._device = inner, cache, claims, device
-        self._to_device = ToDevice(device)
+        self._scope, self._to_device = cache.scope, ToDevice(device)
         self._holder = uuid.uuid4().hex
         self._held: set[str] = set()
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self.samples_found = self.samples_asked = 0
-        """How many were in the cache when they were needed first, and how many the teacher was asked for."""
+        """Number of samples that the first look found in the cache, and number that the teacher was asked for."""
         stages = (self._lookup, self._keep, self._assemble)
         self._queues: list[queue.SimpleQueue[CachedRequest | None]] = [queue.SimpleQueue() for _ in stages]
         self._threads = [
@@ -97,13 +98,13 @@ class CachedTeacher:
         return request
 
     def collect(self, request: CachedRequest | None) -> TeacherOutput:
-        """The answer, usually there already. Raises TeacherError as the teacher itself."""
+        """The answer to a request, usually there already. Raises TeacherError as the inner client does."""
         if request is None:
             return self.info().empty_output(self._device)
         output, copied = request.output.result()
         self._to_device.wait(output, copied)
-        found: TeacherOutput = output
-        return found
+        answer: TeacherOutput = output
+        return answer
 
     def payload_error(self, batch: Batch) -> float:
         return self._inner.payload_error(batch)
@@ -115,6 +116,7 @@ class CachedTeacher:
         return self._inner.info()
 
     def close(self) -> None:
+        """Ends the threads, the inner client and all claims. A request that still waits fails with TeacherError."""
         self._stopped.set()
         self._queues[0].put(None)
         self._inner.close()
@@ -124,6 +126,7 @@ class CachedTeacher:
             self._claims.release(self._holder, self._scoped(self._held))
 
     def _run(self, number: int, stage: Callable[[CachedRequest], None]) -> None:
+        """Passes requests through one stage and on to the next, until None comes. An error ends its request's way."""
         following = self._queues[number + 1] if number + 1 < len(self._queues) else None
         while (request := self._queues[number].get()) is not None:
             try:
@@ -137,6 +140,7 @@ class CachedTeacher:
             following.put(None)
 
     def _lookup(self, request: CachedRequest) -> None:
+        """First stage: looks into the cache, and sends to the teacher what is missing and not claimed by others."""
         info = self.info()
         request.samples = samples_of(request.batch, info.fingerprint, with_labels=info.payload == "topk")
         self._find(request)
@@ -147,14 +151,16 @@ class CachedTeacher:
             request.call = self._request(mine, request.batch, whole=len(mine) == len(request.samples))
 
     def _keep(self, request: CachedRequest) -> None:
+        """Second stage: waits for the teacher's answer and writes it into the cache."""
         if request.call is not None:
             self._receive(request, request.call)
 
     def _assemble(self, request: CachedRequest) -> None:
+        """Third stage: waits until others have computed the rest, and puts the answer together."""
         while request.missing():
             self._find(request)
             mine = self._claim(request) if request.missing() else []
-            if mine:  # whoever computed them did not keep them
+            if mine:  # whoever had claimed them gave up, or could not write them
                 self._receive(request, self._request(mine, request.batch))
             elif request.missing() and self._stopped.wait(POLL_S):
                 raise TeacherError("the client of the cache was closed")
@@ -164,13 +170,14 @@ class CachedTeacher:
         request.output.set_result(self._to_device.copy(output))
 
     def _find(self, request: CachedRequest) -> None:
-        """Takes from the cache what of the missing samples is there."""
+        """Reads from the cache those of the missing samples that it holds."""
         for sample in request.missing():
             tensors = self._cache.get(sample.key)
             if tensors is not None and self._fits(tensors, sample):
                 request.parts[sample.key] = tensors
 
     def _fits(self, tensors: dict[str, Tensor], sample: KeyedSample) -> bool:
+        """Checks whether the tensors can be this teacher's answer for the sample."""
         try:
             self.info().check_output(tensors, sample.num_positions)
         except TeacherError:
@@ -178,13 +185,13 @@ class CachedTeacher:
         return True
 
     def _claim(self, request: CachedRequest) -> list[KeyedSample]:
-        """Those of the missing samples that are ours to compute, and not there yet after all."""
+        """Claims the missing samples, and returns those that this client has to compute."""
         missing = request.missing()
         with self._lock:
             wanted = [sample.key for sample in missing if sample.key not in self._held]
             granted = {key for key, mine in zip(wanted, self._granted(wanted), strict=True) if mine}
             self._held |= granted
-        self._find(request)  # somebody may have finished and released them since we looked
+        self._find(request)  # another client may have written and released some since the last look
         mine = [sample for sample in missing if sample.key in granted]
         self._release([sample for sample in mine if sample.key in request.parts])
         return [sample for sample in mine if sample.key not in request.parts]
@@ -193,10 +200,11 @@ class CachedTeacher:
         return self._claims.claim(self._holder, self._scoped(keys)) if keys else []
 
     def _scoped(self, keys: Iterable[str]) -> list[str]:
-        """Whoever does not see our cache must not wait for it."""
-        return [f"{self._cache.scope} {key}" for key in keys]
+        """Adds the cache's scope to the keys, so that only clients of the same directory wait for each other."""
+        return [f"{self._scope} {key}" for key in keys]
 
     def _release(self, samples: Sequence[KeyedSample]) -> None:
+        """Ends this client's claims to the samples."""
         keys = [sample.key for sample in samples]
         with self._lock:
             self._held.difference_update(keys)
@@ -204,9 +212,9 @@ class CachedTeacher:
             self._claims.release(self._holder, self._scoped(keys))
 
     def _request(self, samples: list[KeyedSample], batch: Batch, whole: bool = False) -> TeacherCall:
-        """Sends one request for these samples of the batch.
+        """Sends the teacher one request for these samples of the batch.
 
-        whole: they are all of it, so that it is sent as it is, and answered to the bit as without a cache.
+        whole: these are all of its samples. It is then sent unchanged, so that the answer has the same bits as without a cache.
         """
         try:
             if not whole:
@@ -220,18 +228,19 @@ class CachedTeacher:
             raise
 
     def _receive(self, request: CachedRequest, call: TeacherCall) -> None:
-        """Waits for an answer and keeps it."""
+        """Waits for an answer, writes it into the cache, and ends the claims to its samples."""
         try:
             output = self._inner.collect(call.request)
-            found = split({name: tensor.cpu() for name, tensor in output.tensors.items()}, call.samples)
+            parts = split({name: tensor.cpu() for name, tensor in output.tensors.items()}, call.samples)
             request.compute_s += output.compute_s
-            request.parts |= found
-            for key, tensors in found.items():
+            request.parts |= parts
+            for key, tensors in parts.items():
                 self._cache.put(key, tensors)
         finally:
             self._release(call.samples)
 
     def _renew(self) -> None:
+        """Renews all claims every RENEW_S until `close`."""
         while not self._stopped.wait(RENEW_S):
             with self._lock:
                 self._granted(list(self._held))

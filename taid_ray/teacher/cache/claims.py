@@ -1,6 +1,6 @@
-"""Who computes a sample that several clients of one teacher ask for at the same time.
+"""Claims: which of several clients of one teacher computes a sample that all of them need.
 
-Claims are advice. Where one is lost, or its holder dies, a sample is computed twice, and nothing else happens.
+A claim is advice. If one is lost, or its holder dies, a sample is computed twice, and nothing else happens.
 """
 
 import time
@@ -8,22 +8,26 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 CLAIM_S = 10.0
-"""A claim that is not renewed ends after so long: its holder was killed."""
+"""Seconds after which a claim ends that was not renewed, because its holder was killed."""
 RENEW_S = 2.0
+"""Seconds between two renewals."""
 
 
 class ClaimRegistry(Protocol):
-    """Where claims are made. holder: a name that no other client has."""
+    """The interface of what grants claims. holder: a name that no other client has."""
 
     def claim(self, holder: str, keys: Sequence[str]) -> list[bool]:
-        """For each key, whether it is the holder's to compute. Also renews what the holder has. Takes little time."""
+        """Claims samples by their keys, and renews the claims that the holder has. Answers at once.
+
+        Returns for each key whether the holder has to compute it.
+        """
 
     def release(self, holder: str, keys: Sequence[str]) -> None:
-        """They are computed, or will not be."""
+        """Ends the holder's claims to these keys: the samples were computed, or will not be."""
 
 
 class Claims:
-    """The desk itself: in one process, for clients of many."""
+    """Grants each sample to one holder at a time. Lives in one process, and serves clients in many."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
@@ -49,7 +53,7 @@ class Claims:
 
 
 class NoClaims:
-    """The desk of a teacher that no other process asks."""
+    """Grants everything: for a teacher that no other process uses."""
 
     def claim(self, holder: str, keys: Sequence[str]) -> list[bool]:
         return [True] * len(keys)

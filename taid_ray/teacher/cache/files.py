@@ -1,4 +1,4 @@
-"""The files of the cache: how one sample's tensors are sealed in one, and what is done with many of them."""
+"""Files of the cache: writing one sample's tensors as bytes, checking them, and listing and removing files."""
 
 import json
 import os
@@ -12,7 +12,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from taid_ray.errors import TeacherError
 from taid_ray.teacher.wire import digest, pack
 
 ABANDONED_S = 600.0
@@ -45,7 +44,7 @@ def unseal(content: bytes, key: str) -> dict[str, Tensor] | None:
         tensors = load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
         fine = header["key"] == key and header["digest"] == digest({name: pack(x) for name, x in tensors.items()})
-    except (SafetensorError, TeacherError, ValueError, LookupError, TypeError, ArithmeticError, RuntimeError):
+    except (SafetensorError, ValueError, LookupError, TypeError, ArithmeticError, RuntimeError):
         return None
     return tensors if fine else None
 
@@ -60,7 +59,7 @@ def list_files(directory: str) -> Iterator[Entry]:
 
 
 def is_abandoned(entry: Entry) -> bool:
-    """Whether a file is what a killed writer left; removes it then."""
+    """Tells whether a file is what a killed writer left, and removes it then."""
     if entry.path.endswith(SUFFIX) or time.time() - entry.used < ABANDONED_S:
         return False
     Path(entry.path).unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""What `taid-ray cache warm` leaves of a teacher besides its outputs, and the run that has nothing else of it.
+"""Training without a teacher: the record of it that `taid-ray cache warm` leaves beside its outputs, and its client.
 
-DIRECTORY/teachers/FINGERPRINT/teacher.json        what is known of it, and what its weights were
+DIRECTORY/teachers/FINGERPRINT/teacher.json        its TeacherRecord
 DIRECTORY/teachers/FINGERPRINT/head.safetensors    its head, where the payload needs one
 """
 
@@ -39,18 +39,18 @@ class TeacherRecord:
 
     info: TeacherInfo
     settings: str
-    """SHA-256 of what the configuration says of the teacher, and its model's config."""
+    """SHA-256 of the teacher's configuration and of its model's config."""
     model: str
     revision: str | None
     weights: dict[str, list[Any]]
-    """By the name of each file, its size and the digest of its ends."""
+    """Size and digest of the ends of each file that holds weights, by its name."""
     payload_error: float
     at: str
-    """When it was warmed."""
+    """When the cache was filled (ISO 8601)."""
 
 
 class OfflineTeacher:
-    """The TeacherClient of mode `cache`: knows the teacher, and answers nothing."""
+    """The TeacherClient of teacher.mode: cache. It knows the teacher's record and computes nothing."""
 
     tokens = 0
 
@@ -59,7 +59,7 @@ class OfflineTeacher:
         self._directory, self._record = find_record(config, num_shared)
 
     def submit(self, batch: Batch) -> NoReturn:
-        """Raises TeacherError: somebody asks for what the cache does not hold."""
+        """Raises TeacherError, because only samples that the cache does not hold are asked for."""
         count = len(samples_of(batch, "", with_labels=False))
         raise TeacherError(
             f"teacher.mode: cache: {count} sample(s) of a batch are not in the cache {self._directory.parents[1]}; {WARM}. If "
@@ -70,11 +70,11 @@ class OfflineTeacher:
         raise AssertionError("nothing was asked for")
 
     def payload_error(self, batch: Batch) -> float:
-        """As measured when the cache was warmed."""
+        """Returns what the payload loses, as it was measured when the cache was filled."""
         return self._record.payload_error
 
     def head(self) -> Head:
-        """Raises TeacherError if it is not what was written."""
+        """Reads the teacher's head. Raises TeacherError if the file is missing or damaged."""
         path, info = self._directory / HEAD_FILE, self._record.info
         try:
             tensors = load_file(path)
@@ -94,7 +94,7 @@ class OfflineTeacher:
 
 
 def save_record(config: DistillConfig, teacher: TeacherClient, payload_error: float) -> None:
-    """Leaves in the cache what a later run without the teacher needs."""
+    """Writes the teacher's record and head into the cache, for later runs without it."""
     info = teacher.info()
     directory = teachers_directory(str(config.cache.directory)) / info.fingerprint
     directory.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ def save_record(config: DistillConfig, teacher: TeacherClient, payload_error: fl
         temporary = directory / "head.tmp"
         save_file({"weight": head.weight.cpu().contiguous()} | bias, temporary)
         temporary.replace(directory / HEAD_FILE)
-    found = TeacherRecord(
+    record = TeacherRecord(
         info=info,
         settings=_settings(config, info.num_shared),
         model=config.teacher.model,
@@ -113,29 +113,29 @@ def save_record(config: DistillConfig, teacher: TeacherClient, payload_error: fl
         payload_error=payload_error,
         at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    write_json(directory / TEACHER_FILE, {"format": FORMAT} | asdict(found))
+    write_json(directory / TEACHER_FILE, {"format": FORMAT} | asdict(record))
 
 
 def find_record(config: DistillConfig, num_shared: int) -> tuple[Path, TeacherRecord]:
-    """Directory and content of the newest record of the teacher that `config` means.
+    """Finds the newest record of the teacher that `config` names; returns its directory and its content.
 
-    Raises ConfigError if there is none, or if the weights that are here are others than those that were warmed.
+    Raises ConfigError if there is none, or if the teacher's weights on this machine are not those of the record.
     """
     directory = str(config.cache.directory)
     settings = _settings(config, num_shared)
-    known = [found for found in all_records(directory) if found[1].settings == settings]
+    known = [entry for entry in all_records(directory) if entry[1].settings == settings]
     weights = weight_files(config.teacher)
     if weights:
-        fitting = [found for found in known if found[1].weights == weights]
+        fitting = [entry for entry in known if entry[1].weights == weights]
         if known and not fitting:
             raise ConfigError(
                 f"teacher.mode: cache: the weights of teacher.model = {config.teacher.model} are others than those whose "
-                f"outputs cache.directory = {directory} holds (warmed {known[0][1].at}); {WARM}, or name the old ones"
+                f"outputs cache.directory = {directory} holds (since {known[0][1].at}); {WARM}, or name the old model"
             )
         known = fitting
-    else:  # else two finetunings of one model could not be told apart
-        named = [found for found in known if (found[1].model, found[1].revision) == _name(config.teacher)]
-        known = named or (known if len({found[1].info.fingerprint for found in known}) == 1 else [])
+    else:  # two finetuned versions of one model differ in nothing but their names
+        named = [entry for entry in known if (entry[1].model, entry[1].revision) == _name(config.teacher)]
+        known = named or (known if len({entry[1].info.fingerprint for entry in known}) == 1 else [])
     if not known:
         raise ConfigError(
             f"teacher.mode: cache: cache.directory = {directory} holds no outputs of teacher.model = {config.teacher.model} "
@@ -145,28 +145,30 @@ def find_record(config: DistillConfig, num_shared: int) -> tuple[Path, TeacherRe
 
 
 def all_records(directory: str | Path) -> list[tuple[Path, TeacherRecord]]:
-    """Every teacher whose outputs a cache was warmed with, the newest first; what cannot be read is left out."""
-    found = []
+    """Reads the records in a cache, the newest first, each with its directory; leaves out what cannot be read."""
+    records = []
     for path in teachers_directory(directory).glob(f"*/{TEACHER_FILE}"):
         try:
-            found.append((path.parent, _read(path)))
+            records.append((path.parent, _read(path)))
         except (OSError, ValueError, TypeError, LookupError):
             continue
-    return sorted(found, key=lambda each: each[1].at, reverse=True)
+    return sorted(records, key=lambda entry: entry[1].at, reverse=True)
 
 
 def weight_files(config: TeacherConfig) -> dict[str, list[Any]]:
-    """Name, size and digest of the ends of the files that hold the teacher's weights; nothing if they are not here."""
+    """Size and digest of the ends of each file with the teacher's weights, by its name; empty if they are not on this machine."""
     directory = _model_directory(config)
     files = sorted([*directory.glob("*.safetensors"), *directory.glob("pytorch_model*.bin")]) if directory else []
     return {path.name: [path.stat().st_size, _ends(path)] for path in files}
 
 
 def teachers_directory(directory: str | Path) -> Path:
+    """The directory of the teachers' records in a cache.directory."""
     return Path(directory).expanduser() / "teachers"
 
 
 def _model_directory(config: TeacherConfig) -> Path | None:
+    """The teacher's directory on this machine, or in its Hugging Face cache; None if there is none."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -180,6 +182,7 @@ def _model_directory(config: TeacherConfig) -> Path | None:
 
 
 def _ends(path: Path) -> str:
+    """Digest of the first and last END_BYTES of a file, because reading all of the weights takes minutes."""
     result = xxhash.xxh3_128()
     with path.open("rb") as file:
         result.update(file.read(END_BYTES))
@@ -193,7 +196,7 @@ def _name(config: TeacherConfig) -> tuple[str, str | None]:
 
 
 def _settings(config: DistillConfig, num_shared: int) -> str:
-    """What must be equal for outputs to be the same, as far as it is known without the weights."""
+    """SHA-256 of everything but the weights that the teacher's outputs depend on."""
     teacher = config.teacher
     model = load_model_config(teacher.model, teacher.revision, teacher.trust_remote_code, key="teacher.model").to_dict()
     known = {key: value for key, value in model.items() if key not in ("_name_or_path", "transformers_version")}
@@ -203,7 +206,7 @@ def _settings(config: DistillConfig, num_shared: int) -> str:
 
 
 def _read(path: Path) -> TeacherRecord:
-    """Raises ValueError, TypeError or LookupError for what is no record of this version."""
+    """Reads a teacher.json. Raises ValueError, TypeError or LookupError if it is no record of this version."""
     content: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if content["format"] != FORMAT:
         raise ValueError("of another version")

@@ -1,4 +1,7 @@
-"""The samples of a batch: what attends only to itself, so that its teacher outputs are the same in any other batch."""
+"""Cutting a batch into its samples and putting samples together to a batch.
+
+A sample is one document or piece of one. It attends to nothing but itself, so its teacher outputs are the same in any batch.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -11,25 +14,25 @@ from taid_ray.data.batch import NO_LABEL, Batch, Row, collate
 from taid_ray.data.packing import best_fit
 
 FORMAT = "taid-ray sample 1"
-"""Part of every key. To be changed with anything that makes the teacher's outputs other ones."""
+"""Part of every key. Change it whenever other code makes the teacher's outputs different."""
 
 
 @dataclass(frozen=True)
 class KeyedSample:
-    """One sample of a batch, up to its last loss position: what follows does not matter to a causal model."""
+    """One sample of a batch, up to its last loss position, because a causal model does not see what follows."""
 
     key: str
     """SHA-256 of the teacher and of everything its outputs depend on."""
     row: Row
     num_positions: int
-    """Its loss positions. In the batch they follow those of the sample before it, without a gap."""
+    """Number of its loss positions. In the batch they follow those of the sample before it, without a gap."""
 
 
 def samples_of(batch: Batch, fingerprint: str, with_labels: bool) -> list[KeyedSample]:
-    """The samples of a batch that have loss positions, in order.
+    """The samples of a batch that have loss positions, in the order of these.
 
-    A sample begins where a row does, and where position_ids do not go on counting. fingerprint: of the teacher, with all
-    its settings. with_labels: whether its outputs depend on the labels, too.
+    A sample begins where a row begins, and where position_ids start again. fingerprint: identifies the teacher with all its
+    settings. with_labels: the teacher's outputs depend on the labels, too.
     """
     assert batch.inputs.keys() == {"input_ids", "position_ids"}, "a key must cover all inputs"
     ids, positions = (batch.inputs[name].numpy() for name in ("input_ids", "position_ids"))
@@ -39,7 +42,7 @@ def samples_of(batch: Batch, fingerprint: str, with_labels: bool) -> list[KeyedS
     loss_positions, labels = batch.loss_positions.numpy(), batch.labels.numpy()
     edges = np.searchsorted(loss_positions, [*starts, ids.size])
     ids, positions = ids.reshape(-1), positions.reshape(-1)
-    found = []
+    samples = []
     for start, first, last in zip(starts, edges[:-1], edges[1:], strict=True):
         if first == last:
             continue
@@ -49,14 +52,14 @@ def samples_of(batch: Batch, fingerprint: str, with_labels: bool) -> list[KeyedS
         targets = np.full(part.stop - start, NO_LABEL)
         targets[where] = wanted
         row = Row(ids[part].tolist(), positions[part].tolist(), targets.tolist())
-        found.append(KeyedSample(key, row, int(last - first)))
-    return found
+        samples.append(KeyedSample(key, row, int(last - first)))
+    return samples
 
 
 def batch_of_samples(samples: Sequence[KeyedSample], length: int, pack: bool) -> tuple[Batch, list[KeyedSample]]:
-    """The samples as a batch of rows of at most `length` positions, and in the order of their loss positions in it.
+    """Makes a batch of these samples, in rows of at most `length` positions.
 
-    pack: whether several may share a row.
+    pack: several samples may share a row. Returns the batch, and the samples in the order of their loss positions in it.
     """
     bins = [[number] for number in range(len(samples))]
     if pack:
@@ -81,13 +84,13 @@ def _key(fingerprint: str, *arrays: np.ndarray) -> str:
 
 
 def split(tensors: dict[str, torch.Tensor], samples: Sequence[KeyedSample]) -> dict[str, dict[str, torch.Tensor]]:
-    """By key, each sample's part of the teacher's answer [N, ...] to a batch of just these samples, in this order."""
+    """Splits the teacher's answer, tensors [N, ...], to a batch of just these samples, in this order; the parts by their keys."""
     sizes = [sample.num_positions for sample in samples]
     parts = {name: tensor.split(sizes) for name, tensor in tensors.items()}
     return {sample.key: {name: parts[name][i] for name in parts} for i, sample in enumerate(samples)}
 
 
-def join(samples: Sequence[KeyedSample], found: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The answer [N, ...] to a batch of these samples, in this order, from their parts."""
-    names = found[samples[0].key]
-    return {name: torch.cat([found[sample.key][name] for sample in samples]) for name in names}
+def join(samples: Sequence[KeyedSample], parts: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Joins parts to the answer, tensors [N, ...], to a batch of these samples, in this order."""
+    names = parts[samples[0].key]
+    return {name: torch.cat([parts[sample.key][name] for sample in samples]) for name in names}

@@ -3,8 +3,8 @@
     DIRECTORY/id                              name of this cache, which all who see the directory have in common
     DIRECTORY/samples/KE/KEY.safetensors      one sample's part of the teacher's answer, under the first two characters of its key
     DIRECTORY/samples/new/RANDOM              files being written; renamed when whole
-    DIRECTORY/samples/lock                    held by whoever changes one of the two files `id` and `used`, or makes room
-    DIRECTORY/samples/used                    bytes that are used, as far as writers told before they wrote
+    DIRECTORY/samples/used                    bytes that are in use or may be written without asking again
+    DIRECTORY/samples/lock                    held by whoever changes `id` or `used`, or makes room
 
 No sample's file is ever changed, so whoever finds one finds all of it, unless the machine failed; a checksum tells. What was
 used last is what was read or written last, by the time of change that each file has anyway.
@@ -49,12 +49,11 @@ TOUCH_S = 60.0
 class CacheStore:
     """Samples by their key. Thread-safe.
 
-    Never raises: what cannot be read counts as missing, and what cannot be written is dropped.
+    `get` and `put` never raise: what cannot be read counts as missing, and what cannot be written is dropped.
 
-    The samples take at most FULL of the limit, as far as `used` tells, and `used` tells too little only of what was granted
-    before the files were last counted and is written since: WRITERS times an allowance at most, which is the rest of the
-    limit. It tells too much where writers end with a part of their allowance, or write what is there already; so the files
-    are counted before room is made, and else never.
+    A writer adds its next allowance to `used` before it writes, and `used` never exceeds FULL of the limit. Where it would, the
+    files are counted, and the oldest removed if it is true; no files are counted else. Not counted then is what others were
+    allowed to write and have not written yet: at most an allowance for each, and those of WRITERS fit above FULL.
     """
 
     def __init__(self, config: CacheConfig, notify: Callable[[str], None]):
@@ -70,7 +69,7 @@ class CacheStore:
 
     @cached_property
     def scope(self) -> str:
-        """A name that all processes have in common that find here what each of them puts, and no others."""
+        """The same name for all processes that use this very directory, and for no others."""
         path = self._root.parent / "id"
         try:
             scope = path.read_text() if path.exists() else ""
@@ -83,7 +82,7 @@ class CacheStore:
             return uuid.uuid4().hex
 
     def get(self, key: str) -> dict[str, Tensor] | None:
-        """The tensors of a sample; None if they are not there, or not what was written (then the file is removed)."""
+        """Returns a sample's tensors, or None if there are none. Removes a file that is damaged."""
         path = self._path(key)
         try:
             with path.open("rb") as file:
@@ -103,7 +102,7 @@ class CacheStore:
         return tensors
 
     def put(self, key: str, tensors: dict[str, Tensor]) -> None:
-        """Keeps the tensors of a sample, if there is room for them. Waits for the lock, which it seldom needs, for LOCK_S."""
+        """Keeps the tensors of a sample if there is room for them. Waits up to LOCK_S for the lock, which it seldom needs."""
         content = seal(key, tensors)
         size = on_disk(len(content))
         with self._writing:
@@ -119,7 +118,7 @@ class CacheStore:
                 self._say(f"cannot keep more ({error})")
 
     def entries(self) -> list[Entry]:
-        """All files, half written ones too. Raises OSError."""
+        """Lists all files, half written ones too. Raises OSError."""
         entries: list[Entry] = []
         with suppress(FileNotFoundError), os.scandir(self._root) as directories:
             for directory in directories:
@@ -128,9 +127,9 @@ class CacheStore:
         return entries
 
     def prune(self, max_bytes: int) -> int:
-        """Removes what was not used for longest until at most `max_bytes` are left, and returns how many were removed.
+        """Removes the files that were not used for longest until at most `max_bytes` are left; returns how many.
 
-        Counts all files anew. Raises OSError.
+        Raises OSError.
         """
         if not self._root.is_dir():
             return 0
@@ -169,19 +168,23 @@ class CacheStore:
         return room >= 0
 
     def _scan(self) -> list[Entry]:
-        """All files, after removing what killed writers left. The slow part: one call of `stat` for each file."""
+        """Lists all files after removing what killed writers left. Slow, with one call of `stat` for each file."""
         return [entry for entry in self.entries() if not is_abandoned(entry)]
 
     def _read_used(self) -> int | None:
-        """None if nobody has counted yet, or was killed while writing it down."""
+        """None if nobody has counted yet, or what was written is damaged."""
         try:
             return int((self._root / "used").read_text())
         except (FileNotFoundError, ValueError):
             return None
 
     def _write_used(self, used: int) -> None:
-        # In place: nodes that share a network file system may find the old file for a while where one was renamed.
-        (self._root / "used").write_text(str(used))
+        # In place: after a rename, other nodes of a network file system may find the old file for a while. And not emptied
+        # first: on a full disk there may be no room to write it again.
+        path = self._root / "used"
+        path.touch()
+        with path.open("r+") as file:
+            file.write(f"{used:020d}")
 
     def _write(self, key: str, content: bytes) -> None:
         path, temporary = self._path(key), self._root / "new" / uuid.uuid4().hex
@@ -196,7 +199,7 @@ class CacheStore:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Holds the lock. Raises OSError if it is not got; then nobody waits again until it was free once."""
+        """Holds the lock. Raises OSError if it is not got; after that this process does not wait until it was free once."""
         self._root.mkdir(parents=True, exist_ok=True)
         try:
             with self._lock.acquire(timeout=self._patience_s):
@@ -224,5 +227,5 @@ def check_directory(config: CacheConfig) -> None:
 
 
 def samples_directory(directory: str | Path) -> Path:
-    """Where the samples are, in the cache of that directory."""
+    """The directory of the samples in a cache.directory."""
     return Path(directory).expanduser() / "samples"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from typer.testing import CliRunner
 
 from taid_ray.cli import cache as cache_commands
@@ -19,6 +20,7 @@ from taid_ray.driver import cache_fill
 from taid_ray.driver.preflight import prepare
 from taid_ray.errors import ConfigError, TaidRayError, TeacherError
 from taid_ray.models.pair import model_configs, run_tokenizer, shared_vocabulary
+from taid_ray.teacher.cache import store
 from taid_ray.teacher.cache.cached import CachedTeacher
 from taid_ray.teacher.cache.claims import NoClaims
 from taid_ray.teacher.cache.offline import OfflineTeacher, all_records, find_record
@@ -213,6 +215,15 @@ def test_of_a_stream_the_steps_of_the_run_are_computed(data: Path, tmp_path: Pat
     settings = config(data, tmp_path / "cache", data__streaming=True)
     rows = len(validation_rows(settings.data, run_tokenizer(settings)))
     assert cache_fill.fill_cache(settings).rows == rows + 4 * 4
+
+
+def test_a_cache_whose_lock_another_process_holds_is_not_pruned(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "LOCK_S", 0.1)
+    with (
+        FileLock(copy / "samples" / "lock"),
+        pytest.raises(ConfigError, match=r"cannot be emptied \(another process holds"),
+    ):
+        cache_commands.prune(copy, 0)
 
 
 def test_stats_and_prune(copy: Path, tmp_path: Path) -> None:
