@@ -45,7 +45,6 @@ WORKERS_AND_REPLICAS = ((32, 8), (16, 4), (8, 2), (4, 1), (2, 1), (1, 1))
 FORWARD_S, BACKWARD_S, TEACHER_S = 0.3, 0.7, 0.2
 WARM_UP_STEPS, STEPS = 3, 12
 TOTAL_STEPS = WARM_UP_STEPS + STEPS
-READ_AHEAD_STEPS = 8
 PROCESSES = 4
 TOKENS, HIDDEN = 256, 2048
 """Loss positions of a worker's step and the teacher's width: an answer of 1 MiB in bfloat16."""
@@ -133,7 +132,7 @@ def train(
 ) -> list[tuple[float, StepMetrics]]:
     """What worker.run_worker does between building its parts and saving the model."""
     from taid_ray.student.loop import train_loop
-    from taid_ray.student.prefetch import Prefetcher, read_ahead, step_batches
+    from taid_ray.student.prefetch import READ_AHEAD_STEPS, Prefetcher, read_ahead, step_batches
 
     teacher_config = TeacherConfig(model="simulated")
     scheduler, clock = SchedulerClient(actor, rank, 600), PhaseClock(TimedStudent.device)

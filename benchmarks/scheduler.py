@@ -18,8 +18,8 @@ from rich.table import Table
 from benchmarks.common import local_ray, median, write
 from taid_ray.config.schema import ScheduleConfig
 from taid_ray.scheduler.actor import Report
-from taid_ray.scheduler.aggregate import LossSums, StepResult
-from taid_ray.scheduler.client import HEARTBEAT_S, SchedulerClient
+from taid_ray.scheduler.aggregate import HEARTBEAT_S, LossSums, StepResult
+from taid_ray.scheduler.client import SchedulerClient
 from taid_ray.scheduler.owner import SchedulerOwner
 
 STEPS = {2: 1000, 8: 1000, 32: 400, 128: 200, 512: 50}

@@ -1,4 +1,4 @@
-"""`taid-ray plan`: a Forecast as tables, or as JSON."""
+"""The command `taid-ray plan`: prints a Forecast as tables, or as JSON."""
 
 import json
 from pathlib import Path
@@ -10,6 +10,7 @@ from rich.console import Console
 from taid_ray.config.schema import DistillConfig, load_config
 from taid_ray.errors import ConfigError
 from taid_ray.plan.hardware import NAMES, hardware_named
+from taid_ray.report.history import History, read_history
 
 UTILISATION = 0.4
 DEFAULT_GPU = "h100-80g"
@@ -32,36 +33,33 @@ def plan(
         float | None,
         typer.Option(help="Your price of one GPU (with --gpu cpu: of one core) for an hour, any currency."),
     ] = None,
-    measure: Annotated[
-        bool,
-        typer.Option("--measure", help="Make a few real steps first, here or on the cluster that RAY_ADDRESS names."),
-    ] = False,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", metavar="RUN", help="Take the rates from the metrics.jsonl of a run of the same models."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes, seconds, operations.")] = False,
 ) -> None:
-    """Say what a configuration will need and how long it will take: without loading weights, unless --measure."""
+    """Say what a configuration will need and how long it will take, without loading weights."""
     loaded = load_config(config, overrides or [])
-    hardware = hardware_named(gpu or default_gpu(loaded))
+    history = None if run is None else read_history(run)
+    hardware = hardware_named(gpu or default_gpu(loaded, history))
     check_numbers(tokens, utilisation, price_per_gpu_hour)
     progress = Console(stderr=True)
     progress.print("loading torch and transformers", highlight=False)
     from taid_ray.plan.forecast import forecast
-    from taid_ray.plan.inputs import read_models
+    from taid_ray.plan.from_run import run_figures
+    from taid_ray.plan.inputs import PlanInputs, read_models
     from taid_ray.plan.tables import show
 
-    models, measured = read_models(loaded), None
-    if measure:
-        from taid_ray.plan.measure import measure as measure_here
-
-        measured = measure_here(loaded, progress, gpu)
-        hardware = hardware if measured.on_gpus or gpu else hardware_named("cpu")
+    inputs = PlanInputs(loaded, read_models(loaded), hardware)
     found = forecast(
-        loaded,
-        models,
-        hardware,
+        inputs,
         utilisation=utilisation,
         tokens=tokens,
         price_per_hour=price_per_gpu_hour,
-        measured=measured,
+        run=None if history is None else run_figures(history, inputs),
         on_wait=lambda message: progress.print(message, highlight=False),
     )
     if as_json:
@@ -70,9 +68,19 @@ def plan(
         show(found, Console(width=max(MIN_WIDTH, Console().width)))
 
 
-def default_gpu(config: DistillConfig) -> str:
-    """What --gpu is where it is not given."""
-    return "cpu" if config.device == "cpu" else DEFAULT_GPU
+def default_gpu(config: DistillConfig, history: History | None) -> str:
+    """Returns what --gpu is where it is not given.
+
+    Raises ConfigError if the rates are those of a run, which does not say on what GPU it ran.
+    """
+    if config.device == "cpu" or (history is not None and history.config.device == "cpu"):
+        return "cpu"
+    if history is not None:
+        raise ConfigError(
+            f"--from {history.path}: the run does not say on what hardware it ran (device: {history.config.device}); name it "
+            f"with --gpu ({', '.join(NAMES)})"
+        )
+    return DEFAULT_GPU
 
 
 def check_numbers(tokens: float | None, utilisation: float, price: float | None) -> None:

@@ -109,6 +109,10 @@ class TeacherConfig(Section):
     idle_timeout_s: Annotated[Positive, RESUMABLE] = 600.0
     """Seconds without any run that uses it after which the pool removes itself from the cluster."""
 
+    def in_flight_bytes(self, answer_bytes: float) -> float:
+        """The most that the answers of one worker's requests in flight take, each of `answer_bytes`; one always may be."""
+        return min(self.window * answer_bytes, max(self.window_mib * 2**20, answer_bytes))
+
 
 class LoraConfig(Section):
     """Low-rank adapters, which train instead of the student's own weights. `RUN/model` holds the merged weights."""

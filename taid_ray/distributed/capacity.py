@@ -164,8 +164,7 @@ def check_object_store(
     payload_bytes: of one answer, at most. Spread evenly at best, so what is refused here could not have worked.
     """
     room = sum(node.get("object_store_memory", 0) for node in _alive(nodes)) / 2
-    window_bytes = min(teacher.window * payload_bytes, max(teacher.window_mib * 2**20, payload_bytes))
-    needed = window_bytes * workers
+    needed = teacher.in_flight_bytes(payload_bytes) * workers
     if needed > room:
         raise ClusterError(
             f"teacher.window: {teacher.window} answers of up to {payload_bytes / 2**20:.0f} MiB, in all at most "

@@ -14,7 +14,7 @@ from taid_ray.losses.topk import TopK, spread_, tail_shares_, take_buckets_
 BlockResult = tuple[Tensor, Tensor | None]
 """Values [3, N] (divergence, entropy of its target, cross-entropy on the labels), gradient [N, V] if there is one."""
 
-_CLOSED = ("taid", "forward_kl")
+CLOSED_FORM = ("taid", "forward_kl")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Objective:
         """
         if isinstance(teacher, TopK):
             return self._on_buckets(logits, teacher, labels, learn)
-        if self.name in _CLOSED:
+        if self.name in CLOSED_FORM:
             return self._in_closed_form(logits, teacher, labels, learn)
         return self._by_autograd(logits, teacher, labels, learn)
 
@@ -47,7 +47,7 @@ class Objective:
         threads meet after every operation, and where they share the cores with other processes each meeting may cost
         a time slice: with 8 rows of 32,000 ids a loss took 15 s that took 0.7 s on idle cores, with 64 rows 2 s.
         """
-        in_graph = self.name not in _CLOSED and not isinstance(teacher, TopK)
+        in_graph = self.name not in CLOSED_FORM and not isinstance(teacher, TopK)
         return max(1, chunk_tokens // (32 if in_graph else 8))
 
     def total(self, kl: Tensor, ce: Tensor) -> Tensor:

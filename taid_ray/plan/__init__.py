@@ -1,6 +1,6 @@
 """`taid-ray plan`: sizes, memory, time, cost and scaling of a run, before anything is started.
 
-Others use `forecast.forecast`, `inputs`, `hardware`, `measure` and `tables`.
+Others use `forecast.forecast`, `from_run`, `inputs`, `hardware` and `tables`.
 
 Traps:
 - `trace` runs the real modelling code under FakeTensorMode; `memory` adds DeepSpeed's buffers by formulas that were read from

@@ -1,142 +1,174 @@
-"""What a run will need and how fast it will be, before anything is started: `taid-ray plan`.
+"""Forecasts what a run will need and how fast it will be, before anything is started: the result of `taid-ray plan`.
 
-Puts sizes (inputs, trace), memory (memory) and time (time) of a configuration into a Forecast.
+It is put together from sizes (inputs, trace), memory (memory, process_memory) and time (time, rates, simulation).
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
 
-from taid_ray.config.schema import DistillConfig
-from taid_ray.errors import ModelError
-from taid_ray.models.loading import check_divisible
-from taid_ray.plan.calibration import Measured, calibrated
-from taid_ray.plan.forecast_type import Forecast, RankMemory
-from taid_ray.plan.hardware import Hardware
-from taid_ray.plan.inputs import Models, PlanInputs, check_device
-from taid_ray.plan.memory import teacher_memory
+from taid_ray.plan.from_run import RunFigures
+from taid_ray.plan.inputs import PlanInputs, check_device
 from taid_ray.plan.notes import plan_notes
-from taid_ray.plan.rates import Rates, assumed_rates, scaling, simulated, times_of
-from taid_ray.plan.time import Times, estimate_cost
-from taid_ray.plan.worker_memory import WorkerMemory, worker_memories
+from taid_ray.plan.process_memory import ShardMemory, WorkerMemory, shard_memories, worker_memories
+from taid_ray.plan.rates import Rates, ScalingPoint, assumed_rates, computed_times, scaling, simulated_times
+from taid_ray.plan.time import CostEstimate, Times, estimate_cost
 
 BILLION = 1e9
-FULL = 0.9
-"""Share of the cores' time from which it is they that limit a run on one host."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Everything that the tables and the JSON of `taid-ray plan` show."""
+
+    inputs: PlanInputs
+    utilisation: float
+    """Assumed share of the peak that matmuls reach."""
+    worker_memory: list[WorkerMemory]
+    shard_memory: list[ShardMemory]
+    """Memory of a teacher's process; empty unless the teacher has processes of its own."""
+    assumed: Rates
+    rates: Rates
+    """What the times are computed from: as assumed, but for what `run` knows."""
+    run: RunFigures | None
+    """The run that rates were taken from (--from)."""
+    replayed_s: float | None
+    """Seconds of a step that these rates give for that run's own layout."""
+    times: Times
+    processors: float
+    """GPUs, or CPU cores, of students and teacher."""
+    per_billion: CostEstimate
+    whole: CostEstimate | None
+    """Cost of --tokens, else of train.steps."""
+    scaling: list[ScalingPoint]
+
+    @property
+    def object_store_bytes(self) -> float:
+        """Bytes that the cluster's object stores must have together, for the answers in flight: twice these."""
+        inputs = self.inputs
+        return 2 * inputs.in_flight_bytes * inputs.workers if inputs.mode == "pool" else 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Positions of all workers' rows per second."""
+        return self.inputs.workload.tokens / self.times.step_s
+
+    @property
+    def configured(self) -> WorkerMemory:
+        """The worker's memory as the configuration has it."""
+        student = self.inputs.config.student
+        here = (student.zero_stage, student.gradient_checkpointing)
+        return next(memory for memory in self.worker_memory if (memory.zero_stage, memory.checkpointing) == here)
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """What the reader should know beside the figures."""
+        return plan_notes(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns all figures for JSON; bytes, seconds, operations."""
+        inputs, config = self.inputs, self.inputs.config
+        payload = config.teacher.payload
+        shapes = {name: asdict(getattr(inputs, name)) for name in ("student", "teacher")}
+        for shape in shapes.values():
+            shape.pop("sizes")
+        figures = ("times", "rates", "assumed", "per_billion", "whole", "worker_memory", "shard_memory", "scaling")
+        return shapes | {
+            "name": config.name,
+            "hardware": asdict(inputs.hardware),
+            "utilisation": self.utilisation,
+            "mode": inputs.mode,
+            "payload": payload,
+            "zero_stage": config.student.zero_stage,
+            "checkpointing": config.student.gradient_checkpointing,
+            "shards": config.teacher.shards,
+            "workers": inputs.workers,
+            "num_shared": inputs.models.num_shared,
+            "wire_bytes_per_token": inputs.wire_bytes,
+            "wire_bytes_per_s": self.tokens_per_s * inputs.wire_bytes[payload] if inputs.mode == "pool" else 0.0,
+            "object_store_bytes": self.object_store_bytes,
+            "flops": asdict(inputs.flops),
+            "workload": asdict(inputs.workload),
+            **{name: _plain(getattr(self, name)) for name in figures},
+            "run": self.run and self.run.as_dict() | {"replayed_s": self.replayed_s},
+            "processors": self.processors,
+            "tokens_per_s": self.tokens_per_s,
+            "bottleneck": self.times.bottleneck,
+            "notes": self.notes,
+        }
 
 
 def forecast(
-    config: DistillConfig,
-    models: Models,
-    hardware: Hardware,
+    inputs: PlanInputs,
     *,
     utilisation: float,
     tokens: float | None = None,
     price_per_hour: float | None = None,
-    measured: Measured | None = None,
+    run: RunFigures | None = None,
     on_wait: Callable[[str], None] = lambda message: None,
 ) -> Forecast:
-    """measured: rates and memory of real steps, which then take the place of the assumed ones. on_wait: told what takes
-    seconds. Raises ConfigError where config and hardware contradict, ModelError as `trace`."""
-    check_device(config, hardware)
-    inputs = PlanInputs(config, models, hardware)
-    workload, teacher_peak = inputs.workload, 0
+    """Computes memory, time and cost. tokens: to train on, instead of train.steps. run: whose rates take the place of the
+    assumed ones. on_wait: told what takes seconds.
+
+    Raises ConfigError where configuration and hardware contradict, ModelError as `trace`.
+    """
+    check_device(inputs.config, inputs.hardware)
+    worker_memory, shard_memory = _memory(inputs, on_wait)
+    assumed = rates = assumed_rates(inputs, utilisation)
+    on_wait("simulating 1 to 4,096 workers")
+    if run is None:
+        times, replayed_s = computed_times(inputs, rates), None
+    else:
+        rates = run.applied(assumed, inputs)
+        times, replayed_s = simulated_times(inputs, rates), run.replayed_s(assumed_rates(run.inputs, utilisation))
+    processors = _processors(inputs, times.replicas)
+    wanted = tokens or (inputs.config.train.steps or 0) * inputs.workload.tokens
+
+    def cost(count: float) -> CostEstimate:
+        return estimate_cost(count, inputs.workload, times.step_s, processors, price_per_hour)
+
+    return Forecast(
+        inputs=inputs,
+        utilisation=utilisation,
+        worker_memory=worker_memory,
+        shard_memory=shard_memory,
+        assumed=assumed,
+        rates=rates,
+        run=run,
+        replayed_s=replayed_s,
+        times=times,
+        processors=processors,
+        per_billion=cost(BILLION),
+        whole=cost(wanted) if wanted else None,
+        scaling=scaling(inputs, rates, times.replicas),
+    )
+
+
+def _memory(inputs: PlanInputs, on_wait: Callable[[str], None]) -> tuple[list[WorkerMemory], list[ShardMemory]]:
+    """Returns the memory of a worker without and with gradient checkpointing, and of a teacher's process."""
+    teacher_peak = 0
     if inputs.mode != "cache":
         on_wait("tracing the teacher's forward pass")
         teacher_peak = inputs.teacher_activations().forward_peak
     on_wait("tracing the student without and with gradient checkpointing")
-    activations = {checkpointing: inputs.student_activations(checkpointing) for checkpointing in (False, True)}
-    rates, found_here = assumed_rates(inputs, utilisation), None
-    if measured is not None:
-        found_here = calibrated(
-            inputs, measured, rates, activations[config.student.gradient_checkpointing], teacher_peak
-        )
-        rates = found_here.rates
-    own_reserve, rank_reserve = hardware.reserved_bytes, hardware.teacher_reserved_bytes
-    if found_here is not None:
-        own_reserve, rank_reserve = found_here.reserves(hardware)
-    memories: list[WorkerMemory] = []
-    for checkpointing in (False, True):
-        memories += worker_memories(inputs, checkpointing, activations[checkpointing], teacher_peak, own_reserve)
-    times = times_of(inputs, rates)
-    on_wait("simulating 1 to 4,096 workers")
-    if measured is not None:
-        times = with_simulation(inputs, rates, times, measured.cores)
-    processors = _processors(inputs, times.replicas)
-    pooled = inputs.mode == "pool"
-    wanted = tokens or (config.train.steps or 0) * workload.tokens
-    found = Forecast(
-        name=config.name,
-        hardware=hardware,
-        utilisation=utilisation,
-        mode=inputs.mode,
-        payload=config.teacher.payload,
-        zero_stage=config.student.zero_stage,
-        checkpointing=config.student.gradient_checkpointing,
-        shards=config.teacher.shards,
-        workers=inputs.workers,
-        student=inputs.student,
-        teacher=inputs.teacher,
-        num_shared=models.num_shared,
-        worker_memory=memories,
-        teacher_memory=rank_memories(inputs, teacher_peak, rank_reserve) if pooled else [],
-        wire_bytes_per_token=inputs.wire_bytes,
-        object_store_bytes=2 * inputs.in_flight_bytes * inputs.workers if pooled else 0.0,
-        flops=inputs.flops,
-        workload=workload,
-        times=times,
-        processors=processors,
-        per_billion=estimate_cost(BILLION, workload, times.step_s, processors, price_per_hour),
-        whole=estimate_cost(wanted, workload, times.step_s, processors, price_per_hour) if wanted else None,
-        wire_bytes_per_s=workload.tokens * inputs.wire_bytes[config.teacher.payload] / times.step_s if pooled else 0.0,
-        rates=rates,
-        calibration=found_here,
-        scaling=scaling(inputs, rates, times.replicas),
-        notes=[],
-    )
-    found.notes.extend(plan_notes(config, found))
-    return found
-
-
-def rank_memories(inputs: PlanInputs, teacher_peak: int, reserved_bytes: float) -> list[RankMemory]:
-    """For 1, 2, 4 and 8 shards, where they are possible, and the configured number."""
-    found = []
-    for shards in sorted({*_possible_shards(inputs.models), inputs.config.teacher.shards}):
-        parts = teacher_memory(
-            inputs.teacher,
-            teacher_peak,
-            inputs.teacher_bytes,
-            shards,
-            inputs.config.teacher.payload,
-            inputs.answer_bytes,
-            inputs.logits_bytes,
-            reserved_bytes,
-        )
-        total = sum(parts.values())
-        found.append(RankMemory(shards, parts, total, total <= inputs.hardware.memory_bytes))
-    return found
-
-
-def with_simulation(inputs: PlanInputs, rates: Rates, times: Times, cores: float | None) -> Times:
-    """The step as the simulation has it. cores: of the one host that everything shares, if there is only one."""
-    found = simulated(inputs, rates, times.replicas, cores)
-    busy = inputs.workers * times.student_s + times.teacher_s * (inputs.workers if inputs.mode == "local" else 1)
-    full = cores is not None and found.waits_for != "teacher" and busy > FULL * cores * found.step_s
-    return replace(times, step_s=found.step_s, limit="cores" if full else found.waits_for)
-
-
-def _possible_shards(models: Models) -> list[int]:
-    found = []
-    for shards in (1, 2, 4, 8):
-        try:
-            check_divisible(models.teacher, shards, "teacher.model")
-        except ModelError:
-            continue
-        found.append(shards)
-    return found
+    workers = [
+        memory
+        for checkpointing in (False, True)
+        for memory in worker_memories(inputs, checkpointing, inputs.student_activations(checkpointing), teacher_peak)
+    ]
+    return workers, shard_memories(inputs, teacher_peak)
 
 
 def _processors(inputs: PlanInputs, replicas: int) -> float:
-    """GPUs, or CPU cores, of students and teacher."""
-    config = inputs.config
-    own, shard = (config.student.cpus_per_worker, config.teacher.cpus_per_shard) if inputs.hardware.is_cpu else (1, 1)
+    """Counts the GPUs, or CPU cores, of students and teacher."""
+    config, on_cpu = inputs.config, inputs.hardware.is_cpu
+    own, shard = (config.student.cpus_per_worker, config.teacher.cpus_per_shard) if on_cpu else (1, 1)
     return inputs.workers * own + replicas * config.teacher.shards * shard
+
+
+def _plain(value: Any) -> Any:
+    """Returns a dataclass, or a list of them, as JSON has them."""
+    if isinstance(value, list):
+        return [asdict(item) for item in value]
+    return None if value is None else asdict(value)

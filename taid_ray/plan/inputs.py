@@ -1,4 +1,4 @@
-"""What a plan is about: a configuration, its models' sizes and the hardware, with what follows from them directly."""
+"""The inputs of a plan: a configuration, its models' configs and the hardware, with the sizes that follow from them."""
 
 import math
 from dataclasses import dataclass
@@ -9,25 +9,27 @@ import torch
 
 from taid_ray.config.schema import DistillConfig, Payload
 from taid_ray.data.batching import num_micro_batches
+from taid_ray.distributed.device import loss_memory_mib
 from taid_ray.errors import ConfigError
+from taid_ray.losses.objective import CLOSED_FORM
 from taid_ray.models.loading import check_causal_lm, check_divisible
 from taid_ray.models.pair import context_length, model_configs, shared_vocabulary
 from taid_ray.models.student_init import check_student, origin
 from taid_ray.plan.hardware import Hardware
-from taid_ray.plan.memory import CLOSED_FORM, window_bytes
 from taid_ray.plan.sizes import Activations, LossShape, ModelShape
-from taid_ray.plan.time import StepWorkload, TokenFlops, backward_flops, body_flops, loss_flops
-from taid_ray.plan.trace import shape_of, trace
+from taid_ray.plan.time import FLOAT32, StepWorkload, TokenFlops, backward_flops, body_flops, loss_flops
+from taid_ray.plan.trace import Pass, shape_of, trace
 from taid_ray.teacher.payload import bytes_per_token, needs_head
 
 
 @dataclass(frozen=True)
 class Models:
-    """The two transformers configs of a run, and how many ids they share."""
+    """The two transformers configs of a run."""
 
     teacher: Any
     student: Any
     num_shared: int
+    """Token ids that both models share."""
 
 
 def read_models(config: DistillConfig) -> Models:
@@ -59,7 +61,8 @@ def check_device(config: DistillConfig, hardware: Hardware) -> None:
 
 @dataclass(frozen=True)
 class PlanInputs:
-    """Properties are per worker (the one with most to do) or of the whole run, as their names say."""
+    """A configuration, its models and the hardware. Properties are of one worker, the one with most to do, unless they say
+    otherwise."""
 
     config: DistillConfig
     models: Models
@@ -67,21 +70,22 @@ class PlanInputs:
 
     @property
     def mode(self) -> str:
+        """teacher.mode"""
         return self.config.teacher.mode
 
     @property
     def workers(self) -> int:
-        """The fewest, because then each needs most."""
+        """Student workers: the fewest, because then each needs most."""
         return self.config.student.workers.min
 
     @property
     def student_bytes(self) -> int:
-        """Per element of the student's compute dtype."""
+        """Bytes per element of the student's compute dtype."""
         return 2 if self.config.student.dtype == "bfloat16" else 4
 
     @cached_property
     def teacher_bytes(self) -> int:
-        """Per element of the teacher's weights and of what it sends."""
+        """Bytes per element of the teacher's weights and of what it sends."""
         kept: str = self.config.teacher.dtype
         if kept == "auto":
             kept = str(self.models.teacher.get_text_config().dtype).removeprefix("torch.")
@@ -89,11 +93,13 @@ class PlanInputs:
 
     @cached_property
     def student(self) -> ModelShape:
+        """Sizes of the student, adapters included."""
         config = self.config
         return shape_of(self.models.student, config.student.lora, origin(config).trust_remote_code)
 
     @cached_property
     def teacher(self) -> ModelShape:
+        """Sizes of the whole teacher."""
         return shape_of(self.models.teacher, None, self.config.teacher.trust_remote_code)
 
     @property
@@ -104,6 +110,7 @@ class PlanInputs:
 
     @cached_property
     def workload(self) -> StepWorkload:
+        """What there is to do in one optimizer step of the whole run."""
         train = self.config.train
         sharers = self.workers if self.config.student.zero_stage else 1
         return StepWorkload(
@@ -128,8 +135,9 @@ class PlanInputs:
 
     @cached_property
     def loss(self) -> LossShape:
+        """The loss of one micro-batch."""
         payload, loss = self.config.teacher.payload, self.config.loss
-        mib = loss.memory_mib or (128 if self.hardware.is_cpu else 2048)  # distributed.device.loss_memory_mib
+        mib = loss.memory_mib or loss_memory_mib(torch.device("cpu" if self.hardware.is_cpu else "cuda"))
         return LossShape(
             tokens=self.micro_rows * self.workload.length,
             vocabulary=self.models.num_shared,
@@ -142,22 +150,22 @@ class PlanInputs:
 
     @property
     def answer_bytes(self) -> float:
-        """Of one request, every position of which carries loss."""
+        """Bytes of the answer to one request, every position of which carries loss."""
         return float(self.loss.tokens * self.wire_bytes[self.config.teacher.payload])
 
     @property
     def logits_bytes(self) -> float:
-        """Of all positions of one request, in float32."""
-        return 4.0 * self.loss.tokens * self.workload.vocabulary
+        """Bytes of the logits of all positions of one request, in float32."""
+        return float(FLOAT32 * self.loss.tokens * self.workload.vocabulary)
 
     @property
     def in_flight_bytes(self) -> float:
-        """Of one worker's requests."""
-        return window_bytes(self.answer_bytes, self.config.teacher.window, self.config.teacher.window_mib)
+        """Bytes of the answers to one worker's requests in flight, at most."""
+        return self.config.teacher.in_flight_bytes(self.answer_bytes)
 
     @property
     def on_device_bytes(self) -> float:
-        """Answers on a worker's device: with a GPU and no cache all that have arrived, else the one in use.
+        """Bytes of the answers on a worker's device: with a GPU and no cache all that have arrived, else the one in use.
 
         On a CPU a pool's answers stay in the object store.
         """
@@ -167,6 +175,7 @@ class PlanInputs:
 
     @property
     def flops(self) -> TokenFlops:
+        """Operations per token."""
         student, teacher, config = self.student, self.teacher, self.config
         length, packed = self.workload.length, config.data.pack
         rebuilt = needs_head(config.teacher.payload)
@@ -188,10 +197,9 @@ class PlanInputs:
         )
 
     def student_activations(self, checkpointing: bool) -> Activations:
-        """Of one micro-batch. Takes seconds."""
+        """Traces the student's pass over one micro-batch. Takes seconds."""
         student = self.config.student
-        return trace(
-            self.models.student,
+        traced = Pass(
             rows=self.micro_rows,
             length=self.workload.length,
             dtype=_dtype(self.student_bytes),
@@ -200,12 +208,12 @@ class PlanInputs:
             lora=student.lora,
             trust_remote_code=origin(self.config).trust_remote_code,
         )
+        return trace(self.models.student, traced)
 
     def teacher_activations(self) -> Activations:
-        """Of one forward pass of the whole teacher. Takes seconds."""
+        """Traces one forward pass of the whole teacher. Takes seconds."""
         teacher = self.config.teacher
-        return trace(
-            self.models.teacher,
+        traced = Pass(
             rows=min(self.micro_rows, max(1, teacher.max_tokens // self.workload.length)),
             length=self.workload.length,
             dtype=_dtype(self.teacher_bytes),
@@ -214,6 +222,7 @@ class PlanInputs:
             trust_remote_code=teacher.trust_remote_code,
             key="teacher.model",
         )
+        return trace(self.models.teacher, traced)
 
 
 def _dtype(itemsize: int) -> torch.dtype:

@@ -1,26 +1,28 @@
-"""What is simulated, and what comes out."""
+"""Input and output of the simulation: the pipeline of one run, and what a step of it costs."""
 
 from dataclasses import dataclass
 
-WAITED = 0.03
-"""run.bottleneck.WAITING: the share of a step below which a wait is not worth a word."""
+from taid_ray.run.bottleneck import WAITING
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """What one run consists of. Times are seconds of one processor that does nothing else."""
+    """One run as the simulation sees it. Times are seconds of one processor that does nothing else."""
 
     workers: int
     replicas: int
     """0: the teacher computes in the worker itself (teacher_s), or there is none (teacher_s = 0)."""
     micro_batches: int
-    """Of each worker in one optimizer step."""
+    """Micro-batches of each worker in one optimizer step."""
     forward_s: float
-    """Of one micro-batch, the loss included."""
+    """One micro-batch's forward pass and loss."""
     backward_s: float
+    """One micro-batch's backward pass."""
     optimizer_s: float
     teacher_s: float
-    """Of one request."""
+    """The teacher's computation for one request."""
+    read_ahead_steps: int
+    """Global batches that a worker's thread reads ahead of those that were sent."""
     window: int = 4
     """Requests that a worker keeps in flight."""
     read_s: float = 0.0
@@ -28,25 +30,25 @@ class Pipeline:
     data_s: float = 0.0
     """Making and sending one request."""
     request_s: float = 0.0
-    """Between sending a request and its computation, and ..."""
+    """Time between sending a request and its computation."""
     answer_s: float = 0.0
-    """... between that and having the answer: packing, copying, checking."""
+    """Time between that computation and having the answer: packing, copying, checking."""
     answer_bytes: float = 0.0
     link_bytes_per_s: float = float("inf")
-    """Of every process, in each direction."""
+    """Speed of every process's network link, in each direction."""
     latency_s: float = 0.0
     gather_s: float | None = None
     """Collective before every forward pass (ZeRO-3); None: there is none."""
     reduce_s: float | None = None
-    """Collective with every backward pass (ZeRO-2 and 3)."""
+    """Collective with every backward pass (ZeRO-2 and 3); None: there is none."""
     update_s: float | None = None
-    """Collective with the optimizer step."""
+    """Collective with the optimizer step; None: there is none."""
     report_s: float = 0.0
-    """The scheduler's work for one worker's report."""
+    """The scheduler actor's work for one worker's report; it handles one after another."""
+    heartbeat_share: float = 0.0
+    """Share of the scheduler actor's time that heartbeats take from the reports."""
     noise: float = 0.0
     """Standard deviation of the logarithm of a worker's time in one step, and of a replica's for one request."""
-    cores: float | None = None
-    """Of the one host that everything shares; None: everybody has a processor of its own."""
     steps: int = 10
     warm_up: int = 4
     """Steps that are simulated first and not counted."""
@@ -55,8 +57,10 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class SimulatedStep:
+    """What the simulation says of one optimizer step."""
+
     step_s: float
-    """Mean, by the last worker."""
+    """Mean seconds of a step, by the last worker."""
     waits: dict[str, float]
     """Seconds of a step that a worker stands still, mean over all: for `teacher`, `data`, `collectives`, `schedule`, and
     `others` that are slower. Waiting for somebody who waited for the teacher is waiting for the teacher."""
@@ -65,13 +69,14 @@ class SimulatedStep:
 
     @property
     def waits_for(self) -> str:
-        """The wait that costs most; `student` where none costs much."""
+        """Name of the wait that costs most; `student` where none costs much."""
         name, seconds = max(self.waits.items(), key=lambda item: item[1])
-        return name if seconds > WAITED * self.step_s else "student"
+        return name if seconds > WAITING * self.step_s else "student"
 
 
 def collective_s(count: float, parties: int, bytes_per_s: float, latency_s: float, passes: int = 2) -> float:
-    """Of a ring that moves `count` bytes; passes: 2 for an all-reduce, 1 for a reduce-scatter or an all-gather.
+    """Returns the seconds of a ring that moves `count` bytes; passes: 2 for an all-reduce, 1 for a reduce-scatter or an
+    all-gather.
 
     Libraries take trees where a large ring's hops would cost more than its bytes, hence the logarithm.
     """

@@ -1,4 +1,4 @@
-"""What a discrete-event simulation is made of: a clock, things to wait for, processes, shared processors, links, barriers.
+"""Parts of a discrete-event simulation: a clock, signals to wait for, processes, links, queues and barriers.
 
 A process is a generator that yields signals and goes on when each has happened. Times are seconds.
 """
@@ -20,6 +20,7 @@ class Signal:
         self.calls: list[Callable[[], None]] = []
 
     def fire(self) -> None:
+        """Lets it happen: makes all `calls`, once."""
         self.done = True
         for call in self.calls:
             call()
@@ -30,19 +31,21 @@ Process = Generator[Signal, None, None]
 
 
 class Clock:
-    """Runs what is due, in the order of time and, at the same time, of being planned."""
+    """Runs what is due, in the order of time and, at the same time, in the order in which it was planned."""
 
     def __init__(self) -> None:
         self.now = 0.0
         self._due: list[tuple[float, int, Callable[[], None]]] = []
         self._number = count()
         self._waiting = 0
-        """Processes, for something that has not happened."""
+        """Number of processes that wait for something that has not happened."""
 
     def at(self, time: float, call: Callable[[], None]) -> None:
+        """Plans a call."""
         heapq.heappush(self._due, (time, next(self._number), call))
 
     def after(self, seconds: float) -> Signal:
+        """Returns a signal that happens so many seconds from now."""
         signal = Signal()
         self.at(self.now + seconds, signal.fire)
         return signal
@@ -56,7 +59,10 @@ class Clock:
                 return
 
     def run(self) -> None:
-        """Until nothing is due. Raises RuntimeError if a process is left that waits for what will never happen."""
+        """Runs until nothing is due.
+
+        Raises RuntimeError if a process is left that waits for what will never happen.
+        """
         while self._due:
             self.now, _, call = heapq.heappop(self._due)
             call()
@@ -68,59 +74,8 @@ class Clock:
         self.start(process)
 
 
-class Processors:
-    """Of one host. Work beyond the number of cores makes all work slower alike, as an operating system shares time."""
-
-    def __init__(self, clock: Clock, cores: float | None):
-        """cores: None where everybody has a processor of its own."""
-        self._clock, self._cores = clock, cores
-        self._work: list[tuple[float, int, Signal]] = []
-        self._number = count()
-        self._served = 0.0
-        """Seconds of work that each task present from the beginning would have been given."""
-        self._since = 0.0
-        self._plan = 0
-
-    def work(self, seconds: float) -> Signal:
-        """Happens when so much computing is done."""
-        if self._cores is None:
-            return self._clock.after(seconds)
-        self._pass()
-        signal = Signal()
-        heapq.heappush(self._work, (self._served + seconds, next(self._number), signal))
-        self._replan()
-        return signal
-
-    @property
-    def _rate(self) -> float:
-        assert self._cores is not None
-        return min(1.0, self._cores / len(self._work)) if self._work else 1.0
-
-    def _pass(self) -> None:
-        self._served += (self._clock.now - self._since) * self._rate
-        self._since = self._clock.now
-
-    def _replan(self) -> None:
-        self._plan += 1
-        if self._work:
-            plan, left = self._plan, max(0.0, self._work[0][0] - self._served)
-            self._clock.at(self._clock.now + left / self._rate, lambda: self._finish(plan))
-
-    def _finish(self, plan: int) -> None:
-        if plan != self._plan:  # somebody came or went meanwhile
-            return
-        self._pass()
-        self._served = max(self._served, self._work[0][0])  # rounding must not leave a rest that takes no time
-        ready = []
-        while self._work and self._work[0][0] <= self._served:
-            ready.append(heapq.heappop(self._work)[2])
-        self._replan()
-        for signal in ready:
-            signal.fire()
-
-
 class Link:
-    """One direction of somebody's network link; what is sent over it goes one after another."""
+    """One direction of a process's network link, or a process that handles messages: one thing after another."""
 
     __slots__ = ("free",)
 
@@ -128,7 +83,7 @@ class Link:
         self.free = 0.0
 
     def carry(self, begin: float, seconds: float) -> float:
-        """When something that needs the link for so long is over it; it can begin at `begin`."""
+        """Returns when something that needs the link for `seconds`, from `begin` on at the earliest, has passed."""
         self.free = max(self.free, begin) + seconds
         return self.free
 
@@ -143,11 +98,11 @@ class Server:
         self.serving = False
 
     def __len__(self) -> int:
-        """Who is here."""
+        """Returns how many are served or wait."""
         return len(self.queue) + self.serving
 
     def turn(self) -> Signal:
-        """Happens when it is the caller's turn, who then calls `leave`."""
+        """Returns a signal that happens when it is the caller's turn, who then calls `leave`."""
         signal = Signal()
         if self.serving:
             self.queue.append(signal)
@@ -156,6 +111,7 @@ class Server:
         return signal
 
     def leave(self) -> None:
+        """Ends the turn of the one that is served; the next one follows."""
         if self.queue:
             self.queue.popleft().fire()
         else:
@@ -163,21 +119,22 @@ class Server:
 
 
 class Barrier:
-    """Over for everybody so many seconds after the last of `size` came."""
+    """Opens for everybody `seconds` after the last of `size` processes has arrived."""
 
-    __slots__ = ("_clock", "_left", "_seconds", "cause", "last", "over")
+    __slots__ = ("_clock", "_left", "_seconds", "held_up", "last", "opened")
 
     def __init__(self, clock: Clock, size: int, seconds: float):
         self._clock, self._left, self._seconds = clock, size, seconds
-        self.over = Signal()
+        self.opened = Signal()
         self.last = 0.0
-        """When the last one came."""
-        self.cause: dict[str, float] = {}
-        """What made it late, by reasons, as it says itself."""
+        """When the last one arrived."""
+        self.held_up: dict[str, float] = {}
+        """Seconds that the last one had waited for something else, by reasons."""
 
     def arrive(self) -> Signal:
+        """Counts one more process. Returns the signal of the opening."""
         self._left -= 1
         if self._left == 0:
             self.last = self._clock.now
-            self._clock.at(self._clock.now + self._seconds, self.over.fire)
-        return self.over
+            self._clock.at(self._clock.now + self._seconds, self.opened.fire)
+        return self.opened

@@ -1,4 +1,4 @@
-"""Operations, seconds and money of a run, from sizes alone. No torch.
+"""Arithmetic of a run's operations, seconds and money, from sizes alone. No torch.
 
 A multiplication and an addition are two operations; per token means per position of a row, padding included.
 """
@@ -15,7 +15,9 @@ OPTIMIZER_BYTES = 48
 """Moved per trained parameter and step: AdamW reads 4 and writes 3 float32 values, norm and clipping read 2 and write 1, and
 the new weight is read, rounded and written."""
 BANDWIDTH_SHARE = 0.7
-"""Of the data sheet's memory bandwidth that such passes reach; an assumption."""
+"""Share of the data sheet's memory bandwidth that such passes reach; an assumption."""
+FLOAT32 = 4
+"""Bytes of an element."""
 SECONDS_PER_HOUR = 3600.0
 
 
@@ -29,17 +31,18 @@ class TokenFlops:
     """The student's body."""
     backward: float
     recompute: float
-    """Gradient checkpointing."""
+    """Forward pass again, for gradient checkpointing; else 0."""
     loss: float
-    """At the student: both heads, and the student's head's gradients."""
+    """At the student: both heads, and the gradients of the student's head."""
 
     @property
     def student(self) -> float:
+        """All operations of the student."""
         return self.forward + self.backward + self.recompute + self.loss
 
 
 def body_flops(matmul: int, layers: int, attention_width: int, length: int, packed: bool) -> float:
-    """Forward pass of one token: its matmuls, and attention (scores and values) over the row it lies in.
+    """Counts the forward pass of one token: its matmuls, and attention (scores and values) over the row it lies in.
 
     Packed rows come with a mask, and kernels then compute the whole square; else the causal half.
     """
@@ -50,34 +53,37 @@ def body_flops(matmul: int, layers: int, attention_width: int, length: int, pack
 def backward_flops(
     matmul: int, matmul_trained: int, layers: int, attention_width: int, length: int, packed: bool
 ) -> float:
-    """Gradients of all inputs, and of the trained weights (not of those that adapters leave frozen)."""
+    """Counts the gradients of all inputs and of the trained weights (not of those that adapters leave frozen), per token."""
     attention = body_flops(0, layers, attention_width, length, packed)
     return 2.0 * (matmul + matmul_trained) + 2 * attention
 
 
 def loss_flops(vocabulary: int, student_hidden: int, teacher_hidden: int | None, head_trained: bool) -> float:
-    """Per loss position. teacher_hidden: None where the payload carries logits or probabilities."""
+    """Counts the loss of one position. teacher_hidden: None where the payload carries logits or probabilities."""
     student = 2.0 * vocabulary * student_hidden * (3 if head_trained else 2)
     return student + (2.0 * vocabulary * teacher_hidden if teacher_hidden else 0.0)
 
 
 @dataclass(frozen=True)
 class StepWorkload:
-    """One optimizer step."""
+    """What there is to do in one optimizer step."""
 
     rows: int
-    """Of the global batch."""
+    """Rows of the global batch."""
     worker_rows: int
-    """Of the worker that has most."""
+    """Rows of the worker that has most."""
     requests: int
     """Micro-batches of all workers."""
     length: int
+    """Tokens of a row."""
     vocabulary: int
+    """Shared ids, over which the loss is formed."""
     trained_per_worker: float
     """Parameters that one worker's optimizer updates."""
 
     @property
     def tokens(self) -> int:
+        """Positions of the global batch."""
         return self.rows * self.length
 
 
@@ -88,62 +94,68 @@ class Times:
     student_s: float
     """The slowest worker, without waiting for teacher or network."""
     loss_s: float
-    """Of student_s."""
+    """Part of student_s."""
     optimizer_s: float
-    """Of student_s."""
+    """Part of student_s."""
     teacher_s: float
     """All of the teacher's work on one replica; 0 without one."""
     replicas: int
-    """That the run has."""
+    """Teacher replicas that the run has."""
     balanced_replicas: int
-    """Fewest that hide the teacher behind the student."""
+    """Fewest replicas that hide the teacher behind the student."""
     step_s: float
     limit: str = ""
-    """What the simulation says that steps wait for, where there is one."""
+    """What steps wait for in the simulation (SimulatedStep.waits_for); empty where there was none."""
 
     @property
     def bottleneck(self) -> str:
+        """`student`, `teacher`, or another wait of the simulation."""
         return self.limit or ("teacher" if self.step_s > self.student_s else "student")
 
 
-def student_times(
-    workload: StepWorkload, flops: TokenFlops, hardware: Hardware, cores: float, dtype_bytes: int, use: float
-) -> tuple[float, float, float]:
-    """(all, loss, optimizer) of one worker. cores: GPUs (1) or CPU cores. use: share of the peak that matmuls reach."""
-    speed = hardware.flops(dtype_bytes) * cores * use
-    bandwidth = hardware.bandwidth * cores * BANDWIDTH_SHARE
+@dataclass(frozen=True)
+class Speed:
+    """What a process reaches on its processors."""
+
+    flops: float
+    """Operations per second of matmuls."""
+    bandwidth: float
+    """Bytes per second between processors and memory."""
+
+    @classmethod
+    def of(cls, hardware: Hardware, processors: float, dtype_bytes: int, use: float) -> "Speed":
+        """processors: GPUs or CPU cores of the process. use: share of the peak that matmuls reach."""
+        return cls(hardware.flops(dtype_bytes) * processors * use, hardware.bandwidth * processors * BANDWIDTH_SHARE)
+
+
+def student_times(workload: StepWorkload, flops: TokenFlops, speed: Speed) -> tuple[float, float, float]:
+    """Returns one worker's seconds in one step: all, and of these loss and optimizer."""
     tokens = workload.worker_rows * workload.length
-    loss = tokens * (flops.loss / speed + LOSS_PASSES * 4 * workload.vocabulary / bandwidth)
-    optimizer = OPTIMIZER_BYTES * workload.trained_per_worker / bandwidth
-    body = tokens * (flops.student - flops.loss) / speed
+    loss = tokens * (flops.loss / speed.flops + LOSS_PASSES * FLOAT32 * workload.vocabulary / speed.bandwidth)
+    optimizer = OPTIMIZER_BYTES * workload.trained_per_worker / speed.bandwidth
+    body = tokens * (flops.student - flops.loss) / speed.flops
     return body + loss + optimizer, loss, optimizer
 
 
 def teacher_time(
-    workload: StepWorkload,
-    flops: TokenFlops,
-    hardware: Hardware,
-    cores: float,
-    dtype_bytes: int,
-    use: float,
-    weight_bytes: float,
-    max_tokens: int,
+    workload: StepWorkload, flops: TokenFlops, speed: Speed, weight_bytes: float, max_tokens: int
 ) -> float:
-    """Seconds of one replica for a whole step. cores: GPUs or CPU cores of all its shards.
+    """Returns the seconds that one replica computes for a whole step. max_tokens: of one forward pass.
 
     A forward pass takes at least as long as reading the weights once.
     """
-    speed = hardware.flops(dtype_bytes) * cores * use
     request = workload.tokens / workload.requests
     passes = workload.requests * math.ceil(request / max_tokens)
-    reading = passes * weight_bytes / (hardware.bandwidth * cores * BANDWIDTH_SHARE)
-    return max(workload.tokens * flops.teacher / speed, reading)
+    return max(workload.tokens * flops.teacher / speed.flops, passes * weight_bytes / speed.bandwidth)
 
 
-def combined(
+def combined_times(
     student: tuple[float, float, float], teacher_s: float, mode: str, replicas: tuple[int, int], workers: int
 ) -> Times:
-    """replicas: fewest and most. A teacher in the student's process (local) works before it, on its worker's rows only."""
+    """Returns the times of a step whose slower side hides the other one. student: as `student_times` returns it. replicas:
+    fewest and most.
+
+    A teacher in the student's process (mode local) works before it, on its worker's rows only."""
     student_s, loss_s, optimizer_s = student
     if mode == "local":
         step_s = student_s + teacher_s / workers
@@ -158,20 +170,20 @@ def combined(
 
 @dataclass(frozen=True)
 class CostEstimate:
-    """Of so many tokens."""
+    """Time and cost of training on so many tokens."""
 
     tokens: float
     hours: float
     processor_hours: float
     """GPU hours, or hours of CPU cores."""
     cost: float | None
-    """In the unit of the price; None without one."""
+    """Money, in the unit of the price; None without one."""
 
 
 def estimate_cost(
     tokens: float, workload: StepWorkload, step_s: float, processors: float, price_per_hour: float | None
 ) -> CostEstimate:
-    """Time and cost of training on `tokens` positions, start-up, validation and checkpoints left out."""
+    """Estimates time and cost of training on `tokens` positions, start-up, validation and checkpoints left out."""
     hours = tokens / workload.tokens * step_s / SECONDS_PER_HOUR
     used = hours * processors
     return CostEstimate(tokens, hours, used, None if price_per_hour is None else used * price_per_hour)

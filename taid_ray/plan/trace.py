@@ -1,4 +1,4 @@
-"""Sizes of a model, and the memory of its activations, found out without its weights.
+"""Finds the sizes of a model, and the memory of its activations, without its weights.
 
 Sizes come from a model on the meta device. Activations come from one forward and backward pass over tensors that have a
 shape but no contents (`FakeTensorMode`): every operation that the real pass would do is seen, so what stays alive for
@@ -10,6 +10,7 @@ import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def restart(self) -> int:
-        """Forgets the peak so far and returns what is alive."""
+        """Forgets the peak so far and returns the bytes that are alive."""
         self.peak = self.now
         return self.now
 
@@ -59,7 +60,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def shape_of(model_config: Any, lora: LoraConfig | None = None, trust_remote_code: bool = False) -> ModelShape:
-    """The sizes of the causal language model that a transformers config describes, with adapters if `lora`."""
+    """Returns the sizes of the causal language model that a transformers config describes, with adapters if `lora`."""
     model_config = copy.deepcopy(model_config)  # transformers notes dtype and attention in it
     with torch.device("meta"), warnings.catch_warnings(action="ignore"):
         model = from_architecture(model_config, "eager", 0, trust_remote_code)
@@ -91,7 +92,7 @@ def shape_of(model_config: Any, lora: LoraConfig | None = None, trust_remote_cod
 
 
 def _share_used(name: str, text: Any) -> float:
-    """The part of a parameter that one token meets: chosen over all experts, or all of it."""
+    """Returns the part of a parameter that one token meets: chosen over all experts, or all of it."""
     chosen = getattr(text, "num_experts_per_tok", None)
     experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None)
     experts = experts or getattr(text, "n_routed_experts", None)
@@ -99,7 +100,7 @@ def _share_used(name: str, text: Any) -> float:
 
 
 def _sharded(model: Any) -> int:
-    """Elements of the parameters that the architecture's tensor-parallel plan splits."""
+    """Counts the elements of the parameters that the architecture's tensor-parallel plan splits."""
     total = 0
     plan = getattr(model, "tp_plan", None) or {}
     for name, parameter in model.named_parameters():
@@ -110,44 +111,47 @@ def _sharded(model: Any) -> int:
     return total
 
 
-def trace(
-    model_config: Any,
-    *,
-    rows: int,
-    length: int,
-    dtype: torch.dtype,
-    attention: str,
-    checkpointing: bool = False,
-    lora: LoraConfig | None = None,
-    learns: bool = True,
-    trust_remote_code: bool = False,
-    key: str = "student.model",
-) -> Activations:
-    """Counts what a forward pass, and with `learns` a backward pass, over [rows, length] tokens keeps alive.
+@dataclass(frozen=True)
+class Pass:
+    """A forward pass, and with `learns` a backward pass, over [rows, length] tokens."""
 
-    Gradients of parameters are not counted. Seconds for tens of layers, whatever their size. Raises ModelError, naming
-    `key`, for an architecture whose code looks at the values of its tensors.
+    rows: int
+    length: int
+    dtype: torch.dtype
+    attention: str
+    checkpointing: bool = False
+    lora: LoraConfig | None = None
+    learns: bool = True
+    trust_remote_code: bool = False
+    key: str = "student.model"
+    """Configuration key of the model, for errors."""
+
+
+def trace(model_config: Any, traced: Pass) -> Activations:
+    """Counts what a pass keeps alive, gradients of parameters left out. Takes seconds for tens of layers of any size.
+
+    Raises ModelError for an architecture whose code looks at the values of its tensors.
     """
     # flash attention keeps what sdpa keeps, and need not be installed here
-    attention = "sdpa" if "flash" in attention else attention
+    attention = "sdpa" if "flash" in traced.attention else traced.attention
     with warnings.catch_warnings(action="ignore"):
         try:
             with torch.device("meta"):
-                model = from_architecture(copy.deepcopy(model_config), attention, 0, trust_remote_code)
-                if checkpointing:
+                model = from_architecture(copy.deepcopy(model_config), attention, 0, traced.trust_remote_code)
+                if traced.checkpointing:
                     model.gradient_checkpointing_enable({"use_reentrant": False})
-                whole = add_lora(model, lora, 0) if lora else model
+                whole = add_lora(model, traced.lora, 0) if traced.lora else model
             with FakeTensorMode():
-                _leave_meta(whole.train(learns), dtype)
+                _leave_meta(whole.train(traced.learns), traced.dtype)
                 inputs = {
-                    "input_ids": torch.zeros(rows, length, dtype=torch.int64),
-                    "position_ids": torch.arange(length).expand(rows, -1),
+                    "input_ids": torch.zeros(traced.rows, traced.length, dtype=torch.int64),
+                    "position_ids": torch.arange(traced.length).expand(traced.rows, -1),
                 }
-                return _count(whole, lambda: hidden_states(model, inputs), learns)
+                return _count(whole, lambda: hidden_states(model, inputs), traced.learns)
         except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
             shown = " ".join(str(error).split())[:150]
             raise ModelError(
-                f"{key}: the memory of {type(model_config).__name__} cannot be found out without running it "
+                f"{traced.key}: the memory of {type(model_config).__name__} cannot be found out without running it "
                 f"({type(error).__name__}: {shown}); choose another architecture to plan with"
             ) from error
 

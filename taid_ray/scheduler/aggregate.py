@@ -14,6 +14,11 @@ from taid_ray.scheduler.schedule import TAIDSchedule
 GO_ON, SAVE, STOP = 0, 1, 2
 """What is to follow a step on every rank: the next one; a checkpoint first; a checkpoint, and the end of the attempt."""
 
+HEARTBEAT_S = 1.0
+"""A worker that has told the scheduler actor nothing for so long tells it the newest result it knows."""
+BEATS_PER_S = 200
+"""Heartbeats of all workers together, at most, because one process answers them."""
+
 
 @dataclass(frozen=True)
 class LossSums:

@@ -16,12 +16,8 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutErro
 
 from taid_ray.errors import AttemptError
 from taid_ray.scheduler.actor import Report
-from taid_ray.scheduler.aggregate import LossSums, StepResult
+from taid_ray.scheduler.aggregate import BEATS_PER_S, HEARTBEAT_S, LossSums, StepResult
 
-HEARTBEAT_S = 1.0
-"""A worker that has told the actor nothing for so long tells it the newest result it knows."""
-BEATS_PER_S = 200
-"""Of all workers together at most, because one process answers them."""
 GONE_S = 10.0
 """So long after its death an actor that Ray restarts is back, or on its way back."""
 

@@ -18,6 +18,8 @@ from taid_ray.teacher.payload import TeacherOutput
 from taid_ray.teacher.protocol import TeacherClient
 
 T = TypeVar("T")
+READ_AHEAD_STEPS = 8
+"""Global batches that a worker's thread reads and encodes ahead of those that are sent to the teacher."""
 DATA_S = 1800.0
 """How long the next rows may take to be read and encoded."""
 

@@ -33,7 +33,7 @@ from taid_ray.student.clock import PhaseClock
 from taid_ray.student.engine import Student
 from taid_ray.student.hooks import StepHooks
 from taid_ray.student.loop import train_loop
-from taid_ray.student.prefetch import Prefetcher, read_ahead, step_batches
+from taid_ray.student.prefetch import READ_AHEAD_STEPS, Prefetcher, read_ahead, step_batches
 from taid_ray.student.spec import RunSpec, WorkerSpec
 from taid_ray.student.totals import RunTotals
 from taid_ray.student.validation import HeldOut
@@ -48,7 +48,6 @@ from taid_ray.teacher.pool.lease import PoolClaims
 from taid_ray.teacher.protocol import TeacherClient
 from taid_ray.tracking.prometheus import StudentGauges
 
-READ_AHEAD_STEPS = 8
 POOL_MARGIN_S = 300.0
 """Beyond teacher.timeout_s, within which the driver says whether the pool is up."""
 SUSPECTS = 50

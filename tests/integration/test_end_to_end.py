@@ -66,6 +66,7 @@ def test_the_bundled_model_learns(ray_cluster: str, tmp_path: Path) -> None:
     )
     result = distill(config)
     check_run(result, 20)
+    check_plan_from(result)
     before, after = result.summary["before"], result.summary["after"]
     assert before["cross_entropy"] > 6 and after["cross_entropy"] < 4.5
     assert after["kl"] < before["kl"] - 1.5
@@ -85,6 +86,22 @@ def test_the_bundled_model_learns(ray_cluster: str, tmp_path: Path) -> None:
     assert measured.cross_entropy == pytest.approx(after["cross_entropy"], abs=1e-5)
     assert measured.kl == pytest.approx(after["kl"], abs=1e-5)
     nothing_left_behind("bundled")
+
+
+def check_plan_from(result: RunResult) -> None:
+    """`taid-ray plan --from` finds its way in the directory of a real run, and what it reads there makes up the steps."""
+    from taid_ray.plan.from_run import run_figures
+    from taid_ray.plan.hardware import hardware_named
+    from taid_ray.plan.inputs import PlanInputs, read_models
+    from taid_ray.plan.rates import assumed_rates
+    from taid_ray.report.history import read_history
+
+    history = read_history(result.path)
+    inputs = PlanInputs(history.config, read_models(history.config), hardware_named("cpu"))
+    found = run_figures(history, inputs)
+    assert (found.inputs.workers, found.steps) == (2, 13)  # not the first 3, the last 2, fastest and slowest
+    assert all(found.rates[name] > 0 for name in ("teacher_s", "loss_s", "data_s"))
+    assert 0.3 < found.replayed_s(assumed_rates(inputs, 0.4)) / found.step_s < 2
 
 
 def nothing_left_behind(name: str) -> None:

@@ -20,12 +20,11 @@ from taid_ray.config.schema import DistillConfig, build_config, load_config
 from taid_ray.driver.preflight import prepare
 from taid_ray.errors import ConfigError
 from taid_ray.plan import rates as plan_rates
-from taid_ray.plan.forecast import forecast
-from taid_ray.plan.forecast_type import Forecast
+from taid_ray.plan.forecast import Forecast, forecast
 from taid_ray.plan.hardware import hardware_named
 from taid_ray.plan.inputs import Models, PlanInputs, read_models
 from taid_ray.plan.tables import show
-from taid_ray.plan.trace import shape_of, trace
+from taid_ray.plan.trace import Pass, shape_of, trace
 from tests.support.paths import CONFIGS
 
 CPU = hardware_named("cpu")
@@ -43,7 +42,7 @@ def quickstart(*overrides: str) -> DistillConfig:
 
 
 def planned(config: DistillConfig, hardware: Any = CPU, **options: Any) -> Forecast:
-    return forecast(config, read_models(config), hardware, **({"utilisation": 0.4} | options))
+    return forecast(PlanInputs(config, read_models(config), hardware), **({"utilisation": 0.4} | options))
 
 
 def shown(found: Forecast) -> str:
@@ -95,14 +94,14 @@ def test_a_token_meets_only_the_chosen_experts() -> None:
 def test_the_quickstart(tmp_path: Path) -> None:
     config = quickstart()
     found = planned(config, price_per_hour=2.0)
-    assert found.num_shared == prepare(config).vocabulary.num_shared
-    assert found.workload.tokens == 16 * 256
+    assert found.inputs.models.num_shared == prepare(config).vocabulary.num_shared
+    assert found.inputs.workload.tokens == 16 * 256
     assert found.whole is not None and found.whole.tokens == 250 * 16 * 256
     assert found.whole.cost == pytest.approx(2 * 2 * found.whole.hours)  # two cores: one worker, one shard
     assert {memory.zero_stage for memory in found.worker_memory} == {0, 1, 2, 3}
-    assert all(memory.fits for memory in found.worker_memory) and found.configured().zero_stage == 2
-    assert [rank.shards for rank in found.teacher_memory] == [1, 2, 4]  # four key-value heads
-    assert found.wire_bytes_per_token["hidden"] == 64 * 4
+    assert all(memory.fits for memory in found.worker_memory) and found.configured.zero_stage == 2
+    assert [rank.shards for rank in found.shard_memory] == [1, 2, 4]  # four key-value heads
+    assert found.inputs.wire_bytes["hidden"] == 64 * 4
     assert found.object_store_bytes == 2 * 4 * 16 * 256 * 256
     assert json.loads(json.dumps(found.as_dict()))["times"]["step_s"] == found.times.step_s
     assert max(map(len, shown(found).splitlines())) <= 100
@@ -117,16 +116,16 @@ def test_tokens_replace_the_runs_length() -> None:
 
 def test_a_local_teacher_lives_in_the_worker() -> None:
     pooled, local = planned(quickstart()), planned(quickstart("teacher.mode=local"))
-    assert local.teacher_memory == [] and local.object_store_bytes == 0
+    assert local.shard_memory == [] and local.object_store_bytes == 0
     assert local.processors == pooled.processors - 1
     assert local.times.step_s == pytest.approx(pooled.times.student_s + pooled.times.teacher_s)
-    assert local.configured().parts["teacher"] > 4 * local.teacher.parameters
+    assert local.configured.parts["teacher"] > 4 * local.inputs.teacher.parameters
     assert "in each student worker" in shown(local)
 
 
 def test_a_cache_needs_no_teacher(tmp_path: Path) -> None:
     found = planned(quickstart("teacher.mode=cache", f"cache.directory={tmp_path}"))
-    assert found.teacher_memory == [] and found.times.teacher_s == 0 == found.times.replicas
+    assert found.shard_memory == [] and found.times.teacher_s == 0 == found.times.replicas
     assert found.times.bottleneck == "student"
     assert "none: all answers are in the cache" in shown(found)
 
@@ -145,14 +144,14 @@ def large(*overrides: str) -> DistillConfig:
 def test_a_large_pair(swallow: Models) -> None:
     """Hand-checked parts of the plan for four workers on H100s."""
     gpu = hardware_named("h100-80g")
-    found = forecast(large(), swallow, gpu, utilisation=0.4)
+    found = forecast(PlanInputs(large(), swallow, gpu), utilisation=0.4)
     own = next(memory for memory in found.worker_memory if memory.zero_stage == 2 and memory.checkpointing)
-    trained = found.student.trained
+    trained = found.inputs.student.trained
     assert own.parts["weights"] == 2 * trained and own.parts["optimizer"] == 12 * trained / 4
     assert own.parts["teacher head"] == 151665 * 5120 * 2
     answer = 4 * 2048 * 5120 * 2
     assert own.parts["prefetch window"] == (4 + 1) * answer  # on the GPU already, and the one in use
-    assert found.wire_bytes_per_token == {
+    assert found.inputs.wire_bytes == {
         "hidden": 10240, "hidden_int8": 5124, "hidden_fp8": 5124, "topk": 64 * 6 + 8, "logits": 303330
     }  # fmt: skip
     assert {memory.zero_stage for memory in found.worker_memory} == {1, 2, 3}  # 0 is refused with bfloat16
@@ -168,26 +167,28 @@ def test_a_cache_keeps_answers_off_the_gpu(swallow: Models, tmp_path: Path) -> N
 def test_what_cannot_fit_is_said_with_a_remedy(swallow: Models) -> None:
     config = large("student.gradient_checkpointing=false", "teacher.shards=1")
     gpu = hardware_named("l4-24g")
-    needed = min(forecast(config, swallow, gpu, utilisation=0.4).worker_memory, key=lambda memory: memory.bytes).bytes
+    needed = min(
+        forecast(PlanInputs(config, swallow, gpu), utilisation=0.4).worker_memory, key=lambda memory: memory.bytes
+    ).bytes
     small = replace(gpu, memory_bytes=needed + 1)
-    notes = forecast(config, swallow, small, utilisation=0.4).notes
+    notes = forecast(PlanInputs(config, swallow, small), utilisation=0.4).notes
     worker = next(note for note in notes if note.startswith("a student worker needs"))
     assert "it cannot fit; it would fit with student.zero_stage: 2 and student.gradient_checkpointing: true" in worker
     small = replace(gpu, memory_bytes=10e9)
-    notes = forecast(config, swallow, small, utilisation=0.4).notes
+    notes = forecast(PlanInputs(config, swallow, small), utilisation=0.4).notes
     shards = next(note for note in notes if note.startswith("a teacher process needs"))
     assert "with teacher.shards: 1 and l4-24g has 9.3 GiB: it cannot fit; set teacher.shards: 4" in shards
     tiny = replace(small, memory_bytes=3e9)
-    notes = forecast(large(), swallow, tiny, utilisation=0.4).notes
+    notes = forecast(PlanInputs(large(), swallow, tiny), utilisation=0.4).notes
     assert any("use more workers" in note for note in notes) and any("use more shards" in note for note in notes)
 
 
 def test_waiting_and_wasted_replicas_are_said(swallow: Models) -> None:
     gpu = hardware_named("h100-80g")
-    slow = forecast(large("teacher.replicas=1"), swallow, gpu, utilisation=0.4)
+    slow = forecast(PlanInputs(large("teacher.replicas=1"), swallow, gpu), utilisation=0.4)
     assert slow.times.bottleneck == "teacher"
     assert any(f"teacher.replicas: {slow.times.balanced_replicas} would hide it" in note for note in slow.notes)
-    many = forecast(large("teacher.replicas=90"), swallow, gpu, utilisation=0.4)
+    many = forecast(PlanInputs(large("teacher.replicas=90"), swallow, gpu), utilisation=0.4)
     assert any(note.startswith("90 teacher replicas, but") for note in many.notes)
 
 
@@ -214,8 +215,7 @@ def test_a_config_keeps_its_own_precision(swallow: Models) -> None:
 def test_a_flash_attention_need_not_be_installed(swallow: Models) -> None:
     import torch
 
-    arguments: dict[str, Any] = {"rows": 1, "length": 32, "dtype": torch.bfloat16}
-    flash, plain = (trace(swallow.student, attention=name, **arguments) for name in ("flash_attention_2", "sdpa"))
+    flash, plain = (trace(swallow.student, Pass(1, 32, torch.bfloat16, name)) for name in ("flash_attention_2", "sdpa"))
     assert flash == plain
 
 
@@ -270,7 +270,7 @@ def test_no_weights_are_needed(tmp_path: Path) -> None:
             (bare / file.name).write_bytes(file.read_bytes())
     assert not list(bare.glob("*.safetensors"))
     config = build_config(quickstart().model_dump(mode="json"), [f"teacher.model={bare}"])
-    assert planned(config).teacher == planned(quickstart()).teacher
+    assert planned(config).inputs.teacher == planned(quickstart()).inputs.teacher
 
 
 def test_refusals_come_before_torch_is_loaded(config_file: str) -> None:

@@ -13,21 +13,12 @@ from taid_ray.data.batch import Batch
 from taid_ray.distributed.capacity import check_object_store
 from taid_ray.distributed.world import World
 from taid_ray.errors import ClusterError
-from taid_ray.losses import objective
 from taid_ray.losses.projection import LogitTransform
 from taid_ray.models.loading import Head
 from taid_ray.models.student_init import from_architecture
-from taid_ray.plan.memory import (
-    CLOSED_FORM,
-    LOGITS_CHUNK_BYTES,
-    Worker,
-    largest,
-    teacher_memory,
-    window_bytes,
-    worker_memory,
-)
+from taid_ray.plan.memory import TeacherProcess, Worker, largest, teacher_memory, worker_memory
 from taid_ray.plan.sizes import LossShape, ZeroOptions
-from taid_ray.plan.trace import LiveBytes, shape_of, trace
+from taid_ray.plan.trace import LiveBytes, Pass, shape_of, trace
 from taid_ray.student.clock import PhaseClock
 from taid_ray.teacher.payload import CHUNK_BYTES, TeacherOutput
 from tests.support.paths import BUNDLE
@@ -116,8 +107,7 @@ def measured(config: DistillConfig, model_config: Any) -> dict[str, float]:
 def worker_of(config: DistillConfig, model_config: Any, workers: int = 1) -> Worker:
     student = config.student
     itemsize = 4 if student.dtype == "float32" else 2
-    activations = trace(
-        model_config,
+    traced = Pass(
         rows=ROWS,
         length=LENGTH,
         dtype=torch.float32 if itemsize == 4 else torch.bfloat16,
@@ -127,7 +117,7 @@ def worker_of(config: DistillConfig, model_config: Any, workers: int = 1) -> Wor
     )
     return Worker(
         shape=shape_of(model_config, student.lora),
-        activations=activations,
+        activations=trace(model_config, traced),
         loss=LossShape(ROWS * LENGTH, VOCABULARY, MIB, "hidden", HIDDEN, itemsize, True),
         dtype_bytes=itemsize,
         workers=workers,
@@ -227,10 +217,6 @@ def test_passed_through_options_count() -> None:
     assert not ZeroOptions.of(passed, 3, False).overlap_comm
 
 
-def test_losses_without_a_graph_are_those_of_the_objective() -> None:
-    assert set(CLOSED_FORM) == set(objective._CLOSED)
-
-
 def test_the_largest_moment_is_the_answer() -> None:
     assert largest({"a": {"x": 1.0}, "b": {"x": 1.0, "y": 1.0}}) == ("b", {"x": 1.0, "y": 1.0})
 
@@ -240,7 +226,7 @@ def test_the_window_is_that_of_the_cluster_check(window_mib: int, fits: int) -> 
     """check_object_store refuses from just the size on that the plan names."""
     teacher = TeacherConfig(model="x", window=4, window_mib=window_mib)
     answer = 200 * MIB
-    needed = 2 * window_bytes(answer, teacher.window, teacher.window_mib)
+    needed = 2 * teacher.in_flight_bytes(answer)
     assert needed == 2 * fits * MIB
     node = {"Alive": True, "Resources": {"object_store_memory": needed}}
     check_object_store(answer, teacher, 1, [node])
@@ -251,7 +237,16 @@ def test_the_window_is_that_of_the_cluster_check(window_mib: int, fits: int) -> 
 
 def test_shards_divide_what_the_plan_of_the_architecture_names() -> None:
     shape = shape_of(architecture())
-    one, two = (teacher_memory(shape, 7, 2, shards, "hidden", 5.0, 1e9, 3.0) for shards in (1, 2))
+    process = TeacherProcess(
+        shape=shape,
+        forward_peak=7,
+        dtype_bytes=2,
+        payload="hidden",
+        answer_bytes=5.0,
+        logits_bytes=1e9,
+        reserved_bytes=3.0,
+    )
+    one, two = (teacher_memory(process, shards) for shards in (1, 2))
     assert one == {"weights": 2.0 * shape.parameters, "activations": 7.0, "answer": 5.0, "reserved": 3.0}
     assert two["weights"] == 2 * (shape.parameters - shape.sharded / 2)
     assert two["whole head"] == 2 * VOCABULARY * HIDDEN
@@ -261,7 +256,9 @@ def test_shards_divide_what_the_plan_of_the_architecture_names() -> None:
 
 def test_payloads_of_logits_need_room_for_a_chunk_of_them() -> None:
     """The teacher of a few positions does not need that of many."""
-    shape = shape_of(architecture())
-    few, many = (teacher_memory(shape, 7, 2, 1, "topk", 5.0, 4.0 * VOCABULARY * rows, 3.0) for rows in (8, 10**6))
+    few, many = (
+        teacher_memory(TeacherProcess(shape_of(architecture()), 7, 2, "topk", 5.0, 4.0 * VOCABULARY * rows, 3.0), 1)
+        for rows in (8, 10**6)
+    )
     assert few["answer"] == 5 + 5 * 4 * VOCABULARY * 8
-    assert many["answer"] == 5 + 5 * LOGITS_CHUNK_BYTES and LOGITS_CHUNK_BYTES == CHUNK_BYTES
+    assert many["answer"] == 5 + 5 * CHUNK_BYTES

@@ -16,11 +16,12 @@ from taid_ray.plan.time import (
     BANDWIDTH_SHARE,
     LOSS_PASSES,
     OPTIMIZER_BYTES,
+    Speed,
     StepWorkload,
     TokenFlops,
     backward_flops,
     body_flops,
-    combined,
+    combined_times,
     estimate_cost,
     loss_flops,
     student_times,
@@ -80,12 +81,12 @@ def workload(**changes: Any) -> StepWorkload:
 
 def test_the_students_time() -> None:
     flops = TokenFlops(teacher=0.0, forward=10.0, backward=20.0, recompute=10.0, loss=5.0)
-    total, loss, optimizer = student_times(workload(), flops, CHIP, cores=2, dtype_bytes=2, use=0.5)
+    total, loss, optimizer = student_times(workload(), flops, Speed.of(CHIP, 2, dtype_bytes=2, use=0.5))
     bandwidth = 2e4 * BANDWIDTH_SHARE
     assert loss == pytest.approx(40 * (5 / 1000 + LOSS_PASSES * 4 * 5 / bandwidth))
     assert optimizer == pytest.approx(OPTIMIZER_BYTES * 100 / bandwidth)
     assert total == pytest.approx(40 * 40 / 1000 + loss + optimizer)
-    slow, *_ = student_times(workload(), flops, CHIP, cores=2, dtype_bytes=4, use=0.5)
+    slow, *_ = student_times(workload(), flops, Speed.of(CHIP, 2, dtype_bytes=4, use=0.5))
     assert slow > total
 
 
@@ -95,7 +96,9 @@ def test_the_students_time() -> None:
 def test_the_teachers_time_is_computing_or_reading_weights(weight_bytes: float, seconds: float) -> None:
     flops = TokenFlops(teacher=30.0, forward=0.0, backward=0.0, recompute=0.0, loss=0.0)
     # 20 tokens a request and 10 a pass: two passes each
-    assert teacher_time(workload(), flops, CHIP, 1, 2, 0.5, weight_bytes, max_tokens=10) == pytest.approx(seconds)
+    assert teacher_time(workload(), flops, Speed.of(CHIP, 1, 2, 0.5), weight_bytes, max_tokens=10) == pytest.approx(
+        seconds
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,7 +115,7 @@ def test_the_teachers_time_is_computing_or_reading_weights(weight_bytes: float, 
 def test_steps_take_as_long_as_the_slower_side(
     mode: str, replicas: tuple[int, int], step_s: float, chosen: int, balanced: int
 ) -> None:
-    times = combined((2.0, 0.5, 0.1), 9.0, mode, replicas, workers=3)
+    times = combined_times((2.0, 0.5, 0.1), 9.0, mode, replicas, workers=3)
     assert (times.step_s, times.replicas, times.balanced_replicas) == (pytest.approx(step_s), chosen, balanced)
     assert times.bottleneck == ("student" if step_s == 2.0 else "teacher")
 

@@ -13,8 +13,8 @@ from taid_ray.config.schema import ScheduleConfig
 from taid_ray.errors import AttemptError
 from taid_ray.scheduler import client as module
 from taid_ray.scheduler import owner
-from taid_ray.scheduler.aggregate import LossAggregator, LossSums
-from taid_ray.scheduler.client import HEARTBEAT_S, SchedulerClient
+from taid_ray.scheduler.aggregate import HEARTBEAT_S, LossAggregator, LossSums
+from taid_ray.scheduler.client import SchedulerClient
 from taid_ray.scheduler.owner import SchedulerOwner
 from taid_ray.scheduler.schedule import TAIDSchedule
 from tests.support.journal import Journal
