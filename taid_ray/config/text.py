@@ -1,5 +1,6 @@
 """The configuration as text: YAML files, dotted `key=value` overrides, and what is said about a mistake in them."""
 
+import copy
 import difflib
 import math
 from collections.abc import Hashable, Iterable
@@ -26,38 +27,26 @@ EXPECTED = {
     "too_short": "must not be empty",
 }
 
-
-MAX_CHARACTERS = 100_000
-"""What a YAML text may unfold to once its aliases are replaced; few lines of them can stand for more than memory holds."""
 MAX_DEPTH = 32
+"""Largest number of parts of a dotted key."""
 
 
 class StrictLoader(yaml.SafeLoader):
-    """Refuses what PyYAML would take silently, or unfold without end."""
+    """Loads YAML as JSON could hold it. Refuses repeated keys, numbers that are not finite, dates, and keys that are no text.
 
-    def get_single_node(self) -> Any:
-        node = super().get_single_node()
-        self._left = MAX_CHARACTERS
-        return node and self._unfolded(node, MAX_DEPTH)
+    An alias stands for a copy, so that an override of one place changes no other.
+    """
 
-    def _unfolded(self, node: Any, depth: int) -> Any:
-        """A copy in which aliases are copies too: a change to one place is none to another, and nothing holds itself."""
-        self._left -= 1 + len(node.value)
-        if depth < 0 or self._left < 0:
-            what = f"nested more than {MAX_DEPTH} deep" if depth < 0 else f"unfolds to over {MAX_CHARACTERS} characters"
-            raise yaml.MarkedYAMLError(problem=f"{what}; write less, or without aliases", problem_mark=node.start_mark)
-        if isinstance(node, yaml.ScalarNode):
-            if not _is_text(node.value):
-                problem = (
-                    f"{_shown(node.value)} holds half a character or a NUL, which no file name or file of text can"
-                )
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        alias = self.peek_event() if self.check_event(yaml.AliasEvent) else None
+        node = super().compose_node(parent, index)
+        if alias is None or node is None:
             return node
-        if isinstance(node, yaml.SequenceNode):
-            value: list[Any] = [self._unfolded(item, depth - 1) for item in node.value]
-        else:
-            value = [(self._unfolded(k, depth - 1), self._unfolded(v, depth - 1)) for k, v in node.value]
-        return type(node)(node.tag, value, node.start_mark, node.end_mark)
+        if node.end_mark is None:  # not composed to its end yet
+            raise yaml.MarkedYAMLError(
+                problem=f"the alias *{alias.anchor} stands inside of what it stands for", problem_mark=alias.start_mark
+            )
+        return copy.deepcopy(node)
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
@@ -116,7 +105,7 @@ def parse_yaml(text: str) -> Any:
     except yaml.YAMLError:
         raise
     except RecursionError:
-        raise yaml.YAMLError(f"nested more than {MAX_DEPTH} deep") from None
+        raise yaml.YAMLError("nested too deeply") from None
     except Exception as error:  # PyYAML lets pass whatever it meets in 2025-02-30, `!!bool maybe`, `!!timestamp x`, ...
         raise yaml.YAMLError(f"a value is none of its kind ({type(error).__name__}: {error})") from error
 
@@ -145,7 +134,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     """Sets what a dotted `key=value` says, its value read as YAML. Raises ConfigError if it cannot be read."""
     key, equals, text = override.partition("=")
     parts = key.split(".")
-    if not equals or not all(parts) or len(parts) > MAX_DEPTH or not _is_text(override):
+    if not equals or not all(parts) or len(parts) > MAX_DEPTH:
         raise ConfigError(f"{_shown(override)} is not of the form key=value, for example schedule.t_start=0.3")
     try:
         value = text if text.startswith(("{{", "{%")) else parse_yaml(text)  # Jinja is never YAML
@@ -210,10 +199,6 @@ def _fault(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     text = " ".join(str(problem).split())
     return f"line {mark.line + 1}, column {mark.column + 1}: {text}" if mark else text
-
-
-def _is_text(text: str) -> bool:
-    return "\0" not in text and (text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text))
 
 
 def _named(key: str) -> str:

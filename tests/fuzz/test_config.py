@@ -18,18 +18,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:Generating overly large repr")
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))
 KEYS = sorted(known_keys())
 SECTIONS = sorted({key.rpartition(".")[0] for key in KEYS} - {""})
-BOMB = "{a0: &a0 [x, x], " + ", ".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 40)) + "}"
-MERGES = "{a0: &a0 {x: 1}, " + ", ".join(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}" for n in range(1, 40)) + "}"
 ODD_VALUES = [
     "~", "''", "0", "-1", "1.5", "2.0", "1e400", "-.inf", ".nan", "1e-400", "9" * 400, "9" * 5000, "0x" + "f" * 5000,
     "1_000", "0b12", "0o17", "1:30:00", "-9:" + ":59" * 300, "yes", "off", "true", "2025-02-30", "2025-01-01T00:00:00Z",
     "0001-01-01T00:00:00+23:59", "[]", "{}", "[1, two]", "[0, 4]", "[[0], {a: b}]", "{min: 1, max: 4}", "{min: 5, max: 4}",
     "{a: b}", "{1: 2}", "{~: 2}", "{[a]: b}", "{? {a: b} : c}", "[", "]", "{a", "'", '"', "|", ">-", "%", "@", "`", "#", "- x",
-    "? x", "? ", ":", "&x", "*x", "&x [*x]", "&x {k: *x}", "{<<: 3}", "{<<: {steps: 3}}", "{<<: [{a: 1}, {a: 2}]}", BOMB, MERGES,
+    "? x", "? ", ":", "&x", "*x", "&x [*x]", "&x {k: *x}", "{<<: 3}", "{<<: {steps: 3}}", "{<<: [{a: 1}, {a: 2}]}",
     "[" * 500, "{a: " * 400, "!!python/object/apply:os.abort []", "!!python/name:os.abort", "!x y", "!!str 3", "!!int _",
     "!!int ''", "!!int x", "!!float x", "!!float '1:60e400'", "!!bool maybe", "!!null x", "!!timestamp x", "!!binary '='",
     "!!binary aGVsbG8=", "!!binary /w==", "!!set {a, b}", "!!omap [a: b]", "!!pairs [a: b]", "!!map [a]", "!!seq {a: b}",
-    '"\\0"', '"\\ud800"', '"a\\nb"', '"\\x1b[2J"', "  ", "{{ messages }}", "{% if", "--- x", "...", "%YAML 9.9", "<<", "=",
+    '"\\0"', '"a\\nb"', '"\\x1b[2J"', "  ", "{{ messages }}", "{% if", "--- x", "...", "%YAML 9.9", "<<", "=",
     "s3://a:b@c/d", "~no-such-user/x", "/", "..", "a/b", "x" * 20000, "all-linear", "auto", "cut", "topk", "local", "float16",
 ]  # fmt: skip
 OWN_FRAGMENTS = [*FRAGMENTS, *(value.encode() for value in ODD_VALUES)]
@@ -48,7 +46,14 @@ GOOD = [
     "data.prompt_columns=[a, b]", "student.deepspeed={zero_optimization: {a: [1, x, 2.5, null]}}", "teacher.quantization.bits=4",
     "data.chat_template={{ messages }}", "name=a-b", "train.betas=[0.8, 0.9]", "teacher.payload=topk", "data.valid=~",
 ]  # fmt: skip
-odd_overrides = st.builds("{}={}".format, keys, st.sampled_from(ODD_VALUES) | plain_values.map(json.dumps))
+
+
+def as_yaml(value: Any) -> str:
+    """JSON, which YAML reads; characters stand for themselves, because JSON's escapes would become two halves of one."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+odd_overrides = st.builds("{}={}".format, keys, st.sampled_from(ODD_VALUES) | plain_values.map(as_yaml))
 overrides = st.lists(st.sampled_from(GOOD) | odd_overrides | st.text(max_size=12), max_size=3)
 
 
@@ -110,8 +115,7 @@ def test_an_override_changes_one_place_only(tmp_path: Path) -> None:
     [
         (".nan", "nan is not a finite number"), ("-.inf", "-inf is not"),
         ("2025-01-01", "a date; put it into quotes"), ("'\\0'", None),
-        ('"\\0"', "half a character or a NUL"),
-        ('"\\ud800"', "half a character or a NUL"), ("{1: 2}", "the key 1 is not text"), ("{on: 2}", "the key True is not text"),
+        ("{1: 2}", "the key 1 is not text"), ("{on: 2}", "the key True is not text"),
         ("!!binary aGk=", "could not determine a constructor"), ("9999999999999999999", "beyond 64 bits"),
         ("!!bool maybe", "KeyError"), ("!!int ''", "IndexError"), ("!!timestamp x", "AttributeError"),
     ],
@@ -125,9 +129,9 @@ def test_what_run_config_yaml_could_not_hold_is_refused(value: str, said: str | 
         load_config(SHIPPED[0], overrides)
 
 
-@pytest.mark.parametrize("value", [BOMB, MERGES, "&x {k: *x}", "[" * 500, "{a: " * 400 + "}" * 400])
-def test_what_unfolds_without_end_is_refused(tmp_path: Path, value: str) -> None:
+@pytest.mark.parametrize("value", ["&x {k: *x}", "[&x [a, *x]]", "[" * 500, "{a: " * 400 + "}" * 400])
+def test_what_never_ends_or_is_nested_too_deeply_is_refused(tmp_path: Path, value: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(f"student: {value}\n")
-    with pytest.raises(ConfigError, match=r"run\.yaml: not valid YAML: .*(nested|unfold)"):
+    with pytest.raises(ConfigError, match=r"run\.yaml: not valid YAML: .*(nested too deeply|the alias \*x)"):
         load_config(path)
