@@ -160,7 +160,8 @@ def rows(found: "Status", replicas: dict[str, int] | None) -> list[tuple[str, st
     if driver := found.driver:
         job = f", Ray job {driver.submission}" if driver.submission else ""
         shown.append(("driver", f"process {driver.pid} on {driver.host}{job}"))
-        shown.append(("cluster", driver.address + (f", dashboard {driver.dashboard}" if driver.dashboard else "")))
+        if driver.address:
+            shown.append(("cluster", driver.address + (f", dashboard {driver.dashboard}" if driver.dashboard else "")))
     return shown
 
 

@@ -25,13 +25,13 @@ def scale_teacher(run_dir: Path, live: Live, replicas: int, notify: Callable[[st
     notify: told of the progress. Raises ConfigError if the run is not alive, ClusterError if its cluster has no room for so
     many, TeacherError if they do not run within teacher.timeout_s, or cannot start; then the pool stays as it was.
     """
-    config = run_config(run_dir)
+    config = run_config(run_dir)  # `live_pool` has seen to it that the run has an address and a pool
     try:
         if not ray.is_initialized():
-            join_cluster(live.address)
+            join_cluster(str(live.address))
     except ClusterError:
         raise not_alive(run_dir, f"the Ray cluster at {live.address}, where it was, does not answer") from None
-    pool = str(live.pool)  # which `live_pool` has seen to
+    pool = str(live.pool)
     lease = find_lease(pool)
     if lease is None:
         raise TeacherError(

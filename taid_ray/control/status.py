@@ -8,18 +8,18 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from taid_ray.config.schema import DistillConfig, stored_config
 from taid_ray.config.text import read_tree
+from taid_ray.control.state import Seen, State, state_of
 from taid_ray.errors import ConfigError
 from taid_ray.files import read_json, read_lines
 from taid_ray.report.search_results import Search, read_search
-from taid_ray.run.directory import is_locked, read_manifest
+from taid_ray.run.directory import read_manifest
 from taid_ray.run.layout import (
     CONFIG_FILE,
     ENDED_FILE,
-    LOCK_FILE,
     METRICS_FILE,
     RUN_FILE,
     SEARCH_FILE,
@@ -28,9 +28,6 @@ from taid_ray.run.layout import (
 )
 from taid_ray.run.live import Live, death, read_live, stopped_early
 
-State = Literal["starting", "training", "searching", "finishing", "stopped", "failed", "dead", "finished"]
-START_S = 300.0
-"""A driver without live.json that took the directory longer ago than this is dead, unless its lock is seen to be held."""
 RECENT_STEPS = 20
 """That speed is measured over."""
 ASK_S = 3.0
@@ -116,13 +113,17 @@ def read_status(path: Path) -> Status:
 
 def _search_status(path: Path, search: Search) -> Status:
     live, ended = read_live(path), read_json(path / ENDED_FILE)
-    state, why = _driver_state(path, live, ended, "searching")
     over = sum(trial.status in ("finished", "stopped", "failed") for trial in search.trials)
-    tried = over >= search.space.num_trials
-    if state is None:  # it ended without a word: with all its trials, or, after a signal, without the others
-        state = "finished" if tried else "stopped"
-    elif state == "starting" and tried:  # it has no live.json any more, not none yet
-        state = "finishing"
+    state, why = state_of(
+        Seen(
+            search=True,
+            complete=over >= search.space.num_trials,
+            live=live is not None,
+            begun=live is not None and live.address is not None,
+            death=death(path, live) if live else None,
+            ended=ended,
+        )
+    )
     best = search.best()
     return Status(
         path=str(path),
@@ -139,45 +140,29 @@ def _search_status(path: Path, search: Search) -> Status:
 def _run_status(path: Path, config: DistillConfig, run: dict[str, Any]) -> Status:
     live, ended, summary = read_live(path), read_json(path / ENDED_FILE), read_json(path / SUMMARY_FILE)
     lines = read_lines(path / METRICS_FILE, RECENT_STEPS)
-    figures = _figures(lines[-1]) if lines else {}
-    early = not summary and stopped_early(path)
-    state: State | None
-    why: str | None
-    if summary:
-        state, why = "finished", None
-    elif early:  # its process was killed, so its own files say nothing of it
-        state, why = "stopped", "its search stopped it early, others are better; nothing goes on with it"
-    else:
-        state, why = _driver_state(path, live, ended, "training")
-    if state == "training" and (not lines or not _stepped(path, live)):
-        state = "starting"
-    total = (
-        summary["steps"]
-        if summary
-        else next(
-            (found for found in (live and live.total_steps, (ended or {}).get("total_steps")) if found),
-            config.train.steps,
+    written = (path / METRICS_FILE).stat().st_mtime if lines else 0.0
+    given_up = not summary and stopped_early(path)
+    state, why = state_of(
+        Seen(
+            complete=summary is not None,
+            given_up=given_up,
+            live=live is not None,
+            begun=live is not None and written > live.began,
+            death=death(path, live) if live else None,
+            ended=ended,
         )
     )
-    validations = read_lines(path / VALIDATION_FILE, 1)
-    step_s = sum(line["step_s"] for line in lines) / len(lines) if lines else None
     storage = config.checkpoint.storage
     return Status(
         path=str(path),
-        state=state or "dead",
-        why=why if state else "its driver left no word of its end",
-        driver=None if early else live,
+        state=state,
+        why=why,
+        driver=None if given_up else live,
         ended_age_s=None if summary else _age(ended),
         name=config.name,
         id=run["id"],
-        **figures,
-        total_steps=total,
-        step_age_s=time.time() - (path / METRICS_FILE).stat().st_mtime if lines else None,
-        step_s=step_s,
-        tokens_per_s=sum(line["tokens"] for line in lines) / (len(lines) * step_s) if step_s else None,
-        teacher_wait_share=sum(line["teacher_wait_s"] for line in lines) / (len(lines) * step_s) if step_s else None,
-        left_s=(total - figures["step"]) * step_s if step_s and total else None,
-        validation=_picked(validations[-1], ("step", "kl", "cross_entropy")) if validations else None,
+        **_progress(lines, written, _total_steps(config, live, ended, summary)),
+        validation=_last_validation(path),
         checkpoints=f"{storage.rstrip('/')}/{run['id']}" if storage else str(path / "checkpoints"),
         checkpoint=_newest_checkpoint(Path(storage) / run["id"] if storage else path / "checkpoints"),
         attempts=len(run["attempts"]),
@@ -185,34 +170,34 @@ def _run_status(path: Path, config: DistillConfig, run: dict[str, Any]) -> Statu
     )
 
 
-def _driver_state(
-    path: Path, live: Live | None, ended: dict[str, Any] | None, working: Literal["training", "searching"]
-) -> tuple[State | None, str | None]:
-    """Of an unfinished run or a search: the state, and why; without one if nothing tells it."""
-    if live is not None:
-        why = death(path, live)
-        if why and live.is_here and is_locked(path):  # by its successor, which has no cluster yet
-            return "starting", None
-        return ("dead", why) if why else (working, None)
-    with suppress(FileNotFoundError):  # there from the first moment, and live.json only once there is a cluster
-        taken = (path / LOCK_FILE).stat().st_mtime
-        # What ended after the lock was taken is the driver that has it, which may be closing down for minutes.
-        if ended is None or (path / ENDED_FILE).stat().st_mtime < taken:
-            if time.time() - taken < START_S or is_locked(path):
-                return "starting", None
-            return "dead", "its driver ended without a goodbye, before it had a cluster"
-    if ended is not None:
-        return ("stopped" if ended["how"] == "stopped" else "failed"), ended["error"]
-    return None, None
+def _total_steps(
+    config: DistillConfig, live: Live | None, ended: dict[str, Any] | None, summary: dict[str, Any] | None
+) -> int | None:
+    """Steps of the whole run, from the first that knows them: with train.epochs the configuration does not."""
+    known = ((summary or {}).get("steps"), live and live.total_steps, (ended or {}).get("total_steps"))
+    return next((steps for steps in known if steps), config.train.steps)
 
 
-def _stepped(path: Path, live: Live | None) -> bool:
-    """Whether there was a step since the driver began."""
-    return live is not None and (path / METRICS_FILE).stat().st_mtime > live.began
+def _progress(lines: list[dict[str, Any]], written: float, total: int | None) -> dict[str, Any]:
+    """The fields of Status that follow from the last lines of metrics.jsonl and when it was written."""
+    if not lines:
+        return {"total_steps": total}
+    seconds, last = max(1e-9, sum(line["step_s"] for line in lines)), lines[-1]
+    step_s = seconds / len(lines)
+    return {
+        **_picked(last, ("step", "t", "loss", "kl")),
+        "total_steps": total,
+        "step_age_s": time.time() - written,
+        "step_s": step_s,
+        "tokens_per_s": sum(line["tokens"] for line in lines) / seconds,
+        "teacher_wait_share": sum(line["teacher_wait_s"] for line in lines) / seconds,
+        "left_s": (total - last["step"]) * step_s if total else None,
+    }
 
 
-def _figures(line: dict[str, Any]) -> dict[str, Any]:
-    return _picked(line, ("step", "t", "loss", "kl"))
+def _last_validation(path: Path) -> dict[str, Any] | None:
+    lines = read_lines(path / VALIDATION_FILE, 1)
+    return _picked(lines[-1], ("step", "kl", "cross_entropy")) if lines else None
 
 
 def _picked(line: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:

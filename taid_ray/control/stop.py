@@ -2,17 +2,19 @@
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from taid_ray.control.state import WORKING
 from taid_ray.control.status import read_status
 from taid_ray.errors import ClusterError, ConfigError
-from taid_ray.run.live import Live, death, read_live, search_of
+from taid_ray.run.directory import has_open
+from taid_ray.run.layout import LOCK_FILE
+from taid_ray.run.live import Live, read_live, search_of
 
 POLL_S, NOTIFY_S = 0.5, 5.0
-START_S = 120.0
-"""So long a driver may take to connect to its cluster."""
 
 
 def stop(directory: Path, address: str | None, notify: Callable[[str], None]) -> None:
@@ -26,37 +28,17 @@ def stop(directory: Path, address: str | None, notify: Callable[[str], None]) ->
             f"{directory} is a trial of a search; stop the search, {search}: all its trials can be resumed"
         )
     status = read_status(directory)
-    if status.state not in ("starting", "training", "searching"):
+    if status.state not in WORKING:
         notify(f"nothing to stop: {status.headline}")
         return
-    live = _wait_for_driver(directory, notify)
-    if live is None:
-        notify(f"nothing to stop: {read_status(directory).headline if directory.exists() else 'it has ended'}")
-        return
+    live = status.driver
+    assert live is not None  # these are the states of a driver that works
     ended = _ask_job(live, address, notify) if live.submission else _ask_process(directory, live, notify)
     _wait_for_end(directory, live, ended, notify)
     if not directory.exists():
         notify("ended before the first step, so there is nothing to resume")
         return
     notify(read_status(directory).headline)
-
-
-def _wait_for_driver(directory: Path, notify: Callable[[str], None]) -> Live | None:
-    start, said = time.monotonic(), False
-    while directory.exists() and read_status(directory).state in ("starting", "training", "searching"):
-        live = read_live(directory)
-        if live is not None and death(directory, live) is None:  # else it is of one before
-            return live
-        if time.monotonic() - start > START_S:
-            raise ConfigError(
-                f"{directory}: its driver has not connected to a cluster for {START_S:.0f} s; end it where it was started "
-                "(Ctrl-C)"
-            )
-        if not said:
-            notify("it is being started; waiting until it can be told")
-        said = True
-        time.sleep(POLL_S)
-    return None
 
 
 def _ask_job(live: Live, address: str | None, notify: Callable[[str], None]) -> Callable[[], bool]:
@@ -82,19 +64,28 @@ def _ask_job(live: Live, address: str | None, notify: Callable[[str], None]) -> 
 
 
 def _ask_process(directory: Path, live: Live, notify: Callable[[str], None]) -> Callable[[], bool]:
-    if not live.is_here:
-        raise ConfigError(
-            f"{directory}: its driver is process {live.pid} on {live.host}, and no Ray job, so it cannot be reached from here; "
-            f"say `taid-ray stop` or `kill {live.pid}` there"
-        )
+    """Sends SIGTERM to the driver. Returns what tells whether it has ended.
+
+    A process is taken for the driver only if it has the lock of the directory open: never a later one with the same id, or
+    one of another container.
+    """
+    unreachable = ConfigError(
+        f"{directory}: its driver is process {live.pid} on {live.host}, and no Ray job, so it cannot be reached from here; "
+        f"say `taid-ray stop` or `kill {live.pid}` there"
+    )
+    if live.host != socket.gethostname():
+        raise unreachable
     try:
+        lock = (directory / LOCK_FILE).stat()
+        if not has_open(live.pid, lock):
+            raise unreachable
         os.kill(live.pid, signal.SIGTERM)
+    except (FileNotFoundError, ProcessLookupError):  # it ends just now
+        return lambda: True
     except PermissionError:
         raise ClusterError(f"{directory}: its driver, process {live.pid}, belongs to another user; ask them") from None
-    except ProcessLookupError:
-        pass
     notify(f"asked process {live.pid} to stop; it saves a checkpoint after its step")
-    return lambda: not live.runs_here
+    return lambda: not has_open(live.pid, lock)
 
 
 def _wait_for_end(directory: Path, live: Live, ended: Callable[[], bool], notify: Callable[[str], None]) -> None:
@@ -107,7 +98,8 @@ def _wait_for_end(directory: Path, live: Live, ended: Callable[[], bool], notify
             place = f", at step {status.step}" if status.trials is None else ""
             notify(f"waiting for its end{place} ({now - start:.0f} s)")
         time.sleep(POLL_S)
-    if directory.exists() and read_live(directory) == live:  # which a driver takes away when it ends by itself
+    left = read_live(directory)  # which a driver takes away when it ends by itself
+    if left is not None and left.began == live.began:
         _tell_death(directory)
 
 

@@ -21,7 +21,7 @@ from taid_ray.distributed.cluster import cluster_has_gpus, ray_cluster
 from taid_ray.distributed.device import collective_backend, resolve
 from taid_ray.distributed.network import RayNetworkConfig
 from taid_ray.driver.attempts import run_attempts
-from taid_ray.driver.live import liveness_file
+from taid_ray.driver.live import announce_cluster, liveness_file
 from taid_ray.driver.orphans import ending_orphaned_cleaners, own_job
 from taid_ray.driver.preflight import notes, prepare
 from taid_ray.driver.progress import ProgressView
@@ -98,7 +98,12 @@ def run_distillation(config: DistillConfig, around: RunContext) -> RunResult:
         for note in notes(config, spec):
             view.say(f"note: {note}")
         view.say("connecting to Ray" if ray.is_initialized() or os.environ.get("RAY_ADDRESS") else "starting Ray here")
-        with run_directory(config) as run, run_logging(config.run_dir, run.id, view), ray_cluster():
+        with (
+            run_directory(config) as run,
+            run_logging(config.run_dir, run.id, view),
+            liveness_file(config.run_dir),
+            ray_cluster(),
+        ):
             if run.attempts:
                 view.say(
                     f"resuming the run in {config.run_dir}; its workers were started {run.attempts} time(s) before"
@@ -123,10 +128,10 @@ def run_on_cluster(
     """Starts scheduler, teacher pool and student workers side by side; the workers wait for the pool, which outlives them."""
     shared = around.pool(config, spec) if around.pool else None
     own_pool = None if shared or config.teacher.mode != "pool" else f"taid-teacher-{run.id}"
+    announce_cluster(config.run_dir, own_pool, spec.total_steps)
     with (
         # First, so that taking everything down is not interrupted halfway.
         nullcontext(around.signals) if around.signals else stop_signals() as signals,
-        liveness_file(config.run_dir, own_pool, spec.total_steps),
         ending_orphaned_cleaners(run.jobs),
         scheduler_actor(config, spec, f"taid-scheduler-{run.id}") as scheduler,
         shared_pool(shared, scheduler.set_pool)

@@ -197,7 +197,6 @@ def locked(run_dir: Path) -> Iterator[None]:
             )
         time.sleep(LOCK_S / 10)
     with file:
-        os.utime(path)  # `status` goes by when it was taken
         try:
             yield
         finally:
@@ -205,12 +204,26 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 
 def is_locked(run_dir: Path) -> bool:
-    """Whether a process of this host has it. Of those on other hosts nothing can be said, so False means little."""
+    """Whether a process is seen to hold the lock. One on another host may be out of sight, so False means little there."""
     with suppress(OSError), (run_dir / LOCK_FILE).open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
+    return False
+
+
+def has_open(pid: int, file: os.stat_result) -> bool:
+    """Whether a process of this host has a file open, also one that was removed meanwhile.
+
+    A directory's lock tells its driver from a later process with the same id, and from one of another container. Raises
+    PermissionError if the process belongs to another user.
+    """
+    with suppress(FileNotFoundError):  # the process has ended
+        for opened in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # it was closed just now
+                if os.path.samestat(opened.stat(), file):
+                    return True
     return False
 
 

@@ -30,7 +30,7 @@ from taid_ray.config.text import read_tree
 from taid_ray.distributed.capacity import Demand, check_capacity, check_object_store, demand_of, room_for_trials
 from taid_ray.distributed.cluster import cluster_has_gpus, ray_cluster
 from taid_ray.distributed.device import resolve
-from taid_ray.driver.live import liveness_file
+from taid_ray.driver.live import announce_cluster, liveness_file
 from taid_ray.driver.orphans import ending_orphaned_cleaners
 from taid_ray.driver.preflight import notes, prepare
 from taid_ray.driver.progress import ProgressView
@@ -92,7 +92,11 @@ def run_search(
         if not any(key.startswith("schedule.") for key in space.space):
             for note in notes(config, spec):
                 view.say(f"note: {note}")
-        with search_directory(config, space) as (book, name), run_logging(config.run_dir, name, view):
+        with (
+            search_directory(config, space) as (book, name),
+            run_logging(config.run_dir, name, view),
+            liveness_file(config.run_dir),
+        ):
             if len(book.with_status("finished", "stopped")) < space.num_trials:
                 with ray_cluster():
                     demand = demand_of(config, resolve(config.device, cluster_has_gpus()))
@@ -130,9 +134,9 @@ def run_trials(
 
     pooled = config.teacher.mode == "pool" and not own_teachers
     pool_name = f"taid-teacher-{name}"
+    announce_cluster(config.run_dir, pool_name if pooled else None)
     with (
         stop_signals() as signals,
-        liveness_file(config.run_dir, pool_name if pooled else None),
         ending_orphaned_cleaners(former_jobs(config.run_dir)),
         teacher_pool(config, spec, demand, pool_name, tell, view) if pooled else nullcontext(),
     ):

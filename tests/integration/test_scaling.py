@@ -19,9 +19,9 @@ from taid_ray.config.schema import DistillConfig, build_config
 from taid_ray.control import scale
 from taid_ray.control.scale import scale_teacher
 from taid_ray.data.batch import Batch, Row, collate
-from taid_ray.driver.live import liveness_file
+from taid_ray.driver.live import announce_cluster, liveness_file
 from taid_ray.errors import ClusterError, TeacherError
-from taid_ray.run.directory import write_config
+from taid_ray.run.directory import locked, write_config
 from taid_ray.run.layout import LIVE_FILE
 from taid_ray.run.live import live_pool
 from taid_ray.teacher.pool import autoscaling as scaling
@@ -199,11 +199,19 @@ def kill_amid_requests(worker: Worker, pool: str) -> set[str]:
     return killed
 
 
+@contextmanager
+def alive(run_dir: Path) -> Iterator[None]:
+    """What a driver whose pool is `by-hand` leaves in its directory."""
+    with locked(run_dir), liveness_file(run_dir):
+        announce_cluster(run_dir, "by-hand")
+        yield
+
+
 def test_by_hand_under_load_no_answer_is_lost(pools: None, configs: dict[str, DistillConfig]) -> None:
     config, said = configs["by-hand"], list[str]()
     watch = PoolWatch("by-hand")
     assert watch.news() == []
-    with working("by-hand", config) as worker, liveness_file(config.run_dir, "by-hand"):
+    with working("by-hand", config) as worker, alive(config.run_dir):
         scale_teacher(config.run_dir, live_pool(config.run_dir), 3, said.append)
         assert worker.teacher.num_replicas() == 3
         assert watch.news() == ["teacher pool: 3 replica(s) run, 1 before"]
@@ -220,7 +228,7 @@ def test_by_hand_beyond_the_cluster_or_a_lost_model(
     ray_cluster: str, pools: None, configs: dict[str, DistillConfig]
 ) -> None:
     config = configs["by-hand"]
-    with liveness_file(config.run_dir, "by-hand"):
+    with alive(config.run_dir):
         with pytest.raises(ClusterError, match=r"--teacher 30: .*room for 8 replica\(s\) of 1 shard\(s\) x 0.2 CPU"):
             scale_teacher(config.run_dir, live_pool(config.run_dir), 30, print)
         shutil.move(config.teacher.model, config.teacher.model + "-away")
@@ -241,7 +249,7 @@ def test_by_hand_past_its_deadline(
     write_config(hurried)
     monkeypatch.setattr(scale, "POLL_S", 0.1)
     with (
-        liveness_file(tmp_path, "by-hand"),
+        alive(tmp_path),
         pytest.raises(TeacherError, match=r"has 1 of 2 replicas after \d+ s"),
     ):
         scale_teacher(tmp_path, live_pool(tmp_path), 2, print)

@@ -12,16 +12,18 @@ import yaml
 
 from taid_ray.control.status import RECENT_STEPS
 from taid_ray.run.layout import CONFIG_FILE, LIVE_FILE, METRICS_FILE, RUN_FILE, SEARCH_FILE, TRIALS_FILE
-from taid_ray.run.live import Live, pid_namespace, process_start
+from taid_ray.run.live import Live
 
 NOBODY = 2**22 + 1
 """Above the largest process id."""
 
 
-HERE = Live("127.0.0.1:9", None, "pool", socket.gethostname(), os.getpid(), pid_namespace(), process_start(os.getpid()))
+HERE = Live(socket.gethostname(), os.getpid(), address="127.0.0.1:9", pool="pool")
+"""A driver of this host, which lives as long as the lock of its directory is held."""
 
 
 ELSEWHERE = replace(HERE, host="another-host", pid=NOBODY)
+"""A driver whose lock is out of sight, and which lives as long as its live.json is young."""
 
 
 TREE: dict[str, Any] = {

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,8 @@ from typing import Any
 import pytest
 
 from taid_ray.cli import app as cli
-from taid_ray.control.status import RECENT_STEPS, START_S, read_status
+from taid_ray.control.state import Seen, state_of
+from taid_ray.control.status import RECENT_STEPS, read_status
 from taid_ray.control.stop import stop
 from taid_ray.driver import live as driver_side
 from taid_ray.errors import ConfigError, RunError
@@ -30,9 +32,9 @@ from taid_ray.run.layout import (
     TRIALS,
     VALIDATION_FILE,
 )
-from taid_ray.run.live import SILENT_S, live_pool, process_start
+from taid_ray.run.live import SILENT_S, live_pool
 from tests.support.journal import WITHIN_S
-from tests.support.run_files import ELSEWHERE, HERE, NOBODY, ended, run_dir, search_dir
+from tests.support.run_files import ELSEWHERE, HERE, NOBODY, ended, line, run_dir, search_dir
 
 
 def age(path: Path, seconds: float) -> None:
@@ -44,16 +46,40 @@ def test_states_of_a_run(tmp_path: Path) -> None:
         found = read_status(run_dir(tmp_path / name, **content))
         return found.state, found.why
 
-    assert state("a", steps=4, live=HERE) == ("training", None)
-    assert state("b", live=HERE) == ("starting", None)
-    assert state("c", steps=4, live=replace(HERE, began=time.time() + 60)) == ("starting", None)  # a resumed one
+    assert state("a", steps=4, live=ELSEWHERE) == ("training", None)
+    assert state("b", live=ELSEWHERE) == ("starting", None)
+    assert state("c", steps=4, live=replace(ELSEWHERE, began=time.time() + 60)) == ("starting", None)  # a resumed one
     assert state("d", steps=4, ended=ended("stopped")) == ("stopped", None)
     assert state("e", steps=4, ended=ended("failed", "no room")) == ("failed", "no room")
     assert state("f", steps=40, summary={"steps": 40}) == ("finished", None)
     assert state("g", steps=4) == ("dead", "its driver left no word of its end")
-    assert state("h", steps=4, live=replace(HERE, pid=NOBODY))[0] == "dead"
-    assert state("i", steps=4, live=replace(HERE, process="a later one"))[0] == "dead"  # its id was given again
-    assert state("j", steps=4, live=ELSEWHERE) == ("training", None)
+    assert state("h", steps=4, live=HERE) == ("dead", f"its driver, process {HERE.pid}, ended without a goodbye")
+
+
+SEEN = Seen(live=True, death=None, begun=True, ended=None, complete=False)
+FAILED = {"how": "failed", "error": "no room"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "run", "search"),
+    [
+        ({}, "training", "searching"),
+        ({"begun": False}, "starting", "starting"),
+        ({"complete": True}, "finished", "finishing"),
+        ({"death": "gone"}, "dead", "dead"),
+        ({"death": "gone", "ended": FAILED}, "dead", "dead"),
+        ({"death": "gone", "complete": True}, "finished", "dead"),
+        ({"live": False, "ended": FAILED}, "failed", "failed"),
+        ({"live": False, "ended": {"how": "stopped", "error": None}}, "stopped", "stopped"),
+        ({"live": False, "ended": FAILED, "complete": True}, "finished", "failed"),
+        ({"live": False}, "dead", "stopped"),
+        ({"live": False, "complete": True}, "finished", "finished"),
+        ({"given_up": True, "death": "gone"}, "stopped", "stopped"),
+    ],
+)
+def test_the_table_of_states(changes: dict[str, Any], run: str, search: str) -> None:
+    assert state_of(replace(SEEN, **changes))[0] == run
+    assert state_of(replace(SEEN, search=True, **changes))[0] == search
 
 
 def test_a_driver_elsewhere_is_believed_as_long_as_it_gives_signs(tmp_path: Path) -> None:
@@ -68,43 +94,28 @@ def test_a_driver_elsewhere_is_believed_as_long_as_it_gives_signs(tmp_path: Path
         live_pool(run)
 
 
-def test_a_driver_without_a_cluster_yet(tmp_path: Path) -> None:
-    run = run_dir(tmp_path)
-    (run / LOCK_FILE).touch()
-    assert read_status(run).state == "starting"
-    age(run / LOCK_FILE, START_S + 1)
-    assert read_status(run).state == "dead"
-
-
 def test_a_driver_that_holds_its_lock_is_not_dead(tmp_path: Path) -> None:
-    run = run_dir(tmp_path / "run", steps=4, ended=ended("failed", "before"))
+    run = run_dir(tmp_path / "run", steps=4, live=HERE)
     with locked(run):
-        age(run / LOCK_FILE, START_S + 100)
-        age(run / ENDED_FILE, START_S + 200)
-        assert read_status(run).state == "starting"  # Ray may take long
-        (run / LIVE_FILE).write_text(json.dumps(asdict(replace(HERE, pid=NOBODY))))
-        assert read_status(run).state == "starting"  # the one before was killed
+        age(run / LIVE_FILE, SILENT_S + 10)  # its disk may hang
+        assert read_status(run).state == "training"
+    age(run / LIVE_FILE, 0)
     assert read_status(run).state == "dead"
 
 
-def test_a_driver_that_closes_down(tmp_path: Path) -> None:
-    """Trackers and Ray may take minutes, after live.json has gone."""
+def test_what_versions_before_left_can_be_read(tmp_path: Path) -> None:
     run = run_dir(tmp_path / "run", steps=4)
-    for how, error in (("stopped", None), ("failed", "no room")):
-        with locked(run):
-            age(run / LOCK_FILE, START_S + 100)
-            (run / ENDED_FILE).write_text(json.dumps(ended(how, error)))
-            assert (read_status(run).state, read_status(run).why) == (how, error)
-    for seconds in (1, START_S + 100):
-        search = search_dir(tmp_path / f"S{seconds}", "finished", "stopped")
-        with locked(search):
-            age(search / LOCK_FILE, seconds)
-            assert read_status(search).state == "finishing"
-        assert read_status(search).state == "finished"
+    old = asdict(ELSEWHERE) | {"namespace": "pid:[4026531836]", "process": "boot-1234"}
+    (run / LIVE_FILE).write_text(json.dumps(old))
+    assert read_status(run).driver == ELSEWHERE
+    for text in ("[]", json.dumps({"host": "h"})):
+        (run / LIVE_FILE).write_text(text)
+        with pytest.raises(RunError, match=r"live\.json is damaged"):
+            read_status(run)
 
 
 def test_figures_are_those_of_the_last_steps(tmp_path: Path) -> None:
-    run = run_dir(tmp_path, steps=RECENT_STEPS + 10, live=replace(HERE, total_steps=60))
+    run = run_dir(tmp_path, steps=RECENT_STEPS + 10, live=replace(ELSEWHERE, total_steps=60))
     with (run / METRICS_FILE).open("a") as file:
         file.write('{"step": 31, "t"')  # being written
     age(run / METRICS_FILE, 3000)
@@ -118,7 +129,7 @@ def test_figures_are_those_of_the_last_steps(tmp_path: Path) -> None:
 
 
 def test_a_long_file_is_read_from_its_end(tmp_path: Path) -> None:
-    run = run_dir(tmp_path, steps=3000, live=HERE)
+    run = run_dir(tmp_path, steps=3000, live=ELSEWHERE)
     assert (run / METRICS_FILE).stat().st_size > 2 * TAIL
     found = read_status(run)
     assert (found.step, found.step_s) == (3000, 2.0)
@@ -149,17 +160,20 @@ def test_a_torn_checkpoint_does_not_count(tmp_path: Path) -> None:
 
 
 def test_a_search(tmp_path: Path) -> None:
-    found = read_status(search_dir(tmp_path / "S", "failed", "running", live=HERE))
+    found = read_status(search_dir(tmp_path / "S", "failed", "running", live=ELSEWHERE))
     assert (found.state, found.trials) == ("searching", {"failed": 1, "running": 1, "all": 2})
+    starting = replace(ELSEWHERE, address=None)
+    assert read_status(search_dir(tmp_path / "R", "failed", "waiting", live=starting)).state == "starting"
+    assert read_status(search_dir(tmp_path / "Q", "failed", "finished", live=ELSEWHERE)).state == "finishing"
     assert read_status(search_dir(tmp_path / "T", "finished", "stopped")).state == "finished"
     assert read_status(search_dir(tmp_path / "U", "finished", "waiting")).state == "stopped"  # by a signal
 
 
 def test_a_trial_that_its_search_stopped_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray Tune killed its process, which could say nothing."""
-    search = search_dir(tmp_path / "S", "stopped", "failed", "stopped", live=HERE)
+    search = search_dir(tmp_path / "S", "stopped", "failed", "stopped", live=ELSEWHERE)
     (search / TRIALS).mkdir()
-    killed = replace(HERE, pid=NOBODY, total_steps=60)
+    killed = replace(HERE, total_steps=60)
     first, second = (run_dir(search / TRIALS / name, steps=4, live=killed) for name in ("0001", "0002"))
     (first / LOCK_FILE).touch()
     found = read_status(first)
@@ -180,7 +194,8 @@ def test_what_is_neither(tmp_path: Path) -> None:
 
 
 def test_the_driver_leaves_word_of_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver_side, "_this_driver", lambda pool, total: replace(HERE, pool=pool, total_steps=total))
+    monkeypatch.setattr(driver_side, "dashboard_address", lambda: "head:8265")
+    monkeypatch.setattr(driver_side.ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="head:6379"))
     monkeypatch.setattr(driver_side, "BEAT_S", 0.01)
     touched, utime = threading.Event(), os.utime
 
@@ -188,53 +203,89 @@ def test_the_driver_leaves_word_of_its_end(tmp_path: Path, monkeypatch: pytest.M
         utime(path)
         touched.set()
 
-    monkeypatch.setattr(driver_side, "os", SimpleNamespace(utime=touch))
-    run = run_dir(tmp_path, steps=4, ended=ended("failed", "before"))
-    with pytest.raises(SystemExit), driver_side.liveness_file(run, "p", 7):
-        assert read_status(run).state == "training" and read_status(run).total_steps == 7
-        assert not (run / ENDED_FILE).exists()
-        age(run / LIVE_FILE, 1000)
-        touched.clear()
-        assert touched.wait(WITHIN_S), "no sign of life"
-        assert time.time() - (run / LIVE_FILE).stat().st_mtime < 500
-        raise SystemExit(143)
-    assert read_status(run).state == "stopped" and not (run / LIVE_FILE).exists()
-    with pytest.raises(ConfigError), driver_side.liveness_file(run, None):
-        raise ConfigError("loss.name: wrong")
-    assert (read_status(run).state, read_status(run).why) == ("failed", "loss.name: wrong")
-    with driver_side.liveness_file(run, None):
-        (run / SUMMARY_FILE).write_text('{"steps": 4}')
-    assert read_status(run).state == "finished" and not (run / ENDED_FILE).exists()
+    monkeypatch.setattr(
+        driver_side, "os", SimpleNamespace(utime=touch, getpid=lambda: HERE.pid, environ={"RAY_AUTH_MODE": "token"})
+    )
+    run = run_dir(tmp_path, live=replace(HERE, total_steps=99), ended=ended("failed", "before"))  # that was killed
+    with locked(run):
+        with pytest.raises(SystemExit), driver_side.liveness_file(run):
+            assert not (run / ENDED_FILE).exists()
+            found = read_status(run)
+            assert (found.state, found.driver and found.driver.address) == ("starting", None)
+            with pytest.raises(ConfigError, match="it has not joined a cluster yet"):
+                live_pool(run)
+            driver_side.announce_cluster(run, "p", 7)
+            (run / METRICS_FILE).write_text(json.dumps(line(1)) + "\n")
+            found = read_status(run)
+            assert (found.state, found.total_steps) == ("training", 7)
+            assert live_pool(run).address == "head:6379" and live_pool(run).auth_mode == "token"
+            age(run / LIVE_FILE, 1000)
+            touched.clear()
+            assert touched.wait(WITHIN_S), "no sign of life"
+            assert time.time() - (run / LIVE_FILE).stat().st_mtime < 500
+            raise SystemExit(143)
+        found = read_status(run)
+        assert (found.state, found.total_steps) == ("stopped", 7) and not (run / LIVE_FILE).exists()
+        with pytest.raises(ConfigError), driver_side.liveness_file(run):
+            raise ConfigError("loss.name: wrong")
+        assert (read_status(run).state, read_status(run).why) == ("failed", "loss.name: wrong")
+        with driver_side.liveness_file(run):
+            (run / SUMMARY_FILE).write_text('{"steps": 4}')
+        assert read_status(run).state == "finished" and not (run / ENDED_FILE).exists()
 
 
 DRIVER = """
 import pathlib, signal, sys
+from taid_ray.run.directory import locked
 def end(number, frame):
-    pathlib.Path(sys.argv[1]).unlink()
+    pathlib.Path(sys.argv[1], "live.json").unlink()
     sys.exit(143)
 signal.signal(signal.SIGTERM, end)
-print("ready", flush=True)
-sys.stdin.read()
+with locked(pathlib.Path(sys.argv[1])):
+    print("ready", flush=True)
+    sys.stdin.read()
 """
 
 
-def test_stop_ends_a_driver_of_this_host(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", DRIVER, str(tmp_path / LIVE_FILE)]
-    said: list[str] = []
+@pytest.fixture
+def driver(tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """A driver that starts: it has the lock of the run directory RUN, and ends itself at SIGTERM."""
+    run = run_dir(tmp_path / "RUN", steps=4)
+    command = [sys.executable, "-c", DRIVER, str(run)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-        run = run_dir(tmp_path, steps=4, live=replace(HERE, pid=process.pid, process=process_start(process.pid)))
-        (run / f"{ENDED_FILE}").write_text(json.dumps(ended("stopped")))
-        stop(run, None, said.append)
-        assert process.wait(WITHIN_S) == 143
-    assert said[0] == f"asked process {process.pid} to stop; it saves a checkpoint after its step"
+        (run / LIVE_FILE).write_text(json.dumps(asdict(replace(HERE, pid=process.pid, address=None, pool=None))))
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_stop_ends_a_driver_of_this_host(tmp_path: Path, driver: "subprocess.Popen[bytes]") -> None:
+    run, said = tmp_path / "RUN", list[str]()
+    (run / ENDED_FILE).write_text(json.dumps(ended("stopped")))
+    stop(run, None, said.append)
+    assert driver.wait(WITHIN_S) == 143
+    assert said[0] == f"asked process {driver.pid} to stop; it saves a checkpoint after its step"
     assert said[-1] == "stopped after step 4 of 50; the same command goes on with it"
+
+
+def test_stop_touches_no_process_but_the_driver(tmp_path: Path, driver: "subprocess.Popen[bytes]") -> None:
+    """A later one with the same id, or that of another container of this host's name."""
+    run = tmp_path / "RUN"
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as bystander:
+        (run / LIVE_FILE).write_text(json.dumps(asdict(replace(HERE, pid=bystander.pid))))
+        with pytest.raises(ConfigError, match=rf"process {bystander.pid} on .*, so it cannot be reached from here"):
+            stop(run, None, print)
+        assert bystander.poll() is None and driver.poll() is None
+        bystander.communicate(b"\n")
+        assert bystander.returncode == 0
 
 
 def test_stop_where_there_is_nothing_to_stop(tmp_path: Path) -> None:
     said: list[str] = []
     stop(run_dir(tmp_path / "a", steps=40, summary={"steps": 40}), None, said.append)
-    stop(run_dir(tmp_path / "b", steps=4, live=replace(HERE, pid=NOBODY)), None, said.append)
+    stop(run_dir(tmp_path / "b", steps=4, live=HERE), None, said.append)
     assert said[0] == "nothing to stop: finished after step 40 of 40"
     assert said[1].startswith("nothing to stop: dead after step 4 of 40: its driver")
 
@@ -242,19 +293,19 @@ def test_stop_where_there_is_nothing_to_stop(tmp_path: Path) -> None:
 def test_stop_where_it_cannot_reach(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"process {NOBODY} on another-host, and no Ray job.*`kill {NOBODY}` there"):
         stop(run_dir(tmp_path / "a", steps=4, live=ELSEWHERE), None, print)
-    trials = search_dir(tmp_path / "S", "running", live=HERE) / TRIALS
+    trials = search_dir(tmp_path / "S", "running", live=ELSEWHERE) / TRIALS
     trials.mkdir()
     with pytest.raises(ConfigError, match=re.escape(f"is a trial of a search; stop the search, {tmp_path}/S")):
-        stop(run_dir(trials / "0001", steps=4, live=HERE), None, print)
+        stop(run_dir(trials / "0001", steps=4, live=ELSEWHERE), None, print)
 
 
 def test_scale_a_trial_of_a_shared_pool(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="uses the teacher pool of its search; scale that one"):
-        live_pool(run_dir(tmp_path, steps=4, live=replace(HERE, pool=None)))
+        live_pool(run_dir(tmp_path, steps=4, live=replace(ELSEWHERE, pool=None)))
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    run = run_dir(tmp_path, steps=30, live=replace(HERE, submission="taid-job"))
+    run = run_dir(tmp_path, steps=30, live=replace(ELSEWHERE, submission="taid-job"))
 
     def output(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["taid-ray", "status", str(run), *arguments])

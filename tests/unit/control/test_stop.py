@@ -14,10 +14,9 @@ from ray.job_submission import JobStatus
 from taid_ray.control import jobs
 from taid_ray.control import stop as stopping
 from taid_ray.control.stop import stop
-from taid_ray.errors import ClusterError, ConfigError
-from taid_ray.run.directory import locked
+from taid_ray.errors import ClusterError
 from taid_ray.run.layout import ENDED_FILE, LIVE_FILE, SUMMARY_FILE
-from tests.support.run_files import ELSEWHERE, HERE, NOBODY, ended, run_dir, search_dir
+from tests.support.run_files import ELSEWHERE, ended, run_dir, search_dir
 
 JOB = replace(ELSEWHERE, submission="taid-RUN")
 
@@ -92,10 +91,3 @@ def test_a_driver_that_died_after_its_last_step(tmp_path: Path, monkeypatch: pyt
     run = run_dir(tmp_path, steps=40, live=JOB)
     job = Job(JobStatus.STOPPED, on_stop=lambda: (run / SUMMARY_FILE).write_text('{"steps": 40}'))
     assert stopped(run, job, monkeypatch)[-1] == "finished after step 40 of 40"
-
-
-def test_what_a_killed_driver_left_is_not_its_successors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = run_dir(tmp_path, steps=4, live=replace(HERE, pid=NOBODY))
-    monkeypatch.setattr(stopping, "START_S", 0.0)
-    with locked(run), pytest.raises(ConfigError, match="its driver has not connected to a cluster"):
-        stop(run, None, print)

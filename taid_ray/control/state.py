@@ -1,0 +1,58 @@
+"""The state of a run or search, as a table over what its files say."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+State = Literal["starting", "training", "searching", "finishing", "stopped", "failed", "dead", "finished"]
+WORKING: tuple[State, ...] = ("starting", "training", "searching")
+"""States of a driver that can be asked to stop."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the files of a run or search say of its driver, and of how far it came."""
+
+    live: bool
+    """Whether there is a live.json."""
+    death: str | None
+    """Why the driver that wrote it counts as dead, see `run.live.death`."""
+    begun: bool
+    """Whether a run has made a step, and a search has joined its cluster, since that driver began."""
+    ended: dict[str, Any] | None
+    """Content of ended.json: an end by a signal or an error."""
+    complete: bool
+    """Whether a run has its summary.json, and all trials of a search have ended."""
+    search: bool = False
+    given_up: bool = False
+    """Whether this is a trial that its search has stopped early, by killing its process."""
+
+
+def state_of(seen: Seen) -> tuple[State, str | None]:
+    """What a run or search does, and why it does not go on; by the first line that fits:
+
+    given up                             stopped
+    a run with summary.json              finished
+    live.json of a dead driver           dead
+    live.json, a complete search         finishing
+    live.json, not yet begun             starting
+    live.json                            training, searching
+    ended.json                           stopped, failed: as it says
+    a search: all trials ended, or not   finished, stopped
+    otherwise                            dead
+    """
+    if seen.given_up:
+        return "stopped", "its search stopped it early, others are better; nothing goes on with it"
+    if seen.complete and not seen.search:
+        return "finished", None
+    if seen.live:
+        if seen.death:
+            return "dead", seen.death
+        if seen.complete:
+            return "finishing", None
+        working: State = "searching" if seen.search else "training"
+        return (working if seen.begun else "starting"), None
+    if seen.ended:
+        return ("stopped" if seen.ended["how"] == "stopped" else "failed"), seen.ended["error"]
+    if seen.search:
+        return ("finished" if seen.complete else "stopped"), None
+    return "dead", "its driver left no word of its end"
