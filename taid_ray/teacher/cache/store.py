@@ -41,7 +41,7 @@ WRITERS = 64
 FULL, MADE_ROOM = 0.9, 0.8
 """Parts of the limit: where room is made, and down to where."""
 LOCK_S = 60.0
-"""How long a writer waits for the lock. Counting a million files on a network file system may take as long."""
+"""Seconds that a writer waits for the lock. Counting many files on a network file system may take as long."""
 TOUCH_S = 60.0
 """Precision of a file's time of use, so that a file that is read often is not written often."""
 
@@ -51,9 +51,9 @@ class CacheStore:
 
     `get` and `put` never raise: what cannot be read counts as missing, and what cannot be written is dropped.
 
-    A writer adds its next allowance to `used` before it writes, and `used` never exceeds FULL of the limit. Where it would, the
-    files are counted, and the oldest removed if it is true; no files are counted else. Not counted then is what others were
-    allowed to write and have not written yet: at most an allowance for each, and those of WRITERS fit above FULL.
+    A writer adds its next allowance to `used` before it writes, and `used` never exceeds FULL of the limit. Only where it would,
+    the files are counted, and the oldest are removed if that much is really in use. The count misses what other writers may
+    still write of their allowances; WRITERS allowances fit between FULL and the limit.
     """
 
     def __init__(self, config: CacheConfig, notify: Callable[[str], None]):
