@@ -45,7 +45,7 @@ class Forecast:
 
     @property
     def object_store_bytes(self) -> float:
-        """Bytes that the cluster's object stores must have together, for the answers in flight: twice these."""
+        """Bytes that the cluster's object stores must have together: twice the answers in flight."""
         inputs = self.inputs
         return 2 * inputs.in_flight_bytes * inputs.workers if inputs.mode == "pool" else 0.0
 
@@ -63,7 +63,7 @@ class Forecast:
 
     @cached_property
     def notes(self) -> list[str]:
-        """What the reader should know beside the figures."""
+        """Lines of text that the reader should know beside the figures."""
         return plan_notes(self)
 
     def as_dict(self) -> dict[str, Any]:

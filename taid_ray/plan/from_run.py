@@ -40,7 +40,7 @@ SAME = (
 
 @dataclass(frozen=True)
 class RunFigures:
-    """What a run says about the rates of its models. Seconds are means over `steps`, outliers left out."""
+    """Rates and step times that a run's metrics tell. Seconds are means over `steps`, outliers left out."""
 
     path: Path
     inputs: PlanInputs

@@ -1,4 +1,4 @@
-"""What `taid-ray plan` knows of processors: peak arithmetic, memory and memory bandwidth, from their makers' data sheets."""
+"""Processors that `taid-ray plan` knows: peak arithmetic, memory and memory bandwidth, from their makers' data sheets."""
 
 import os
 from dataclasses import dataclass
@@ -15,19 +15,20 @@ class Hardware:
     bfloat16_flops: float
     """Peak dense operations per second of matmuls in bfloat16 or float16 (a multiplication and an addition are two)."""
     float32_flops: float
-    """Likewise in float32 without TF32, which torch leaves off by default."""
+    """Peak of matmuls in float32 without TF32, which torch leaves off by default."""
     memory_bytes: float
     bandwidth: float
     """Bytes per second between the processor and its memory."""
     reserved_bytes: float
-    """Assumed to be lost to the process: a GPU's context, NCCL and fragmentation; a CPU process's code."""
+    """Bytes that are assumed to be lost to the process: a GPU's context, NCCL and fragmentation; a CPU process's code."""
     link: float = 3e9
     """Assumed bytes per second of this processor's share of its node's network, in each direction."""
     latency_s: float = 5e-5
-    """Assumed, of a message between two nodes."""
+    """Assumed seconds of a message between two nodes."""
 
     @property
     def is_cpu(self) -> bool:
+        """Tells a CPU core from a GPU."""
         return self.name == "cpu"
 
     @property
@@ -37,22 +38,22 @@ class Hardware:
 
     @property
     def teacher_reserved_bytes(self) -> float:
-        """Likewise in a teacher's process, which loads less on a CPU."""
+        """Bytes that are lost to a teacher's process, which loads less on a CPU."""
         return _CPU_TEACHER_RESERVED if self.is_cpu else self.reserved_bytes
 
     def flops(self, dtype_bytes: int) -> float:
-        """Peak of matmuls in a type of so many bytes, per second."""
+        """Returns the peak of matmuls in a type of so many bytes, in operations per second."""
         return self.bfloat16_flops if dtype_bytes == 2 else self.float32_flops
 
 
 _GPU_RESERVED = 2 * 2**30
-"""An assumption: about 0.5 GiB of CUDA context, the buffers of NCCL and cuBLAS, and what the allocator cannot use."""
+"""Assumed: about 0.5 GiB of CUDA context, the buffers of NCCL and cuBLAS, and what the allocator cannot use."""
 _CPU_RESERVED = 0.75 * 2**30
-"""Resident size of a Python process with torch, transformers, DeepSpeed and Ray loaded, roughly."""
+"""Roughly the resident size of a Python process with torch, transformers, DeepSpeed and Ray loaded."""
 _CPU_TEACHER_RESERVED = 0.55 * 2**30
-"""Without DeepSpeed and the data."""
+"""Roughly the same without DeepSpeed and the data."""
 _GLOO_BYTES_PER_S = 0.3e9
-"""All-gathers of 72 MB between two processes of this machine: 0.27e9 in this sense; all-reduces are faster."""
+"""Measured: 0.27e9 in all-gathers of 72 MB between two processes of one machine; all-reduces are faster."""
 _TABLE = [
     # The last figure: nodes with a 400 Gbit/s adapter per GPU (H100, H200), 200 (A100-80G), 100 (A100-40G); else the default.
     # Dense figures: data sheets with "with sparsity" name twice as many for tensor cores.
@@ -72,10 +73,10 @@ _TABLE = [
 
 
 def _this_cpu() -> Hardware:
-    """No data sheet: a core with AVX2 does 2 fused multiply-adds of 8 float32 per cycle, here at an assumed 2.5 GHz.
+    """Describes a core of this machine, without a data sheet: one with AVX2 does 2 fused multiply-adds of 8 float32 per
+    cycle, here at an assumed 2.5 GHz.
 
-    bfloat16 without AMX is no faster. 10 GB/s is a core's share of two memory channels, and the link
-    one of 10 Gbit/s.
+    bfloat16 without AMX is no faster. 10 GB/s is a core's share of two memory channels, and the link one of 10 Gbit/s.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Hardware("cpu", 80e9, 80e9, memory, 10e9, _CPU_RESERVED, 1.25e9)
@@ -85,7 +86,7 @@ NAMES = (*(gpu.name for gpu in _TABLE), "cpu")
 
 
 def hardware_named(name: str) -> Hardware:
-    """Raises ConfigError for a name that is not in NAMES."""
+    """Returns the hardware of a name in NAMES; raises ConfigError for any other."""
     found = _this_cpu() if name == "cpu" else next((gpu for gpu in _TABLE if gpu.name == name), None)
     if found is None:
         close = get_close_matches(name, NAMES, 1)

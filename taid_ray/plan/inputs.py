@@ -110,7 +110,7 @@ class PlanInputs:
 
     @cached_property
     def workload(self) -> StepWorkload:
-        """What there is to do in one optimizer step of the whole run."""
+        """Work of one optimizer step of the whole run."""
         train = self.config.train
         sharers = self.workers if self.config.student.zero_stage else 1
         return StepWorkload(

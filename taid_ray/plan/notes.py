@@ -84,7 +84,7 @@ def _scaling_notes(found: "Forecast") -> list[str]:
     if scheduler := first.get("schedule"):
         lines.append(
             f"on {scheduler.workers:,} workers with {rows} rows each, steps wait for the scheduler actor, one process that "
-            f"is busy {scheduler.scheduler_share:.0%} of the time with reports and heartbeats; longer steps hide it"
+            f"is busy {scheduler.scheduler_share:.0%} of the time with reports, heartbeats and polls; longer steps hide it"
         )
     return lines
 

@@ -45,8 +45,8 @@ class Pipeline:
     """Collective with the optimizer step; None: there is none."""
     report_s: float = 0.0
     """The scheduler actor's work for one worker's report; it handles one after another."""
-    heartbeat_share: float = 0.0
-    """Share of the scheduler actor's time that heartbeats take from the reports."""
+    background_share: float = 0.0
+    """Share of the scheduler actor's time that heartbeats and polls take from the reports."""
     noise: float = 0.0
     """Standard deviation of the logarithm of a worker's time in one step, and of a replica's for one request."""
     steps: int = 10
@@ -57,7 +57,7 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class SimulatedStep:
-    """What the simulation says of one optimizer step."""
+    """Result of a simulation: the time of one optimizer step, and what workers wait for in it."""
 
     step_s: float
     """Mean seconds of a step, by the last worker."""

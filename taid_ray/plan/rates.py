@@ -16,10 +16,11 @@ READ_TOKENS_PER_S = 1e6
 DATA_S = 1e-3
 NOISE = 0.03
 REQUEST_S, COPIED_BYTES_PER_S = 5e-3, 1e9
-REPORT_S = 0.57e-3
-"""The scheduler actor's work for one report: 290 ms for 512."""
-BEAT_S = 0.5e-3
-"""The scheduler actor's work for one heartbeat."""
+REPORT_S, BEAT_S = 0.6e-3, 1e-3
+"""CPU time of the scheduler actor's process for one report, of 512 that arrive together, and for one heartbeat, which comes
+alone (benchmarks/control_plane.py)."""
+POLLS_SHARE = 0.01
+"""Share of its time for what does not depend on the number of workers: the driver's polls, rank 0's metrics, Ray's own."""
 REQUESTS_SIMULATED, REQUESTS_OF_MANY_STEPS = 60_000, 6_000
 """More would take longer than some seconds; so many may be spent on more steps than MIN_STEPS, for a better mean."""
 MIN_STEPS, MAX_STEPS = 10, 100
@@ -71,7 +72,7 @@ class ScalingPoint:
     efficiency: float
     """Share of the time that a worker computes, mean over all."""
     scheduler_share: float
-    """Share of its time that the scheduler actor's process is busy with reports and heartbeats."""
+    """Share of its time that the scheduler actor's process is busy, at most: shorter steps need no heartbeats."""
     waits_for: str
     """See SimulatedStep.waits_for."""
 
@@ -136,7 +137,7 @@ def scaling(inputs: PlanInputs, rates: Rates, replicas: int) -> list[ScalingPoin
                 replicas=beside,
                 tokens_per_s=workers * inputs.workload.worker_rows * inputs.workload.length / step_s,
                 efficiency=min(1.0, step.worker_busy_s / workers / (shorter.warm_up + shorter.steps) / step.step_s),
-                scheduler_share=min(1.0, workers * REPORT_S / step_s + pipeline.heartbeat_share),
+                scheduler_share=min(1.0, workers * REPORT_S / step_s + pipeline.background_share),
                 waits_for=step.waits_for,
             )
         )
@@ -210,6 +211,6 @@ def _pipeline(inputs: PlanInputs, rates: Rates, workers: int, replicas: int) -> 
         reduce_s=between.reduce_s,
         update_s=between.update_s,
         report_s=REPORT_S,
-        heartbeat_share=min(workers / HEARTBEAT_S, BEATS_PER_S) * BEAT_S,
+        background_share=min(workers / HEARTBEAT_S, BEATS_PER_S) * BEAT_S + POLLS_SHARE,
         noise=rates.noise,
     )

@@ -96,9 +96,9 @@ class _Simulation:
         answer.fire()
 
     def report(self, step: int) -> Process:
-        """Follows a worker's report to the scheduler actor, which handles one after another beside the heartbeats."""
+        """Follows a worker's report to the scheduler actor, which handles one after another beside heartbeats and polls."""
         yield self.clock.after(self.p.latency_s)
-        handling = self.p.report_s / (1 - self.p.heartbeat_share)
+        handling = self.p.report_s / (1 - self.p.background_share)
         yield self.clock.after(self.scheduler.carry(self.clock.now, handling) - self.clock.now)
         self.results[step].arrive()
 
@@ -152,8 +152,8 @@ class _Worker:
             sim.done[step, self.rank] = sim.clock.now
 
     def _read(self) -> Process:
-        """Is the thread that reads ahead of what was sent, as student.prefetch.read_ahead does, not of the step that is
-        computed: else a window that spans more steps than it reads ahead would never be full."""
+        """Reads ahead of what was sent, as the thread of student.prefetch.read_ahead does; not of the step that is computed, or
+        a window that spans more steps than it reads ahead would never be full."""
         ahead = self.p.read_ahead_steps
         for step, read in enumerate(self.read):
             if step > ahead:

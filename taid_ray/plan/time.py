@@ -66,7 +66,7 @@ def loss_flops(vocabulary: int, student_hidden: int, teacher_hidden: int | None,
 
 @dataclass(frozen=True)
 class StepWorkload:
-    """What there is to do in one optimizer step."""
+    """Work of one optimizer step."""
 
     rows: int
     """Rows of the global batch."""
@@ -115,7 +115,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Speed:
-    """What a process reaches on its processors."""
+    """Speed that a process reaches on its processors."""
 
     flops: float
     """Operations per second of matmuls."""

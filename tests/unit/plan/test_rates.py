@@ -12,6 +12,7 @@ from taid_ray.plan.inputs import PlanInputs, read_models
 from taid_ray.plan.rates import (
     BEAT_S,
     DATA_S,
+    POLLS_SHARE,
     REPORT_S,
     Rates,
     assumed_rates,
@@ -21,7 +22,7 @@ from taid_ray.plan.rates import (
     simulated_times,
 )
 from taid_ray.plan.simulation import simulate
-from taid_ray.scheduler.aggregate import BEATS_PER_S
+from taid_ray.scheduler.aggregate import BEATS_PER_S, HEARTBEAT_S
 
 CPU = hardware_named("cpu")
 RATES = Rates(
@@ -88,13 +89,13 @@ def test_what_limits_many_workers_is_said(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_scheduler_is_busy_with_reports_and_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One report per worker and step; a heartbeat per second and worker, but never more than BEATS_PER_S."""
+    """One report per worker and step; heartbeats of all workers, but never more than BEATS_PER_S; and polls."""
     monkeypatch.setattr(plan_rates, "WORKERS", (4, 1024))
     slow = replace(RATES, backward_s=2.0)
     few, many = scaling(inputs(), slow, 1)
-    for point, beats in ((few, 4), (many, BEATS_PER_S)):
+    for point, beats in ((few, 4 / HEARTBEAT_S), (many, BEATS_PER_S)):
         step_s = point.workers * 16 * 256 / point.tokens_per_s
-        assert point.scheduler_share == pytest.approx(point.workers * REPORT_S / step_s + beats * BEAT_S)
+        assert point.scheduler_share == pytest.approx(point.workers * REPORT_S / step_s + beats * BEAT_S + POLLS_SHARE)
 
 
 def test_large_steps_are_simulated_in_part(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,9 +113,9 @@ def test_the_schedule_hides_behind_the_last_backward_pass() -> None:
     assert late.step_s == pytest.approx(OWN + 0.1, **CLOSE)
 
 
-def test_heartbeats_take_their_share_of_the_scheduler() -> None:
+def test_heartbeats_and_polls_take_their_share_of_the_scheduler() -> None:
     """Ten reports of 0.05 s fit behind 0.5 s of backward pass and optimizer just so; with a fifth less time they do not."""
-    found = run(workers=10, replicas=10, report_s=0.05, heartbeat_share=0.2)
+    found = run(workers=10, replicas=10, report_s=0.05, background_share=0.2)
     assert found.step_s == pytest.approx(OWN + 10 * 0.05 / 0.8 - 0.5, **CLOSE)
     assert found.waits_for == "schedule" and found.waits["schedule"] == pytest.approx(0.125)
 
