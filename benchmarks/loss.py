@@ -22,6 +22,7 @@ from torch import Tensor
 from benchmarks.common import PeakMemory, in_fresh_process, machine, median, write
 from taid_ray.distributed.device import loss_memory_mib
 from taid_ray.losses.chunked import chunk_tokens_for, chunked_loss
+from taid_ray.losses.objective import Objective
 from taid_ray.losses.projection import Projection
 
 T = 0.4
@@ -88,13 +89,11 @@ def chunked(x: Inputs, name: str = "taid") -> Tensor:
     """As a training step calls it, with all parts of the loss. Returns the cross-entropy form, as the reference does."""
     vocabulary = len(x.head)
     loss, parts = chunked_loss(
-        name,
+        Objective(name, torch.tensor(T)),
         Projection(x.hidden, x.head),
         Projection(x.teacher_hidden, x.teacher_head),
-        t=T,
-        labels=x.labels,
+        x.labels,
         chunk_tokens=chunk_tokens_for(vocabulary, loss_memory_mib(x.hidden.device) * 2**20),
-        return_parts=True,
     )
     (loss / len(x.labels)).backward()
     return (parts.kl + parts.entropy) / parts.tokens

@@ -12,6 +12,7 @@ from benchmarks.step_case import LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, Cas
 from taid_ray.data.batch import Batch
 from taid_ray.distributed.device import loss_memory_mib
 from taid_ray.losses.chunked import chunk_tokens_for, chunked_loss
+from taid_ray.losses.objective import Objective
 from taid_ray.losses.projection import Projection
 from taid_ray.models.loading import hidden_states
 
@@ -55,11 +56,10 @@ def chunked_form(student: Any, teacher: Any, batch: Batch) -> Tensor:
         teacher_hidden = hidden_states(teacher, batch.inputs).flatten(0, 1)[batch.loss_positions]
     student_hidden = hidden_states(student, batch.inputs).flatten(0, 1)[batch.loss_positions]
     head = student.lm_head.weight
-    total = chunked_loss(
-        "forward_kl",
+    total, _ = chunked_loss(
+        Objective("forward_kl", torch.ones(())),
         Projection(student_hidden, head),
         Projection(teacher_hidden, teacher.lm_head.weight),
-        t=1.0,
         chunk_tokens=chunk_tokens_for(len(head), loss_memory_mib(head.device) * 2**20),
     )
     return total / batch.num_loss_tokens

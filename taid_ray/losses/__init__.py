@@ -6,7 +6,7 @@ from hidden states, a chunk of tokens at a time. Pure torch: neither Ray nor Dee
 the one room whose `__init__` re-exports its public functions, because nothing heavy comes along.
 
 Traps:
-- `chunked`, `objective` and `projection` overwrite tensors in place by contract; their docstrings say whose memory is whose.
+- Functions whose name ends in `_` overwrite an argument; the table in `chunked` says whose memory holds what, and when.
 - Numbers are tested against `tests/golden` (the reference implementation) or a plainly written single-process loop.
 """
 
@@ -22,15 +22,17 @@ from taid_ray.losses.divergences import (
     skew_reverse_kl,
     tvd,
 )
+from taid_ray.losses.objective import Objective
 from taid_ray.losses.projection import LogitTransform, Projection
-from taid_ray.losses.registry import divergence, log_target, target_entropy
-from taid_ray.losses.taid import taid, taid_target_entropy
+from taid_ray.losses.registry import divergence, log_target
+from taid_ray.losses.taid import taid
 from taid_ray.losses.topk import TopK
 
 __all__ = [
     "Divergence",
     "LogitTransform",
     "LossParts",
+    "Objective",
     "Projection",
     "Scores",
     "Target",
@@ -48,7 +50,5 @@ __all__ = [
     "skew_forward_kl",
     "skew_reverse_kl",
     "taid",
-    "taid_target_entropy",
-    "target_entropy",
     "tvd",
 ]

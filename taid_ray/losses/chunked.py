@@ -4,14 +4,30 @@ Gradients are formed in the forward pass: a chunk's logits become their own grad
 of hidden states, head and bias. Softmax and divergence work on blocks of rows of the chunk, so little more than two
 tensors of [chunk_tokens, V] lives beside one float32 [V, H] if the head learns.
 
+What each piece of memory holds at which moment, for one chunk (`out` is allocated once for all chunks):
+
+    moment                      student's `out` [chunk, V]     block [rows, V], float32          teacher's `out` [chunk, V]
+    ChunkLogits.load            output of the head             -                                 output of the head
+    ChunkLogits.rows            (in float32: as the block)     final logits: the rows of `out`   final logits, in the same way
+                                                               if float32, else a copy
+    Objective.evaluate_         (in float32: as the block)     gradient of the final logits (*)  read only
+    ChunkLogits.put_gradient    gradient of the head's output  free                              free
+    HeadGradients.add           read, then free                -                                 free
+
+    (*) In the memory of the final logits for losses in closed form and for a TopK teacher, whose bucket functions hand the
+    same memory on: logits, then the tail's logits (`take_buckets_`), its shares (`tail_shares_`), the gradient (`spread_`).
+    With autograd it is a new tensor.
+
+A teacher that sent its logits, and a TopK, have no `out`: their tensors may lie in shared memory and are only read.
+
 Precision: a matmul runs in the dtype of its hidden states. A head of another dtype is converted to it, as autocast
 would do (bfloat16 hidden states with a float32 head compute in bfloat16). Logits are upcast to float32 before anything
 else touches them; the head's gradient accumulates in float32; every gradient is returned in its tensor's own dtype.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, overload
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +36,6 @@ from torch.autograd.function import once_differentiable
 from taid_ray.losses.divergences import sft
 from taid_ray.losses.objective import Objective
 from taid_ray.losses.projection import ChunkLogits, HeadGradients, Projection, slices, sum_dtype
-from taid_ray.losses.registry import divergence
-from taid_ray.losses.taid import as_tensor
 from taid_ray.losses.topk import TopK
 
 Target = Projection | TopK
@@ -34,7 +48,7 @@ class LossParts:
     kl: Tensor
     """The divergence."""
     entropy: Tensor
-    """What added to `kl` gives the cross-entropy form (see losses.target_entropy)."""
+    """Entropy of the divergence's target (see registry.log_target), which added to `kl` gives the cross-entropy form."""
     sft: Tensor
     """Cross-entropy on the labels; 0 without labels."""
     tokens: Tensor
@@ -57,7 +71,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class _Work:
-    """All that the loss is made of. Tensors without graph, in the dtype of the matmuls."""
+    """One evaluation of the loss: its tensors, without graph and in the dtype of the matmuls, and the loop over chunks."""
 
     student: Projection
     teacher: Target
@@ -75,11 +89,12 @@ class _Work:
             yield chunk, slices(chunk.start, chunk.stop, block_rows)
 
     def logits(self) -> tuple[ChunkLogits, ChunkLogits | TopK]:
+        """Memory for both sides' logits of a chunk; a TopK teacher needs none."""
         teacher = self.teacher if isinstance(self.teacher, TopK) else ChunkLogits(self.teacher, self.chunk_tokens)
         return ChunkLogits(self.student, self.chunk_tokens), teacher
 
     def loss(self, gradients: HeadGradients | None) -> Tensor:
-        """Sums [divergence, entropy, sft], float64, without graph; adds to the gradients."""
+        """Computes the sums [divergence, entropy, sft], float64, without graph, and adds to the gradients."""
         student, teacher = self.logits()
         sums = torch.zeros(3, dtype=torch.float64, device=self.student.hidden.device)
         for chunk, blocks in self.chunks(student, teacher):
@@ -90,23 +105,24 @@ class _Work:
         return sums
 
     def scores(self) -> Tensor:
-        """Sums [divergence, student's and teacher's cross-entropy], float64."""
+        """Computes the sums [divergence, student's and teacher's cross-entropy], float64."""
         student, teacher = self.logits()
         assert self.labels is not None
         sums = torch.zeros(3, dtype=torch.float64, device=self.student.hidden.device)
         for _, blocks in self.chunks(student, teacher):
             for rows in blocks:
                 known, labels = teacher.rows(rows), self.labels[rows]
-                (kl, _, ce), _ = self.objective(student.rows(rows), known, labels, learn=False)
+                (kl, _, ce), _ = self.objective.evaluate_(student.rows(rows), known, labels, learn=False)
                 teacher_ce = -known.label_log_probs if isinstance(known, TopK) else sft(known, labels)
                 sums += torch.stack([kl, ce, teacher_ce]).sum(dim=1, dtype=torch.float64)
         return sums
 
     def _block(self, student: ChunkLogits, teacher: ChunkLogits | TopK, rows: slice, learn: bool) -> Tensor:
+        """Computes the sums of one block and, to learn, leaves its gradient in the student's memory."""
         logits = student.rows(rows)
         slope = self.student.transform.slope(logits) if learn else None
         labels = None if self.labels is None else self.labels[rows]
-        values, gradient = self.objective(logits, teacher.rows(rows), labels, learn)
+        values, gradient = self.objective.evaluate_(logits, teacher.rows(rows), labels, learn)
         if gradient is not None:
             student.put_gradient(rows, gradient, slope)
         return values.sum(dim=1, dtype=torch.float64)
@@ -139,70 +155,38 @@ class _ChunkedLoss(torch.autograd.Function):
 _apply_chunked_loss: Callable[..., tuple[Tensor, Tensor]] = _ChunkedLoss.apply
 
 
-# fmt: off
-@overload
 def chunked_loss(
-    name: str, student: Projection, teacher: Target, *,
-    t: float | Tensor, labels: Tensor | None = None, sft_weight: float = 0.0, weight: float | None = None,
-    chunk_tokens: int, return_parts: Literal[False] = False,
-) -> Tensor: ...
-@overload
-def chunked_loss(
-    name: str, student: Projection, teacher: Target, *,
-    t: float | Tensor, labels: Tensor | None = None, sft_weight: float = 0.0, weight: float | None = None,
-    chunk_tokens: int, return_parts: Literal[True],
-) -> tuple[Tensor, LossParts]: ...
-# fmt: on
-def chunked_loss(
-    name: str,
-    student: Projection,
-    teacher: Target,
-    *,
-    t: float | Tensor,
-    labels: Tensor | None = None,
-    sft_weight: float = 0.0,
-    weight: float | None = None,
-    chunk_tokens: int,
-    return_parts: bool = False,
-) -> Tensor | tuple[Tensor, LossParts]:
-    """Sum over N tokens of (1 - sft_weight) * divergence + sft_weight * cross-entropy on the labels.
+    objective: Objective, student: Projection, teacher: Target, labels: Tensor | None = None, *, chunk_tokens: int
+) -> tuple[Tensor, LossParts]:
+    """Computes the sum over N tokens of `objective`, and its detached parts.
 
     The student's hidden states, head and bias receive gradients, if they require them and gradients are enabled; the
-    teacher never does. labels [N] int64. `name` and `weight` as in losses.divergence. `t`, used by taid only, is a
-    float within [0, 1] or a 0-dim tensor, whose value the host never looks at. N = 0 gives 0 and keeps its graph.
+    teacher never does. labels: [N] int64. N = 0 gives 0 and keeps its graph.
 
-    Returns a scalar, float32 (float64 for float64 hidden states); with return_parts also the detached LossParts.
-    Raises ValueError for shapes that do not fit together, ConfigError for a wrong name or weight.
+    Returns a scalar, float32 (float64 for float64 hidden states), and the parts. Raises ValueError for an unknown
+    objective, and for shapes that do not fit together.
     """
-    if not 0 <= sft_weight <= 1 or (sft_weight > 0 and labels is None):
-        raise ValueError(f"sft_weight must lie within [0, 1] and needs labels above 0; found {sft_weight}")
-    divergence(name, weight)  # a wrong one is refused, whether there are tokens or not
-    like = student.hidden.new_empty((), dtype=sum_dtype(student.hidden))
-    objective = Objective(name, as_tensor(t, like), sft_weight, weight)
     work = _work(student, teacher, labels, objective, chunk_tokens)
     trained = (student.hidden, student.head, student.bias)
     wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in trained)
     loss, sums = _apply_chunked_loss(*trained, work, wanted)
-    if not return_parts:
-        return loss
     kl, entropy_sum, sft_sum = sums.unbind()
     return loss, LossParts(kl, entropy_sum, sft_sum, _count(student))
 
 
 @torch.no_grad()
 def chunked_scores(student: Projection, teacher: Target, labels: Tensor, *, chunk_tokens: int) -> Scores:
-    """Validation sums, without gradients, none of which depends on t. Arguments and errors as in chunked_loss.
+    """Computes validation sums, without gradients, none of which depends on t. Arguments and errors as in chunked_loss.
 
     With a TopK teacher, kl is the one between the buckets, a lower bound of the KL between the vocabularies.
     """
-    like = student.hidden.new_empty((), dtype=sum_dtype(student.hidden))
-    objective = Objective("forward_kl", as_tensor(1.0, like))
+    objective = Objective("forward_kl", torch.ones(()))
     kl, student_ce, teacher_ce = _work(student, teacher, labels, objective, chunk_tokens).scores().unbind()
     return Scores(student_ce, teacher_ce, kl, _count(student))
 
 
 def chunk_tokens_for(vocabulary: int, memory_bytes: int) -> int:
-    """How many tokens of a vocabulary of so many ids share a chunk, for logits within memory_bytes; at least 1.
+    """The number of tokens, at least 1, whose logits over a vocabulary of that many ids fit into memory_bytes as a chunk.
 
     A chunk keeps two float32 tensors [chunk, V], the student's logits, which become their gradient, and the teacher's.
     What `Objective` keeps of a block adds up to two thirds of one more. (A budget below 64 rows of logits is exceeded,
@@ -214,12 +198,16 @@ def chunk_tokens_for(vocabulary: int, memory_bytes: int) -> int:
 def _work(
     student: Projection, teacher: Target, labels: Tensor | None, objective: Objective, chunk_tokens: int
 ) -> _Work:
-    _check(student, teacher, labels, chunk_tokens)
+    """Checks that everything fits together, and brings it into the dtype of the matmuls."""
+    objective.check(labels)
+    _check_shapes(student, teacher, labels, chunk_tokens)
+    hidden = student.hidden
+    t = objective.t.to(hidden.device, sum_dtype(hidden), non_blocking=True)
     teacher = teacher if isinstance(teacher, TopK) else teacher.prepared()
-    return _Work(student.prepared(), teacher, labels, objective, chunk_tokens)
+    return _Work(student.prepared(), teacher, labels, replace(objective, t=t), chunk_tokens)
 
 
-def _check(student: Projection, teacher: Target, labels: Tensor | None, chunk_tokens: int) -> None:
+def _check_shapes(student: Projection, teacher: Target, labels: Tensor | None, chunk_tokens: int) -> None:
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, found {chunk_tokens}")
     if student.head is None:

@@ -13,10 +13,12 @@ from taid_ray.losses.taid import EXCLUDED
 
 
 class ClosedForm(NamedTuple):
+    """Result of `closed_form_kl_`."""
+
     kl: Tensor
     """KL(p || q) [N]"""
     entropy: Tensor
-    """Of p, [N]"""
+    """Entropy of p [N]"""
     normaliser: Tensor
     """logsumexp of the student's logits [N]"""
     target: Tensor
@@ -24,7 +26,9 @@ class ClosedForm(NamedTuple):
 
 
 def closed_form_kl_(logits: Tensor, target_logits: Tensor) -> ClosedForm:
-    """For q, p = softmax of logits, target_logits [N, V], both at least float32. Overwrites `logits` with q - p.
+    """Computes KL(p || q) for q, p = softmax of logits, target_logits, and overwrites `logits` with its gradient q - p.
+
+    Both are [N, V] and at least float32; target_logits stay as they are.
 
     Masked vocabulary as in divergences; a row without any target (all of it below EXCLUDED) has KL +inf.
 

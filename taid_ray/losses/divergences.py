@@ -26,7 +26,7 @@ _LOG_ZERO = -1e4
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
-    """The logits in float32, or unchanged if they are float64."""
+    """Returns the logits in float32, or unchanged if they are float64."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 

@@ -1,6 +1,7 @@
-"""What is minimised, on a block of loss positions: values, and the gradient with respect to the student's logits."""
+"""The quantity to minimise, on a block of loss positions: values, and the gradient with respect to the student's logits."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,27 +12,43 @@ from taid_ray.losses.registry import divergence, log_target
 from taid_ray.losses.taid import mix
 from taid_ray.losses.topk import TopK, spread_, tail_shares_, take_buckets_
 
-BlockResult = tuple[Tensor, Tensor | None]
-"""Values [3, N] (divergence, entropy of its target, cross-entropy on the labels), gradient [N, V] if there is one."""
-
 CLOSED_FORM = ("taid", "forward_kl")
+"""Losses whose gradient is formed without autograd."""
+
+
+class BlockResult(NamedTuple):
+    """Values and gradient of an objective on N positions."""
+
+    values: Tensor
+    """[3, N]: divergence, entropy of its target, cross-entropy on the labels."""
+    gradient: Tensor | None
+    """[N, V]: gradient of the objective's sum with respect to the student's logits."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """(1 - sft_weight) * divergence + sft_weight * cross-entropy on the labels. `name` and `weight` as in divergence."""
+    """(1 - sft_weight) * divergence + sft_weight * cross-entropy on the labels, per token."""
 
     name: str
+    """The divergence, as registry.divergence knows it."""
     t: Tensor
-    """0-dim, dtype and device of the logits."""
+    """TAID's interpolation, within [0, 1]: a 0-dim tensor, whose value the host never looks at. Other losses ignore it."""
     sft_weight: float = 0.0
+    """Share of the cross-entropy, within [0, 1]; above 0 it needs labels."""
     weight: float | None = None
+    """Mixing weight of the divergence, see registry.divergence."""
 
-    def __call__(self, logits: Tensor, teacher: Tensor | TopK, labels: Tensor | None, learn: bool) -> BlockResult:
+    def check(self, labels: Tensor | None) -> None:
+        """Raises ValueError for an unknown loss, a weight that it does not have, or a share of cross-entropy that cannot be."""
+        divergence(self.name, self.weight)
+        if not 0 <= self.sft_weight <= 1 or (self.sft_weight > 0 and labels is None):
+            raise ValueError(f"sft_weight must lie within [0, 1] and needs labels above 0; found {self.sft_weight}")
+
+    def evaluate_(self, logits: Tensor, teacher: Tensor | TopK, labels: Tensor | None, learn: bool) -> BlockResult:
         """Evaluates N positions. Without labels their cross-entropy is 0; without `learn` there is no gradient.
 
-        logits [N, V] are the student's in at least float32; they are overwritten. teacher: logits [N, V], or a TopK of N
-        positions, which are not.
+        logits: the student's [N, V] in at least float32; they are overwritten. teacher: logits [N, V], or a TopK of N
+        positions, which are not. `t` must have the dtype and device of the logits.
         """
         if isinstance(teacher, TopK):
             return self._on_buckets(logits, teacher, labels, learn)
@@ -40,7 +57,7 @@ class Objective:
         return self._by_autograd(logits, teacher, labels, learn)
 
     def block_rows(self, chunk_tokens: int, teacher: object) -> int:
-        """How many rows of a chunk to evaluate at once, so that what is alive stays below two thirds of its logits.
+        """The number of rows of a chunk to evaluate at once, so that what is alive stays below two thirds of its logits.
 
         In closed form and on buckets that is up to 5 tensors of a block, by autograd up to 14 (js); one more with a
         soft-capped student, and another one for each side in bfloat16. Fewer rows would fit a CPU's cache better, but
@@ -51,7 +68,7 @@ class Objective:
         return max(1, chunk_tokens // (32 if in_graph else 8))
 
     def total(self, kl: Tensor, ce: Tensor) -> Tensor:
-        """The weighted sum of both parts. A share of 0 drops its term: 0 * inf would be NaN."""
+        """Sums both parts by their shares. A share of 0 drops its term: 0 * inf would be NaN."""
         terms = [share * term for share, term in ((1 - self.sft_weight, kl), (self.sft_weight, ce)) if share > 0]
         return sum(terms, start=torch.zeros_like(kl))
 
@@ -63,7 +80,7 @@ class Objective:
         ce = torch.zeros_like(kl) if label_logits is None else normaliser - label_logits
         if labels is not None and self.sft_weight > 0:  # (1 - w) (q - p) + w (q - onehot)
             _subtract_at_(logits.add_(target, alpha=self.sft_weight), labels, self.sft_weight)
-        return torch.stack([kl, entropy, ce]), logits if learn else None
+        return BlockResult(torch.stack([kl, entropy, ce]), logits if learn else None)
 
     def _by_autograd(self, logits: Tensor, teacher: Tensor, labels: Tensor | None, learn: bool) -> BlockResult:
         # The entropy comes first: its temporaries are gone before the graph of the divergence grows.
@@ -89,22 +106,22 @@ class Objective:
             ce = torch.zeros_like(entropy) if label_logits is None else buckets.logsumexp(-1) - label_logits
             values, gradient = self._differentiate(buckets, teacher_buckets, entropy, ce)
         if gradient is None:
-            return values, None
+            return BlockResult(values, None)
         gradient = spread_(gradient, shares, ids)
         if labels is not None and self.sft_weight > 0:  # of the label's own logit, which is outside the buckets' graph
             _subtract_at_(gradient, labels, self.sft_weight)
-        return values, gradient
+        return BlockResult(values, gradient)
 
     def _differentiate(self, leaf: Tensor, teacher: Tensor, entropy: Tensor, ce: Tensor) -> BlockResult:
         kl = divergence(self.name, self.weight)(leaf, teacher, self.t)
         values = torch.stack([kl.detach(), entropy, ce.detach()])
         if not leaf.requires_grad:
-            return values, None
-        return values, torch.autograd.grad(self.total(kl.sum(), ce.sum()), leaf)[0]
+            return BlockResult(values, None)
+        return BlockResult(values, torch.autograd.grad(self.total(kl.sum(), ce.sum()), leaf)[0])
 
 
 def _at(logits: Tensor, labels: Tensor | None) -> Tensor | None:
-    """The labels' own logits [N]."""
+    """Picks the labels' own logits [N]; None without labels."""
     return None if labels is None else logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 

@@ -14,7 +14,7 @@ _PRODUCT_ROWS = 8192
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a model does to the output of its head: logits = softcap * tanh(scale * x / softcap), or scale * x."""
+    """The model's change to its head's output x: logits = softcap * tanh(scale * x / softcap), or scale * x without softcap."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -24,13 +24,13 @@ class LogitTransform:
         return x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
 
     def apply_(self, x: Tensor) -> Tensor:
-        """The same in place."""
+        """Does the same in place."""
         if self.softcap is None:
             return x if self.scale == 1 else x.mul_(self.scale)
         return x.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
 
     def slope(self, logits: Tensor) -> Tensor | None:
-        """Derivative of the logits with respect to x; None for 1."""
+        """Computes the derivative of the logits with respect to x; None for 1."""
         if self.softcap is None:
             return None if self.scale == 1 else torch.full_like(logits[:, :1], self.scale)
         return (1 - (logits / self.softcap) ** 2).mul_(self.scale)
@@ -38,7 +38,7 @@ class LogitTransform:
 
 @dataclass(frozen=True)
 class Projection:
-    """What makes the logits of N loss positions."""
+    """Hidden states and the head that turns them into the logits of N loss positions."""
 
     hidden: Tensor
     """[N, H], or, without a head, the final logits [N, V]."""
@@ -50,16 +50,20 @@ class Projection:
 
     @property
     def vocabulary(self) -> int:
+        """V."""
         return self.hidden.shape[1] if self.head is None else self.head.shape[0]
 
     def prepared(self) -> "Projection":
-        """Without graph, and with the head in the dtype of the hidden states, converted once for all chunks."""
+        """Returns a copy without graph, its head in the dtype of the hidden states, converted once for all chunks."""
         dtype = self.hidden.dtype
         head, bias = (None if x is None else x.detach().to(dtype) for x in (self.head, self.bias))
         return replace(self, hidden=self.hidden.detach(), head=head, bias=bias)
 
     def raw(self, chunk: slice, out: Tensor | None) -> Tensor:
-        """Output of the head for a chunk of the tokens, before the transform, written into the top rows of `out`."""
+        """Computes the head's output for a chunk of the tokens, before the transform, into the top rows of `out`.
+
+        Without a head it is the hidden states themselves, a view.
+        """
         hidden = self.hidden[chunk]
         if self.head is None:
             return hidden
@@ -86,13 +90,18 @@ class ChunkLogits:
         self.start = chunk.start
 
     def rows(self, rows: slice) -> Tensor:
-        """Final logits of some rows of the chunk, in at least float32. To be called once: they may take the place of
-        `raw`."""
+        """Computes the final logits of some rows of the chunk, in at least float32.
+
+        To be called once for each row: in float32 they take the place of `raw`.
+        """
         x = at_least_float32(self._raw_rows(rows))
         return x if self.projection.head is None else self.projection.transform.apply_(x)
 
     def put_gradient(self, rows: slice, gradient: Tensor, slope: Tensor | None) -> None:
-        """Puts the gradient with respect to the head's output in the place of that output."""
+        """Puts the gradient with respect to the head's output in the place of that output.
+
+        gradient: with respect to the final logits [rows, V]. slope: the transform's, see LogitTransform.slope.
+        """
         raw = self._raw_rows(rows)
         if slope is not None:
             torch.mul(gradient, slope, out=raw)
@@ -104,7 +113,7 @@ class ChunkLogits:
 
 
 class HeadGradients:
-    """Sums of the gradients that are wanted; the others stay None."""
+    """Sums over all chunks of the gradients that are wanted; the others stay None."""
 
     def __init__(self, student: Projection, wanted: tuple[bool, bool, bool]) -> None:
         hidden, head, bias = student.hidden, student.head, student.bias
@@ -115,7 +124,7 @@ class HeadGradients:
         self.bias = torch.zeros_like(bias, dtype=sum_dtype(bias)) if wanted[2] and bias is not None else None
 
     def add(self, grad_logits: Tensor, chunk: slice) -> None:
-        """Takes the gradient of the loss with respect to the head's output, [chunk, V]."""
+        """Adds what the gradient with respect to the head's output, [chunk, V], gives for hidden states, head and bias."""
         assert self.student.head is not None
         if self.bias is not None:
             self.bias += grad_logits.sum(dim=0, dtype=self.bias.dtype)
@@ -125,11 +134,12 @@ class HeadGradients:
             torch.mm(grad_logits, self.student.head, out=self.hidden[chunk])
 
     def take(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Returns the gradients of hidden states, head and bias."""
         return self.hidden, self.head, self.bias
 
 
 def add_product_(total: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
-    """total [V, H] += grad_logits.T @ hidden, where no product is rounded to less than the dtype of `total`."""
+    """Adds grad_logits.T @ hidden to total [V, H], where no product is rounded to less than the dtype of `total`."""
     if grad_logits.dtype == total.dtype:
         total.addmm_(grad_logits.T, hidden)
         return
@@ -142,10 +152,10 @@ def add_product_(total: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
 
 
 def slices(start: int, stop: int, length: int) -> Iterator[slice]:
-    """start to stop in pieces of `length`, the last one perhaps shorter."""
+    """Cuts start to stop into pieces of `length`, the last one perhaps shorter."""
     return (slice(first, min(first + length, stop)) for first in range(start, stop, length))
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:
-    """float32, or float64 for float64."""
+    """The dtype to sum in: float32, or float64 for float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

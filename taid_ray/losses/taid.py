@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from taid_ray.losses.divergences import at_least_float32, entropy_from_log_probs, kl_from_log_probs, log_probs
+from taid_ray.losses.divergences import at_least_float32, kl_from_log_probs, log_probs
 
 # Stands in for a logit of -inf while two sides are mixed, because 0 * -inf would be NaN. exp(t * _FLOOR) is exactly 0
 # for every t above 1e-18, and what lies below EXCLUDED is no logit of a model.
@@ -20,23 +20,18 @@ _FLOOR, EXCLUDED = -1e38, -1e20
 
 
 def taid(student_logits: Tensor, teacher_logits: Tensor, t: float | Tensor) -> Tensor:
-    """KL(p_t || q) [N] of student_logits [N, V] and teacher_logits [N, V]; see divergences for precision and -inf.
+    """Computes KL(p_t || q) [N] of student_logits [N, V] and teacher_logits [N, V]; see divergences for precision and -inf.
 
     t within [0, 1] is a float, else ValueError, or a 0-dim tensor, whose value the host never looks at.
     """
     return kl_from_log_probs(log_taid_target(student_logits, teacher_logits, t), log_probs(student_logits))
 
 
-def taid_target_entropy(student_logits: Tensor, teacher_logits: Tensor, t: float | Tensor) -> Tensor:
-    """Entropy of p_t [N], without gradient. Added to `taid` it gives the published code's loss, - sum p_t log q."""
-    return entropy_from_log_probs(log_taid_target(student_logits, teacher_logits, t))
-
-
 @torch.no_grad()
 def log_taid_target(student_logits: Tensor, teacher_logits: Tensor, t: float | Tensor) -> Tensor:
-    """log p_t [N, V], without gradient."""
+    """Computes log p_t [N, V], without gradient. Arguments as in `taid`."""
     student_logits, teacher_logits = at_least_float32(student_logits), at_least_float32(teacher_logits)
-    mixed = mix(student_logits, teacher_logits, as_tensor(t, student_logits))
+    mixed = mix(student_logits, teacher_logits, _as_tensor(t, student_logits))
     mixed.masked_fill_(mixed < EXCLUDED, -math.inf)
     # No shared id: any target will do, since the student excludes some id and the KL comes out as +inf.
     mixed.masked_fill_(mixed.amax(dim=-1, keepdim=True) == -math.inf, 0.0)
@@ -44,7 +39,7 @@ def log_taid_target(student_logits: Tensor, teacher_logits: Tensor, t: float | T
 
 
 def mix(student_logits: Tensor, teacher_logits: Tensor, t: Tensor) -> Tensor:
-    """(1 - t) * student_logits + t * teacher_logits, [N, V], new, finite: ids that a side excludes are below EXCLUDED.
+    """Computes (1 - t) * student_logits + t * teacher_logits, [N, V], new and finite: excluded ids lie below EXCLUDED.
 
     A side whose weight is 0 excludes nothing. t is 0-dim, with the dtype of the logits (at least float32).
     """
@@ -52,8 +47,8 @@ def mix(student_logits: Tensor, teacher_logits: Tensor, t: Tensor) -> Tensor:
     return mixed.addcmul_(teacher_logits.clamp(min=_FLOOR), t)
 
 
-def as_tensor(t: float | Tensor, like: Tensor) -> Tensor:
-    """t as a 0-dim tensor with the dtype and device of `like`. Raises ValueError for a float outside [0, 1]."""
+def _as_tensor(t: float | Tensor, like: Tensor) -> Tensor:
+    """Returns t as a 0-dim tensor with the dtype and device of `like`. Raises ValueError for a float outside [0, 1]."""
     if isinstance(t, Tensor):
         return t.to(like.device, like.dtype, non_blocking=True)
     if not 0 <= t <= 1:

@@ -21,6 +21,7 @@ from taid_ray.distributed.device import loss_memory_mib
 from taid_ray.distributed.world import World
 from taid_ray.errors import NonFiniteLossError
 from taid_ray.losses.chunked import LossParts, Scores, Target, chunk_tokens_for, chunked_loss, chunked_scores
+from taid_ray.losses.objective import Objective
 from taid_ray.losses.projection import LogitTransform, Projection
 from taid_ray.models.loading import Head, head_of, hidden_states
 from taid_ray.models.student_init import add_lora, merged_model
@@ -127,22 +128,14 @@ class Student:
         teacher_head: None where the teacher's payload carries probabilities.
         """
         loss = self.config.loss
+        # t as a tensor, so that its changing value recompiles nothing; on the CPU, so that no device waits for it.
+        objective = Objective(loss.name, torch.tensor(t, dtype=torch.float64), loss.sft_weight, loss.weight)
         teacher, labels = self._target(batch, teacher_output, teacher_head)
 
         def compute(hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> tuple[Tensor, LossParts]:
             with self.clock.phase("loss"):
-                return chunked_loss(
-                    loss.name,
-                    self._projection(hidden, head_weight, head_bias),
-                    teacher,
-                    # A tensor, so that its changing value recompiles nothing; on the CPU, so that no device waits for it.
-                    t=torch.tensor(t, dtype=torch.float64),
-                    labels=labels,
-                    sft_weight=loss.sft_weight,
-                    weight=loss.weight,
-                    chunk_tokens=self.chunk_tokens,
-                    return_parts=True,
-                )
+                projection = self._projection(hidden, head_weight, head_bias)
+                return chunked_loss(objective, projection, teacher, labels, chunk_tokens=self.chunk_tokens)
 
         total, parts = self._run(batch, compute)
         return total, parts

@@ -13,6 +13,7 @@ from taid_ray.losses import TopK
 from taid_ray.losses.chunked import chunked_loss, chunked_scores
 from taid_ray.losses.objective import Objective
 from taid_ray.losses.projection import LogitTransform, Projection
+from tests.support.entropy import target_entropy
 
 NAMES: tuple[str, ...] = get_args(LossName)
 N, V, K = 12, 40, 5
@@ -45,7 +46,7 @@ def random_case(n: int = N) -> tuple[Tensor, TopK, Tensor]:
 
 def on_buckets(name: str, z: Tensor, known: TopK, t: float, labels: Tensor | None = None, **options: Any) -> Any:
     objective = Objective(name, torch.tensor(t, dtype=z.dtype), **options)
-    return objective(z.clone(), known, labels, learn=True)
+    return objective.evaluate_(z.clone(), known, labels, learn=True)
 
 
 # (name, t, weight)
@@ -67,7 +68,7 @@ def test_equals_the_whole_vocabulary(name: str, t: float, weight: float | None, 
     (expected_gradient,) = torch.autograd.grad(total.sum(), z)
     for got, expected in (
         (kl, expected_kl),
-        (entropy, losses.target_entropy(name)(z, teacher, t).double()),
+        (entropy, target_entropy(name)(z, teacher, t).double()),
         (ce, expected_ce),
         (gradient, expected_gradient),
     ):
@@ -171,10 +172,10 @@ def final_logits(student: Projection) -> Tensor:
 def test_chunked_loss(name: str, chunk_tokens: int) -> None:
     student, known, labels = from_hidden_states()
     trained = [x for x in (student.hidden, student.head, student.bias) if x is not None]
-    options: dict[str, Any] = {"t": torch.tensor(0.3), "labels": labels, "sft_weight": 0.2}
-    loss, parts = chunked_loss(name, student, known, **options, chunk_tokens=chunk_tokens, return_parts=True)
+    objective = Objective(name, torch.tensor(0.3), sft_weight=0.2)
+    loss, parts = chunked_loss(objective, student, known, labels, chunk_tokens=chunk_tokens)
     full = Projection(with_students_tail(known, final_logits(student)), None)
-    expected, expected_parts = chunked_loss(name, student, full, **options, chunk_tokens=N, return_parts=True)
+    expected, expected_parts = chunked_loss(objective, student, full, labels, chunk_tokens=N)
     torch.testing.assert_close((loss, *vars(parts).values()), (expected, *vars(expected_parts).values()))
     torch.testing.assert_close(torch.autograd.grad(loss, trained), torch.autograd.grad(expected, trained))
 
@@ -191,7 +192,7 @@ def test_scores() -> None:
 
 def test_no_tokens_keep_the_graph() -> None:
     student, known, labels = from_hidden_states(0)
-    loss = chunked_loss("taid", student, known, t=0.3, labels=labels, chunk_tokens=5)
+    loss, _ = chunked_loss(Objective("taid", torch.tensor(0.3)), student, known, labels, chunk_tokens=5)
     loss.backward()
     assert loss.item() == 0 and student.head is not None and student.head.grad is not None
 
@@ -199,4 +200,4 @@ def test_no_tokens_keep_the_graph() -> None:
 def test_number_of_positions_must_agree() -> None:
     student, known, labels = from_hidden_states()
     with pytest.raises(ValueError, match="tokens"):
-        chunked_loss("taid", student, known.rows(slice(1, None)), t=0.3, labels=labels, chunk_tokens=5)
+        chunked_loss(Objective("taid", torch.tensor(0.3)), student, known.rows(slice(1, None)), labels, chunk_tokens=5)

@@ -7,6 +7,7 @@ from torch import Tensor
 from taid_ray.errors import ConfigError, TeacherError
 from taid_ray.losses import TopK
 from taid_ray.losses.chunked import chunked_loss, chunked_scores
+from taid_ray.losses.objective import Objective
 from taid_ray.losses.projection import LogitTransform, Projection
 from taid_ray.models.loading import Head
 from taid_ray.teacher import payload
@@ -74,12 +75,13 @@ def test_the_losses_take_every_payload_and_leave_it_as_it_is(dtype: torch.dtype)
     """What arrives lies in shared memory, where nobody may write."""
     hidden, head, labels = example(dtype)
     student = Projection(torch.randn(N, 16, requires_grad=True), torch.randn(V, 16, requires_grad=True))
+    objective = Objective("taid", torch.tensor(0.4))
     found = {}
     for kind in KINDS:
         tensors = encode(kind, hidden, head, labels, K)
         copies = {name: tensor.clone() for name, tensor in tensors.items()}
         target = TeacherOutput(kind, tensors).target(head)
-        loss, _ = chunked_loss("taid", student, target, t=0.4, labels=labels, chunk_tokens=7, return_parts=True)
+        loss, _ = chunked_loss(objective, student, target, labels, chunk_tokens=7)
         loss.backward()
         scores = chunked_scores(student, target, labels, chunk_tokens=7)
         found[kind] = torch.stack([loss.detach().double(), scores.kl, scores.teacher_ce])
