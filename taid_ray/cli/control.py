@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,34 +52,13 @@ def submit(
     Ctrl-C leaves the job running."""
     loaded = load_config(config, overrides or [], {} if out is None else {"out": out})
     search = search_options(loaded, space, trials, max_concurrent, share_outputs)
-    console = Console()
+    from taid_ray.control.submit import SubmitOptions
+    from taid_ray.control.submit import submit as submit_job
 
-    def say(message: str) -> None:
-        print_line(console, message)
-
-    from taid_ray.control import jobs
-    from taid_ray.control.job_spec import JobSpec, own_version
-    from taid_ray.control.submit import begin, check_end, check_travels, job_name, runtime_environment
-
-    check_travels(loaded, working_dir)
-    environment = runtime_environment(runtime_env, working_dir)
-    client = jobs.connect(address)
-    job_spec = JobSpec(own_version(), loaded.model_dump(mode="json"), search)
-    job, late = begin(client, job_name(str(loaded.out)), job_spec, environment, say)
-    say(f"job {job} {'is under way already' if late else 'submitted'} at {client.get_address()}")
-    if not wait:
-        return
-    try:
-        ended = jobs.follow(client, job, write, say, late)
-    except KeyboardInterrupt:
-        say(
-            f"\nthe job goes on; the same command follows it again, `taid-ray stop {loaded.out}` stops it with a checkpoint"
-        )
-        raise
-    check_end(ended)
-    again = "; the same command goes on with it" if jobs.exit_code(ended) == jobs.STOPPED_CODE else ""
-    say(f"job {job}: {ended.status.lower()}{again}")
-    raise JobEnd(jobs.exit_code(ended))
+    options = SubmitOptions(search, address, wait, working_dir, runtime_env)
+    code = submit_job(loaded, options, partial(print_line, Console()), write)
+    if code is not None:
+        raise JobEnd(code)
 
 
 def search_options(
@@ -177,8 +157,7 @@ def scale(
         os.environ.setdefault(AUTH_MODE, live.auth_mode)  # Ray reads it when it is imported
     from taid_ray.control.scale import scale_teacher
 
-    console = Console()
-    scale_teacher(run, live, teacher, lambda message: print_line(console, message))
+    scale_teacher(run, live, teacher, partial(print_line, Console()))
 
 
 def stop(run: Directory, address: Address = None) -> None:
@@ -188,7 +167,6 @@ def stop(run: Directory, address: Address = None) -> None:
     read_status(run)  # whether it is one
     if (live := read_live(run)) and live.auth_mode is not None:
         os.environ.setdefault(AUTH_MODE, live.auth_mode)  # Ray reads it when it is imported
-    console = Console()
     from taid_ray.control.stop import stop as stop_run
 
-    stop_run(run, address, lambda message: print_line(console, message))
+    stop_run(run, address, partial(print_line, Console()))

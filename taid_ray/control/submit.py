@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ray.job_submission import JobDetails, JobSubmissionClient
 
 from taid_ray.config.schema import DistillConfig
 from taid_ray.control import jobs
-from taid_ray.control.job_spec import JobSpec
+from taid_ray.control.job_spec import JobSpec, own_version
 from taid_ray.errors import ClusterError, ConfigError
 
 ENTRYPOINT = "python -m taid_ray.cli.job"
@@ -21,6 +22,52 @@ STOP_WAIT = {"RAY_JOB_STOP_WAIT_TIME_S": "300"}
 """Ray reads it where it stops the job's driver, and would kill one that saves a checkpoint after 3 s."""
 ABSENT = "No module named"
 TRIES = 10
+
+
+@dataclass(frozen=True)
+class SubmitOptions:
+    """What `taid-ray submit` is told beside the configuration."""
+
+    search: dict[str, Any] | None = None
+    """See JobSpec."""
+    address: str | None = None
+    """The cluster's Jobs API; None: what the environment names."""
+    wait: bool = True
+    """Whether to follow the job to its end."""
+    working_dir: Path | None = None
+    """Directory to send along."""
+    runtime_env: Path | None = None
+    """YAML file with more of the job's runtime_env."""
+
+
+def submit(
+    config: DistillConfig, options: SubmitOptions, notify: Callable[[str], None], write: Callable[[str], None]
+) -> int | None:
+    """Submits a run or search, or follows its job that is under way. Returns the job's exit code; None without waiting.
+
+    write: takes the job's log as it comes. Raises ConfigError for what cannot work on the cluster, ClusterError if the
+    cluster does not answer or has no taid-ray, KeyboardInterrupt at Ctrl-C, which leaves the job running.
+    """
+    check_travels(config, options.working_dir)
+    environment = runtime_environment(options.runtime_env, options.working_dir)
+    client = jobs.connect(options.address)
+    job_spec = JobSpec(own_version(), config.model_dump(mode="json"), options.search)
+    job, late = begin(client, job_name(str(config.out)), job_spec, environment, notify)
+    notify(f"job {job} {'is under way already' if late else 'submitted'} at {client.get_address()}")
+    if not options.wait:
+        return None
+    try:
+        ended = jobs.follow(client, job, write, notify, late)
+    except KeyboardInterrupt:
+        notify(
+            f"\nthe job goes on; the same command follows it again, `taid-ray stop {config.out}` stops it with a checkpoint"
+        )
+        raise
+    check_end(ended)
+    code = jobs.exit_code(ended)
+    again = "; the same command goes on with it" if code == jobs.STOPPED_CODE else ""
+    notify(f"job {job}: {ended.status.lower()}{again}")
+    return code
 
 
 def check_travels(config: DistillConfig, working_dir: Path | None) -> None:
