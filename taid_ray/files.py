@@ -1,4 +1,4 @@
-"""JSON and JSON lines on disk: written so that a crash never leaves half a file, read with an error that names it."""
+"""JSON and JSON lines on disk: a crash never leaves half a file, and an error names the file that is damaged."""
 
 import json
 import os
@@ -12,7 +12,7 @@ TAIL = 65_536  # bytes, far more than the lines that are asked for at a time
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All lines of a metrics.jsonl or validation.jsonl."""
+    """Reads all lines of a metrics.jsonl or validation.jsonl."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 

@@ -35,6 +35,7 @@ STOPPED = (130, 143)
 
 
 def show_version(wanted: bool) -> None:
+    """Prints the version and ends, if wanted."""
     if wanted:
         print(f"taid-ray {version('taid-ray')}")
         raise typer.Exit
@@ -188,14 +189,14 @@ def search(
 
 
 def dotted(override: str) -> str:
-    """A key of `eval` without a section belongs to `data`."""
+    """The dotted form of an override of `eval`, whose keys without a section belong to `data`."""
     key = override.partition("=")[0]
     return override if "." in key or key == "device" else f"data.{override}"
 
 
 @contextmanager
 def named_as_arguments() -> Iterator[None]:
-    """Names in messages what `eval` was given by its arguments instead of by configuration keys."""
+    """Replaces keys in error messages by the arguments of `eval` that they were given as."""
     names = {"student.model": "MODEL", "teacher.model": "--teacher", "data.valid": "--data"}
     try:
         yield
@@ -210,7 +211,7 @@ def main() -> None:
 
 
 def guarded(command: Callable[..., Any]) -> None:
-    """An entry point's work: one message for what a user can put right, a traceback for our own mistakes."""
+    """Runs an entry point: one message for what a user can put right, a traceback for our own mistakes."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         command()

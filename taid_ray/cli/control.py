@@ -27,7 +27,7 @@ Directory = Annotated[Path, typer.Argument(help="Directory of a run or search.")
 
 
 class JobEnd(SystemExit):
-    """Ends this process as a job elsewhere has ended."""
+    """Ends this process with the exit code of a job on the cluster."""
 
 
 def submit(
@@ -64,7 +64,7 @@ def submit(
 def search_options(
     loaded: DistillConfig, space: Path | None, trials: int | None, max_concurrent: int | None, share_outputs: bool
 ) -> dict[str, Any] | None:
-    """What control.job_spec.JobSpec says of a search. Raises ConfigError if the space does not fit the configuration."""
+    """The `search` of a JobSpec. Raises ConfigError if the space does not fit the configuration."""
     if space is None:
         if (trials, max_concurrent, share_outputs) != (None, None, True):
             raise ConfigError(
@@ -81,6 +81,7 @@ def search_options(
 
 
 def write(text: str) -> None:
+    """Prints a part of a job's log at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
@@ -89,7 +90,7 @@ def status(
     run: Directory,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: seconds, nats per token.")] = False,
 ) -> None:
-    """Say what a run or search does: how far it is, how fast, its last checkpoint. From its files; it need not live."""
+    """Show the state of a run or search, its speed, and its last checkpoint; it need not be running."""
     from taid_ray.control.status import read_status, replica_states
 
     found = read_status(run)
@@ -102,7 +103,7 @@ def status(
 
 
 def rows(found: "Status", replicas: dict[str, int] | None) -> list[tuple[str, str]]:
-    """What a person wants to know of it, most important first."""
+    """Names and values that `taid-ray status` prints, the most important ones first."""
     from taid_ray.report.format import shown_seconds
 
     def ago(seconds: float) -> str:

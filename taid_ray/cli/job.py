@@ -14,11 +14,12 @@ from taid_ray.run.live import job_metadata
 
 
 def main() -> None:
+    """Runs the job as the entry point of a command."""
     cli.guarded(run_job)
 
 
 def run_job() -> None:
-    """Raises ConfigError if this is not the taid-ray that the job was checked by."""
+    """Runs what the job's metadata describe. Raises ConfigError if the cluster has another taid-ray than submitted the job."""
     job_spec = JobSpec(**json.loads(job_metadata().get(METADATA_KEY, "{}")))
     if None not in (job_spec.version, own_version()) and job_spec.version != own_version():
         raise ConfigError(

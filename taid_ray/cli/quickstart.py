@@ -30,7 +30,7 @@ def quickstart_config(overrides: Sequence[str], out: str | None) -> DistillConfi
 
 
 def show_samples(config: DistillConfig, console: Console) -> None:
-    """How teacher, student before and student after continue one prompt (greedily)."""
+    """Prints how the teacher, the student before and the student after continue one prompt, greedily."""
     tokenizer = load_tokenizer(config.teacher.model)
     models = {
         "teacher": load_causal_lm(config.teacher.model, dtype="float32"),

@@ -1,4 +1,4 @@
-"""`taid-ray report`: what a run did, as pictures and one page."""
+"""The command `taid-ray report`: what a run did, as pictures and one page."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""What a submitted job is to do, as the metadata that `taid-ray submit` gives it and `taid_ray.cli.job` reads."""
+"""Description of a submitted job, in the metadata that `taid-ray submit` gives it and `taid_ray.cli.job` reads."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -10,22 +10,22 @@ METADATA_KEY = "taid_ray"
 
 @dataclass(frozen=True)
 class JobSpec:
-    """What the job is to do."""
+    """Work of a submitted job."""
 
     version: str | None
-    """Of the taid-ray that submitted it; None if that was not installed, but run from its sources."""
+    """Version of the taid-ray that submitted it; None if that was run from its sources."""
     config: dict[str, Any]
-    """Of the run, or of all trials of a search, resolved."""
+    """Resolved configuration of the run, or of all trials of a search."""
     search: dict[str, Any] | None = None
-    """`space`, and the other arguments of search.driver.run_search; None for a run."""
+    """`space` and `options`, the other arguments of `cli.app.search`; None for a run."""
 
     def to_metadata(self) -> dict[str, str]:
-        """Which Ray wants to be of strings."""
+        """The job's metadata, whose values Ray wants to be strings."""
         return {METADATA_KEY: json.dumps(asdict(self))}
 
 
 def own_version() -> str | None:
-    """None if only the sources are there."""
+    """The installed version; None if taid-ray is run from its sources."""
     try:
         return version("taid-ray")
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Ray's Jobs API: connecting, finding a run's job, following its log."""
+"""Client of Ray's Jobs API: connecting, finding a run's job, following its log."""
 
 import asyncio
 import json
@@ -22,24 +22,24 @@ from taid_ray.errors import ClusterError
 CONNECT_TIMEOUT_S = 5.0
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 HEADERS_VARIABLE = "RAY_JOB_HEADERS"
-"""Environment variables of Ray's own `ray job`; the token of a cluster that wants one is read by Ray itself."""
+"""Environment variable of Ray's own `ray job`, as ADDRESS_VARIABLES; a cluster's token is read by Ray itself."""
 SHOWN_LINES = 30
-"""Of the log of a job that was under way before."""
+"""Lines shown first of the log of a job that was under way before."""
 RETRY_S, RECONNECT_S = 2.0, 120.0
 POLL_S, PENDING_S = 0.5, 10.0
 SILENT_S = 60.0
-"""After so long without a line the log is asked for anew: a connection that broke without a word looks the same."""
+"""Time without a line after which the log is asked for again: a connection that broke silently looks the same."""
 STOPPED_CODE, FAILED_CODE = 143, 1
 UNREACHABLE = (ConnectionError, requests.RequestException, aiohttp.ClientError, OSError)
 HICCUPS = (*UNREACHABLE, AuthenticationError, RuntimeError)
-"""What a cluster that answered before may fail with and answer again."""
+"""Errors of a cluster that may answer again, as it answered before."""
 for _module in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
-    # They would tell of connections and uploads between the job's own lines.
+    # These log connections and uploads, between the job's own lines.
     logging.getLogger(f"ray.{_module}").setLevel(logging.WARNING)
 
 
 def connect(address: str | None) -> JobSubmissionClient:
-    """address: as `ray job --address`; else the environment's. Raises ClusterError if no cluster answers there."""
+    """Connects to a cluster. address: as `ray job --address`; None: the environment's. Raises ClusterError if none answers."""
     address = address or next((os.environ[name] for name in ADDRESS_VARIABLES if os.environ.get(name)), None)
     if address is None:
         raise ClusterError(
@@ -55,7 +55,7 @@ def connect(address: str | None) -> JobSubmissionClient:
 
 @contextmanager
 def answering(address: str) -> Iterator[None]:
-    """Tells of a cluster that does not answer, or does not let us in, by ClusterError."""
+    """Turns the errors of a cluster that does not answer, or refuses us, into ClusterError."""
     try:
         yield
     except AuthenticationError as error:
@@ -70,7 +70,7 @@ def answering(address: str) -> Iterator[None]:
 
 
 def newest(client: JobSubmissionClient, name: str) -> tuple[int, JobDetails | None]:
-    """The last of a run's jobs, whose ids are NAME, NAME-2, NAME-3, ... by their order; (0, None) without one."""
+    """Number and details of the last of a run's jobs, whose ids are NAME, NAME-2, NAME-3, ...; (0, None) without one."""
     found: tuple[int, JobDetails | None] = (0, None)
     for job in client.list_jobs():
         match = re.fullmatch(rf"{re.escape(name)}(?:-(\d+))?", job.submission_id or "")
@@ -80,17 +80,18 @@ def newest(client: JobSubmissionClient, name: str) -> tuple[int, JobDetails | No
 
 
 class ReconnectDeadline:
-    """With a cluster that does not answer: RECONNECT_S from its first failure after an answer."""
+    """Time limit for a cluster that does not answer: RECONNECT_S from its first failure after an answer."""
 
     def __init__(self, client: JobSubmissionClient, job: str, notify: Callable[[str], None]):
         self._address, self._job, self._notify = client.get_address(), job, notify
         self._lost: float | None = None
 
     def answered(self) -> None:
+        """Records an answer, so that the next failure is a first one."""
         self._lost = None
 
     def lost(self, error: Exception) -> None:
-        """Raises ClusterError if it has not answered for too long."""
+        """Records a failure. Raises ClusterError if the cluster has not answered for RECONNECT_S."""
         now = time.monotonic()
         if self._lost is None:
             self._lost = now
@@ -105,7 +106,7 @@ class ReconnectDeadline:
 def follow(
     client: JobSubmissionClient, job: str, write: Callable[[str], None], notify: Callable[[str], None], late: bool
 ) -> JobDetails:
-    """Hands on the log of a job until that has ended. late: begins with what is new and the last lines before.
+    """Passes the log of a job on until the job has ended. late: leave out all but the last lines of what it said before.
 
     Raises ClusterError if the cluster does not answer for RECONNECT_S; the job may go on.
     """
@@ -130,7 +131,7 @@ def follow(
 
 
 def exit_code(job: JobDetails) -> int:
-    """Of a job that has ended: its entry point's; by a signal as a shell has it; 143 after `stop`, as after SIGTERM."""
+    """Exit code of a job that has ended: its entry point's, as a shell has it after a signal; 143 after `stop`."""
     if job.status == JobStatus.SUCCEEDED:
         return 0
     if job.status == JobStatus.STOPPED:
@@ -142,9 +143,9 @@ def exit_code(job: JobDetails) -> int:
 def _wait_for_start(
     client: JobSubmissionClient, job: str, notify: Callable[[str], None], deadline: ReconnectDeadline
 ) -> None:
-    """Until then there is no log, and installing packages may take minutes."""
+    """Waits until a job runs: until then there is no log, and installing packages may take minutes."""
     start, said = time.monotonic(), ""
-    # Of a job that runs only its log counts as an answer: something between may let requests through, but no log.
+    # Once the job runs only its log counts as an answer: a proxy may let requests through, but no log.
     while (info := client.get_job_info(job)).status == JobStatus.PENDING:
         deadline.answered()
         message = info.message or "it is pending"
@@ -173,9 +174,9 @@ class _Log:
 
 
 async def _tail(client: JobSubmissionClient, job: str, log: _Log, deadline: ReconnectDeadline) -> bool:
-    """Returns when the log has ended, or said nothing for SILENT_S: Ray's client itself would wait for ever.
+    """Follows the log until it ends, or says nothing for SILENT_S: Ray's client itself would wait for ever.
 
-    Returns whether it said anything; a log that can be reached does, since it is sent from its beginning.
+    Returns True if it said anything, as a log that can be reached does: it is sent from its beginning.
     """
     log.place, heard = 0, False
     chunks = client.tail_job_logs(job)
@@ -195,7 +196,7 @@ async def _tail(client: JobSubmissionClient, job: str, log: _Log, deadline: Reco
 
 
 def _knock(address: str) -> None:
-    """Ray itself would wait for minutes where nothing answers."""
+    """Fails soon if nothing answers; Ray itself would wait for minutes."""
     parts = urlsplit(address if "://" in address else f"//{address}")
     port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
     if parts.hostname and port:
@@ -204,7 +205,7 @@ def _knock(address: str) -> None:
 
 @contextmanager
 def _preferred(address: str) -> Iterator[None]:
-    """Ray takes the environment's address even where another one is given."""
+    """Sets the environment's address for a while, which Ray prefers to the one it is given."""
     name = ADDRESS_VARIABLES[0]
     before = os.environ.get(name)
     os.environ[name] = address

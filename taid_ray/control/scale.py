@@ -1,4 +1,4 @@
-"""`taid-ray scale`: gives the teacher pool of a live run another number of replicas, and waits until they run."""
+"""Change of the number of replicas of a live run's teacher pool (`taid-ray scale`)."""
 
 import time
 from collections.abc import Callable
@@ -20,7 +20,7 @@ POLL_S = 0.5
 
 
 def scale_teacher(run_dir: Path, live: Live, replicas: int, notify: Callable[[str], None]) -> None:
-    """Returns when exactly so many replicas run. No batch is lost or repeated meanwhile.
+    """Changes the number of replicas, and returns when exactly so many run. No batch is lost or repeated meanwhile.
 
     notify: told of the progress. Raises ConfigError if the run is not alive, ClusterError if its cluster has no room for so
     many, TeacherError if they do not run within teacher.timeout_s, or cannot start; then the pool stays as it was.

@@ -10,25 +10,25 @@ WORKING: tuple[State, ...] = ("starting", "training", "searching")
 
 @dataclass(frozen=True)
 class Seen:
-    """What the files of a run or search say of its driver, and of how far it came."""
+    """Evidence in the files of a run or search: of its driver, and of how far it came."""
 
     live: bool
-    """Whether there is a live.json."""
+    """True if there is a live.json."""
     death: str | None
-    """Why the driver that wrote it counts as dead, see `run.live.death`."""
+    """Reason why the driver that wrote it counts as dead, see `run.live.death`; None if it lives."""
     begun: bool
-    """Whether a run has made a step, and a search has joined its cluster, since that driver began."""
+    """True if a run has made a step, and a search has joined its cluster, since that driver began."""
     ended: dict[str, Any] | None
     """Content of ended.json: an end by a signal or an error."""
     complete: bool
-    """Whether a run has its summary.json, and all trials of a search have ended."""
+    """True if a run has its summary.json, and all trials of a search have ended."""
     search: bool = False
     given_up: bool = False
-    """Whether this is a trial that its search has stopped early, by killing its process."""
+    """True for a trial that its search has stopped early, by killing its process."""
 
 
 def state_of(seen: Seen) -> tuple[State, str | None]:
-    """What a run or search does, and why it does not go on; by the first line that fits:
+    """The state of a run or search, and why it does not go on, by the first line that fits:
 
     given up                             stopped
     a run with summary.json              finished

@@ -1,4 +1,4 @@
-"""What a run or a search does now, from the files in its directory: on any machine that sees them, and without Ray."""
+"""Status of a run or search, from the files in its directory: on any machine that sees them, and without Ray."""
 
 import json
 import re
@@ -29,63 +29,66 @@ from taid_ray.run.layout import (
 from taid_ray.run.live import Live, death, read_live, stopped_early
 
 RECENT_STEPS = 20
-"""That speed is measured over."""
+"""Steps over which speed is measured."""
 ASK_S = 3.0
+"""Time that the dashboard has for its answer."""
 STEP_NAME = re.compile(r"step-(\d+)-\d+")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
+    """The newest checkpoint that is whole."""
+
     step: int
     age_s: float
-    """Since it was whole."""
+    """Time since its last file was written, in seconds."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """Times in seconds, ages as of now. Figures are those of the last step; None before the first."""
+    """State and progress of a run or search. Times in seconds, ages as of now; figures are None before the first step."""
 
     path: str
     state: State
     why: str | None
-    """Of `failed` and `dead`, and of a trial that its search stopped early."""
+    """Cause of `failed` and `dead`, and of a trial that its search stopped early."""
     driver: Live | None
-    """None if there is none."""
+    """Content of live.json; None if there is none."""
     ended_age_s: float | None
-    """Of `stopped` and `failed`."""
+    """Time since it stopped or failed."""
     name: str
     id: str | None = None
     step: int = 0
     total_steps: int | None = None
     step_age_s: float | None = None
-    """Of the last step; grows when the run hangs."""
+    """Time since the last step; grows when the run hangs."""
     t: float | None = None
     loss: float | None = None
     kl: float | None = None
     step_s: float | None = None
-    """Mean of the last steps, as of the two following figures."""
+    """Mean over the last steps, as the two following figures."""
     tokens_per_s: float | None = None
     teacher_wait_share: float | None = None
     left_s: float | None = None
-    """Of the remaining steps, without validations and restarts."""
+    """Time that the remaining steps will take, without validations and restarts."""
     validation: dict[str, Any] | None = None
-    """The last one: step, kl, cross_entropy."""
+    """Last validation: step, kl, cross_entropy."""
     checkpoints: str | None = None
-    """Where they are."""
+    """Directory or URI of the checkpoints."""
     checkpoint: Checkpoint | None = None
-    """The newest whole one; None if there is none, or if they are in object storage, where nobody looked."""
+    """Newest whole checkpoint; None if there is none, or if they are in object storage, where nobody looked."""
     attempts: int = 0
-    """How often workers were started."""
+    """Number of starts of the workers."""
     attempt: dict[str, Any] | None = None
-    """The last one: began, workers, host."""
+    """Last start: began, workers, host."""
     trials: dict[str, int] | None = None
-    """Of a search: how many by status."""
+    """Number of a search's trials by status, and `all` that it will have."""
     best: dict[str, Any] | None = None
-    """Of a search: name, value and params of the best finished trial."""
+    """Name, value and params of a search's best finished trial."""
 
     @property
     def headline(self) -> str:
-        """One line: the state, and what it means for whoever asks."""
+        """The state in one line, and what it means for the user."""
         place = "" if self.trials is not None else f" after step {self.step} of {self.total_steps or '?'}"
         words = {
             "finished": f"finished{place}",
@@ -98,7 +101,10 @@ class Status:
 
 
 def read_status(path: Path) -> Status:
-    """Raises ConfigError if this is neither a run nor a search, RunError if a file in it is damaged."""
+    """Reads the directory of a run or search.
+
+    Raises ConfigError if it is neither, RunError if a file in it is damaged.
+    """
     if (path / SEARCH_FILE).is_file():
         return _search_status(path, read_search(path, last_lines=True))
     run = read_manifest(path / RUN_FILE)
@@ -209,9 +215,9 @@ def _age(ended: dict[str, Any] | None) -> float | None:
 
 
 def _newest_checkpoint(directory: Path) -> Checkpoint | None:
-    """The newest one that every rank has written its last file of.
+    """The newest checkpoint whose last file every rank has written.
 
-    As checkpoint.store.CheckpointStore, which takes 5 s to import.
+    checkpoint.store.CheckpointStore finds it in the same way, but takes 5 s to import.
     """
     for path in sorted(directory.glob("step-*"), reverse=True):
         name = STEP_NAME.fullmatch(path.name)
@@ -224,7 +230,7 @@ def _newest_checkpoint(directory: Path) -> Checkpoint | None:
 
 
 def replica_states(live: Live) -> dict[str, int] | None:
-    """How many replicas of the run's teacher pool are in which state; None if the cluster's dashboard does not say it."""
+    """Number of replicas of the run's teacher pool by state; None if the cluster's dashboard does not answer."""
     if live.dashboard is None or live.pool is None:
         return None
     with suppress(OSError, ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""Ends a live run or search from outside, with a checkpoint."""
+"""End of a live run or search from outside, with a checkpoint (`taid-ray stop`)."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ POLL_S, NOTIFY_S = 0.5, 5.0
 
 
 def stop(directory: Path, address: str | None, notify: Callable[[str], None]) -> None:
-    """Returns when the driver has ended. notify: told of the progress.
+    """Asks the driver to save and end, and returns when it has ended. notify: told of the progress.
 
     address: of the Jobs API, if not what the driver knows. Raises ConfigError if the driver is out of reach, ClusterError
     if it died instead of saving.
@@ -104,7 +104,7 @@ def _wait_for_end(directory: Path, live: Live, ended: Callable[[], bool], notify
 
 
 def _tell_death(directory: Path) -> None:
-    """Raises ClusterError, unless the run was complete before."""
+    """Raises ClusterError with what can be resumed, unless the run was complete before its driver died."""
     status = read_status(directory)
     if status.state == "finished":
         return

@@ -1,4 +1,4 @@
-"""A run or search as a Ray job: checked here, done there."""
+"""Submission of a run or search as a Ray job: checked here, run there (`taid-ray submit`)."""
 
 import hashlib
 import os
@@ -19,14 +19,14 @@ from taid_ray.errors import ClusterError, ConfigError
 
 ENTRYPOINT = "python -m taid_ray.cli.job"
 STOP_WAIT = {"RAY_JOB_STOP_WAIT_TIME_S": "300"}
-"""Ray reads it where it stops the job's driver, and would kill one that saves a checkpoint after 3 s."""
+"""Time that Ray gives the job's driver to save a checkpoint when it is stopped; by default it kills it after 3 s."""
 ABSENT = "No module named"
 TRIES = 10
 
 
 @dataclass(frozen=True)
 class SubmitOptions:
-    """What `taid-ray submit` is told beside the configuration."""
+    """Options of `taid-ray submit`, beside the configuration."""
 
     search: dict[str, Any] | None = None
     """See JobSpec."""
@@ -108,7 +108,7 @@ def _is_only_here(value: str, working_dir: Path | None) -> bool:
 
 
 def runtime_environment(path: Path | None, working_dir: Path | None) -> dict[str, Any]:
-    """The job's runtime_env: a YAML or JSON file's, if one is given, with what we need. Raises ConfigError."""
+    """The job's runtime_env: that of a YAML or JSON file, if one is given, with STOP_WAIT and working_dir. Raises ConfigError."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) if path else {}
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -128,7 +128,7 @@ def runtime_environment(path: Path | None, working_dir: Path | None) -> dict[str
 
 
 def job_name(out: str) -> str:
-    """Id of the first job of a run; that of others has a number more. The same for every submission of a run directory."""
+    """Id of the first job of a run directory, the same for every submission; later ones get a number more."""
     path = os.path.normpath(out)
     readable = re.sub(r"[^A-Za-z0-9_.-]+", "-", os.path.basename(path)).strip("-.")[:40]
     return f"taid-{readable}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
@@ -141,7 +141,7 @@ def begin(
     environment: Mapping[str, Any],
     notify: Callable[[str], None],
 ) -> tuple[str, bool]:
-    """Submits a job for the run, unless one is under way. Returns its id, and whether it was there before."""
+    """Submits a job for the run, unless one is under way. Returns its id, and True if it was under way already."""
     with jobs.answering(client.get_address()):
         for _ in range(TRIES):
             number, last = jobs.newest(client, name)

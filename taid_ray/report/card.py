@@ -36,7 +36,7 @@ The licences of the teacher, of the student it started from and of the data appl
 
 
 def result_table(summary: dict[str, Any]) -> Table:
-    """Teacher, student before and student after, one row each. Nats per token; KL is KL(teacher || student)."""
+    """A table of the teacher, the student before and the student after. Nats per token; KL is KL(teacher || student)."""
     table = Table(title="Validation")
     for column in COLUMNS:
         table.add_column(column, justify="right" if column else "left", overflow="fold")
@@ -46,7 +46,7 @@ def result_table(summary: dict[str, Any]) -> Table:
 
 
 def result_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The cells of that table, as text."""
+    """The cells of `result_table`, as text."""
     rows: list[tuple[str, ...]] = []
     for name, key in (("teacher", "teacher"), ("student before", "before"), ("student after", "after")):
         figures = summary[key]

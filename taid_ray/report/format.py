@@ -8,7 +8,7 @@ from rich.console import Console
 
 
 def shown_name(name: str) -> str:
-    """A hub name as it is; of a local path only the last part."""
+    """A hub name as it is, or the last part of a local path."""
     return Path(name).name if Path(name).exists() or Path(name).is_absolute() else name
 
 
@@ -16,7 +16,7 @@ UNITS = ((86400, 3600, ("d", "h")), (3600, 60, ("h", "min")), (60, 1, ("min", "s
 
 
 def shown_seconds(seconds: float) -> str:
-    """At most two units: 42.0 s, 12 min 5 s, 3 h 20 min, 2 d 4 h."""
+    """Seconds as text, in at most two units: 42.0 s, 12 min 5 s, 3 h 20 min, 2 d 4 h."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     large, small, names = next(unit for unit in UNITS if seconds >= unit[0])
@@ -25,7 +25,7 @@ def shown_seconds(seconds: float) -> str:
 
 
 def shown_amount(size: float, tokens: float) -> str:
-    """Bytes in all and per loss token."""
+    """An amount of data as text: bytes in all and per loss token."""
     unit, name = next(
         (unit, name)
         for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (0, ""))
@@ -36,15 +36,17 @@ def shown_amount(size: float, tokens: float) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value of a searched key in a table or on an axis: short, and text without quotes."""
+    """The short text of a searched key's value, for tables and axes."""
     text = full_text(value)
     return text if len(text) <= 24 else f"{text[:9]}...{text[-12:]}"  # paths differ at their ends
 
 
 def full_text(value: Any) -> str:
-    """A value as text, different for different choices."""
+    """The full text of a searched key's value: different values have different texts."""
     if isinstance(value, float):
-        return f"{value:.6g}" if len(repr(value)) <= 8 else f"{value:.4g}"  # all digits of what somebody wrote
+        return (
+            f"{value:.6g}" if len(repr(value)) <= 8 else f"{value:.4g}"
+        )  # a value that somebody wrote keeps all its digits
     return value if isinstance(value, str) else json.dumps(value)
 
 

@@ -1,4 +1,4 @@
-"""A run as its directory tells it: every step's figures as columns, validations, attempts, and how far it came.
+"""History of a run, read from its directory: the figures of all steps as columns, validations, attempts, how far it came.
 
 Reads finished, unfinished and running runs alike, and changes nothing in them.
 """
@@ -30,37 +30,37 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class History:
-    """All that is known of a run that made at least one step."""
+    """Everything a report needs to know of a run that has made at least one step."""
 
     path: Path
     config: DistillConfig
     id: str
     attempts: list[dict[str, Any]]
-    """Each start of workers: `began` (UTC, ISO 8601), `workers`, `host`."""
+    """Starts of workers: `began` (UTC, ISO 8601), `workers`, `host` of each."""
     columns: dict[str, np.ndarray]
-    """Of COLUMNS, float64, one value per step; see `run.metrics.StepMetrics`."""
+    """Columns of metrics.jsonl by the names in COLUMNS, float64 [steps]; see `run.metrics.StepMetrics`."""
     validations: list[dict[str, Any]]
     """Lines of validation.jsonl."""
     summary: dict[str, Any] | None
-    """Of a finished run."""
+    """Content of summary.json; None until the run has finished."""
     written: datetime
-    """When the last step was."""
+    """Time at which the last step was written."""
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.columns[name]
 
     @property
     def steps(self) -> int:
-        """Optimizer steps made."""
+        """Number of optimizer steps made."""
         return len(self["step"])
 
     @property
     def total_steps(self) -> int | None:
-        """Of the whole run; None if that follows from train.epochs and the run has not ended."""
+        """Number of steps of the whole run; None if that follows from train.epochs and the run has not ended."""
         return int(self.summary["steps"]) if self.summary is not None else self.config.train.steps
 
     def floor(self) -> np.ndarray | None:
-        """The linear floor under the t of each step, capped as t is; None without `total_steps`."""
+        """The linear floor under the t of each step, capped as t is, float64 [steps]; None without `total_steps`."""
         schedule, total = self.config.schedule, self.total_steps
         if total is None:
             return None
@@ -70,7 +70,10 @@ class History:
 
 
 def read_history(path: Path) -> History:
-    """Raises ConfigError if this is no run directory or no step was made yet, RunError if a file is damaged."""
+    """Reads a run directory.
+
+    Raises ConfigError if it is none or no step was made yet, RunError if a file is damaged.
+    """
     _check_is_run(path)
     run, summary = read_manifest(path / RUN_FILE), read_json(path / SUMMARY_FILE)
     metrics = path / METRICS_FILE
@@ -106,7 +109,7 @@ def _check_is_run(path: Path) -> None:
 
 
 def _read_columns(path: Path) -> dict[str, np.ndarray]:
-    """Column by column and 8 bytes a value, so that a million steps take little memory. Empty before the first step."""
+    """Reads metrics.jsonl into arrays, in which a million steps take little memory. Empty before the first step."""
     pick, values = itemgetter(*COLUMNS), array("d")
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):

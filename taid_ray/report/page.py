@@ -40,11 +40,12 @@ PAGE = """<!DOCTYPE html>
 
 
 def page(title: str, summary: str, parts: Iterable[str]) -> str:
-    """title and summary are text; parts are HTML, as the functions below make it."""
+    """A whole page. title and summary are text; parts are HTML, as the functions below make it."""
     return PAGE.format(title=escape(title), style=STYLE, summary=escape(summary), parts="\n".join(parts))
 
 
 def notes_part(notes: Iterable[str]) -> str:
+    """A list of sentences."""
     items = "\n".join(f"<li>{escape(note)}</li>" for note in notes)
     return f"<h2>Notes</h2>\n<ul>\n{items}\n</ul>"
 
@@ -52,7 +53,7 @@ def notes_part(notes: Iterable[str]) -> str:
 def table_part(
     title: str, heading: Sequence[str], rows: Iterable[Sequence[str]], best: Sequence[str] | None = None
 ) -> str:
-    """The first two columns are aligned to the left, the others to the right. best: the one of the rows that stands out."""
+    """A table, its first two columns aligned to the left, the others to the right. best: the row that stands out, if any."""
     lines = [_row("th", heading)] if heading else []
     lines += [_row("td", row, "best" if row is best else "") for row in rows]
     table = "<table>\n" + "\n".join(lines) + "\n</table>"
@@ -60,7 +61,7 @@ def table_part(
 
 
 def picture_part(title: str, figure: Figure, path: Path) -> str:
-    """Leaves the picture as a PNG file too. Raises OSError."""
+    """A picture inside of the page, which is written to `path` as PNG, too. Raises OSError."""
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=DPI)
     path.write_bytes(image.getvalue())
@@ -69,7 +70,7 @@ def picture_part(title: str, figure: Figure, path: Path) -> str:
 
 
 def details_part(title: str, text: str) -> str:
-    """Text as it is, hidden until it is asked for."""
+    """Text that a click unfolds."""
     return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
 
 

@@ -1,4 +1,4 @@
-"""What a run's figures say, in plain sentences: what moved t, what the steps waited for, how often workers started again."""
+"""Notes on a run, in plain sentences: what moved t, what the steps waited for, how often workers were started again."""
 
 import numpy as np
 
@@ -8,13 +8,13 @@ from taid_ray.run.bottleneck import Usage, verdict
 from taid_ray.scheduler.schedule import adaptive_is_linear, sigmoid
 
 ALMOST_HALF = 0.01
-"""As near to one half sigmoid(m) does nothing with the loss that could be seen in t."""
+"""Distance of sigmoid(m) from one half within which the loss has no visible influence on t."""
 EARLY = 2
-"""Steps at the start whose t is t_start by definition: the first loss has none to be compared with."""
+"""First steps, whose t is t_start by definition: the first loss has no other to be compared with."""
 
 
 def run_notes(history: History) -> list[str]:
-    """Plain sentences about a run, the most important ones first."""
+    """Sentences about a run, the most important ones first."""
     return [*_progress(history), *_schedule(history), *_bottleneck(history), *_attempts(history)]
 
 
@@ -39,7 +39,7 @@ def _schedule(history: History) -> list[str]:
 
 
 def _inactive(history: History) -> list[str]:
-    """Whether the adaptive part could do anything at all."""
+    """Says so if the adaptive part could not lift t above its linear floor in any case."""
     schedule, total = history.config.schedule, history.total_steps
     if total is None:
         return [
@@ -60,7 +60,7 @@ def _inactive(history: History) -> list[str]:
 
 
 def _floor_share(history: History) -> list[str]:
-    """On which side of the rule's max the steps were, as long as t was below t_end."""
+    """Counts the steps whose t the linear floor decided, and those that the adaptive rule decided, until t was t_end."""
     reached = _reached(history)
     decided = history["floor_active"][EARLY:reached] > 0
     if not len(decided):
@@ -79,7 +79,7 @@ def _floor_share(history: History) -> list[str]:
 
 
 def _sigmoid(history: History) -> list[str]:
-    """Whether the loss had a say. Only of mode adaptive, whose m is in the metrics."""
+    """Says how far the loss moved t, in mode adaptive only, whose momentum is in the metrics."""
     momentum = history["momentum"][EARLY:]
     if history.config.schedule.mode != "adaptive" or not len(momentum) or history["floor_active"][EARLY:].all():
         return []
@@ -108,7 +108,7 @@ def _end_of_t(history: History) -> str:
 
 
 def _bottleneck(history: History) -> list[str]:
-    """Without the first step, which waits for answers that nothing could have asked for earlier."""
+    """Says which side the steps waited for. The first step is left out: its answers could not be asked for in advance."""
     teacher = history.config.teacher
     keys = ("step_s", "teacher_wait_s", "teacher_compute_s", "payload_bytes")
     step_s, wait_s, compute_s, payload = (float(history[key][1:].sum()) for key in keys)
@@ -135,7 +135,7 @@ def _attempts(history: History) -> list[str]:
 
 
 def _reached(history: History) -> int | None:
-    """The first step with t = t_end."""
+    """Number of the first step with t = t_end; None if there is none."""
     reached = np.flatnonzero(history["t"] >= history.config.schedule.t_end - 1e-9)
     return int(reached[0]) + 1 if len(reached) else None
 

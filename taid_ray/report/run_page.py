@@ -1,4 +1,4 @@
-"""`taid-ray report`: RUN/report.html and its pictures, of a run that is finished, was interrupted or still goes on."""
+"""RUN/report.html and its pictures, of a run that is finished, was interrupted or still goes on."""
 
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,12 @@ PLOTS = {
     "optimizer.png": (optimizer, "Gradient norm and learning rate"),
 }
 LATEST = 100
-"""The loss at the end is the mean of so many steps, or of a tenth of the run if that is less."""
+"""Steps over which the loss at the end is averaged; a tenth of the run if that is less."""
 BAR = 40  # characters of a whole step
 
 
 def write_run_report(path: Path) -> list[str]:
-    """Leaves RUN/report/*.png and RUN/report.html, a second time over the first. Returns the page's notes.
+    """Writes RUN/report/*.png and RUN/report.html, over those of an earlier call. Returns the page's notes.
 
     Raises ConfigError if this is no run directory or has no step yet, RunError if a file of it is damaged or cannot be
     written.
@@ -54,7 +54,7 @@ def write_run_report(path: Path) -> list[str]:
 
 
 def key_figures(history: History) -> list[tuple[str, str]]:
-    """Names and values, for people."""
+    """Names and values of the table of key figures, as text."""
     config, tokens, seconds = history.config, history["tokens"].sum(), history["step_s"].sum()
     student, summary = config.student, history.summary or {}
     origin = {"cut": f"layers {student.layers} of the teacher", "scratch": "new weights"}
@@ -85,7 +85,7 @@ def key_figures(history: History) -> list[tuple[str, str]]:
 
 
 def time_rows(history: History) -> list[tuple[str, str, str, str]]:
-    """Each phase with a bar, its mean seconds, and its share of the step, the longest first."""
+    """The phases of a step, the longest first: name, bar, mean seconds and share of the step."""
     step = float(history["step_s"].mean())
     seconds = {PHASE_COLOURS[key][0]: float(history[key].mean()) for key in PHASE_COLUMNS}
     seconds[REST[0]] = max(0.0, step - sum(seconds.values()))
@@ -99,7 +99,7 @@ def time_rows(history: History) -> list[tuple[str, str, str, str]]:
 
 
 def validation_rows(history: History) -> list[tuple[str, ...]]:
-    """Teacher, then the student before, at its best and at last; nats per token. Needs one validation."""
+    """Rows for the teacher and the student at first, at its lowest KL and at last; nats per token. Needs one validation."""
     lines = history.validations
     best = min(lines, key=lambda line: line["kl"])
     named = {"student, first": lines[0], "student, lowest KL": best, "student, last": lines[-1]}
@@ -112,7 +112,7 @@ def validation_rows(history: History) -> list[tuple[str, ...]]:
 
 
 def _plots(history: History) -> list[tuple[str, Any, str]]:
-    """Without t where the loss knows none."""
+    """File name, drawing function and title of each picture; t is left out where the loss knows none."""
     taid = history.config.loss.name == "taid"
     return [(name, draw, title) for name, (draw, title) in PLOTS.items() if taid or name != "t.png"]
 

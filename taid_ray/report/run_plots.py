@@ -16,13 +16,13 @@ from taid_ray.report.format import shown
 from taid_ray.report.history import History
 
 MOST_POINTS, MOST_BARS = 1000, 200
-"""Of a curve, and of the breakdown of the steps' time, which would be unreadable with more."""
+"""Most points of a curve, and most bars of the breakdown of the steps' time; more could not be told apart."""
 FEW = 40
-"""Up to so many points each is marked."""
+"""Number of points up to which each is marked."""
 WIDE = 5.0
-"""Values whose largest is so many times the smallest are drawn in log."""
+"""Ratio of the largest to the smallest value from which an axis is logarithmic."""
 OUTLIER = 2.5
-"""A time axis ends below values so many times higher than those of nearly all steps: the first step loads and waits."""
+"""Factor above the time of nearly all steps at which a time axis ends: the first step loads and waits."""
 PHASE_COLOURS = {
     "forward_s": ("forward", "#4c78a8"),
     "loss_s": ("loss", "#72b7b2"),
@@ -37,20 +37,21 @@ REST = ("other", "0.75")
 
 @dataclass(frozen=True)
 class Bins:
-    """Consecutive steps that are drawn as one: at most `most` groups of equal length."""
+    """Groups of equal length of consecutive steps; a group is drawn as one point or bar."""
 
     starts: np.ndarray
     """Index of each group's first step."""
     count: int
-    """Steps of all groups together."""
+    """Number of steps of all groups together."""
 
     @classmethod
     def of(cls, count: int, most: int) -> "Bins":
+        """Groups of `count` steps, `most` groups at most."""
         return cls(np.arange(0, count, math.ceil(count / most)), count)
 
     @property
     def size(self) -> int:
-        """Steps per group; the last one may have fewer."""
+        """Number of steps per group; the last one may have fewer."""
         return int(self.starts[1]) if len(self.starts) > 1 else self.count
 
     @property
@@ -114,7 +115,7 @@ def loss_curves(history: History) -> Figure:
 
 
 def step_time(history: History) -> Figure:
-    """Where the time of the steps went, phases upon each other."""
+    """The time of the steps, phases stacked upon each other."""
     figure, axes = _figure(1, 4.6)
     bins = Bins.of(history.steps, MOST_BARS)
     parts = {name: bins.mean(history[key]) for key, (name, _) in PHASE_COLOURS.items()}
@@ -132,7 +133,7 @@ def step_time(history: History) -> Figure:
 
 
 def throughput(history: History) -> Figure:
-    """Loss positions per second, and the share of the time that the student stood still for the teacher."""
+    """Loss positions per second, and the share of the time that the student waited for the teacher."""
     figure, axes = _figure(2, 2.8)
     bins = Bins.of(history.steps, MOST_BARS)
     seconds = np.maximum(bins.sum(history["step_s"]), 1e-9)
@@ -179,7 +180,7 @@ def _draw_validations(axes: Axes, history: History) -> None:
 
 
 def _figure(panels: int, height: float) -> tuple[Figure, list[Axes]]:
-    """height: inches of each panel."""
+    """A figure with panels above each other. height: inches of each."""
     figure = Figure(figsize=(9, height * panels), layout="constrained")
     return figure, list(figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0])
 
@@ -210,7 +211,7 @@ def _from_zero(axes: Axes) -> None:
 
 
 def _limit(axes: Axes, heights: np.ndarray, bins: Bins) -> None:
-    """Keeps a few very slow steps from flattening all others, and says so."""
+    """Cuts a few very slow steps off, which would flatten all others, and says so in the picture."""
     usual = float(np.quantile(heights, 0.95))
     over = heights > OUTLIER * usual
     axes.set_ylim(0, 1.05 * float(heights[~over].max()) or 1)

@@ -1,4 +1,4 @@
-"""What a search shows and what it does not, in plain sentences: which keys mattered, what chance explains, what to distrust."""
+"""Notes on a search, in plain sentences: which keys mattered, what chance explains as well, what to distrust."""
 
 import textwrap
 from collections import defaultdict
@@ -13,17 +13,17 @@ from taid_ray.report.statistics import Chance, compare_groups, trends
 from taid_ray.scheduler.schedule import adaptive_is_linear
 
 MIN_TRIALS = 5
-"""With fewer finished trials nothing is said about keys: no order of them would be surprising."""
+"""Finished trials from which something is said about keys: with fewer, no order of them would be surprising."""
 LEVEL = 0.05
-"""Chance of calling one key effective in a search whose keys all have no effect."""
+"""Probability of calling a key effective in a search whose keys all have no effect."""
 EQUAL = 0.01
-"""Figures within this share of each other are called equal."""
+"""Relative difference within which figures are called equal."""
 EDGE = 0.05
-"""The last part of a range, at either end, that is called its edge."""
+"""Share of a range, at either end, that is called its edge."""
 
 
 def search_notes(search: Search) -> list[str]:
-    """Plain sentences about a search, the most important ones first."""
+    """Sentences about a search, the most important ones first."""
     return [
         *_completeness(search),
         *_failures(search),
@@ -82,7 +82,7 @@ def _effects(search: Search) -> list[str]:
 
 
 def _effect(search: Search, key: str, num_keys: int) -> str:
-    """One sentence; empty if all trials had the same value, or the same figure.
+    """A sentence on a key's effect; empty if all trials had the same value, or the same figure.
 
     Each p is taken times the number of questions asked (Bonferroni), because so many times chance could have answered.
     """
@@ -103,7 +103,7 @@ def _effect(search: Search, key: str, num_keys: int) -> str:
 
 
 def _trend(key: str, values: Sequence[float], figures: np.ndarray, metric: str) -> tuple[str, str, Chance]:
-    """Whether the figure rises or falls with a number, or bends: lower, or higher, in the middle than at both ends."""
+    """Tests whether the figure rises or falls with a number, or bends: lower, or higher, in the middle than at both ends."""
     slope, bend = trends(values, figures)
     measured = f"Spearman rho {slope.rho:+.2f}, bend {bend.rho:+.2f}"
     clearer = min(slope, bend, key=lambda trend: trend.chance.p)
@@ -116,7 +116,7 @@ def _trend(key: str, values: Sequence[float], figures: np.ndarray, metric: str) 
 
 
 def _difference(key: str, values: Sequence[Any], figures: np.ndarray, metric: str) -> tuple[str, str, Chance]:
-    """Whether the figure differs between choices."""
+    """Tests whether the figure differs between choices."""
     means, chance = compare_groups([full_text(value) for value in values], figures)
     listed = ", ".join(f"{shown(name)} {mean:.4f}" for name, mean in sorted(means.items(), key=lambda item: item[1]))
     return f"{key} made a difference", f"mean {metric}: {listed}", chance
@@ -144,7 +144,7 @@ def _inactive_adaption(search: Search) -> list[str]:
 
 
 def _edges(search: Search) -> list[str]:
-    """Of the best trial's values, once there are trials enough for it to be more than chance."""
+    """Names the best trial's values that lie at the edge of their range, once there are enough trials to trust it."""
     best = search.best()
     if best is None or len(search.finished()) < MIN_TRIALS:
         return []

@@ -1,4 +1,4 @@
-"""What a search leaves for people: the ranked table, the pictures, report.html, and best.yaml for `taid-ray train`."""
+"""Report of a search: the ranked table, the pictures, report.html, and best.yaml for `taid-ray train`."""
 
 import json
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ MUST_BREAK = 8  # characters of a heading
 
 
 def trials_table(search: Search, rows: int | None = None) -> Table:
-    """The trials in order of rank, within 100 columns for up to four searched keys. Figures are nats per token.
+    """A table of the trials in order of rank, within 100 columns for up to four searched keys. Figures are nats per token.
 
     rows: how many to show at most; trials that are running are not left out for finished ones.
     """
@@ -48,24 +48,23 @@ def trials_table(search: Search, rows: int | None = None) -> Table:
 
 
 def write_report(search: Search) -> None:
-    """Leaves DIR/report/*.png, DIR/report.html, and DIR/best.yaml once a trial has finished. A second time over the first."""
+    """Writes DIR/best.yaml, if a trial has finished, DIR/report/*.png and DIR/report.html, over those of an earlier call.
+
+    Raises RunError or OSError if they cannot be written.
+    """
+    space = yaml.safe_dump(search.space.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    texts = [details_part("The space", space)]
+    if best := search.best():
+        replace_text(search.path / BEST_FILE, best_text(search, best))
+        texts.insert(0, details_part(BEST_FILE, best_text(search, best)))
     directory = search.path / "report"
     directory.mkdir(exist_ok=True)
     pictures = [picture_part(title, draw(search), directory / name) for name, (draw, title) in PLOTS.items()]
-    texts = []
-    if best := search.best():
-        replace_text(search.path / BEST_FILE, best_text(search, best))
-        texts.append(details_part(BEST_FILE, best_text(search, best)))
-    texts.append(
-        details_part(
-            "The space", yaml.safe_dump(search.space.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        )
-    )
     replace_text(search.path / REPORT_FILE, _page(search, pictures, texts))
 
 
 def best_text(search: Search, best: Trial) -> str:
-    """The best trial's configuration, as one of a new run: with a name of its own and without the trial's directory."""
+    """The text of best.yaml: the best trial's configuration as that of a new run, with a name and directory of its own."""
     assert best.config is not None  # it finished
     tree = best.config.model_dump(mode="json", exclude={"out"})
     tree["name"] = f"{search.name}-best"

@@ -1,4 +1,4 @@
-"""The pictures of a search: what was tried and what came of it, how t moved, how the validation figure fell.
+"""Pictures of a search: what was tried and what came of it, how t moved, how the validation figure fell.
 
 Finished trials are coloured by rank, from dark for the best ones to light; the best one of all is drawn on top in its own colour.
 Without pyplot, which keeps figures alive and is not safe beside other threads.
@@ -26,12 +26,12 @@ KINDS = {
     "running": ("not ended", "#7fb3d5"),
     "waiting": ("not ended", "#7fb3d5"),
 }
-"""How trials are called, and coloured if they have no rank."""
+"""Name and colour of trials that have no rank, by status."""
 FEW = 8
-"""Up to so many trials the legend names each one; of more only the kinds."""
+"""Number of trials up to which the legend names each; of more it names the kinds."""
 MANY_TICKS, MANY_NAMES = 8, 25
 WIDE = 4.0
-"""Values whose largest is so many times the smallest are drawn in log."""
+"""Ratio of the largest to the smallest value from which an axis is logarithmic."""
 
 
 def parallel(search: Search) -> Figure:
@@ -141,7 +141,7 @@ class Scale:
 
 
 def key_scale(search: Search, key: str) -> Scale:
-    """As wide as what was searched."""
+    """The scale of a searched key, as wide as its range."""
     distribution = search.space.space[key]
     if distribution.kind == "choice":
         ordered = (
@@ -170,7 +170,7 @@ def _draw_scale(axes: Axes, place: int, scale: Scale) -> None:
 def _draw_curves(
     axes: Axes, search: Search, lines: Callable[[Trial], Sequence[dict[str, Any]]], key: str, **marker: Any
 ) -> None:
-    """A cross marks where a trial ended before its last step."""
+    """Draws a curve per trial; a cross marks the end of one that ended before its last step."""
     for trial, style in reversed(_styles(search)):
         found = lines(trial)
         axes.plot([line["step"] for line in found], [line[key] for line in found], **style, **marker)
@@ -182,7 +182,7 @@ def _draw_curves(
 
 
 def _styles(search: Search) -> list[tuple[Trial, dict[str, Any]]]:
-    """Every trial in order of rank with how its line is drawn."""
+    """The trials in order of rank, each with the style of its line."""
     places = {trial.name: place for place, trial in enumerate(search.finished())}
     styles: list[tuple[Trial, dict[str, Any]]] = []
     for trial in search.ranked():
@@ -198,7 +198,7 @@ def _styles(search: Search) -> list[tuple[Trial, dict[str, Any]]]:
 
 
 def _legend(figure: Figure, search: Search) -> None:
-    """One entry per trial if they are few, else the best one and one per kind of trial."""
+    """Adds a legend: an entry per trial if they are few, else one for the best and one per kind."""
     entries: dict[str, dict[str, Any]] = {}
     few, finished = len(search.trials) <= FEW, [trial.name for trial in search.finished()]
     for trial, style in _styles(search):
@@ -219,7 +219,7 @@ def _heading(key: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Without what matplotlib would take for a formula."""
+    """Escapes what matplotlib would take for a formula."""
     return text.replace("$", r"\$")
 
 

@@ -1,4 +1,4 @@
-"""The results of a search as its files tell them: every trial, how far it came, and which is the best.
+"""Results of a search, read from its files: all trials, how far each came, and which is the best.
 
 DIR/search.yaml       config: the base configuration, space: what was searched
 DIR/trials.json       name, params, status and error of every trial, in the order of their creation
@@ -45,19 +45,19 @@ class Trial:
     params: dict[str, Any]
     """The searched keys with the values of this trial."""
     status: TrialStatus
-    """`stopped`: by the search's scheduler, before its last step."""
+    """`stopped` means by the search's scheduler, before its last step."""
     error: str
-    """Why it failed; empty otherwise."""
+    """Cause of its failure; empty otherwise."""
     config: DistillConfig | None
-    """None before its run began, and if that ended before the first step."""
+    """Configuration of its run; None before that began, and if it ended before the first step."""
     total_steps: int | None
-    """Optimizer steps of the whole run; None if they follow from train.epochs and the run has not ended."""
+    """Number of steps of the whole run; None if that follows from train.epochs and the run has not ended."""
     metrics: list[dict[str, Any]]
     """Lines of metrics.jsonl."""
     validations: list[dict[str, Any]]
     """Lines of validation.jsonl."""
     summary: dict[str, Any] | None
-    """Of a finished run."""
+    """Content of summary.json; None until the run has finished."""
 
     def figure(self, metric: str) -> float | None:
         """`kl` or `cross_entropy` (nats per token) of the last validation; None before the first."""
@@ -65,22 +65,22 @@ class Trial:
 
     @property
     def step(self) -> int:
-        """Optimizer steps made."""
+        """Number of optimizer steps made."""
         return int(self.metrics[-1]["step"]) if self.metrics else 0
 
     @property
     def t(self) -> float | None:
-        """That the last step used."""
+        """Value of t that the last step used; None before the first."""
         return float(self.metrics[-1]["t"]) if self.metrics else None
 
 
 @dataclass(frozen=True)
 class Search:
-    """All that is known of a search. Figures are comparable only between trials that finished."""
+    """A search as its files tell it. Figures are comparable only between trials that finished."""
 
     path: Path
     name: str
-    """Of the base configuration."""
+    """Name in the base configuration."""
     space: Space
     trials: list[Trial]
     """In the order of their creation."""
@@ -91,7 +91,7 @@ class Search:
         return self.space.metric
 
     def ranked(self) -> list[Trial]:
-        """Finished trials by their figure; then the others by status, of these the farthest first, then by their figure."""
+        """Trials in order of rank: finished ones by figure, then the others by status, the farthest first, then by figure."""
         return sorted(self.trials, key=self._rank)
 
     def finished(self) -> list[Trial]:
@@ -100,7 +100,7 @@ class Search:
         return [trial for trial in ranked if trial.status == "finished" and math.isfinite(self.value(trial))]
 
     def best(self) -> Trial | None:
-        """None until a trial has finished."""
+        """The finished trial with the lowest figure; None until one has finished."""
         return next(iter(self.finished()), None)
 
     def value(self, trial: Trial) -> float:
@@ -178,18 +178,18 @@ def _read_config(path: Path) -> DistillConfig | None:
 
 @lru_cache(maxsize=4096)
 def _built_config(path: Path, modified: int) -> DistillConfig:
-    """Once per version of the file: a live table asks every few seconds."""
+    """Parses a configuration once per version of its file, for a live table asks every few seconds."""
     return stored_config(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
 def bounds(distribution: Distribution) -> tuple[float, float]:
-    """Lowest and highest value. Twice the same, as there is no range, of a choice from other things than numbers."""
+    """Lowest and highest value of a searched key; (0, 0), which is no range, for a choice from other things than numbers."""
     numbers = [float(value) for value in distribution.ends if is_number(value)]
     return (min(numbers), max(numbers)) if len(numbers) == len(distribution.ends) else (0.0, 0.0)
 
 
 def position(value: float, low: float, high: float, log: bool) -> float:
-    """Where a value lies between low (0) and high (1)."""
+    """Place of a value on a scale from low (0) to high (1)."""
     if log:
         value, low, high = math.log(value), math.log(low), math.log(high)
     return (value - low) / (high - low)

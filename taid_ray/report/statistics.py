@@ -1,6 +1,6 @@
-"""Whether a searched key and a figure go together, or chance alone sets them so: permutation tests over ranks.
+"""Permutation tests over ranks: whether a searched key and a figure go together, or chance explains it as well.
 
-Without assumptions about how figures are spread, and the same answer for the same figures.
+They assume nothing about the distribution of figures, and give the same answer for the same figures.
 """
 
 import itertools
@@ -11,13 +11,15 @@ from typing import NamedTuple
 import numpy as np
 
 ALL_ORDERS = 8
-"""Up to so many trials every order of them is counted, 40,320 at most; of more, SAMPLED_ORDERS are drawn."""
+"""Number of trials up to which all orders of them are counted, 40,320 at most; of more, SAMPLED_ORDERS are drawn."""
 SAMPLED_ORDERS = 10_000
 
 Statistic = Callable[[np.ndarray], np.ndarray]
 
 
 class Chance(NamedTuple):
+    """The result of a test."""
+
     p: float
     """Share of all orders of the figures that show at least as strong an effect as the real one."""
     least_p: float
@@ -25,6 +27,8 @@ class Chance(NamedTuple):
 
 
 class Trend(NamedTuple):
+    """A trend of figures over values, and whether chance explains it as well."""
+
     rho: float
     """Correlation of the figures' ranks with a line, or with a parabola beside it, over the values' ranks."""
     chance: Chance
@@ -61,7 +65,7 @@ def compare_groups(names: Sequence[str], figures: np.ndarray) -> tuple[dict[str,
 
 
 def _chance(statistic: Statistic, ranks: np.ndarray) -> Chance:
-    """statistic: of orders [m, n] the strength of the effect [m]. Always the same answer for the same ranks [n]."""
+    """Compares the effect in the real order with that in others. statistic: of orders [m, n] the strength of the effect [m]."""
     if len(ranks) <= ALL_ORDERS:
         orders = np.array(list(itertools.permutations(ranks)))
     else:  # and the real one, so that no p is 0
@@ -75,6 +79,6 @@ def _chance(statistic: Statistic, ranks: np.ndarray) -> Chance:
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """1 for the smallest; equal values share their mean rank."""
+    """Ranks of values, from 1 for the smallest; equal values share their mean rank."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[inverse])

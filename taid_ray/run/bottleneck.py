@@ -1,4 +1,4 @@
-"""What holds a run back, student, teacher or wire, and how many teacher replicas would balance it."""
+"""Diagnosis of what holds a run back, student, teacher or wire, and how many teacher replicas would balance it."""
 
 import math
 from dataclasses import dataclass
@@ -16,12 +16,13 @@ class Usage:
     steps: int = 0
     wall_s: float = 0.0
     teacher_wait_s: float = 0.0
-    """The longest any worker stood still for the teacher."""
+    """Longest wait of any worker for the teacher, summed over the steps."""
     teacher_compute_s: float = 0.0
-    """Over all replicas."""
+    """Seconds of computation of all replicas together."""
     payload_bytes: int = 0
 
     def add(self, step_s: float, teacher_wait_s: float, teacher_compute_s: float, payload_bytes: int) -> None:
+        """Adds a step."""
         self.steps += 1
         self.wall_s += step_s
         self.teacher_wait_s += teacher_wait_s
@@ -36,7 +37,7 @@ def balanced_replicas(usage: Usage) -> int:
 
 
 def verdict(usage: Usage, replicas: int) -> str:
-    """One line that says which side the run waits for, by how much, and what would change that."""
+    """A sentence on which side the run waits for, by how much, and what would change that."""
     waiting = usage.teacher_wait_s / usage.wall_s
     busy = usage.teacher_compute_s / (replicas * usage.wall_s)
     balanced = balanced_replicas(usage)

@@ -1,4 +1,4 @@
-"""The run directory before the run: whether it may be used or taken up again, and what identifies the run in it."""
+"""The run directory: whether it may be used or taken up again, its lock, and its manifest run.json."""
 
 import fcntl
 import json
@@ -25,11 +25,11 @@ from taid_ray.files import damaged, read_json, replace_text, write_json
 from taid_ray.run.layout import CONFIG_FILE, LOCK_FILE, METRICS_FILE, RAY_TRAIN_PREFIX, RUN_FILE, SUMMARY_FILE
 
 LOCK_S = 1.0
-"""`is_locked` has a lock for a moment; who is refused for longer than this is refused by a driver."""
+"""Time for which a lock is tried: `is_locked` has one for a moment, only a driver has it for longer."""
 
 
 def inspect_run_dir(config: DistillConfig) -> Literal["new", "unfinished", "finished"]:
-    """What `config.run_dir` holds of this run. Raises ConfigError if it holds anything else, or cannot be made."""
+    """State of this run in `config.run_dir`. Raises ConfigError if that holds anything else, or cannot be made."""
     run_dir = config.run_dir
     try:
         run_dir.exists()
@@ -59,7 +59,7 @@ def inspect_run_dir(config: DistillConfig) -> Literal["new", "unfinished", "fini
 
 
 def read_summary(run_dir: Path) -> dict[str, Any]:
-    """Of a finished run."""
+    """Reads summary.json of a finished run."""
     summary: dict[str, Any] = json.loads((run_dir / SUMMARY_FILE).read_text(encoding="utf-8"))
     return summary
 
@@ -85,10 +85,10 @@ def changed_keys(before: DistillConfig, now: DistillConfig) -> list[str]:
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """Content of a run.json: `id`, and `attempts` with `began`, `workers` and `host` each.
+    """Reads a run.json: `id`, and `attempts` with `began`, `workers` and `host` each.
 
-    None if there is none, or no longer: a run that ends before its first step takes its directory away. Raises
-    RunError if it is damaged.
+    None if there is none, or no longer: a run that ends before its first step removes its directory. Raises RunError if it is
+    damaged.
     """
     content = read_json(path)
     if content is None:
@@ -107,7 +107,7 @@ def jobs_of(manifest: dict[str, Any]) -> set[str]:
 
 
 class RunManifest:
-    """RUN/run.json: what the drivers of one run, one after another, know it by."""
+    """RUN/run.json: the name of a run on its cluster, and the attempts of all its drivers."""
 
     def __init__(self, config: DistillConfig):
         self._path = config.run_dir / RUN_FILE
@@ -116,11 +116,11 @@ class RunManifest:
         self.id: str = self._content["id"]
         storage = config.checkpoint.storage
         self.checkpoints = f"{storage.rstrip('/')}/{self.id}" if storage else str(config.run_dir / "checkpoints")
-        """Where they are: a directory or a URI."""
+        """Directory or URI of the run's checkpoints."""
 
     @property
     def attempts(self) -> int:
-        """How often workers were started."""
+        """Number of starts of the workers, by all drivers."""
         return len(self._content["attempts"])
 
     @property
@@ -135,11 +135,12 @@ class RunManifest:
         self.write()
 
     def write(self) -> None:
+        """Writes run.json."""
         write_json(self._path, self._content)
 
 
 def write_config(config: DistillConfig) -> None:
-    """Makes the run directory and leaves the resolved configuration in it."""
+    """Makes the run directory and writes the resolved configuration into it."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     replace_text(config.run_dir / CONFIG_FILE, text)
@@ -183,7 +184,7 @@ def run_directory(config: DistillConfig) -> Iterator[RunManifest]:
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Keeps other drivers out of a directory. The lock ends with this process, however that ends.
+    """Keeps other drivers out of a directory. The lock ends with the process, however that ends.
 
     Raises ConfigError if another driver has it.
     """
@@ -204,7 +205,7 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 
 def is_locked(run_dir: Path) -> bool:
-    """Whether a process is seen to hold the lock. One on another host may be out of sight, so False means little there."""
+    """True if a process is seen to hold the lock. One on another host may be out of sight, so False means little there."""
     with suppress(OSError), (run_dir / LOCK_FILE).open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -214,7 +215,7 @@ def is_locked(run_dir: Path) -> bool:
 
 
 def has_open(pid: int, file: os.stat_result) -> bool:
-    """Whether a process of this host has a file open, also one that was removed meanwhile.
+    """True if a process of this host has a file open, also one that was removed meanwhile.
 
     A directory's lock tells its driver from a later process with the same id, and from one of another container. Raises
     PermissionError if the process belongs to another user.
@@ -228,7 +229,7 @@ def has_open(pid: int, file: os.stat_result) -> bool:
 
 
 def _has(file: IO[str], path: Path) -> bool:
-    """Locks the file at `path`, opened as `file`, unless somebody has it or has removed it meanwhile."""
+    """Tries to lock the file at `path`, opened as `file`. Returns False if somebody has it, or has removed it meanwhile."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return os.path.samestat(os.fstat(file.fileno()), path.stat())

@@ -1,4 +1,4 @@
-"""Names of the files in a run's and a search's directory, for everything that writes or reads them."""
+"""Names of the files in the directories of runs and searches, for everything that writes or reads them."""
 
 from typing import Literal
 
@@ -10,8 +10,9 @@ VALIDATION_FILE, REPORT_FILE = "validation.jsonl", "report.html"
 RUN_FILE, LOCK_FILE = "run.json", ".lock"
 
 RAY_TRAIN_PREFIX = ".ray-train-"
-"""Of the names of directories for Ray Train's own files, which a run removes at its end."""
+"""Beginning of the names of directories for Ray Train's own files, which a run removes at its end."""
 
 SEARCH_FILE, TRIALS_FILE, TRIALS = "search.yaml", "trials.json", "trials"
 
 TrialStatus = Literal["waiting", "running", "finished", "stopped", "failed"]
+"""Status of a trial in trials.json; `stopped` by the search's scheduler."""

@@ -123,7 +123,7 @@ def search_of(run_dir: Path) -> Path | None:
 
 
 def stopped_early(run_dir: Path) -> bool:
-    """Whether a run is a trial that its search has given up."""
+    """True for a trial that its search has stopped early."""
     search = search_of(run_dir)
     trials = read_json(search / TRIALS_FILE) if search else None
     with suppress(TypeError, KeyError):  # damaged, which the status of the search says

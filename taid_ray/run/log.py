@@ -1,4 +1,4 @@
-"""RUN/log.jsonl: what a run tells its user, one JSON object per line, for log collectors and for looking back."""
+"""RUN/log.jsonl: everything a run tells its user, one JSON object per line, for log collectors and for later."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ PACKAGE = "taid_ray"
 
 
 class JsonLines(logging.Formatter):
-    """A record as JSON: time (UTC, ISO 8601), level, run, step, role, message, and traceback where there is one."""
+    """Formats a record as JSON: time (UTC, ISO 8601), level, run, step, role, message, and traceback where there is one."""
 
     def __init__(self, run: str):
         super().__init__()
@@ -45,30 +45,30 @@ class Records(MemoryHandler):
         super().__init__(capacity=10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
 
     def add(self, message: str, role: str, step: int, level: int, error: BaseException | None = None) -> None:
-        """step: the last one that was made, 0 before the first."""
+        """Adds a message. step: the last one that was made, 0 before the first."""
         trace = (type(error), error, error.__traceback__) if error is not None else None
         fields = {"levelno": level, "levelname": logging.getLevelName(level), "exc_info": trace}
         self.handle(logging.makeLogRecord({"name": PACKAGE, "msg": message, "role": role, "step": step, **fields}))
 
     def hand_to(self, handler: logging.Handler | None) -> None:
-        """None: keeps them again."""
+        """Passes the records on to a handler, first those that were kept; None: keeps them again."""
         self.setTarget(handler)
         self.flushLevel = logging.CRITICAL + 1 if handler is None else logging.NOTSET
         self.flush()
 
 
 class Speaker(Protocol):
-    """The terminal, as the log sees it."""
+    """Interface of the terminal (driver.progress.ProgressView) that the log uses."""
 
     records: Records
     made: int
-    """The last step."""
+    """Last step that was made."""
 
     def say(self, message: str, role: str = DRIVER, level: int = logging.INFO) -> None: ...
 
 
 class _Warnings(logging.Handler):
-    """Says warnings of the package's own loggers on the terminal, and thereby in the log."""
+    """Shows warnings of the package's own loggers on the terminal, and thereby in the log."""
 
     def __init__(self, speaker: Speaker):
         super().__init__(logging.WARNING)
@@ -109,7 +109,7 @@ def _add_end(speaker: Speaker, error: BaseException) -> None:
 
 
 def _cut_torn_line(path: Path) -> None:
-    """Takes away the beginning of a line that a killed driver left, so that every line is whole."""
+    """Removes the beginning of a line that a killed driver left, so that every line is whole."""
     whole = path.read_bytes().rpartition(b"\n") if path.exists() else (b"", b"", b"")
     if whole[2]:
         os.truncate(path, len(whole[0]) + len(whole[1]))

@@ -1,4 +1,4 @@
-"""What a run writes about itself: one JSON line per optimizer step, validations, and the summary."""
+"""RUN/metrics.jsonl: one line of figures per optimizer step."""
 
 import json
 import math
@@ -19,10 +19,10 @@ class StepMetrics:
     """One line of metrics.jsonl. Loss values are nats per loss position, means over the global batch."""
 
     step: int
-    """Counts from 1."""
+    """Number of the step, from 1."""
     epoch: int
     t: float
-    """The t used in this step."""
+    """Value of t used in this step."""
     momentum: float
     loss: float
     """Cross-entropy form of the divergence: kl + entropy_pt."""
@@ -32,23 +32,22 @@ class StepMetrics:
     floor_active: bool
     lr: float
     grad_norm: float
-    """Before clipping."""
+    """Norm of the gradient before clipping."""
     tokens: int
-    """Loss positions in this step, over all workers."""
+    """Number of loss positions in this step, over all workers."""
     tokens_per_s: float
     step_s: float
     teacher_wait_s: float
-    """Longest time any worker stood still for the teacher in this step."""
+    """Longest time any worker waited for the teacher in this step."""
     data_s: float
-    """This and the following times are rank 0's; with `teacher_wait_s` they make up `step_s`, but for bookkeeping. Here:
-    reading the next batches and sending them to the teacher."""
+    """Reading the next batches and sending them to the teacher. This and the following times are rank 0's."""
     forward_s: float
-    """Without the loss."""
+    """Forward pass without the loss."""
     loss_s: float
     """Heads, divergence, and the gradients that are formed with it."""
     backward_s: float
     optimizer_s: float
-    """With the reduction of the gradients that is left over."""
+    """Optimizer, with the rest of the reduction of the gradients."""
     schedule_wait_s: float
     """Waiting for the next t after the optimizer."""
     teacher_compute_s: float
@@ -61,9 +60,9 @@ class MetricLog:
     """Appends lines to metrics.jsonl, each before the next step starts. Rank 0 keeps one."""
 
     def __init__(self, path: Path, last_step: int):
-        """Keeps the lines up to `last_step`; those that follow will be written again.
+        """Keeps the lines up to `last_step`; those after it will be written again.
 
-        Raises RunError if one of them is not there.
+        Raises RunError if one of those is missing.
         """
         kept = _lines_until(path, last_step)
         # In a new file: a rank 0 that everybody thinks dead, and that writes once more, then writes to the old one.
@@ -71,7 +70,7 @@ class MetricLog:
         self._path, self._file = path, path.open("a", encoding="utf-8")
 
     def write(self, metrics: StepMetrics) -> None:
-        """Raises RunError if there is no room for it."""
+        """Appends a line. Raises RunError if there is no room for it."""
         try:
             self._file.write(json.dumps(asdict(metrics)) + "\n")
             self._file.flush()
@@ -82,7 +81,7 @@ class MetricLog:
             ) from error
 
     def sync(self) -> None:
-        """After a crash of the machine, too, all lines will be there."""
+        """Makes sure that all lines are on the disk, also after a crash of the machine."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Ray Tune: the driver of a search, its trials, the book of trials, callbacks.
+"""Searches with Ray Tune: the driver of a search, its trials, the book of trials, callbacks.
 
 Others use `driver` (run_search, SearchResult).
 

@@ -1,4 +1,4 @@
-"""What a search knows of its trials, kept in its directory: it outlives the driver, and Ray Tune's own files are never read."""
+"""The book of a search's trials, kept in its directory: it outlives the driver, and Ray Tune's own files are never read."""
 
 import json
 from collections import Counter
@@ -13,13 +13,13 @@ from taid_ray.run.layout import SUMMARY_FILE, TRIALS, TRIALS_FILE, TrialStatus
 
 
 class TrialBook:
-    """DIR/trials.json. Written by the search's driver only, after every change."""
+    """DIR/trials.json, written by the search's driver only, after every change."""
 
     def __init__(self, directory: Path):
-        """Takes up what an earlier driver left; what ran then waits now. Raises RunError if that cannot be read."""
+        """Reads what an earlier driver left; trials that ran then wait now. Raises RunError if it cannot be read."""
         self._directory, self._path = directory, directory / TRIALS_FILE
         self.entries: list[dict[str, Any]] = []
-        """name, params, status and error of every trial, in the order of their creation."""
+        """Trials in the order of their creation: `name`, `params`, `status` and `error` of each."""
         self._named: Counter[str] = Counter()
         if self._path.exists():
             self.entries = read_json(self._path)
@@ -31,9 +31,10 @@ class TrialBook:
             self._write()
 
     def assign_name(self, params: Mapping[str, Any]) -> str:
-        """The name of a trial, to be asked for once per trial and driver.
+        """Returns the name of a trial, which must be asked for once per trial and driver.
 
-        A trial of an earlier driver with the same params is meant, the n-th time the n-th one; else it is a new one.
+        Params that an earlier driver has tried get the name of then, the n-th time that of the n-th such trial; all others
+        get a new name.
         """
         params = {key: value.item() if isinstance(value, np.generic) else value for key, value in params.items()}
         key = json.dumps(params, sort_keys=True)
@@ -47,30 +48,31 @@ class TrialBook:
         return name
 
     def mark(self, name: str, status: TrialStatus, error: str = "") -> None:
-        """What has become of a trial."""
+        """Records a trial's status."""
         entry = next(entry for entry in self.entries if entry["name"] == name)
         entry["status"], entry["error"] = status, error
         self._write()
 
     def params(self) -> list[dict[str, Any]]:
-        """Of every trial, in the order of their creation."""
+        """The params of every trial, in the order of their creation."""
         return [entry["params"] for entry in self.entries]
 
     def with_status(self, *wanted: TrialStatus) -> list[str]:
-        """Names."""
+        """The names of the trials with one of these statuses."""
         return [entry["name"] for entry in self.entries if entry["status"] in wanted]
 
     def run_dir(self, name: str) -> Path:
+        """The run directory of a trial."""
         return self._directory / TRIALS / name
 
     def is_finished(self, name: str) -> bool:
-        """Whether the trial's run directory is complete."""
+        """True if the trial's run directory is complete."""
         return (self.run_dir(name) / SUMMARY_FILE).exists()
 
     def _status_left(self, entry: Mapping[str, Any]) -> TrialStatus:
         if self.is_finished(entry["name"]):
             return "finished"
-        # What failed is tried again, from its last checkpoint: the cause may have been put right.
+        # A failed trial goes on from its last checkpoint: the cause may have been put right.
         return "stopped" if entry["status"] == "stopped" else "waiting"
 
     def _write(self) -> None:

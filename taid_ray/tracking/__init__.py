@@ -1,6 +1,6 @@
-"""A run's figures outside of its files: TensorBoard, W&B and MLflow by the driver, Prometheus by every process.
+"""Tracking of a run outside of its files: TensorBoard, W&B and MLflow by the driver, Prometheus by every process.
 
-Others use `follow` (tracked, check_installed, tell_stopped) and `prometheus` (Instruments, StudentGauges).
+Others use `follow` (tracking_session, check_installed, tell_stopped) and `prometheus` (Instruments, StudentGauges).
 
 Traps:
 - The driver follows metrics.jsonl and validation.jsonl (`tail`) and sends what is new to the `sinks`; workers send nothing.

@@ -1,4 +1,4 @@
-"""The driver passes a run's figures on while it works: it follows metrics.jsonl and validation.jsonl as they grow.
+"""Followers in the driver that pass the lines of metrics.jsonl and validation.jsonl on to trackers, as these files grow.
 
 So no training step ever waits for a tracker, credentials stay with the driver, and what did not arrive (the network was
 away) is still in the files and is sent later.
@@ -26,9 +26,9 @@ from taid_ray.tracking.tail import MetricsTail
 
 POLL_S = 2.0
 AGAIN_S = 30.0
-"""After a failure the next try comes so much later."""
+"""Pause before the next try after a failure."""
 CLOSE_S, STOPPED_CLOSE_S = 120.0, 20.0
-"""Longer than that the end of a run does not wait for its trackers, and that of one that is stopped, which may be killed soon."""
+"""Time that the end of a run waits for its trackers, and that of a run that is stopped, which may be killed soon."""
 
 
 class Follower:
@@ -42,15 +42,16 @@ class Follower:
         self._outcome: Outcome = "failed"
         self._thread = threading.Thread(target=self._follow, name=f"taid-{name}", daemon=True)
         self.missing: str | None = None
-        """What did not arrive, and why."""
+        """What did not arrive, and why; None if everything did."""
 
     def open(self) -> Tracker:
-        """Raises what the tracker's library raises if it cannot be reached."""
+        """Opens the tracker. Raises what its library raises if it cannot be reached."""
         self._tracker = self._begin()
         self._tail.begin(self._tracker.known)
         return self._tracker
 
     def start(self) -> None:
+        """Begins to follow."""
         self._thread.start()
 
     def end(self, outcome: Outcome) -> None:
@@ -112,18 +113,18 @@ class Follower:
 
 
 class Tracking:
-    """All trackers of a run."""
+    """The trackers of a run, closed together however the run ends."""
 
     def __init__(self, followers: list[Follower], run_dir: Path):
         self._followers, self._run_dir = followers, run_dir
         self._closed = False
 
     def add(self, follower: Follower) -> None:
-        """Of a tracker that is open: from here on it is closed with the others, however the run ends."""
+        """Takes the follower of an open tracker, which from here on is closed with the others."""
         self._followers.append(follower)
 
     def finished(self, summary: dict[str, Any]) -> dict[str, Any]:
-        """The run is complete. Returns its summary with what did not arrive, which is then in summary.json, too."""
+        """Closes the trackers of a complete run. Returns its summary with what did not arrive, also in summary.json."""
         self.close("finished")
         missing = {follower.name: follower.missing for follower in self._followers if follower.missing}
         if missing:
@@ -132,7 +133,7 @@ class Tracking:
         return summary
 
     def close(self, outcome: Outcome) -> None:
-        """At most once."""
+        """Closes all trackers, side by side; does nothing the second time."""
         if not self._closed:
             self._closed = True
             for follower in self._followers:
@@ -145,7 +146,7 @@ class Tracking:
 
 @contextmanager
 def tracking_session(config: DistillConfig, run: str, resumed: bool, speaker: Speaker) -> Iterator[Tracking]:
-    """Passes on the figures of a run until it ends.
+    """Passes the figures of a run on until it ends.
 
     Raises ConfigError if W&B or MLflow refuses a new run. A resumed one goes on without it meanwhile.
     """
@@ -175,7 +176,7 @@ def tracking_session(config: DistillConfig, run: str, resumed: bool, speaker: Sp
 
 
 def tell_stopped(run_dir: Path, speaker: Speaker) -> None:
-    """Passes on the rest of a run whose process was ended from outside, and that it was stopped. Nothing follows it now."""
+    """Passes on the rest of a run whose process was killed, and that it was stopped."""
     config = stored_config(read_tree(run_dir / CONFIG_FILE))
     with tracking_session(config, RunManifest(config).id, True, speaker) as tracking:
         tracking.close("stopped")
@@ -207,10 +208,11 @@ def check_installed(config: DistillConfig) -> None:
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an error's message, shortened."""
     return (str(error).strip().splitlines() or [""])[0][:300]
 
 
 def _installed(name: str) -> bool:
-    """A directory of that name, which W&B leaves where it worked, is no package."""
+    """True if a package is installed; a mere directory of that name, as W&B leaves where it worked, is none."""
     spec = importlib.util.find_spec(name)
     return spec is not None and spec.origin is not None

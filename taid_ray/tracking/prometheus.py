@@ -1,4 +1,4 @@
-"""What Prometheus sees of a run, through Ray's own exporter on every node: METRICS, each under the name `ray_taid_...`.
+"""Prometheus metrics of a run, exported by Ray on every node: METRICS, each under the name `ray_taid_...`.
 
 A figure costs some microseconds, nothing waits for the exporter, and nothing happens where there is none. Ray collects
 from each process every 10 s. It forgets a gauge 20 s after it was set last, so gauges are set again and again while their
@@ -46,7 +46,7 @@ OWN_TAGS = {"taid_phase_seconds": "phase", "taid_requests_again": "reason"}
 
 
 class Instruments:
-    """One process's figures, under the tags of its run and role."""
+    """The metrics of one process, under the tags of its run and role."""
 
     def __init__(self, run: str, role: str):
         self._tags = {"run": run, "role": role}
@@ -55,18 +55,18 @@ class Instruments:
         threading.Thread(target=_refresh, args=(weakref.ref(self),), name="taid-gauges", daemon=True).start()
 
     def set(self, name: str, value: float) -> None:
-        """A gauge."""
+        """Sets a gauge."""
         self._last[name] = value
         self._metric(name).set(value, self._tags)
 
     def add(self, name: str, amount: float, own_tag: str | None = None) -> None:
-        """To a counter. own_tag: value of the tag that only this one has."""
+        """Adds to a counter. own_tag: value of the tag that only this metric has."""
         if amount > 0:  # Ray refuses 0
             tags = self._tags if own_tag is None else self._tags | {OWN_TAGS[name]: own_tag}
             self._metric(name).inc(amount, tags)
 
     def observe(self, name: str, value: float) -> None:
-        """One value of a histogram."""
+        """Records one value of a histogram."""
         self._metric(name).observe(value, self._tags)
 
     def refresh(self) -> None:
@@ -94,7 +94,7 @@ def _refresh(instruments: "weakref.ref[Instruments]") -> None:
 
 
 class StudentGauges:
-    """Rank 0's, for the whole run."""
+    """The metrics of the whole run, which rank 0 sets."""
 
     def __init__(self, run: str, planned_steps: int, restarts: int):
         self._own = Instruments(run, STUDENT)
@@ -102,7 +102,7 @@ class StudentGauges:
         self._own.set("taid_restarts", restarts)
 
     def step(self, metrics: StepMetrics, checkpoint: int) -> None:
-        """checkpoint: step of the newest one."""
+        """Sets what a step has changed. checkpoint: step of the newest one, 0 if there is none."""
         own = self._own
         own.set("taid_step", metrics.step)
         own.set("taid_t", metrics.t)
@@ -119,6 +119,7 @@ class StudentGauges:
             own.add("taid_phase_seconds", getattr(metrics, f"{phase}_s"), phase)
 
     def validation(self, cross_entropy: float, kl: float) -> None:
+        """Sets the figures of a validation, nats per token."""
         self._own.set("taid_validation_cross_entropy_nats", cross_entropy)
         self._own.set("taid_validation_kl_nats", kl)
 

@@ -1,4 +1,4 @@
-"""Where a run's figures go beside its own files: TensorBoard always, W&B and MLflow through their own libraries."""
+"""Trackers that take a run's figures: TensorBoard always, W&B and MLflow through their own libraries."""
 
 import os
 import time
@@ -13,9 +13,9 @@ Outcome = Literal["finished", "stopped", "failed"]
 TENSORBOARD = "tensorboard"
 MLFLOW_TAG = "taid_ray.run"
 MOST_MLFLOW = 1000
-"""Figures that an MLflow server takes at a time."""
+"""Number of figures that an MLflow server takes at a time."""
 LONGEST_PARAM = 500
-"""Characters of a value that every MLflow server takes."""
+"""Number of characters of a value that every MLflow server takes."""
 
 
 class Point(NamedTuple):
@@ -23,25 +23,26 @@ class Point(NamedTuple):
 
     step: int
     figures: dict[str, float]
-    """By names such as train/loss."""
+    """Values by names such as train/loss."""
 
 
 class Tracker(Protocol):
     """Takes the points of one run, in the order of their steps."""
 
     rewrites_history: bool
-    """Whether it holds nothing yet, and is to be given the run from its first step."""
+    """Whether it is written anew, from the first step on, whenever the workers go back to a checkpoint."""
     known: int
-    """The last step that it holds from before; -1: none."""
+    """Last step that it holds from an earlier driver; -1 if none."""
 
     def send(self, points: list[Point]) -> None:
-        """Raises whatever the library raises if they do not arrive; may then be called again with the same ones."""
+        """Sends points. Raises what the library raises if they do not arrive; may then be called again with the same ones."""
 
-    def close(self, outcome: Outcome) -> None: ...
+    def close(self, outcome: Outcome) -> None:
+        """Ends the run at the tracker."""
 
 
 def point(line: Mapping[str, Any], section: str) -> Point:
-    """A line of metrics.jsonl (section train) or validation.jsonl (validation). Durations have a section of their own."""
+    """The point of a line of metrics.jsonl (section train) or validation.jsonl (validation). Durations go into `time`."""
     figures = {}
     for key, value in line.items():
         if key != "step":
@@ -51,7 +52,7 @@ def point(line: Mapping[str, Any], section: str) -> Point:
 
 
 class TensorBoard:
-    """RUN/tensorboard. Written anew by every driver and after every restart, so it holds what metrics.jsonl holds."""
+    """RUN/tensorboard, written anew by every driver and after every restart, so that it holds what metrics.jsonl holds."""
 
     rewrites_history, known = True, -1
 
@@ -80,7 +81,7 @@ class WeightsAndBiases:
     rewrites_history = False
 
     def __init__(self, project: str, run: str, config: DistillConfig, group: str | None):
-        # Else it would ask for a key at the terminal, and the cluster would wait; so that is an error, as elsewhere.
+        # Else W&B asks for a key at the terminal while the cluster waits; silent, it raises an error instead.
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
@@ -98,7 +99,7 @@ class WeightsAndBiases:
 
     @property
     def address(self) -> str:
-        """Where to look at it; empty offline."""
+        """Address of the run's page; empty offline."""
         return "" if self._run.offline else str(self._run.url or "")
 
     def send(self, points: list[Point]) -> None:

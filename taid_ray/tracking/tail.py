@@ -1,4 +1,4 @@
-"""A run's figures as its files grow: metrics.jsonl and validation.jsonl, read line by line while rank 0 writes them."""
+"""The growing end of metrics.jsonl and validation.jsonl, read line by line while rank 0 writes them."""
 
 import io
 import os
@@ -11,11 +11,11 @@ from taid_ray.run.layout import METRICS_FILE, VALIDATION_FILE
 from taid_ray.tracking.sinks import Point, point
 
 MOST_LINES = 500
-"""Lines that are read and sent at a time."""
+"""Number of lines that are read and sent at a time."""
 
 
 class MetricsTail:
-    """The lines that were added to a run's files since they were last taken."""
+    """Hands out the lines that were added to a run's files since the last `commit`."""
 
     def __init__(self, run_dir: Path):
         self._metrics, self._validation = run_dir / METRICS_FILE, run_dir / VALIDATION_FILE
@@ -23,18 +23,18 @@ class MetricsTail:
         self._inode = -1
         self._offset = 0
         self.step = self._validated = -1
-        """The last one that was taken."""
+        """Last step that was committed."""
         self._next = (0, -1, -1)
 
     def begin(self, after: int) -> None:
-        """Takes what follows step `after`, and that step's validation; -1: everything.
+        """Begins after step `after`, with that step's validation; -1: with everything.
 
         A step's line is sent up to a whole validation before its validation is there, so that may not have been taken.
         """
         self._offset, self.step, self._validated = 0, after, after - 1
 
     def restarted(self) -> bool:
-        """Whether the workers began again, from a checkpoint, with a file of metrics that goes back to its step."""
+        """Opens a new metrics.jsonl. Returns True if it replaces an earlier one: the workers went back to a checkpoint."""
         try:
             new = self._metrics.stat().st_ino
         except FileNotFoundError:
@@ -48,7 +48,7 @@ class MetricsTail:
         return again
 
     def peek(self) -> list[Point]:
-        """The next points, in the order of their steps; the same again until they are `commit`."""
+        """The next points, in the order of their steps; the same ones again until `commit`."""
         lines, end = self._new_lines()
         # Rank 0 leaves a validation before the line of the following step, so after reading this line it is there.
         until = lines[-1]["step"] if len(lines) == MOST_LINES else None
@@ -64,18 +64,19 @@ class MetricsTail:
         return sorted(points, key=lambda each: each.step)
 
     def commit(self) -> bool:
-        """They have arrived. Returns whether there may be more."""
+        """Moves on past the last points. Returns True if more lines are waiting."""
         more = self._next[0] > self._offset
         self._offset, self.step, self._validated = self._next
         return more
 
     def close(self) -> None:
+        """Closes the file."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
     def _new_lines(self) -> tuple[list[dict[str, Any]], int]:
-        """Whole lines only, and where they end."""
+        """The next whole lines, MOST_LINES at most, and the offset of their end."""
         if self._file is None:
             return [], self._offset
         self._file.seek(self._offset)
