@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from taid_ray.config.fields import (
     EVALUATED,
     RESUMABLE,
+    SETS_RATES,
     SETS_ROWS,
     SETS_STEPS,
     TRAINING_ONLY,
@@ -64,16 +65,16 @@ OWNED_DEEPSPEED_KEYS = {
 class TeacherConfig(Section):
     """The model that is learned from. Its weights never change."""
 
-    model: Annotated[Name, EVALUATED, SETS_ROWS]
+    model: Annotated[Name, EVALUATED, SETS_ROWS, SETS_RATES]
     """The teacher: a model name on the Hugging Face hub, or a local directory of such a model."""
-    revision: Annotated[str | None, EVALUATED, SETS_ROWS] = None
+    revision: Annotated[str | None, EVALUATED, SETS_ROWS, SETS_RATES] = None
     """Branch, tag or commit of the teacher on the hub; by default its main branch."""
-    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], EVALUATED] = "auto"
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], EVALUATED, SETS_RATES] = "auto"
     """Precision of the teacher's weights and of the outputs it sends. `auto` takes the precision of the checkpoint."""
-    quantization: Annotated[dict[str, Any], EVALUATED] = {}
+    quantization: Annotated[dict[str, Any], EVALUATED, SETS_RATES] = {}
     """Settings that transformers takes as `quantization_config`, for example
     `{quant_method: bitsandbytes, load_in_4bit: true}`. Empty: the teacher is not quantized."""
-    attention: Annotated[Attention, EVALUATED] = "sdpa"
+    attention: Annotated[Attention, EVALUATED, SETS_RATES] = "sdpa"
     """Attention implementation of the teacher. The flash ones need the package flash-attn and a GPU."""
     trust_remote_code: Annotated[bool, EVALUATED] = False
     """Allow Python code that comes with the teacher's checkpoint to run."""
@@ -83,17 +84,17 @@ class TeacherConfig(Section):
     replicas: Annotated[Range, RESUMABLE] = Range(min=1, max=1)
     """Copies of the teacher in the pool: a number, or a range such as `{min: 1, max: 4}`. With a range the pool starts with
     the smallest number, adds replicas while requests queue up, and removes them when they are idle."""
-    shards: Annotated[PositiveInt, RESUMABLE] = 1
+    shards: Annotated[PositiveInt, RESUMABLE, SETS_RATES] = 1
     """Processes (each with a GPU on a GPU cluster) that share one replica by tensor parallelism."""
-    cpus_per_shard: Annotated[Positive, RESUMABLE] = 1.0
+    cpus_per_shard: Annotated[Positive, RESUMABLE, SETS_RATES] = 1.0
     """CPUs that Ray reserves for each shard."""
-    payload: Payload = "hidden"
+    payload: Annotated[Payload, SETS_RATES] = "hidden"
     """What the teacher sends for each position that carries loss. Exact: `hidden`, the final hidden states, from which the
     student's worker computes the logits; `logits`, those of the whole vocabulary. Approximate: `hidden_int8` and
     `hidden_fp8`, hidden states rounded with one scale per token; `topk`, the probabilities of the likeliest tokens."""
-    topk: PositiveInt = 64
+    topk: Annotated[PositiveInt, SETS_RATES] = 64
     """Number of token ids sent per position with `payload: topk`. The probability of all others is sent as one number."""
-    max_tokens: Annotated[PositiveInt, EVALUATED, RESUMABLE] = 16384
+    max_tokens: Annotated[PositiveInt, EVALUATED, RESUMABLE, SETS_RATES] = 16384
     """Tokens (rows x length, padding included) that a replica puts through the model at once. A larger request is computed
     in several parts, with rows of similar length together."""
     window: Annotated[PositiveInt, RESUMABLE] = 4
@@ -137,24 +138,24 @@ class LoraConfig(Section):
 class StudentConfig(Section):
     """The model that is trained, and the workers that train it."""
 
-    model: Annotated[Name | None, EVALUATED, SETS_ROWS] = None
+    model: Annotated[Name | None, EVALUATED, SETS_ROWS, SETS_RATES] = None
     """The student: a model name on the Hugging Face hub, or a local directory of such a model. Not given with `init: cut`;
     with `init: scratch` the teacher's architecture is used where it is missing."""
-    revision: Annotated[str | None, EVALUATED, SETS_ROWS] = None
+    revision: Annotated[str | None, EVALUATED, SETS_ROWS, SETS_RATES] = None
     """Branch, tag or commit of the student on the hub; by default its main branch."""
-    init: Literal["pretrained", "scratch", "cut"] = "pretrained"
+    init: Annotated[Literal["pretrained", "scratch", "cut"], SETS_RATES] = "pretrained"
     """Where the student's first weights come from. `pretrained`: the weights of `model`. `scratch`: random weights in the
     architecture of `model`, changed by `architecture`. `cut`: the teacher's weights, with only the `layers` named."""
-    layers: list[Count] | None = None
+    layers: Annotated[list[Count] | None, SETS_RATES] = None
     """With `init: cut`: the numbers of the teacher's layers to keep, from 0, in the student's order, for example `[0, 4]`."""
-    architecture: dict[str, Any] = {}
+    architecture: Annotated[dict[str, Any], SETS_RATES] = {}
     """With `init: scratch`: values that replace those in the model's config.json, for example `{num_hidden_layers: 4}`."""
-    resize_to_teacher: Annotated[bool, SETS_ROWS] = False
+    resize_to_teacher: Annotated[bool, SETS_ROWS, SETS_RATES] = False
     """Give the student the teacher's tokenizer, and embedding rows for the token ids that only the teacher has. A new row
     starts as the mean of the others."""
-    dtype: Annotated[Literal["float32", "bfloat16"], EVALUATED] = "bfloat16"
+    dtype: Annotated[Literal["float32", "bfloat16"], EVALUATED, SETS_RATES] = "bfloat16"
     """Precision of the student's computation. With bfloat16 DeepSpeed keeps master weights in float32."""
-    attention: Annotated[Attention, EVALUATED] = "sdpa"
+    attention: Annotated[Attention, EVALUATED, SETS_RATES] = "sdpa"
     """Attention implementation of the student. The flash ones need the package flash-attn and a GPU."""
     trust_remote_code: Annotated[bool, EVALUATED] = False
     """Allow Python code that comes with the student's checkpoint to run."""
@@ -162,7 +163,7 @@ class StudentConfig(Section):
     """Processes that train the student, each with a GPU on a GPU cluster: a number, or a range such as `{min: 2, max: 8}`. With
     a range the run takes as many as find room on the nodes that offer the resource `taid_student`, also when nodes come and
     go. The results do not depend on it, because batches and learning rate do not."""
-    cpus_per_worker: Annotated[Positive, RESUMABLE] = 1.0
+    cpus_per_worker: Annotated[Positive, RESUMABLE, SETS_RATES] = 1.0
     """CPUs that Ray reserves for each worker."""
     timeout_s: Annotated[Positive, RESUMABLE] = 600.0
     """Seconds, in addition to `teacher.timeout_s`, that workers wait for one another before all of them restart from the
@@ -172,12 +173,12 @@ class StudentConfig(Section):
     zero_stage: Annotated[Literal[0, 1, 2, 3], RESUMABLE] = 2
     """DeepSpeed ZeRO stage, which says what is divided among the workers: 0 nothing, 1 the optimizer's state, 2 also the
     gradients, 3 also the weights."""
-    deepspeed: Annotated[dict[str, Any], RESUMABLE] = {}
+    deepspeed: Annotated[dict[str, Any], RESUMABLE, SETS_RATES] = {}
     """Further DeepSpeed settings, for example `{zero_optimization: {offload_optimizer: {device: cpu}}}`. Those that taid-ray
     sets itself are refused."""
-    gradient_checkpointing: Annotated[bool, RESUMABLE] = False
+    gradient_checkpointing: Annotated[bool, RESUMABLE, SETS_RATES] = False
     """Save memory by computing activations a second time in the backward pass."""
-    lora: LoraConfig | None = None
+    lora: Annotated[LoraConfig | None, SETS_RATES] = None
     """Train low-rank adapters instead of all weights, with the keys below. By default all weights are trained."""
 
     @field_validator("deepspeed")
@@ -268,9 +269,9 @@ class DataConfig(Section):
     loss_on: Literal["response", "all"] = "response"
     """Which tokens carry loss with `format: chat` and `prompt_response`: those of the responses only, or all, as the published
     TAID code does. With `format: text` all tokens carry loss."""
-    sequence_length: Annotated[Int, Field(ge=2)] = 2048
+    sequence_length: Annotated[Int, Field(ge=2), SETS_RATES] = 2048
     """Largest number of tokens in a row."""
-    pack: bool = True
+    pack: Annotated[bool, SETS_RATES] = True
     """Put several documents into one row. They do not attend to one another."""
     overlong: Literal["error", "drop", "truncate"] = "error"
     """What happens to a document that is longer than `sequence_length`, with `format: chat` and `prompt_response`: the run stops
@@ -285,14 +286,14 @@ class DataConfig(Section):
 class LossConfig(Section):
     """What the student minimises."""
 
-    name: LossName = "taid"
+    name: Annotated[LossName, SETS_RATES] = "taid"
     """The divergence between teacher and student, per token. `taid` is the only one that uses the section `schedule`."""
     weight: Unit | None = None
     """Mixing weight of `js` (the teacher's share), `skew_forward_kl` and `skew_reverse_kl`. Default: 0.1."""
     sft_weight: Unit = 0.0
     """Share of plain cross-entropy on the data's own tokens:
     loss = (1 - sft_weight) * divergence + sft_weight * cross-entropy."""
-    memory_mib: Annotated[PositiveInt | None, RESUMABLE] = None
+    memory_mib: Annotated[PositiveInt | None, RESUMABLE, SETS_RATES] = None
     """Memory (MiB) for the logits that exist at the same time. It sets how many positions the loss treats at once. Default:
     128 on a CPU, 2048 on a GPU."""
 

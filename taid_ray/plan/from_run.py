@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from taid_ray.config.fields import SETS_RATES
 from taid_ray.config.paths import flat, with_absolute_paths
-from taid_ray.config.schema import DistillConfig, build_config
+from taid_ray.config.schema import DistillConfig, build_config, marks_of
 from taid_ray.errors import ConfigError
 from taid_ray.plan.inputs import PlanInputs, check_device
 from taid_ray.plan.rates import Rates, collectives, simulated_times
@@ -19,23 +20,6 @@ WARM_UP, FEWEST, LATEST = 3, 5, 100
 OUTLIERS = 0.1
 """Share of these that are left out at either end, the fastest and the slowest."""
 LARGEST_NOISE = 0.2
-SAME = (
-    *(
-        f"teacher.{key}"
-        for key in ("model", "revision", "dtype", "quantization", "attention", "payload", "topk", "shards")
-    ),
-    *(f"teacher.{key}" for key in ("cpus_per_shard", "max_tokens")),
-    *(
-        f"student.{key}"
-        for key in ("model", "revision", "init", "layers", "architecture", "resize_to_teacher", "dtype")
-    ),
-    *(f"student.{key}" for key in ("attention", "cpus_per_worker", "deepspeed", "gradient_checkpointing", "lora")),
-    "data.sequence_length",
-    "data.pack",
-    "loss.name",
-    "loss.memory_mib",
-)
-"""Keys, and those below them, that decide how long a micro-batch of so many rows takes."""
 
 
 @dataclass(frozen=True)
@@ -146,12 +130,12 @@ def _rates(columns: dict[str, np.ndarray], mean: dict[str, float], run: PlanInpu
 
 
 def _check_same(history: History, config: DistillConfig) -> None:
-    """Raises ConfigError if the run differs from `config` in one of SAME."""
+    """Raises ConfigError if the run differs from `config` in a key that sets its rates."""
     before, now = (flat(each.model_dump(mode="json")) for each in (history.config, with_absolute_paths(config)))
     changed = [
         f"{key} (there {before.get(key)}, here {now.get(key)})"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and any(f"{key}.".startswith(f"{same}.") for same in SAME)
+        if before.get(key) != now.get(key) and SETS_RATES in marks_of(key)
     ]
     if changed:
         raise ConfigError(

@@ -8,6 +8,7 @@ import pytest
 from taid_ray.config.fields import (
     EVALUATED,
     RESUMABLE,
+    SETS_RATES,
     SETS_ROWS,
     SETS_STEPS,
     TRAINING_ONLY,
@@ -33,6 +34,14 @@ EXPECTED: dict[Mark, str] = {
         student.model student.revision student.resize_to_teacher teacher.model teacher.revision train.batch_size
     """
     + " ".join(f"data.{name}" for name in DataConfig.model_fields),
+    SETS_RATES: """
+        teacher.model teacher.revision teacher.dtype teacher.quantization teacher.attention teacher.shards
+        teacher.cpus_per_shard teacher.payload teacher.topk teacher.max_tokens
+        student.model student.revision student.init student.layers student.architecture student.resize_to_teacher
+        student.dtype student.attention student.cpus_per_worker student.deepspeed student.gradient_checkpointing
+        student.lora.rank student.lora.alpha student.lora.dropout student.lora.target_modules
+        data.sequence_length data.pack loss.name loss.memory_mib
+    """,
     TRAINING_ONLY: "data.train data.split data.block_documents",
     EVALUATED: """
         device
@@ -69,4 +78,4 @@ def test_keys_that_all_trials_of_a_search_share() -> None:
 def test_keys_below_a_field_have_its_marks_and_unknown_ones_none() -> None:
     for key in ("teacher.replicas.max", "student.deepspeed.zero_optimization.stage", "cache"):
         assert RESUMABLE in marks_of(key)
-    assert marks_of("student.lora.rank") == marks_of("train") == marks_of("nothing.at.all") == []
+    assert marks_of("student.lora.rank") == [SETS_RATES] and marks_of("train") == marks_of("nothing.at.all") == []
