@@ -198,7 +198,7 @@ def connect_teacher(job: WorkerSpec, scheduler: SchedulerClient, device: torch.d
     else:
         scheduler.wait_for_pool(config.teacher.timeout_s + POOL_MARGIN_S)
         answers_at = torch.device("cpu") if config.cache.on else device
-        teacher = PoolTeacher(job.pool, config.teacher, scheduler.note, answers_at, keeps_lease=world.is_main)
+        teacher = PoolTeacher(job.pool, config.teacher, scheduler.note, answers_at, world)
         claims = PoolClaims(job.pool) if config.cache.on else claims
     if config.cache.on:
         teacher = CachedTeacher(teacher, CacheStore(config.cache, scheduler.note), claims, device)

@@ -81,7 +81,7 @@ class TeacherClient(Protocol):
         """What the payload loses on a batch, see TeacherModel.payload_error."""
 
     def head(self) -> Head:
-        """The head's shared rows."""
+        """Returns the head's shared rows. All workers of a run call it, or none does."""
 
     def info(self) -> TeacherInfo: ...
 

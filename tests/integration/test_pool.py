@@ -16,9 +16,11 @@ from ray import serve
 
 from taid_ray.config.schema import TeacherConfig
 from taid_ray.data.batch import NO_LABEL, Batch, Row, collate
+from taid_ray.distributed.world import World
 from taid_ray.errors import ModelError, TeacherError
 from taid_ray.teacher.local import LocalTeacher
-from taid_ray.teacher.pool import lifecycle
+from taid_ray.teacher.model import head_digest
+from taid_ray.teacher.pool import lifecycle, shared_head
 from taid_ray.teacher.pool.client import PoolTeacher, replica_states
 from taid_ray.teacher.pool.lease import find_lease, keep_lease
 from taid_ray.teacher.pool.lifecycle import start_pool, stop_pool
@@ -274,6 +276,58 @@ def test_a_replica_refuses_what_it_has_already(
     with pytest.raises(AlreadyHereError):
         second.result(timeout_s=60)
     assert first.result(timeout_s=60).payload["hidden"][1] == (4, 32)
+
+
+class Rank:
+    """A student worker that reads the teacher's head with others. Runs as an actor."""
+
+    def __init__(self, directory: Path, rank: int, size: int):
+        meeting = f"file://{directory / 'meeting'}"
+        torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
+
+    def read(self, config: TeacherConfig) -> tuple[str, int, list[str]]:
+        """Returns the head's digest, how often this worker asked the replicas, and the objects it made, which exist."""
+        client, objects, asked = PoolTeacher("shards", config, world=World.current()), list[str](), 0
+        put, ask = ray.put, client._ask
+
+        def put_and_note(value: Any) -> ray.ObjectRef:
+            reference = put(value)
+            assert is_stored(reference.hex())
+            objects.append(reference.hex())
+            return reference
+
+        def count_and_ask(*given: Any) -> Any:
+            nonlocal asked
+            asked += len(given) > 1  # with what checks a piece; the others ask who the teacher is
+            return ask(*given)
+
+        shared_head.ray.put = put_and_note
+        client._ask = count_and_ask  # type: ignore[method-assign]
+        digest = head_digest(client.head())
+        client.close()
+        return digest, asked, objects
+
+
+def is_stored(reference: str) -> bool:
+    """Whether the object is in this node's object store."""
+    core: Any = ray._private.worker.global_worker.core_worker
+    return bool(core.object_exists(ray.ObjectRef(bytes.fromhex(reference))))
+
+
+@pytest.mark.more
+def test_the_head_is_read_once_handed_on_and_freed(
+    pools: dict[str, TeacherInfo], teacher_dir: Path, tmp_path: Path
+) -> None:
+    ranks = [ray.remote(num_cpus=0)(Rank).remote(tmp_path, rank, 3) for rank in range(3)]
+    own = config(teacher_dir, **POOLS["shards"])
+    found = ray.get([rank.read.remote(own) for rank in ranks])
+    assert [digest for digest, _, _ in found] == [pools["shards"].head_digest] * 3
+    assert [asked for _, asked, _ in found] == [1, 0, 0]
+    ((stored,), *others) = [objects for _, _, objects in found]
+    assert others == [[], []]
+    wait_until(lambda: not is_stored(stored), "the object store without the head, while its owner lives")
+    for rank in ranks:
+        ray.kill(rank)
 
 
 def test_a_pool_that_was_left_behind_is_taken_over(pools: dict[str, TeacherInfo], teacher_dir: Path) -> None:

@@ -9,9 +9,8 @@ Traps:
   carry an id, so that a hedge is refused by the replica that has it already and reaches another one.
 - The number of replicas always comes from an autoscaling policy in Serve's controller that repeats what the lease says
   (`autoscaling`), whether it is fixed, by load, or asked for with `taid-ray scale`.
-- Every worker reads the whole head through the replicas (1.5 GB with 152,064 rows of 5,120). To hand it on through the object
-  store instead, give the reference to an actor of ours: Ray Train's `broadcast_from_rank_zero` pins the object for as long as
-  rank 0 lives, and Ray 2.60 has no way to free it.
+- Rank 0 asks the replicas for the teacher's head and hands it on through the object store (`shared_head`), so `head` is a
+  collective call.
 - The lease is renewed by the driver and by one worker of each run, and removes the pool when all of them are gone.
 - Serve streams a replica's answers, and such a stream's end blocks the replica until the caller has acknowledged it: a
   caller on a host that was cut off stops the pool for minutes. `deployment.CALLER_GONE`, the replicas' environment, makes

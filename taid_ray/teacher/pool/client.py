@@ -4,7 +4,8 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,14 +13,15 @@ from ray import serve
 
 from taid_ray.config.schema import TeacherConfig
 from taid_ray.data.batch import Batch
+from taid_ray.distributed.world import World
 from taid_ray.errors import MessageError, TeacherError
 from taid_ray.models.loading import Head
-from taid_ray.teacher.model import head_digest
 from taid_ray.teacher.payload import TeacherOutput
 from taid_ray.teacher.pool.deployment import DEPLOYMENT
 from taid_ray.teacher.pool.lease import keep_lease, require_lease
 from taid_ray.teacher.pool.replica import HeadPiece, ScoreRequest, ScoreResponse
 from taid_ray.teacher.pool.request import LatencyTracker, PendingRequest, ResponseWaiter
+from taid_ray.teacher.pool.shared_head import shared_head
 from taid_ray.teacher.protocol import TeacherInfo
 from taid_ray.teacher.transfer import ToDevice
 from taid_ray.teacher.wire import unpack, verify
@@ -28,6 +30,7 @@ from taid_ray.tracking.prometheus import STUDENT, Instruments, run_of_pool
 PIECE_BYTES = 64 * 2**20
 CLOSE_S = 5.0
 CPU = torch.device("cpu")
+ALONE = World()
 
 logger = logging.getLogger(__name__)
 
@@ -44,16 +47,16 @@ class PoolTeacher:
         config: TeacherConfig,
         notify: Callable[[str], None] = logger.warning,
         device: torch.device = CPU,
-        keeps_lease: bool = True,
+        world: World = ALONE,
     ):
-        """notify: told of long waits, and of late, lost and damaged requests. keeps_lease: whether this client keeps the pool
-        alive while it exists; of many clients of one run, one must.
+        """notify: told of long waits, and of late, lost and damaged requests. device: where answers are wanted. world: the
+        workers that use the pool together; rank 0 keeps it alive while this client exists.
 
         Raises TeacherError if there is no such pool.
         """
-        self._app_name = app_name
-        require_lease(app_name)
-        self._stop_renewing = keep_lease(app_name) if keeps_lease else _nothing
+        self._app_name, self._config, self._world = app_name, config, world
+        self._lease = require_lease(app_name)
+        self._stop_renewing = keep_lease(app_name) if world.is_main else _nothing
         self._handle = serve.get_app_handle(app_name)
         self.tokens = 0
         self._info: TeacherInfo | None = None
@@ -104,27 +107,12 @@ class PoolTeacher:
         return self._info
 
     def head(self) -> Head:
-        """The head's shared rows, on CPU, fetched in pieces of at most PIECE_BYTES and verified.
+        """Returns the head's shared rows, on the CPU. Collective: all ranks of the client's world call it.
 
-        Raises TeacherError if what arrives is not the head that the pool's first replica has.
+        Raises TeacherError if what arrives is not the head that the pool's first replica has, AttemptError if another
+        worker is lost meanwhile.
         """
-        info = self.info()
-        dtype = getattr(torch, info.dtype)
-        weight = torch.empty(info.num_shared, info.hidden_size, dtype=dtype)
-        bias = torch.empty(info.num_shared, dtype=dtype) if info.has_bias else None
-        rows = max(1, PIECE_BYTES // (info.hidden_size * dtype.itemsize))
-        for start in range(0, info.num_shared, rows):
-            stop = min(start + rows, info.num_shared)
-            piece = self._head_piece(start, stop)
-            weight[start:stop] = unpack(piece.rows["weight"])
-            if bias is not None:
-                bias[start:stop] = unpack(piece.rows["bias"])
-        head = Head(weight, bias, info.transform)
-        if head_digest(head) != info.head_digest:
-            raise TeacherError(
-                f"the head fetched from the teacher pool {self._app_name} is damaged; start the run again"
-            )
-        return head
+        return shared_head(self._world, self._lease, self.info(), self._head_pieces, self._config.timeout_s)
 
     def num_replicas(self) -> int:
         """Replicas that run now."""
@@ -137,13 +125,18 @@ class PoolTeacher:
         self._thread.join(CLOSE_S)
         self._stop_renewing()
 
-    def _head_piece(self, start: int, stop: int) -> HeadPiece:
-        piece: HeadPiece = self._ask(lambda: self._handle.head_piece.remote(start, stop), _accepted_piece)
-        if piece.fingerprint != self.info().fingerprint:
-            raise TeacherError(
-                f"the teacher pool {self._app_name} changed its model while its head was read; start again"
-            )
-        return piece
+    def _head_pieces(self) -> Iterator[HeadPiece]:
+        """Asks the replicas for the head, at most PIECE_BYTES at a time."""
+        info = self.info()
+        rows = max(1, PIECE_BYTES // (info.hidden_size * getattr(torch, info.dtype).itemsize))
+        for start in range(0, info.num_shared, rows):
+            send = partial(self._handle.head_piece.remote, start, min(start + rows, info.num_shared))
+            piece: HeadPiece = self._ask(send, _accepted_piece)
+            if piece.fingerprint != info.fingerprint:
+                raise TeacherError(
+                    f"the teacher pool {self._app_name} changed its model while its head was read; start again"
+                )
+            yield piece
 
     def _ask(self, send: Callable[[], Any], accept: Callable[[Any], Any] = lambda answer: answer) -> Any:
         """The answer to something that somebody waits for now."""

@@ -53,6 +53,7 @@ class Lease:
         self._probe_digests: set[str] = set()
         self._failure: TaidRayError | None = None
         self._claims = Claims()
+        self._heads: dict[int, list[ray.ObjectRef]] = {}
         threading.Thread(target=self._watch, daemon=True).start()
 
     def renew(self) -> None:
@@ -126,6 +127,18 @@ class Lease:
 
     def release(self, holder: str, keys: Sequence[str]) -> None:
         self._claims.release(holder, keys)
+
+    def offer_head(self, number: int, pieces: list[ray.ObjectRef]) -> None:
+        """Keeps references to the pieces of the teacher's head for the workers of one attempt; see shared_head."""
+        self._heads[number] = pieces
+
+    def offered_head(self, number: int) -> list[ray.ObjectRef] | None:
+        """Returns what was offered under this number; None after a restart."""
+        return self._heads.get(number)
+
+    def withdraw_head(self, number: int) -> None:
+        """Drops the references, so that Ray frees the pieces once nobody else has any."""
+        self._heads.pop(number, None)
 
     def end(self) -> None:
         """The pool is being removed, and nobody waits for what is still queued at its replicas."""

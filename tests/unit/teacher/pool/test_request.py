@@ -10,6 +10,7 @@ from ray.exceptions import ActorDiedError, RaySystemError, RayTaskError
 
 from taid_ray.config.schema import TeacherConfig
 from taid_ray.data.batch import Batch
+from taid_ray.distributed.world import World
 from taid_ray.errors import MessageError, TeacherError
 from taid_ray.losses.projection import LogitTransform
 from taid_ray.teacher.pool import client
@@ -385,9 +386,9 @@ def test_one_client_of_a_run_keeps_the_lease(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(client, "keep_lease", lambda name: kept.append(name) or kept.clear)
     monkeypatch.setattr(client, "require_lease", asked.append)
     monkeypatch.setattr(client.serve, "get_app_handle", lambda _: None)
-    others = [PoolTeacher("pool", TeacherConfig(model="t"), keeps_lease=False) for _ in range(3)]
+    others = [PoolTeacher("pool", TeacherConfig(model="t"), world=World(rank, 4)) for rank in range(1, 4)]
     assert not kept and asked == ["pool"] * 3
-    main = PoolTeacher("pool", TeacherConfig(model="t"))
+    main = PoolTeacher("pool", TeacherConfig(model="t"), world=World(0, 4))
     assert kept == ["pool"]
     for teacher in (*others, main):
         teacher.close()
