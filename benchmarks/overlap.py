@@ -33,6 +33,7 @@ from taid_ray.student.deepspeed_internals import use_deepspeed_on
 from taid_ray.student.prefetch import Prefetcher, StepBatches
 from taid_ray.teacher.payload import TeacherOutput
 from taid_ray.teacher.pool.client import PoolTeacher
+from taid_ray.teacher.pool.deployment import PoolSpec
 from taid_ray.teacher.pool.lifecycle import start_pool, stop_pool
 from taid_ray.teacher.protocol import TeacherInfo
 
@@ -178,7 +179,7 @@ def main() -> None:
     with TemporaryDirectory() as directory:
         config = build(Path(directory))
         scheduler = SchedulerOwner("bench-overlap", config.schedule, config.train.steps or 0, 1)
-        start_pool(config.teacher, VOCABULARY, "cpu", POOL, use_role_resources=False)
+        start_pool(PoolSpec(config.teacher, VOCABULARY, "cpu", use_role_resources=False), POOL)
         try:
             student = ray.remote(StudentProcess).options(num_cpus=1).remote(config, scheduler.actor)
             ray.get(student.train.remote("pool", 2))

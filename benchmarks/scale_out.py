@@ -35,6 +35,7 @@ from taid_ray.student.clock import PhaseClock
 from taid_ray.student.deepspeed_internals import use_deepspeed_on
 from taid_ray.teacher.pool import deployment
 from taid_ray.teacher.pool.client import PoolTeacher, replica_states
+from taid_ray.teacher.pool.deployment import PoolSpec
 from taid_ray.teacher.pool.lease import find_lease
 from taid_ray.teacher.pool.lifecycle import start_pool, stop_pool
 from taid_ray.teacher.pool.replica import TeacherReplica
@@ -170,7 +171,7 @@ def main() -> None:
         processes = [ray.remote(num_cpus=0)(WorkerProcess).remote() for _ in range(PROCESSES)]
         with patch.object(deployment, "TeacherReplica", TimedReplica):
             config = TeacherConfig(model="simulated", replicas=WORKERS_AND_REPLICAS[0][1])
-            start_pool(config, HIDDEN, "cpu", pool, use_role_resources=True)
+            start_pool(PoolSpec(config, HIDDEN, "cpu", use_role_resources=True), pool)
         try:
             points = [measure(pool, processes, workers, replicas) for workers, replicas in WORKERS_AND_REPLICAS]
         finally:

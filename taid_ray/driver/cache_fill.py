@@ -34,6 +34,7 @@ from taid_ray.teacher.cache.store import FULL, CacheStore
 from taid_ray.teacher.local import LocalTeacher
 from taid_ray.teacher.payload import payload_bytes_per_token
 from taid_ray.teacher.pool.client import PoolTeacher
+from taid_ray.teacher.pool.deployment import PoolSpec
 from taid_ray.teacher.pool.lifecycle import start_pool, stop_pool
 from taid_ray.teacher.protocol import TeacherClient
 
@@ -142,14 +143,8 @@ def running_teacher(config: DistillConfig, plan: RunSpec, view: ProgressView) ->
         name = f"taid-teacher-warm-{uuid.uuid4().hex[:8]}"
         view.say(f"starting the teacher pool: {demand.replicas} replica(s) x {demand.shards} shard(s)")
         try:
-            start_pool(
-                config.teacher,
-                num_shared,
-                device,
-                name,
-                demand.teacher_role,
-                on_wait=lambda what: view.wait_for(what.partition(" after ")[0]),
-            )
+            pool = PoolSpec(config.teacher, num_shared, device, demand.teacher_role)
+            start_pool(pool, name, on_wait=lambda what: view.wait_for(what.partition(" after ")[0]))
             yield PoolTeacher(name, config.teacher, view.say)
         finally:
             view.say("removing the teacher pool")

@@ -16,6 +16,7 @@ from taid_ray.errors import TaidRayError, TeacherError
 from taid_ray.run.log import STUDENT
 from taid_ray.scheduler.owner import SchedulerOwner
 from taid_ray.student.spec import RunSpec
+from taid_ray.teacher.pool.deployment import PoolSpec
 from taid_ray.teacher.pool.lease import keep_lease
 from taid_ray.teacher.pool.lifecycle import PoolWatch, start_pool, stop_pool
 
@@ -68,8 +69,9 @@ def teacher_pool(
     def start() -> None:
         error: Exception | None = None
         try:
-            num_shared = spec.vocabulary.num_shared
-            info = start_pool(config.teacher, num_shared, demand.device, name, demand.teacher_role, on_wait=go_on)
+            num_shared, workers = spec.vocabulary.num_shared, demand.max_workers
+            pool = PoolSpec(config.teacher, num_shared, demand.device, demand.teacher_role, workers)
+            info = start_pool(pool, name, on_wait=go_on)
             stop_renewing.append(keep_lease(name))
             view.say(f"teacher pool is ready ({info.num_parameters:,} parameters, {info.dtype})")
             if info.dropped_mass:

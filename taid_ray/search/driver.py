@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,10 +135,11 @@ def run_trials(
     pooled = config.teacher.mode == "pool" and not own_teachers
     pool_name = f"taid-teacher-{name}"
     announce_cluster(config.run_dir, pool_name if pooled else None)
+    together = replace(demand, max_workers=demand.max_workers * (max_concurrent or space.num_trials))
     with (
         stop_signals() as signals,
         ending_orphaned_cleaners(former_jobs(config.run_dir)),
-        teacher_pool(config, spec, demand, pool_name, tell, view) if pooled else nullcontext(),
+        teacher_pool(config, spec, together, pool_name, tell, view) if pooled else nullcontext(),
     ):
         if pooled:
             wait_for_pool(up, signals)

@@ -23,6 +23,7 @@ from taid_ray.teacher.local import LocalTeacher
 from taid_ray.teacher.pool import lease as pool_lease
 from taid_ray.teacher.pool import lifecycle
 from taid_ray.teacher.pool.client import PoolTeacher
+from taid_ray.teacher.pool.deployment import PoolSpec
 from taid_ray.teacher.pool.lease import PoolClaims, find_lease
 from taid_ray.teacher.pool.lifecycle import start_pool, stop_pool
 from tests.support.waiting import START_S, WAIT_S, wait_until
@@ -39,7 +40,7 @@ EVERY, KILLS = 4, 3
 def pool(ray_cluster: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lifecycle, "LEASE_S", START_S)  # the first answer comes when the lease's process has started
-        start_pool(CONFIG, SHARED, "cpu", POOL, use_role_resources=True)
+        start_pool(PoolSpec(CONFIG, SHARED, "cpu", use_role_resources=True), POOL)
     yield
     stop_pool(POOL)
 

@@ -22,6 +22,7 @@ from taid_ray.teacher.local import LocalTeacher
 from taid_ray.teacher.model import head_digest
 from taid_ray.teacher.pool import lifecycle, shared_head
 from taid_ray.teacher.pool.client import PoolTeacher, replica_states
+from taid_ray.teacher.pool.deployment import PoolSpec
 from taid_ray.teacher.pool.lease import find_lease, keep_lease
 from taid_ray.teacher.pool.lifecycle import start_pool, stop_pool
 from taid_ray.teacher.pool.replica import AlreadyHereError, ScoreRequest, ScoreResponse
@@ -64,6 +65,10 @@ def config(directory: Path, **values: Any) -> TeacherConfig:
     )
 
 
+def spec(directory: Path, **values: Any) -> PoolSpec:
+    return PoolSpec(config(directory, **values), SHARED, "cpu", use_role_resources=True)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def patience() -> Iterator[None]:
     """A lease answers first when its process has started."""
@@ -77,7 +82,7 @@ def pools(ray_cluster: str, teacher_dir: Path, patience: None) -> Iterator[dict[
     """Both pools, started side by side."""
 
     def start(name: str) -> TeacherInfo:
-        return start_pool(config(teacher_dir, **POOLS[name]), SHARED, "cpu", name, use_role_resources=True)
+        return start_pool(spec(teacher_dir, **POOLS[name]), name)
 
     with ThreadPoolExecutor() as threads:
         started = dict(zip(POOLS, threads.map(start, POOLS), strict=True))
@@ -332,8 +337,7 @@ def test_the_head_is_read_once_handed_on_and_freed(
 
 def test_a_pool_that_was_left_behind_is_taken_over(pools: dict[str, TeacherInfo], teacher_dir: Path) -> None:
     before = {process.pid for process in replica_processes("replicas")}
-    same = config(teacher_dir, **POOLS["replicas"])
-    assert start_pool(same, SHARED, "cpu", "replicas", use_role_resources=True) == pools["replicas"]
+    assert start_pool(spec(teacher_dir, **POOLS["replicas"]), "replicas") == pools["replicas"]
     assert {process.pid for process in replica_processes("replicas")} == before
 
 
@@ -352,7 +356,7 @@ def test_a_pool_without_clients_removes_itself(
 def test_a_model_that_cannot_be_loaded_is_reported_at_once(ray_cluster: str, teacher_dir: Path) -> None:
     """By its own error, and not by the one that ends the wait for a pool, or by Serve's after many tries."""
     with pytest.raises(ModelError, match=r"teacher\.model: no such directory \(found '/nowhere'\)"):
-        start_pool(config(Path("/nowhere"), replicas=2), SHARED, "cpu", "bad", use_role_resources=True)
+        start_pool(spec(Path("/nowhere"), replicas=2), "bad")
     assert "bad" not in serve.status().applications and find_lease("bad") is None
 
 
@@ -376,8 +380,8 @@ def test_a_process_that_is_killed_while_the_pool_starts_is_started_again(
 ) -> None:
     """after: so many replicas are ready when it is killed."""
     with ThreadPoolExecutor() as threads:
-        young = config(teacher_dir, replicas=replicas, shards=shards, payload="hidden")
-        started = threads.submit(start_pool, young, SHARED, "cpu", "young", use_role_resources=True)
+        young = spec(teacher_dir, replicas=replicas, shards=shards, payload="hidden")
+        started = threads.submit(start_pool, young, "young")
 
         def has_begun() -> bool:
             assert not started.done(), "the pool has started before anybody was killed"

@@ -27,7 +27,7 @@ from taid_ray.run.live import live_pool
 from taid_ray.teacher.pool import autoscaling as scaling
 from taid_ray.teacher.pool import lifecycle
 from taid_ray.teacher.pool.client import PoolTeacher, replica_states
-from taid_ray.teacher.pool.deployment import DEPLOYMENT
+from taid_ray.teacher.pool.deployment import DEPLOYMENT, PoolSpec
 from taid_ray.teacher.pool.lifecycle import PoolWatch, start_pool, stop_pool
 from taid_ray.teacher.pool.replica import ScoreResponse
 from tests.support.waiting import START_S, WAIT_S, wait_until
@@ -68,7 +68,7 @@ def pools(ray_cluster: str, configs: dict[str, DistillConfig]) -> Iterator[None]
     """Both pools, started side by side, that judge their load within short times."""
 
     def start(name: str) -> None:
-        start_pool(configs[name].teacher, VOCAB, "cpu", name, use_role_resources=True)
+        start_pool(PoolSpec(configs[name].teacher, VOCAB, "cpu", use_role_resources=True), name)
 
     patch = pytest.MonkeyPatch()
     patch.setattr(scaling, "UP_S", 2.0)

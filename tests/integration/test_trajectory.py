@@ -19,6 +19,7 @@ from taid_ray.driver.preflight import prepare
 from taid_ray.run.directory import write_config
 from taid_ray.scheduler.owner import SchedulerOwner
 from taid_ray.student.spec import WorkerSpec
+from taid_ray.teacher.pool.deployment import PoolSpec
 from taid_ray.teacher.pool.lifecycle import start_pool, stop_pool
 from tests.support.paths import BUNDLE
 from tests.support.reference import reference_run
@@ -94,7 +95,8 @@ def pools(ray_cluster: Any) -> Iterator[dict[str, str]]:
 
     def start(kind: str) -> None:
         config = config_for(kind, 2, 5, 1, "unused")
-        start_pool(config.teacher, prepare(config).vocabulary.num_shared, "cpu", names[kind], use_role_resources=True)
+        num_shared = prepare(config).vocabulary.num_shared
+        start_pool(PoolSpec(config.teacher, num_shared, "cpu", use_role_resources=True), names[kind])
 
     with ThreadPoolExecutor() as threads:
         list(threads.map(start, POOLS))

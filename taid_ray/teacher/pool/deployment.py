@@ -1,6 +1,8 @@
 """The teacher pool as a Serve application: what a replica is given, and how Serve starts, watches and stops it."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import ceil
 from typing import Any
 
 import ray
@@ -16,8 +18,10 @@ DEPLOYMENT = "teacher"
 ROLE_RESOURCE = "taid_teacher"
 DRAIN_S = 60.0
 """A replica that is to go finishes what it has within this time; what is lost then is asked of another one again."""
-MAX_QUEUE = 1000
-"""Requests one replica takes; more than all windows of a large run."""
+LEAST_QUEUE = 1000
+"""Requests every replica takes, also for a client that keeps more under way than teacher.window says (filling a cache)."""
+QUEUE_MARGIN = 2
+"""Requests one replica takes, as a multiple of its even part: others may be gone, and late requests are sent twice."""
 CALLER_GONE = {
     "RAY_grpc_client_keepalive_timeout_ms": "20000",
     "RAY_core_worker_rpc_server_reconnect_timeout_base_s": "5",
@@ -31,21 +35,43 @@ health checks grant a minute and a half.
 """
 
 
-def teacher_app(
-    config: TeacherConfig, num_shared: int, device_kind: str, app_name: str, use_role_resources: bool
-) -> serve.Application:
-    """The Serve application of a pool: replicas that are groups of config.shards processes."""
-    gpus = 1 if device_kind == "cuda" else 0
-    role = {ROLE_RESOURCE: 1} if use_role_resources else {}
+@dataclass(frozen=True)
+class PoolSpec:
+    """What a pool is started with. Two pools of equal specs answer alike, so that one can be taken over for the other."""
+
+    config: TeacherConfig
+    num_shared: int
+    """Ids that teacher and student share."""
+    device_kind: str
+    """cpu or cuda."""
+    use_role_resources: bool
+    """Whether shards ask for the resource ROLE_RESOURCE, which some node offers."""
+    max_workers: int = field(default=1, compare=False)
+    """The most student workers that ask the pool at the same time."""
+
+    @property
+    def queue_limit(self) -> int:
+        """The most requests one replica takes at a time.
+
+        Where a replica takes no more, the callers' routers try again after up to half a second, while the replica idles
+        (100 requests of 7 ms took 11 s with a limit of 16). So it is never reached as long as half the replicas run.
+        """
+        requests = self.max_workers * self.config.window
+        return max(LEAST_QUEUE, ceil(QUEUE_MARGIN * requests / self.config.replicas.min))
+
+
+def teacher_app(spec: PoolSpec, app_name: str) -> serve.Application:
+    """Returns the Serve application of a pool: replicas that are groups of config.shards processes."""
+    config = spec.config
+    gpus = 1 if spec.device_kind == "cuda" else 0
+    role = {ROLE_RESOURCE: 1} if spec.use_role_resources else {}
     bundle = {"CPU": config.cpus_per_shard} | ({"GPU": gpus} if gpus else {}) | role
     actor = {"num_cpus": config.cpus_per_shard, "num_gpus": gpus, "resources": role}
     environment = replica_environment(ray.get_runtime_context().runtime_env)
     deployment = serve.deployment(
         name=DEPLOYMENT,
         autoscaling_config=serve_scaling(config.replicas, lease_name(app_name), NAMESPACE),
-        # One batch is computed at a time. The others wait here: callers' routers would poll, up to half a second apart
-        # (100 requests of 7 ms took 11 s with 16 here).
-        max_ongoing_requests=MAX_QUEUE,
+        max_ongoing_requests=spec.queue_limit,  # one is computed at a time, the others wait at the replica
         ray_actor_options=actor | {"runtime_env": environment},
         placement_group_bundles=[bundle] * config.shards,
         placement_group_strategy="STRICT_PACK",
@@ -58,7 +84,7 @@ def teacher_app(
         max_constructor_retry_count=100,
         logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
     )(TeacherReplica)
-    return deployment.bind(config, num_shared, device_kind, app_name, actor)
+    return deployment.bind(config, spec.num_shared, spec.device_kind, app_name, actor)
 
 
 def replica_environment(job: Mapping[str, Any]) -> dict[str, Any]:

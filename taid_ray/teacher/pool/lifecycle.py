@@ -16,7 +16,7 @@ from ray.serve.schema import ApplicationStatus, DeploymentStatusTrigger
 from taid_ray.config.schema import TeacherConfig
 from taid_ray.errors import TeacherError
 from taid_ray.teacher.pool.client import replica_states
-from taid_ray.teacher.pool.deployment import DEPLOYMENT, teacher_app
+from taid_ray.teacher.pool.deployment import DEPLOYMENT, PoolSpec, teacher_app
 from taid_ray.teacher.pool.lease import LEASE_S, create_lease, end_lease, find_lease
 from taid_ray.teacher.pool.request import WHERE_TO_LOOK
 from taid_ray.teacher.protocol import TeacherInfo
@@ -28,31 +28,23 @@ logger = logging.getLogger(__name__)
 logging.getLogger("ray.serve").setLevel(logging.WARNING)  # "Connecting to existing Serve app" and the like
 
 
-def start_pool(
-    config: TeacherConfig,
-    num_shared: int,
-    device_kind: str,
-    app_name: str,
-    use_role_resources: bool,
-    on_wait: Callable[[str], None] = logger.debug,
-) -> TeacherInfo:
+def start_pool(spec: PoolSpec, app_name: str, on_wait: Callable[[str], None] = logger.debug) -> TeacherInfo:
     """Starts a pool and waits until every replica has loaded and tested its model.
 
     on_wait: told about twice a second what it waits for. A pool of that name is one that a dead driver left behind: no
-    other driver may be alive. It is taken over if it was started with the same arguments, its model loaded, else replaced.
+    other driver may be alive. It is taken over if it was started with an equal spec, its model loaded, else replaced.
     Raises what a replica failed with (ModelError, TeacherError) at once, TeacherError after config.timeout_s. Leaves
     nothing behind when it raises.
     """
-    start = time.monotonic()
+    start, config = time.monotonic(), spec.config
     _start_serve()
-    spec = (config, num_shared, device_kind, use_role_resources)
     lease = _adoptable_lease(app_name, spec)
     try:
         if lease is None:
             stop_pool(app_name)
             lease = create_lease(app_name, config, spec)
             with BUILDING:
-                app = teacher_app(config, num_shared, device_kind, app_name, use_role_resources)
+                app = teacher_app(spec, app_name)
             target = serve.RunTarget(app, name=app_name, route_prefix=None)
             serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
         # Not asked through a handle: Serve's threads behind one outlive `ray.shutdown`, and would start another Ray.

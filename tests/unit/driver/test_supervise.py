@@ -13,6 +13,7 @@ from taid_ray.driver import supervise
 from taid_ray.driver.attempts import AttemptMonitor
 from taid_ray.driver.signals import StopRequest
 from taid_ray.driver.supervise import RunProgress, followed, teacher_pool
+from taid_ray.teacher.pool.deployment import PoolSpec
 from tests.support.waiting import wait_until
 
 WITHIN_S = 60.0
@@ -156,7 +157,7 @@ def test_news_of_the_pool_may_fail_and_the_workers_are_told_of_the_pool_all_the_
             raise failures.pop(0) if len(failures) > 1 else failures[0]
 
     failures: list[Exception] = [RayError("restarting"), ValueError("not to be read")]
-    told, enough = [], threading.Event()
+    told, enough, started = [], threading.Event(), list[PoolSpec]()
 
     def tell(error: Exception | None) -> None:
         told.append(error)
@@ -165,13 +166,14 @@ def test_news_of_the_pool_may_fail_and_the_workers_are_told_of_the_pool_all_the_
 
     info = SimpleNamespace(num_parameters=1, dtype="float32", dropped_mass=0.0)
     monkeypatch.setattr(supervise, "PoolWatch", AttemptMonitor)
-    monkeypatch.setattr(supervise, "start_pool", lambda *given, **options: info)
+    monkeypatch.setattr(supervise, "start_pool", lambda spec, *given, **options: started.append(spec) or info)
     monkeypatch.setattr(supervise, "stop_pool", lambda name: None)
     monkeypatch.setattr(supervise, "keep_lease", lambda name: lambda: None)
     view: Any = View()
     with teacher_pool(CONFIG, PLAN, DEMAND, "pool", tell, view):
         assert enough.wait(WITHIN_S)
     assert set(told) == {None}
+    assert started[0].max_workers == DEMAND.max_workers, "for the queues of the replicas"
     assert [line for line in view.said if "not to be read" in line] == [
         "watching the teacher pool failed (ValueError: not to be read); the run goes on, and it is tried again"
     ]

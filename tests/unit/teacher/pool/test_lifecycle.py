@@ -8,6 +8,7 @@ import pytest
 from taid_ray.config.schema import TeacherConfig
 from taid_ray.errors import TeacherError
 from taid_ray.teacher.pool import lifecycle
+from taid_ray.teacher.pool.deployment import PoolSpec
 from taid_ray.teacher.pool.lifecycle import start_pool
 
 
@@ -36,6 +37,6 @@ def test_a_lease_that_cannot_start_is_named_after_the_pools_own_deadline(monkeyp
     with pytest.raises(
         TeacherError, match=r"the lease of the teacher pool p, an actor, gave no answer .*teacher.timeout_s"
     ):
-        start_pool(config, 7, "cpu", "p", use_role_resources=False, on_wait=said.append)
+        start_pool(PoolSpec(config, 7, "cpu", use_role_resources=False), "p", on_wait=said.append)
     assert now[0] == pytest.approx(900, abs=2) and removed == ["p", "p"]
     assert len(said) > 1000, "the driver can show that it waits, and end the wait"
