@@ -58,9 +58,9 @@ class TeacherModel:
         if self._head is not None and config.shards > 1 and needs_head(config.payload):
             self._head = self._head.to(torch.device("cpu"))  # a gathered copy that is only sent away
         answer = self._check_deterministic()
-        packing_error = _packing_error(self._model)
+        packing_error, fingerprint = _packing_error(self._model), _fingerprint(self._model, num_shared, config)
         if leader:
-            self._info = self._describe(answer, logits, packing_error)
+            self._info = self._describe(fingerprint, answer, logits, packing_error)
 
     @property
     def model(self) -> Any:
@@ -161,12 +161,14 @@ class TeacherModel:
                 )
         return first
 
-    def _describe(self, answer: dict[str, Tensor], logits: Tensor, packing_error: str | None) -> TeacherInfo:
-        """logits: the model's own on the probe, all rows."""
+    def _describe(
+        self, fingerprint: str, answer: dict[str, Tensor], logits: Tensor, packing_error: str | None
+    ) -> TeacherInfo:
+        """Returns what identifies the teacher. answer: to the probe; logits: the model's own on the probe, all rows."""
         model, config, head = self._model, self._config, self.head()
         num_shared, hidden_size = head.weight.shape
         return TeacherInfo(
-            fingerprint=_fingerprint(model, num_shared, config),
+            fingerprint=fingerprint,
             probe_digest=_digest(*answer.values()),
             head_digest=head_digest(head),
             dtype=str(self._dtype).removeprefix("torch."),
@@ -224,14 +226,17 @@ def _packing_error(model: Any) -> str | None:
 
 
 def _fingerprint(model: Any, num_shared: int, teacher: TeacherConfig) -> str:
-    """Hashes the model's config and the bits of every parameter, of this process's part if it is sharded."""
+    """Hashes the model's config, what is sent of its answers, and sums over the bits of every whole parameter.
+
+    The same however the model is split. Collective for a tensor-parallel teacher, which gathers one parameter at a time.
+    """
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "distributed_config")}
     sent = [num_shared, teacher.payload, teacher.topk if teacher.payload == "topk" else None]
     result = hashlib.sha256(json.dumps([config, *sent], sort_keys=True, default=str).encode())
     for name, parameter in model.named_parameters():
-        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
         result.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        for part in bit_sums(local.detach()):
+        for part in bit_sums(whole.detach()):
             result.update(pack(part)[2].data)
     return result.hexdigest()
 

@@ -20,8 +20,9 @@ class TeacherInfo:
     """What identifies a loaded teacher. Equal for all replicas of a pool, `probe_digest` possibly excepted."""
 
     fingerprint: str
-    """SHA-256 of architecture, precision, shared rows, payload, top-k and sums over all bits of the weights (of one shard,
-    if split)."""
+    """SHA-256 of architecture, precision, shared rows, payload, top-k, and sums over all bits of all weights. The same
+    whatever teacher.shards is. Before taid-ray covered all shards, that of a split teacher was of shard 0 only: what a
+    cache holds under such a fingerprint is missed, and computed again."""
     probe_digest: str
     """SHA-256 of the bits of the answer to a fixed probe; differs between kinds of hardware."""
     head_digest: str

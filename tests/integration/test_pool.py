@@ -160,6 +160,8 @@ def test_replicas_are_the_same_teacher_and_an_impossible_request_is_explained(
     assert lease is not None and ray.get(lease.probe_digests.remote()) == {pools["replicas"].probe_digest}
     local = LocalTeacher(config(teacher_dir, mode="local", payload="topk", topk=8), SHARED, torch.device("cpu"))
     assert pools["replicas"].fingerprint == local.info().fingerprint
+    whole = LocalTeacher(config(teacher_dir, mode="local", payload="hidden"), SHARED, torch.device("cpu"))
+    assert pools["shards"].fingerprint == whole.info().fingerprint, "so that a cache serves both"
     client = connect("replicas")
     ids = torch.full((1, 4), VOCAB)
     wrong = Batch({"input_ids": ids, "position_ids": torch.arange(4)[None]}, torch.arange(3), ids[0, 1:])
