@@ -13,7 +13,10 @@ from taid_ray.teacher.protocol import TeacherInfo
 
 
 class LocalTeacher:
-    """A TeacherClient in the same process. Computes when an answer is collected, so nothing is held in between."""
+    """A TeacherClient in the same process. Computes when an answer is collected, so nothing is held in between.
+
+    The arguments and errors are those of TeacherModel and TeacherClient.
+    """
 
     def __init__(self, config: TeacherConfig, num_shared: int, device: torch.device):
         self._model = TeacherModel(config, num_shared, device)

@@ -1,4 +1,4 @@
-"""The frozen teacher in one process, or one shard of it: loads it, tests it, and scores batches."""
+"""The frozen teacher in one process, or one shard of it: loading, tests, and scoring of batches."""
 
 import hashlib
 import json
@@ -64,11 +64,11 @@ class TeacherModel:
 
     @property
     def model(self) -> Any:
-        """The transformers model, for what scoring does not offer (text generation)."""
+        """The transformers model, for what `score` does not offer (text generation)."""
         return self._model
 
     def score(self, inputs: dict[str, Tensor], loss_positions: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The payload's tensors (see payload) at the loss positions, on the teacher's device; {} but for the leader.
+        """Computes the payload's tensors (see payload) at the loss positions, on the teacher's device; {} but for the leader.
 
         inputs: [B, T] each, padded on the right with continuing position_ids. loss_positions: [N], ascending, into
         B * T. labels: [N], the ids they predict, which only payload topk looks at. What is computed together is a
@@ -82,9 +82,9 @@ class TeacherModel:
         return encode(self._config.payload, hidden, self._head, labels.to(self._device), self._config.topk)
 
     def payload_error(self, inputs: dict[str, Tensor], loss_positions: Tensor) -> float:
-        """What the payload loses on average over the loss positions, see payload.measured_error; 0.0 if exact.
+        """Measures what the payload loses on average over the loss positions, see payload.measured_error; 0.0 if exact.
 
-        Arguments, errors as in `score`. Of the leader, while the other shards of a tensor-parallel teacher `score`.
+        Arguments and errors as in `score`. The leader calls it while the other shards of a tensor-parallel teacher `score`.
         """
         self.check_request(inputs, loss_positions)
         hidden, config = self._hidden(inputs, loss_positions), self._config
@@ -110,12 +110,12 @@ class TeacherModel:
             self._check_labels(labels, len(loss_positions))
 
     def head(self) -> Head:
-        """The head's first num_shared rows. Of the leader only."""
+        """Returns the head's first num_shared rows. Only the leader has them."""
         assert self._head is not None
         return self._head
 
     def info(self) -> TeacherInfo:
-        """Of the leader only."""
+        """Returns what identifies the teacher. Only the leader knows it."""
         return self._info
 
     def _check_labels(self, labels: Tensor, num_positions: int) -> None:
@@ -132,7 +132,7 @@ class TeacherModel:
 
     @torch.no_grad()  # not inference_mode: its tensors may not be saved for a student's backward pass
     def _hidden(self, inputs: dict[str, Tensor], loss_positions: Tensor) -> Tensor:
-        """[N, H] at the loss positions, in their order."""
+        """Computes the hidden states [N, H] at the loss positions, in their order."""
         rows, length = inputs["input_ids"].shape
         row, column = loss_positions // length, loss_positions % length
         # A causal model never looks beyond a row's last loss position.
@@ -187,7 +187,7 @@ class TeacherModel:
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Groups of row numbers to compute together, longest row first, so that little is spent on padding.
+    """Yields groups of row numbers to compute together, longest row first, so that little is spent on padding.
 
     lengths: of the part of each row that matters; rows of 0 are left out. A group's rows x longest is at most max_tokens
     (unless it is one row), of which at most PADDING_LIMIT positions are padding.
@@ -206,7 +206,7 @@ def micro_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]
 
 
 def head_digest(head: Head) -> str:
-    """SHA-256 of the bytes of weight and bias."""
+    """Returns the SHA-256 of the bytes of weight and bias."""
     return _digest(head.weight, *([] if head.bias is None else [head.bias]))
 
 
@@ -242,9 +242,9 @@ def _fingerprint(model: Any, num_shared: int, teacher: TeacherConfig) -> str:
 
 
 def bit_sums(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """SUMS sums over all bits of a tensor, read as int64, and the bytes at its end that fill no whole group of them.
+    """Returns SUMS sums over all bits of a tensor, read as int64, and the bytes at its end that fill no whole group of them.
 
-    On its device, in one pass. Not a hash, but a weight that changes or moves changes a sum.
+    Computed on its device, in one pass. Not a hash, but a weight that changes or moves changes a sum.
     """
     flat = tensor.contiguous().view(-1)
     if flat.storage_offset() * flat.itemsize % 8:

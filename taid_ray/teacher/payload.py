@@ -1,4 +1,4 @@
-"""What a teacher sends per loss position: five payloads, their encoding, and what a student makes of them.
+"""The five payloads, what a teacher sends per loss position: their encoding, their checks, and the loss target they give.
 
 Shape letters: N loss positions, H the teacher's hidden size, V the shared vocabulary, k = teacher.topk.
 
@@ -30,9 +30,9 @@ from taid_ray.models.vocabulary import Vocabulary
 
 EXACT: tuple[Payload, ...] = ("hidden", "logits")
 CHUNK_BYTES = 128 * 2**20
-"""Of float32 values that one chunk of positions may have in one tensor."""
+"""Bytes of float32 values that one chunk of positions may have in one tensor."""
 QUANTIZED = {"hidden_int8": (torch.int8, 127.0), "hidden_fp8": (torch.float8_e4m3fn, 448.0)}
-"""dtype and its largest value, which the largest magnitude of every position is scaled to."""
+"""The dtype of a quantized payload, and the value that the largest magnitude of every position is scaled to."""
 
 
 @dataclass(frozen=True)
@@ -41,22 +41,23 @@ class TeacherOutput:
 
     kind: Payload
     tensors: dict[str, Tensor]
-    """As in the table above."""
+    """The payload's tensors by name, see this module's table."""
     compute_s: float = 0.0
     """Seconds the teacher computed."""
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def to(self, device: torch.device) -> "TeacherOutput":
-        """Copies that pinned memory and a stream may hide; no copy where the tensors are already there."""
+        """Copies the output to a device, without waiting for tensors in pinned memory; no copy where it is there already."""
         return replace(self, tensors={name: x.to(device, non_blocking=True) for name, x in self.tensors.items()})
 
     def target(self, head: Head | None) -> Target:
-        """What the loss compares the student with.
+        """Returns what the loss compares the student with.
 
-        head: the teacher's, on the device of the tensors; for the payloads that need it (`needs_head`), else unused.
+        head: the teacher's, on the device of the tensors; used by the payloads that need it (`needs_head`).
         """
         tensors = self.tensors
         if self.kind == "logits":
@@ -72,7 +73,7 @@ class TeacherOutput:
 
 
 def needs_head(kind: Payload) -> bool:
-    """Whether the student's side must hold the teacher's head."""
+    """Returns whether the student's side must hold the teacher's head."""
     return kind not in ("topk", "logits")
 
 
@@ -86,26 +87,26 @@ def check_topk(k: int, vocabulary: int) -> None:
 
 
 def bytes_per_token(kind: Payload, hidden_size: int, vocabulary: int, k: int, dtype_bytes: int) -> int:
-    """Bytes of the answer for one loss position. dtype_bytes: of the teacher's dtype."""
+    """Counts the bytes of the answer for one loss position. dtype_bytes: of one value in the teacher's dtype."""
     columns = _columns(kind, hidden_size, vocabulary, k).values()
     return sum((width or 1) * (dtype_bytes if dtype is None else dtype.itemsize) for width, dtype in columns)
 
 
 @dataclass(frozen=True)
 class PayloadFormat:
-    """What the answers of one teacher look like."""
+    """Tensors, shapes and dtypes of one teacher's answers."""
 
     kind: Payload
     hidden_size: int
     vocabulary: int
-    """Shared ids."""
+    """Number of ids that teacher and student share."""
     k: int
-    """Used by topk only."""
+    """Ids per position; used by topk only."""
     dtype: torch.dtype
-    """The teacher's."""
+    """Dtype of the teacher's hidden states and logits."""
 
     def shapes(self, num_positions: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of every tensor of an answer."""
+        """Returns shape and dtype of every tensor of an answer."""
         columns = _columns(self.kind, self.hidden_size, self.vocabulary, self.k).items()
         return {
             name: ((num_positions,) if width is None else (num_positions, width), dtype or self.dtype)
@@ -113,7 +114,7 @@ class PayloadFormat:
         }
 
     def empty(self, device: torch.device) -> TeacherOutput:
-        """The answer for no loss positions."""
+        """Returns the answer for no loss positions, on `device`."""
         shapes = self.shapes(0).items()
         return TeacherOutput(self.kind, {name: torch.empty(s, dtype=d, device=device) for name, (s, d) in shapes})
 
@@ -145,7 +146,7 @@ def check_output(tensors: Mapping[str, Tensor], expected: PayloadFormat, num_pos
 
 @torch.no_grad()
 def encode(kind: Payload, hidden: Tensor, head: Head, labels: Tensor | None, k: int) -> dict[str, Tensor]:
-    """The payload's tensors for hidden states [N, H], in chunks of positions.
+    """Encodes hidden states [N, H] as the payload's tensors, in chunks of positions.
 
     head: cut to the shared rows, on the device of `hidden`; unused by the hidden payloads. labels [N]: needed by topk.
     Logits come from a matmul in the dtype of `hidden`, as the student would rebuild them, and are float32 from there on.
@@ -166,9 +167,9 @@ def encode(kind: Payload, hidden: Tensor, head: Head, labels: Tensor | None, k: 
 
 @torch.no_grad()
 def measured_error(kind: Payload, hidden: Tensor, head: Head, k: int) -> float:
-    """What a payload loses, averaged over the N positions of exact hidden states [N, H]; 0.0 for none.
+    """Measures what a payload loses, averaged over the N positions of exact hidden states [N, H]; 0.0 for none.
 
-    topk: the probability of all other ids. Otherwise KL(exact || carried) over the shared ids, in nats.
+    For topk the probability of all other ids. Otherwise KL(exact || carried) over the shared ids, in nats.
     """
     if kind in EXACT or not len(hidden):
         return 0.0
@@ -184,7 +185,7 @@ def measured_error(kind: Payload, hidden: Tensor, head: Head, k: int) -> float:
 
 
 def dequantized(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """values [N, H] * scale [N], formed in float32 and rounded once to dtype."""
+    """Computes values [N, H] * scale [N] in float32, rounded once to dtype."""
     result = torch.empty(values.shape, dtype=dtype, device=values.device)
     for rows in _chunks(values):
         result[rows] = values[rows].float() * scale[rows, None]
@@ -192,14 +193,14 @@ def dequantized(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def chunk_rows(width: int) -> int:
-    """Positions whose float32 [rows, width] has at most CHUNK_BYTES; at least 1."""
+    """Counts the rows of a float32 tensor [rows, width] of at most CHUNK_BYTES; at least 1."""
     return max(1, CHUNK_BYTES // (4 * max(1, width)))
 
 
 def _columns(
     kind: Payload, hidden_size: int, vocabulary: int, k: int
 ) -> dict[str, tuple[int | None, torch.dtype | None]]:
-    """Name -> width (None: one number per position) and dtype (None: the teacher's)."""
+    """Maps a tensor's name to its width (None: one number per position) and dtype (None: the teacher's)."""
     if kind == "hidden":
         return {"hidden": (hidden_size, None)}
     if kind == "logits":
@@ -213,7 +214,7 @@ def _columns(
 
 
 def _quantized(hidden: Tensor, dtype: torch.dtype, largest: float) -> dict[str, Tensor]:
-    """Symmetric: every position's largest magnitude becomes the dtype's, the others are rounded to nearest."""
+    """Quantizes symmetrically: every position's largest magnitude becomes the dtype's, the others are rounded to nearest."""
     values = torch.empty(hidden.shape, dtype=dtype, device=hidden.device)
     scale = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     for rows in _chunks(hidden):
@@ -226,7 +227,7 @@ def _quantized(hidden: Tensor, dtype: torch.dtype, largest: float) -> dict[str, 
 
 
 def _topk(logits: Tensor, labels: Tensor, k: int) -> dict[str, Tensor]:
-    """Of float32 logits [n, V], which are overwritten. The ids ascend."""
+    """Encodes float32 logits [n, V], which are overwritten, as payload topk; a position's ids ascend."""
     total = logits.logsumexp(-1)
     logits[~total.isfinite()] = (
         0.0  # such positions come out as not finite whatever is chosen, but NaN cannot be ordered
@@ -243,7 +244,7 @@ def _topk(logits: Tensor, labels: Tensor, k: int) -> dict[str, Tensor]:
 
 
 def _largest(values: Tensor, k: int) -> Tensor:
-    """[n, V] bool: each row's k largest; of equal ones (common in bfloat16) the first, on any device."""
+    """Marks each row's k largest [n, V]; of equal ones (common in bfloat16) the first, on any device."""
     smallest = values.topk(k).values[:, -1:]
     above, equal = values > smallest, values == smallest
     wanted = k - above.sum(-1, keepdim=True, dtype=torch.int32)
@@ -251,7 +252,7 @@ def _largest(values: Tensor, k: int) -> Tensor:
 
 
 def _kl(exact_logits: Tensor, carried_logits: Tensor) -> Tensor:
-    """KL(exact || carried), summed over the rows of float32 logits [n, V], as a float64 scalar."""
+    """Computes KL(exact || carried), summed over the rows of float32 logits [n, V], as a float64 scalar."""
     exact, carried = exact_logits.log_softmax(-1), carried_logits.log_softmax(-1)
     # An id the teacher excludes (-inf on both sides) adds nothing, where -inf - -inf would be NaN.
     terms = torch.where(exact == float("-inf"), 0.0, exact.exp() * (exact - carried))
@@ -259,7 +260,7 @@ def _kl(exact_logits: Tensor, carried_logits: Tensor) -> Tensor:
 
 
 def _fine(tensor: Tensor, lowest: bool) -> Tensor:
-    """Where a tensor is finite or, if `lowest`, -inf."""
+    """Marks where a tensor is finite or, if `lowest`, -inf."""
     if not tensor.is_floating_point():
         return torch.ones((), dtype=torch.bool)
     if tensor.dtype == torch.float8_e4m3fn:  # torch compares no float8; it has no infinities and two patterns of NaN
@@ -268,7 +269,10 @@ def _fine(tensor: Tensor, lowest: bool) -> Tensor:
 
 
 def _check_ids(ids: Tensor, vocabulary: int) -> None:
-    """Of [N, k] ids. Compared, not subtracted, because the difference of two damaged ones may not fit in an int32."""
+    """Raises TeacherError unless ids [N, k] ascend within the vocabulary.
+
+    Compared, not subtracted, because the difference of two damaged ones may not fit in an int32.
+    """
     fine = (ids[:, 0] >= 0) & (ids[:, -1] < vocabulary) & (ids[:, 1:] > ids[:, :-1]).all(-1)
     if not bool(fine.all()):
         raise TeacherError(
@@ -287,7 +291,7 @@ def _chunks(tensor: Tensor) -> Iterator[slice]:
 
 
 def payload_bytes_per_token(config: DistillConfig, teacher_config: Any, vocabulary: Vocabulary) -> int:
-    """Bytes of the teacher's answer for one loss position."""
+    """Counts the bytes of the teacher's answer for one loss position, from the configs of the run and of its model."""
     text, teacher = teacher_config.get_text_config(), config.teacher
     kept = teacher.dtype if teacher.dtype != "auto" else str(text.dtype).removeprefix("torch.")
     itemsize = 2 if kept in ("bfloat16", "float16") else 4

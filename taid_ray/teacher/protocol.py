@@ -1,4 +1,4 @@
-"""What a student worker needs of any teacher, be it in the same process, in a pool or in a cache."""
+"""Interface between a student worker and any teacher, be it in the same process, in a pool or in a cache."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from taid_ray.teacher.payload import PayloadFormat, TeacherOutput, check_output
 
 @dataclass(frozen=True)
 class TeacherInfo:
-    """What identifies a loaded teacher. Equal for all replicas of a pool, `probe_digest` possibly excepted."""
+    """Identity and shape of a loaded teacher. Equal for all replicas of a pool, `probe_digest` possibly excepted."""
 
     fingerprint: str
     """SHA-256 of architecture, precision, shared rows, payload, top-k, and sums over all bits of all weights. The same
@@ -28,7 +28,7 @@ class TeacherInfo:
     head_digest: str
     """SHA-256 of the head's shared rows (and bias)."""
     dtype: str
-    """Of its hidden states and logits, for example bfloat16."""
+    """Type of its hidden states and logits, for example bfloat16."""
     hidden_size: int
     num_parameters: int
     vocab_rows: int
@@ -57,7 +57,7 @@ class TeacherInfo:
         check_output(tensors, self._format, num_positions)
 
     def empty_output(self, device: torch.device) -> TeacherOutput:
-        """The answer for no loss positions."""
+        """Returns the answer for no loss positions, on `device`."""
         return self._format.empty(device)
 
     @property
@@ -66,11 +66,11 @@ class TeacherInfo:
 
 
 class TeacherClient(Protocol):
-    """A teacher as a student worker sees it. Requests are pure: any of them may be computed again."""
+    """Interface of a teacher to a student worker. Requests are pure: any of them may be computed again."""
 
     @property
     def tokens(self) -> int:
-        """Total positions the teacher was asked to compute (rows x length)."""
+        """Positions (rows x length) that the teacher was asked to compute so far."""
 
     def submit(self, batch: Batch) -> Any:
         """Starts a request and returns at once."""
@@ -79,11 +79,13 @@ class TeacherClient(Protocol):
         """Waits for the answer. Raises TeacherError if there is none."""
 
     def payload_error(self, batch: Batch) -> float:
-        """What the payload loses on a batch, see TeacherModel.payload_error."""
+        """Measures what the payload loses on a batch, see TeacherModel.payload_error."""
 
     def head(self) -> Head:
         """Returns the head's shared rows. All workers of a run call it, or none does."""
 
-    def info(self) -> TeacherInfo: ...
+    def info(self) -> TeacherInfo:
+        """Returns what identifies the teacher. Raises TeacherError if it cannot be asked."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Withdraws what is still under way, and ends the client's threads."""

@@ -1,4 +1,4 @@
-"""From the CPU to the device of a student, while it computes."""
+"""Copies of the teacher's answers from the CPU to the student's device, while the student computes."""
 
 from dataclasses import replace
 from typing import Any
@@ -16,7 +16,7 @@ class ToDevice:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def copy(self, output: TeacherOutput) -> tuple[TeacherOutput, Any]:
-        """The output on the device once the event beside it has happened."""
+        """Starts a copy. Returns the output on the device, and the CUDA event after which it is there (None on a CPU)."""
         if self._stream is None:
             return output, None
         # The object store's memory is not pinned, and from other memory no copy runs beside anything.
@@ -25,7 +25,7 @@ class ToDevice:
             return pinned.to(self._device), self._stream.record_event()
 
     def wait(self, output: TeacherOutput, copied: Any) -> None:
-        """Lets what the caller computes from now on wait for the copy, not the caller."""
+        """Makes what the caller computes on the device from now on wait for the copy; the caller itself goes on."""
         if copied is None:
             return
         current = torch.cuda.current_stream(self._device)

@@ -1,4 +1,4 @@
-"""Tensors on the wire: plain tuples around uint8 arrays, which Ray's object store reads without copying.
+"""Wire format of tensors: plain tuples around uint8 arrays, which Ray's object store reads without copying.
 
 A torch tensor would be pickled instead, about ten times slower, and numpy has no bfloat16. A checksum travels beside the
 tuples: memory and networks that flip a bit are rare, but a long run on many nodes meets them, and would learn from it.
@@ -25,23 +25,23 @@ DTYPES = {
         torch.int64, torch.int32, torch.int8,
     )
 }  # fmt: skip
-"""What requests, payloads and heads have. Of these, every pattern of bits is a value."""
+"""The dtypes of requests, payloads and heads. Of these, every pattern of bits is a value."""
 MAX_DIMENSIONS = 8
 MAX_BYTES = 2**62
-"""What torch can count."""
+"""The largest tensor that torch can count."""
 
 # What `unpack` returns lives in the object store and is read-only on purpose; torch would warn once per process.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 
 def pack(tensor: Tensor) -> Packed:
-    """Any strided tensor, without a copy if it is contiguous and on CPU."""
+    """Packs any strided tensor, without a copy if it is contiguous and on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), flat.view(torch.uint8).numpy()
 
 
 def unpack(packed: Packed) -> Tensor:
-    """The tensor, on CPU, sharing memory with `packed`. After a trip through Ray it must not be written to.
+    """Returns the tensor, on the CPU, sharing memory with `packed`. After a trip through Ray it must not be written to.
 
     Raises MessageError unless this is a tuple as `pack` makes it, of one of DTYPES, whose parts fit together.
     """
@@ -52,7 +52,7 @@ def unpack(packed: Packed) -> Tensor:
 
 
 def digest(tensors: Mapping[str, Packed]) -> str:
-    """A checksum (XXH3, 64 bits) of names, dtypes, shapes and bytes, whatever the order of the names.
+    """Computes a checksum (XXH3, 64 bits) of names, dtypes, shapes and bytes, whatever the order of the names.
 
     Guards against accidents only, at the speed of memory. Raises MessageError as `unpack`.
     """
@@ -67,7 +67,7 @@ def digest(tensors: Mapping[str, Packed]) -> str:
 
 
 def verify(tensors: Mapping[str, Packed], checksum: str) -> None:
-    """Raises MessageError unless `checksum` is the digest of these tensors."""
+    """Raises MessageError unless `checksum` is the digest of these tensors, or they are no packed tensors."""
     found = digest(tensors)
     if found != checksum:
         raise MessageError(
@@ -77,7 +77,7 @@ def verify(tensors: Mapping[str, Packed], checksum: str) -> None:
 
 
 def _checked(packed: Any) -> Packed:
-    """The tuple itself, for which `unpack` cannot fail. Its parts are shown only where they are known to be short."""
+    """Returns the tuple itself, for which `unpack` cannot fail. Errors show its parts only where these are short."""
     if type(packed) is not tuple or len(packed) != 3:
         raise MessageError(f"a packed tensor must be (dtype, shape, bytes) (found a {type(packed).__name__})")
     name, shape, data = packed

@@ -1,4 +1,4 @@
-"""How many replicas a teacher pool should have: as asked for by hand, else as its requests demand.
+"""The number of a teacher pool's replicas: as set by hand (`taid-ray scale`), else as its load needs.
 
 Serve starts, drains and stops replicas; it asks an autoscaling policy for their number ten times a second. Ours repeats
 what the pool's lease says, so that a number given by hand and one that follows the load take the same way, through
@@ -21,31 +21,32 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from taid_ray.config.schema import Range
 
 UP_S, DOWN_S = 5.0, 30.0
-"""How long requests must have queued up, or replicas have been idle, before their number changes."""
+"""Seconds for which requests must have queued up, or replicas have been idle, before their number changes."""
 REPORT_S = 1.0
-"""Replicas report their load this often."""
+"""Seconds between two reports of a replica's load."""
 TOO_MANY = 1.2
 """Requests per replica, computing or queued, above which there are too few replicas."""
 MOST_REPLICAS = 4096
-"""Serve wants a bound before anybody can ask for a number."""
+"""A bound for Serve, which wants one before anybody can set a number."""
 POLL_S = 0.5
+"""Seconds between two questions of the policy to the lease."""
 
 
 class PoolPolicy:
-    """Serve's autoscaling policy of one pool. Runs in Serve's controller.
+    """Serve's autoscaling policy of one pool: repeats the number that the pool's lease gives. Runs in Serve's controller.
 
     Serve sends this class there by value, so it needs no taid_ray there; keep it to ray and the standard library.
     """
 
     def __init__(self, lease: str, namespace: str):
-        """The name of the pool's lease, an actor."""
+        """lease, namespace: name and Ray namespace of the pool's lease, an actor."""
         self._current: int | None = None
         self._wanted: int | None = None
         # In a thread, because the controller's event loop calls the policy and must not wait.
         threading.Thread(target=self._follow, args=(lease, namespace), daemon=True).start()
 
     def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
-        """The number of replicas to have, and no state for Serve to keep."""
+        """Returns the number of replicas to have, and no state for Serve to keep."""
         self._current = context.target_num_replicas
         return self._wanted or context.target_num_replicas, {}
 
@@ -72,7 +73,7 @@ class PoolPolicy:
 
 
 def serve_scaling(replicas: Range, lease: str, namespace: str) -> AutoscalingConfig:
-    """Makes Serve start `replicas.min` replicas and then follow the pool's lease, without delays of its own."""
+    """Returns the settings with which Serve starts `replicas.min` replicas and then follows the pool's lease at once."""
     policy = AutoscalingPolicy(policy_function=PoolPolicy, policy_kwargs={"lease": lease, "namespace": namespace})
     return AutoscalingConfig(
         min_replicas=1,
@@ -92,11 +93,12 @@ class LoadMeter:
         self._start = self._changed = now
 
     def add(self, requests: int, now: float) -> None:
-        """Requests arrive (1) or leave (-1)."""
+        """Counts requests that arrive (1) or leave (-1)."""
         self._area += self._count * (now - self._changed)
         self._count, self._changed = self._count + requests, now
 
     def read(self, now: float) -> float:
+        """Returns the mean since the last reading."""
         self.add(0, now)
         mean = self._area / (now - self._start) if now > self._start else float(self._count)
         self._area, self._start = 0.0, now
@@ -119,10 +121,10 @@ class Autoscaler:
     _since: float | None = None
 
     def decide(self, now: float, load: float, running: int, current: int) -> int:
-        """The number to have.
+        """Returns the number of replicas to have.
 
-        load: requests at all replicas, a mean over about REPORT_S. running: replicas that report. current: the number that
-        Serve tries to reach.
+        now: time.monotonic(). load: requests at all replicas, a mean over about REPORT_S. running: replicas that report.
+        current: the number that Serve tries to reach.
         """
         if self._since is None:
             self._since = now

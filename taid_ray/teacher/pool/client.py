@@ -1,4 +1,4 @@
-"""The teacher pool as a student worker sees it."""
+"""The teacher pool's client in a student worker: sends requests, and takes the answers in order in a thread."""
 
 import logging
 import queue
@@ -28,7 +28,9 @@ from taid_ray.teacher.wire import unpack, verify
 from taid_ray.tracking.prometheus import STUDENT, Instruments, run_of_pool
 
 PIECE_BYTES = 64 * 2**20
+"""Bytes of the teacher's head in one answer of a replica, at most."""
 CLOSE_S = 5.0
+"""Seconds that `close` waits for the thread."""
 CPU = torch.device("cpu")
 ALONE = World()
 
@@ -70,9 +72,12 @@ class PoolTeacher:
         self._thread.start()
 
     def submit(self, batch: Batch) -> PendingRequest | None:
-        """Sends the batch and returns at once. Answers are fetched in the order of the calls, so collect them in it."""
+        """Sends the batch and returns at once; None for one without loss positions, about which there is nothing to ask.
+
+        Answers are fetched in the order of the calls, so collect them in it.
+        """
         if not batch.num_loss_tokens:
-            return None  # there is nothing to ask
+            return None
         request, num_positions = ScoreRequest.of(batch), batch.num_loss_tokens
         self.tokens += batch.inputs["input_ids"].numel()
         pending = PendingRequest(
@@ -83,7 +88,7 @@ class PoolTeacher:
         return pending
 
     def collect(self, request: PendingRequest | None) -> TeacherOutput:
-        """The answer, in memory that must not be written to. Usually it is there already.
+        """Waits for the answer, which usually is there already, and returns it in memory that must not be written to.
 
         Raises TeacherError after config.timeout_s, or if the answers are damaged, of the wrong kind or not finite each
         time they are asked for.
@@ -96,11 +101,12 @@ class PoolTeacher:
         return output
 
     def payload_error(self, batch: Batch) -> float:
+        """Returns what the payload loses on a batch, as measured by a replica; see TeacherModel.payload_error."""
         request = ScoreRequest.of(batch)
         return float(self._ask(lambda: self._handle.payload_error.remote(request)))
 
     def info(self) -> TeacherInfo:
-        """Asks the pool once."""
+        """Returns what identifies the pool's teacher, asked of the pool once."""
         if self._info is None:
             self._info = self._ask(lambda: self._handle.info.remote())
         assert self._info is not None
@@ -115,7 +121,7 @@ class PoolTeacher:
         return shared_head(self._world, self._lease, self.info(), self._head_pieces, self._config.timeout_s)
 
     def num_replicas(self) -> int:
-        """Replicas that run now."""
+        """Counts the replicas that run now."""
         return replica_states(self._app_name).get("RUNNING", 0)
 
     def close(self) -> None:
@@ -139,7 +145,7 @@ class PoolTeacher:
             yield piece
 
     def _ask(self, send: Callable[[], Any], accept: Callable[[Any], Any] = lambda answer: answer) -> Any:
-        """The answer to something that somebody waits for now."""
+        """Asks the pool and waits for the answer, while the caller stands still."""
         request = PendingRequest(lambda _: send(), accept)
         request.wanted = True
         return self._waiter.answer(request)
@@ -157,14 +163,14 @@ class PoolTeacher:
     def _fetch(self, request: PendingRequest) -> tuple[TeacherOutput, Any]:
         hedge = self._latency.hedge(request.submitted)
         answer, output = self._waiter.answer(request, hedge)
-        again = {"damaged": request.damaged > 0, "lost": request.lost is not None and not request.damaged}
+        again = {"damaged": request.damaged > 0, "lost": request.last_failure is not None and not request.damaged}
         for reason, happened in (again | {"late": hedge.begun}).items():
             self._instruments.add("taid_requests_again", float(happened), reason)
         self._latency.answered(request.submitted, time.monotonic(), answer)
         return self._to_device.copy(output)
 
     def _accepted(self, answer: ScoreResponse, num_positions: int) -> TeacherOutput:
-        """The answer, on CPU. Raises MessageError, naming the replica, for one that cannot be right."""
+        """Returns an answer's tensors, on the CPU. Raises MessageError, naming the replica, for one that cannot be right."""
         info = self.info()
         try:
             verify(answer.payload, answer.checksum)
@@ -176,7 +182,7 @@ class PoolTeacher:
 
 
 def _nothing() -> None:
-    """Ends a renewal that was not begun."""
+    """Stands for the end of a renewal that was not begun."""
 
 
 def _accepted_piece(piece: HeadPiece) -> HeadPiece:
@@ -185,7 +191,7 @@ def _accepted_piece(piece: HeadPiece) -> HeadPiece:
 
 
 def replica_states(app_name: str) -> dict[str, int]:
-    """How many of a pool's replicas are RUNNING, STARTING, STOPPING ...; nothing if there is no such pool."""
+    """Counts a pool's replicas by state (RUNNING, STARTING, STOPPING ...); empty if there is no such pool."""
     app = serve.status().applications.get(app_name)
     deployment = app.deployments.get(DEPLOYMENT) if app else None
     return dict(deployment.replica_states) if deployment else {}

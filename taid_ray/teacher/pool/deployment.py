@@ -1,4 +1,4 @@
-"""The teacher pool as a Serve application: what a replica is given, and how Serve starts, watches and stops it."""
+"""The teacher pool's Serve application: what a pool is started with, and how Serve starts, watches and stops replicas."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,8 +16,9 @@ from taid_ray.teacher.pool.replica import TeacherReplica
 
 DEPLOYMENT = "teacher"
 ROLE_RESOURCE = "taid_teacher"
+"""The resource by which a node offers itself to teachers."""
 DRAIN_S = 60.0
-"""A replica that is to go finishes what it has within this time; what is lost then is asked of another one again."""
+"""Seconds for a replica that is to go to finish what it has; what is lost then is asked of another one again."""
 LEAST_QUEUE = 1000
 """Requests every replica takes, also for a client that keeps more under way than teacher.window says (filling a cache)."""
 QUEUE_MARGIN = 2
@@ -27,7 +28,8 @@ CALLER_GONE = {
     "RAY_core_worker_rpc_server_reconnect_timeout_base_s": "5",
     "RAY_core_worker_rpc_server_reconnect_timeout_max_s": "5",
 }
-"""How soon a replica gives up a caller: 20 s without an acknowledgement, then a look every 5 s whether its node is dead.
+"""Settings of Ray by which a replica gives up a caller after 20 s without an acknowledgement, then looks every 5 s whether
+the caller's node is dead.
 
 Serve streams its answers, and at the end of such a stream Ray (2.60) holds up the whole replica until the caller has
 confirmed it. A caller on a host that is cut off never does; Ray's own patience is over two minutes, of which Serve's
@@ -37,7 +39,7 @@ health checks grant a minute and a half.
 
 @dataclass(frozen=True)
 class PoolSpec:
-    """What a pool is started with. Two pools of equal specs answer alike, so that one can be taken over for the other."""
+    """Settings of a pool at its start. Two pools of equal specs answer alike, so that one can be taken over for the other."""
 
     config: TeacherConfig
     num_shared: int
@@ -88,5 +90,8 @@ def teacher_app(spec: PoolSpec, app_name: str) -> serve.Application:
 
 
 def replica_environment(job: Mapping[str, Any]) -> dict[str, Any]:
-    """The runtime environment of a replica. job: the driver's, which Serve gives only to a replica that has none of its own."""
+    """Returns a replica's runtime environment: the driver's and CALLER_GONE.
+
+    job: the driver's, which Serve gives only to a replica that has none of its own.
+    """
     return {**job, "env_vars": {**job.get("env_vars", {}), **CALLER_GONE}}

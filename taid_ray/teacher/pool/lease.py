@@ -1,8 +1,9 @@
-"""A pool's lease: a detached actor that removes the pool when nobody has used it for a while.
+"""The lease of a teacher pool: a detached actor that removes the pool when nobody has used it for a while.
 
 Serve applications outlive their driver. A driver that is killed cannot clean up, so its clients' heartbeats keep the
 pool alive instead. The replicas also leave here what the driver must hear about: who they are, or why they failed; and
-how much they have to do, from which the number of replicas follows unless somebody asked for one (see autoscaling).
+how much they have to do, from which the number of replicas follows unless somebody set one (see autoscaling). Student
+workers claim samples of the cache here, and hand on the teacher's head (see shared_head).
 """
 
 import logging
@@ -26,22 +27,23 @@ from taid_ray.teacher.protocol import TeacherInfo
 
 NAMESPACE = "taid-ray"
 RENEW_PERIOD_S = 5.0
+"""Seconds between two renewals by one client."""
 LEASE_S = 60.0
-"""An answer of the lease takes milliseconds, or some seconds while Ray restarts it."""
+"""Seconds to wait for an answer of the lease, which takes milliseconds, or some seconds while Ray restarts it."""
 CLAIM_S = 2.0
-"""Longer than that nobody waits to learn whether somebody else computes the same."""
+"""Seconds to wait for the answer to a claim; without one the claimer computes the samples itself."""
 
 logger = logging.getLogger(__name__)
 
 ReplicaCommand = Literal["go on", "register", "over"]
-"""What a replica is to do: go on, say again who it is, or end, because the pool is being removed."""
+"""Tells a replica to go on, to say again who it is, or to end, because the pool is being removed."""
 
 
 class Lease:
-    """Runs as a named actor, one per pool."""
+    """The state of one pool that must outlive its driver. Runs as a named actor."""
 
     def __init__(self, app_name: str, idle_timeout_s: float, autoscaler: Autoscaler, spec: Any = None):
-        """spec: what the pool was started with."""
+        """idle_timeout_s: without a renewal, after which the pool is removed. spec: what the pool was started with."""
         self._app_name, self._idle_timeout_s, self._autoscaler = app_name, idle_timeout_s, autoscaler
         self._spec = spec
         self._renewed = time.monotonic()
@@ -57,53 +59,51 @@ class Lease:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def renew(self) -> None:
+        """Records that somebody uses the pool."""
         self._renewed = time.monotonic()
 
     def renew_if(self, spec: Any) -> bool:
-        """Renews the lease of a pool that was started with `spec` and is not being removed; says whether it is one."""
+        """Renews the lease if the pool was started with `spec` and is not being removed; returns whether it is so."""
         same = bool(spec == self._spec) and not self._over
         if same:
             self.renew()
             self._failure = None  # of a replica that its successor has replaced
         return same
 
-    def idle_s(self) -> float:
-        """Seconds since the last `renew`."""
-        return time.monotonic() - self._renewed
-
     def register(self, info: TeacherInfo) -> TeacherInfo:
-        """A replica has loaded its model. Returns what the pool's first replica registered."""
+        """Records a replica's teacher, once it is loaded. Returns what the pool's first replica registered."""
         self._first = self._first or info
         self._probe_digests.add(info.probe_digest)
         return self._first
 
     def first(self) -> TeacherInfo | None:
-        """What the pool's first replica registered."""
+        """Returns what the pool's first replica registered; None while none has."""
         return self._first
 
     def report_failure(self, error: TaidRayError) -> None:
-        """A replica could not start."""
+        """Records why a replica could not start."""
         self._failure = error
 
     def failure(self) -> TaidRayError | None:
+        """Returns why a replica could not start; None if none failed since the pool was started or its number set."""
         return self._failure
 
     def probe_digests(self) -> set[str]:
-        """More than one if replicas do not give identical bits."""
+        """Returns the digests of the replicas' answers to the probe; more than one if their bits differ."""
         return self._probe_digests
 
     def report_load(self, replica: str, load: float) -> ReplicaCommand:
-        """A replica's mean number of requests since its last report."""
+        """Records a replica's mean number of requests since its last report."""
         self._loads[replica] = (time.monotonic(), load)
         if self._over:
             return "over"
         return "register" if self._first is None else "go on"  # after a restart nobody is known
 
     def replicas(self, current: int) -> int:
-        """How many replicas the pool should have. current: how many Serve tries to reach now."""
+        """Returns how many replicas the pool should have. current: how many Serve tries to reach now."""
         within = self._autoscaler.replicas.min <= current <= self._autoscaler.replicas.max
         if self._asked is None and self._replicas is None and not within:
-            self._asked = current  # this actor was restarted and has forgotten that somebody asked for them
+            self._asked = current  # this actor was restarted and has forgotten that somebody set them
         if self._asked is None:
             now = time.monotonic()
             self._loads = {name: seen for name, seen in self._loads.items() if now - seen[0] < 3 * REPORT_S}
@@ -114,18 +114,16 @@ class Lease:
         return self._replicas
 
     def set_replicas(self, replicas: int | None) -> int | None:
-        """From now on the pool has so many replicas, whatever the load; None: as many as the load needs.
-
-        Returns what was asked for before.
-        """
+        """Sets the number of replicas, whatever the load; None: as many as the load needs. Returns what was set before."""
         self._asked, before, self._failure = replicas, self._asked, None
         return before
 
     def claim(self, holder: str, keys: Sequence[str]) -> list[bool]:
-        """Which of these samples a client is to ask the pool for, see `Claims`."""
+        """Returns for each of these samples whether the holder is to ask the pool for it; see `Claims`."""
         return self._claims.claim(holder, keys)
 
     def release(self, holder: str, keys: Sequence[str]) -> None:
+        """Ends the holder's claims on these samples."""
         self._claims.release(holder, keys)
 
     def offer_head(self, number: int, pieces: list[ray.ObjectRef]) -> None:
@@ -141,18 +139,19 @@ class Lease:
         self._heads.pop(number, None)
 
     def end(self) -> None:
-        """The pool is being removed, and nobody waits for what is still queued at its replicas."""
+        """Tells the replicas, at their next report, to end: nobody waits any more for what is queued at them."""
         self._over = True
 
     def _watch(self) -> None:
         removed = False
         while not removed:
             time.sleep(min(1.0, self._idle_timeout_s / 4))
-            if self.idle_s() > self._idle_timeout_s:
+            if time.monotonic() - self._renewed > self._idle_timeout_s:
                 removed = self._remove()
         ray.kill(ray.get_runtime_context().current_actor)
 
     def _remove(self) -> bool:
+        """Removes the pool. Returns whether that succeeded."""
         logger.warning("teacher pool %s: no client for %.0f s, removing it", self._app_name, self._idle_timeout_s)
         try:
             serve.delete(self._app_name)
@@ -163,7 +162,7 @@ class Lease:
 
 
 def create_lease(app_name: str, config: TeacherConfig, spec: Any) -> ActorHandle:
-    """Starts the lease of a new pool, started with `spec`. Raises ValueError if it exists."""
+    """Starts the lease of a new pool that is started with `spec`. Raises ValueError if it exists."""
     autoscaler = Autoscaler(config.replicas, scaling.UP_S, scaling.DOWN_S)
     # max_restarts: if its node dies, the pool must still be removed some day.
     options = {
@@ -177,7 +176,7 @@ def create_lease(app_name: str, config: TeacherConfig, spec: Any) -> ActorHandle
 
 
 def find_lease(app_name: str) -> ActorHandle | None:
-    """None if the pool is gone."""
+    """Returns the lease of a pool; None if the pool is gone."""
     try:
         return ray.get_actor(lease_name(app_name), namespace=NAMESPACE)
     except ValueError:
@@ -185,7 +184,7 @@ def find_lease(app_name: str) -> ActorHandle | None:
 
 
 def end_lease(app_name: str) -> None:
-    """Ends the lease without touching the pool."""
+    """Ends the lease, and nothing else of the pool."""
     lease = find_lease(app_name)
     if lease is not None:
         ray.kill(lease)
@@ -211,7 +210,7 @@ def keep_lease(app_name: str) -> Callable[[], None]:
 
 
 class PoolClaims:
-    """The claims of a pool's clients, kept by its lease. Without it everything is granted."""
+    """A ClaimRegistry kept by the pool's lease. While the lease does not answer, every claim is granted."""
 
     def __init__(self, app_name: str):
         """Raises TeacherError if the pool is gone."""
@@ -231,7 +230,7 @@ class PoolClaims:
 
 
 def require_lease(app_name: str) -> ActorHandle:
-    """The lease of a pool. Raises TeacherError if the pool is gone."""
+    """Returns the lease of a pool. Raises TeacherError if the pool is gone."""
     lease = find_lease(app_name)
     if lease is None:
         raise TeacherError(f"there is no teacher pool {app_name} on this cluster; start the run again")
@@ -239,5 +238,5 @@ def require_lease(app_name: str) -> ActorHandle:
 
 
 def lease_name(app_name: str) -> str:
-    """Name of the actor."""
+    """Returns the name of a pool's lease, an actor."""
     return f"lease-{app_name}"

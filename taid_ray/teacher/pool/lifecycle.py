@@ -1,4 +1,4 @@
-"""The teacher pool: starting and stopping it from the driver. Student workers ask it through client.PoolTeacher."""
+"""Start and stop of a teacher pool by the driver, and news of its replicas. Workers ask it through client.PoolTeacher."""
 
 import logging
 import threading
@@ -22,6 +22,7 @@ from taid_ray.teacher.pool.request import WHERE_TO_LOOK
 from taid_ray.teacher.protocol import TeacherInfo
 
 POLL_S = 0.5
+"""Seconds between two looks at a pool that starts."""
 BUILDING = threading.Lock()  # Serve cannot describe two deployments in two threads at a time
 
 logger = logging.getLogger(__name__)
@@ -72,13 +73,13 @@ def stop_pool(app_name: str) -> None:
 
 
 class PoolWatch:
-    """What happens to the replicas of a running pool."""
+    """Watches a running pool for replicas that come, go or fail."""
 
     def __init__(self, app_name: str):
         self._app_name, self._running, self._failure = app_name, 0, ""
 
     def news(self) -> list[str]:
-        """One line for each change since the last call. Raises what Ray raises while Serve or the lease is restarted."""
+        """Returns a line for each change since the last call. Raises what Ray raises while Serve or the lease restarts."""
         before, self._running = self._running, replica_states(self._app_name).get("RUNNING", 0)
         lines = []
         if before and before != self._running:
@@ -100,7 +101,7 @@ def _start_serve() -> None:
 
 
 def _adoptable_lease(app_name: str, spec: Any) -> ActorHandle | None:
-    """The lease of a pool that was started with the same `spec` and still serves; None if there is no such pool."""
+    """Returns the lease of a pool that was started with an equal `spec` and still serves; None if there is none."""
     lease = find_lease(app_name)
     try:
         if lease is None or not ray.get(lease.renew_if.remote(spec), timeout=LEASE_S):
@@ -112,7 +113,10 @@ def _adoptable_lease(app_name: str, spec: Any) -> ActorHandle | None:
 
 
 def _told(answer: Any, config: TeacherConfig, app_name: str, start: float, on_wait: Callable[[str], None]) -> Any:
-    """What the lease answers. Its own process may take a while to start, on a node that is busy loading models."""
+    """Waits for an answer of the lease, whose process may take a while to start on a node that is busy loading models.
+
+    Raises TeacherError if it does not come within config.timeout_s of `start`, but for LEASE_S at least.
+    """
     asked = time.monotonic()
     within = max(LEASE_S, config.timeout_s - (asked - start))
     while not ray.wait([answer], timeout=POLL_S)[0]:
@@ -129,7 +133,7 @@ def _told(answer: Any, config: TeacherConfig, app_name: str, start: float, on_wa
 def _wait_until_running(
     config: TeacherConfig, app_name: str, lease: ActorHandle, start: float, on_wait: Callable[[str], None]
 ) -> TeacherInfo:
-    """What the first replica registered."""
+    """Waits until all replicas run. Returns what the first one registered; raises TeacherError or what a replica raised."""
     while True:
         lease.renew.remote()
         failure = _told(lease.failure.remote(), config, app_name, start, on_wait)

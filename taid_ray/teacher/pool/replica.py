@@ -1,4 +1,4 @@
-"""The teacher pool's replicas: groups of tensor-parallel processes, which Serve runs (see deployment).
+"""A replica of the teacher pool: a group of tensor-parallel processes that Serve runs (see deployment).
 
 The Serve replica is the leader, shard 0, and computes like the others; shards 1.. are its child actors, placed in its
 placement group and gone when it is gone. All shards get every request; the leader's payload is the answer.
@@ -35,85 +35,91 @@ from taid_ray.tracking.prometheus import TEACHER, Instruments, run_of_pool
 LOOPBACK = "127.0.0.1"  # a replica's placement group lies on one node
 GROUP_TIMEOUT = timedelta(minutes=30)  # shards may finish loading a large model at very different times
 PING_TIMEOUT_S = 20.0
+"""Seconds for all shards to answer a health check."""
 FAILURE_PAUSE_S = 5.0
+"""Seconds between the report of a failed start and its exception."""
 
 T = TypeVar("T")
 ScoreInputs = tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]
-"""Inputs, loss positions and labels."""
+"""Model inputs by name ([B, T] each), loss positions [N] and labels [N] of a request."""
 
 
 class ScoreRequest(NamedTuple):
-    """A request on its way to a replica."""
+    """A batch on its way to a replica, with a checksum."""
 
     inputs: dict[str, Packed]
     targets: dict[str, Packed]
     """loss_positions and labels."""
     checksum: str
-    """Of everything above."""
+    """Digest of everything above."""
 
     @classmethod
     def of(cls, batch: Batch) -> "ScoreRequest":
+        """Packs a batch, without copies where its tensors are contiguous."""
         inputs = _packed(batch.inputs)
         targets = _packed({"loss_positions": batch.loss_positions, "labels": batch.labels})
         return cls(inputs, targets, digest(_joined(inputs, targets)))
 
     def unpacked(self) -> ScoreInputs:
-        """Raises MessageError if this is not what was sent."""
+        """Returns what was packed. Raises MessageError if this is not what was sent."""
         verify(_joined(self.inputs, self.targets), self.checksum)
         inputs = {name: unpack(packed) for name, packed in self.inputs.items()}
         return inputs, unpack(self.targets["loss_positions"]), unpack(self.targets["labels"])
 
 
 class HeadPiece(NamedTuple):
-    """Some rows of the head."""
+    """Some rows of the teacher's head."""
 
     fingerprint: str
-    """Of the teacher."""
+    """The teacher's, see TeacherInfo."""
     rows: dict[str, Packed]
     """weight, and bias if there is one."""
     checksum: str
-    """Of the rows."""
+    """Digest of the rows."""
 
 
 class ScoreResponse(NamedTuple):
     """A replica's answer to one request."""
 
     payload: dict[str, Packed]
-    """See payload."""
+    """The payload's tensors, see teacher/payload."""
     compute_s: float
     """Seconds of computation, without waiting for other requests."""
     replica: str
-    """Identifies who computed it."""
+    """Id of the replica that computed it."""
     checksum: str
-    """Of the payload."""
+    """Digest of the payload."""
 
 
 class ReplicaBrokenError(TeacherError):
-    """A shard of this replica is lost; another replica, or this one's successor, can answer."""
+    """Raised when a shard of this replica is lost; another replica, or this one's successor, can answer."""
 
 
 class AlreadyHereError(TeacherError):
-    """This replica is computing that very request, or has it in its queue; another one is to be asked."""
+    """Raised for a request that this replica is computing, or has in its queue; another replica is to be asked."""
 
 
 class TeacherShard:
-    """One process of a tensor-parallel teacher other than the leader. Runs as an actor; blocking work in threads."""
+    """One process of a tensor-parallel teacher, other than the leader. Runs as an actor; blocking work in threads."""
 
     async def load(self, config: TeacherConfig, num_shared: int, device_kind: str, rank: int, port: int) -> None:
+        """Loads this shard, together with the others. port: of the leader's TCPStore on this node."""
+
         def work() -> TeacherModel:
             return load_shard(config, num_shared, device_kind, rank, TCPStore(LOOPBACK, port, timeout=GROUP_TIMEOUT))
 
         self._model = await asyncio.to_thread(work)
 
     async def score(self, request: ScoreRequest) -> None:
+        """Takes this shard's part in a computation."""
         await asyncio.to_thread(self._model.score, *request.unpacked())
 
     async def ping(self) -> None:
-        pass
+        """Answers, and so shows that this process lives."""
 
 
 class TeacherReplica:
-    """The leader. Runs as a Serve replica; its health checks stay responsive while a batch is computed."""
+    """The leader of a replica's shards. Runs as a Serve replica, which answers health checks while it computes."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
@@ -150,9 +156,10 @@ class TeacherReplica:
             self._reporting = asyncio.create_task(self._report_load(lease))
 
     async def score(self, request: ScoreRequest, request_id: str) -> ScoreResponse:
-        """The payload at the loss positions, as TeacherModel.score.
+        """Computes the payload at the loss positions, as TeacherModel.score.
 
-        Raises AlreadyHereError at once if a request of that id is here, MessageError, TeacherError, ReplicaBrokenError.
+        request_id: the same for all copies of a request. Raises AlreadyHereError at once if one is here already,
+        MessageError if the request is damaged, TeacherError for impossible ids, ReplicaBrokenError if a shard is lost.
         """
         if request_id in self._here:
             raise AlreadyHereError(f"replica {self._name} has this request already")
@@ -176,7 +183,7 @@ class TeacherReplica:
         return ScoreResponse(payload, seconds, self._name, checksum)
 
     async def payload_error(self, request: ScoreRequest) -> float:
-        """What the payload loses on this request, as TeacherModel.payload_error; errors as in `score`."""
+        """Computes what the payload loses on this request, as TeacherModel.payload_error; errors as in `score`."""
         inputs = self._unpacked(request)
         return await self._in_turn(
             inputs,
@@ -185,14 +192,15 @@ class TeacherReplica:
         )
 
     async def head_piece(self, start: int, stop: int) -> HeadPiece:
-        """Rows start..stop of the shared head."""
+        """Returns the rows from `start` to `stop` of the shared head."""
         return await asyncio.to_thread(self._head_piece, start, stop)
 
     async def info(self) -> TeacherInfo:
+        """Returns what identifies the loaded teacher."""
         return self._model.info()
 
     async def check_health(self) -> None:
-        """Serve replaces the replica, with all its shards, when this raises."""
+        """Raises if a shard is lost or silent; Serve then replaces the replica with all its shards."""
         if self._broken is not None:
             raise ReplicaBrokenError(self._broken)
         await asyncio.wait_for(asyncio.gather(*[shard.ping.remote() for shard in self._shards]), PING_TIMEOUT_S)
@@ -217,7 +225,7 @@ class TeacherReplica:
         return (await asyncio.gather(leader, *others))[0]  # the first failure of any shard ends the wait
 
     async def _in_turn(self, inputs: ScoreInputs, compute: Callable[[], T], share: Callable[[], list[Any]]) -> T:
-        """What `compute` returns, after all earlier requests; `share` starts the other shards' part of it."""
+        """Runs `compute` after all earlier requests and returns its result; `share` starts the other shards' part of it."""
         self._load_meter.add(1, time.monotonic())
         try:
             # A caller that gives up while its request waits takes it out of the queue.
@@ -292,13 +300,13 @@ def _packed(tensors: dict[str, torch.Tensor]) -> dict[str, Packed]:
 
 
 def _sealed(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, Packed], str]:
-    """The packed tensors and their checksum."""
+    """Packs tensors and adds their checksum."""
     packed = _packed(tensors)
     return packed, digest(packed)
 
 
 def _joined(inputs: dict[str, Packed], targets: dict[str, Packed]) -> dict[str, Packed]:
-    """Under names that cannot coincide: a model may have an input called labels."""
+    """Merges both under names that cannot coincide: a model may have an input called labels."""
     return {f"inputs.{name}": packed for name, packed in inputs.items()} | targets
 
 
@@ -312,7 +320,7 @@ def _check_same(first: TeacherInfo, own: TeacherInfo) -> None:
 
 
 def _startup_failure(error: Exception) -> TaidRayError:
-    """The cause of a failed start as an error for the driver: one string, no traceback."""
+    """Turns the cause of a failed start into an error for the driver: one string, no traceback."""
     cause = getattr(error, "cause", None) or error  # a shard's error arrives wrapped by Ray
     if isinstance(cause, TaidRayError):
         return type(cause)(str(cause.args[0]))

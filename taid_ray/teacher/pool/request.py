@@ -1,4 +1,4 @@
-"""A request to the teacher pool on its way: sent again when lost or damaged, and to a second replica when late."""
+"""Requests to the teacher pool that are under way: sent again when lost or damaged, and to a second replica when late."""
 
 import math
 import statistics
@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from ray.exceptions import (
@@ -25,14 +26,8 @@ from taid_ray.errors import MessageError, TaidRayError, TeacherError
 from taid_ray.teacher.pool.lease import find_lease
 from taid_ray.teacher.pool.replica import AlreadyHereError, ReplicaBrokenError, ScoreResponse
 
-RETRY_PAUSE_S = 1.0
-NOTICE_S = 15.0
-STEP_S = 0.5
-"""One look at a response takes at most so long; several responses are looked at in turn, for TURN_S each."""
-TURN_S = 0.02
 WHERE_TO_LOOK = "see `ray status`, `serve status` and /tmp/ray/session_latest/logs/serve on the cluster's head node"
 
-# A replica, a shard or a node was lost, or the answer with it. Requests are pure, so they are simply sent again.
 LOST = (
     RayActorError,
     ObjectLostError,
@@ -42,18 +37,37 @@ LOST = (
     RequestCancelledError,
     ReplicaBrokenError,
 )
-# A checksum failed, or Ray could not even read what came.
+"""Raised when a replica, a shard or a node was lost, or the answer with it. Requests are pure, so they are simply sent again."""
 DAMAGED = (MessageError, RaySystemError)
+"""Raised when a checksum failed, or when Ray could not even read what came."""
 DAMAGED_TRIES = 3
-"""So often one request may come to harm; a teacher whose values are wrong each time says so quickly."""
+"""How often a request may be damaged. A teacher whose values are always wrong is reported this soon."""
+
+
+@dataclass(frozen=True)
+class WaitTimes:
+    """Durations, in seconds, of a wait for one answer."""
+
+    retry_pause: float = 1.0
+    """Before a request is sent again that no replica has any more."""
+    notice: float = 15.0
+    """Between two notices to the user that an answer is still missing."""
+    look: float = 0.5
+    """The longest look at a response, where there is only one; the client can be closed in between."""
+    turn: float = 0.02
+    """A look at one response of several, which take turns."""
+
+
+WAIT_TIMES = WaitTimes()
 
 
 class LatencyTracker:
-    """How long one client's answers usually take, from the time at which they could have been served."""
+    """Measures how long one client's answers usually take, from the time at which they could have been served."""
 
     KEPT, KNOWN = 64, 8
     """Answers remembered, and how many of them say what is usual."""
     LEAST_S = 1.0
+    """No request is late before this."""
 
     def __init__(self, multiple: float):
         """multiple: of the usual time, after which a request is late; 0: it never is."""
@@ -62,6 +76,7 @@ class LatencyTracker:
         self._last = -math.inf
 
     def answered(self, submitted: float, now: float, answer: ScoreResponse) -> None:
+        """Records an answer. submitted, now: time.monotonic() of the request and of the answer."""
         # With several replicas answers come in groups, all but the first of each without a wait; what their computation
         # took is what a request may take at least.
         waited = now - max(submitted, self._last)
@@ -74,56 +89,58 @@ class LatencyTracker:
 
     @property
     def limit_s(self) -> float:
-        """Infinite while little is known, or if only one replica was seen at work lately."""
+        """Seconds after which a request is late; infinite while little is known, or while only one replica answers."""
         others = len({replica for _, replica in self._seen}) > 1
         if not self._multiple or len(self._seen) < self.KNOWN or not others:
             return math.inf
         return max(self.LEAST_S, self._multiple * self._usual_s)
 
     def hedge(self, submitted: float) -> "Hedge":
-        """For a request that is waited for from now on. Earlier answers may have kept the replicas busy until theirs."""
+        """Returns the hedge of a request that is waited for from now on.
+
+        submitted: time.monotonic() of the request. Earlier answers may have kept the replicas busy until they came, so
+        the request could be served only then.
+        """
         if math.isinf(self.limit_s):
             return Hedge(math.inf, math.inf)
         return Hedge(max(submitted, self._last) + self.limit_s, self.limit_s, self._usual_s)
 
 
 class Hedge:
-    """When to send a late request once more. Serve chooses the replica, so it may take several attempts to reach another."""
+    """Decides when to send a late request once more. Serve picks the replica, so several tries may be needed to reach another."""
 
     ATTEMPTS, PAUSE_S = 8, 0.25
 
     def __init__(self, at: float, again_s: float, usual_s: float = 0.0):
-        """at: when the request is late; again_s: how long a second one may take until it counts as stuck, too.
-
-        usual_s: what answers take, to tell the user.
+        """at: time.monotonic() from which the request is late. again_s: how long a second copy may take until it counts as
+        stuck, too. usual_s: what answers take, to tell the user.
         """
         self.at, self._again_s, self.usual_s = at, again_s, usual_s
         self._attempts, self._pause_s = 0, self.PAUSE_S
 
     @property
     def begun(self) -> bool:
+        """Whether a copy was sent."""
         return self._attempts > 0
 
     def sent(self, now: float) -> None:
+        """Records that a copy was sent."""
         self._attempts += 1
         self.at = now + self._again_s if self._attempts < self.ATTEMPTS else math.inf
 
     def refused(self, now: float) -> None:
-        """It came to the replica that has the request already."""
+        """Records that a copy reached the replica that has the request already; the next try comes after a longer pause."""
         if 0 < self._attempts < self.ATTEMPTS:
             self.at, self._pause_s = now + self._pause_s, 2 * self._pause_s
 
 
-PENDING = object()
-
-
 class PendingRequest:
-    """Something asked of the pool, under way at one replica or, after a hedge, at several."""
+    """Something asked of the pool, under way at one replica or, after a hedge, as copies at several."""
 
     def __init__(self, send: Callable[[str], Any], accept: Callable[[Any], Any] = lambda answer: answer):
         """send: sends it under the id it is given, and returns Serve's response.
 
-        accept: what the caller gets for an answer. Raises MessageError for one that is to be asked for again.
+        accept: turns an answer into what the caller gets. Raises MessageError for one that is to be asked for again.
         """
         self.accept, self.id, self._send = accept, uuid.uuid4().hex, send
         self.submitted = time.monotonic()
@@ -131,17 +148,18 @@ class PendingRequest:
         self.output: Future[Any] = Future()
         self.wanted = False
         """Whether somebody stands still for it."""
-        self.lost: Exception | None = None
+        self.last_failure: Exception | None = None
         """What it was lost or damaged by, last."""
         self.damaged = 0
-        """How often it was."""
+        """How often it was damaged."""
         self.send()
 
     def send(self) -> None:
+        """Sends a copy."""
         self.responses.append(self._send(self.id))
 
     def cancel(self) -> None:
-        """Takes it out of the queues of the replicas, where it still waits in one."""
+        """Withdraws all copies that still wait in a replica's queue."""
         while self.responses:
             # Neither waits for a replica. Cancelling what has failed raises that failure.
             with suppress(Exception):
@@ -149,14 +167,29 @@ class PendingRequest:
 
 
 class ResponseWaiter:
-    """Waits for the answers of one pool."""
+    """Waits for the answers of one pool.
 
-    def __init__(self, app_name: str, config: TeacherConfig, notify: Callable[[str], None]):
-        self._app_name, self._config, self._notify = app_name, config, notify
+    | event                                   | raised as            | action                                             |
+    |-----------------------------------------|----------------------|----------------------------------------------------|
+    | an answer that `accept` takes           |                      | withdraw the other copies, return it               |
+    | request or answer damaged               | DAMAGED              | drop the copy; at the third time TeacherError      |
+    | replica, node or answer lost            | LOST                 | drop the copy; TeacherError if the pool is gone    |
+    | the replica has the request already     | AlreadyHereError     | drop the copy; hedge again after a longer pause    |
+    | the replica refuses the request         | RayTaskError         | raise what it raised                               |
+    | no copy is left                         |                      | pause, send one                                    |
+    | the request is late                     |                      | send a copy, which may reach another replica       |
+    | nothing for a while                     |                      | tell the user; TeacherError if the pool is gone    |
+    | the client is closed, or time is up     |                      | TeacherError                                       |
+    """
+
+    def __init__(
+        self, app_name: str, config: TeacherConfig, notify: Callable[[str], None], times: WaitTimes = WAIT_TIMES
+    ):
+        self._app_name, self._config, self._notify, self._times = app_name, config, notify, times
         self.stopped = False
 
     def answer(self, request: PendingRequest, hedge: Hedge | None = None) -> Any:
-        """The first accepted answer to `request`, sent again when it is lost and, when it is late, as `hedge` says.
+        """Returns the first accepted answer to `request`, sent again when it is lost and, when it is late, as `hedge` says.
 
         Raises TeacherError after config.timeout_s, if the pool is gone, for DAMAGED_TRIES damaged answers, or once
         `stopped` is set; or what the replica raised on the request itself.
@@ -167,28 +200,65 @@ class ResponseWaiter:
             if self.stopped:
                 raise TeacherError("the client of the teacher pool was closed")
             if now >= hedge.at:
-                self._send_too(request, hedge, now)
+                self._on_late(request, hedge, now)
             for response in tuple(request.responses):
-                answer = self._look(request, response, hedge, start)
-                if answer is not PENDING:
+                try:
+                    answer = request.accept(response.result(timeout_s=self._look_s(request, hedge, start)))
+                except Exception as error:
+                    self._on_error(request, response, hedge, error)
+                else:
                     request.responses.remove(response)
                     request.cancel()
                     return answer
             if not request.responses:
-                time.sleep(RETRY_PAUSE_S)
+                time.sleep(self._times.retry_pause)
                 request.send()
-            if time.monotonic() - noticed >= NOTICE_S:
+            if time.monotonic() - noticed >= self._times.notice:
                 noticed = time.monotonic()
-                self._require_lease()
-                if request.wanted:
-                    self._notify(f"still waiting for the teacher pool after {noticed - start:.0f} s")
-        found = f"; last failure: {_first_line(request.lost)}" if request.lost else ""
+                self._on_silence(request, noticed - start)
+        found = f"; last failure: {_first_line(request.last_failure)}" if request.last_failure else ""
         raise TeacherError(
             f"no answer from the teacher pool {self._app_name} after {now - start:.0f} s (teacher.timeout_s){found}; "
             f"{WHERE_TO_LOOK}"
         )
 
-    def _send_too(self, request: PendingRequest, hedge: Hedge, now: float) -> None:
+    def _look_s(self, request: PendingRequest, hedge: Hedge, start: float) -> float:
+        """Seconds to look at one response: until the next decision is due, or its turn ends."""
+        now = time.monotonic()
+        if len(request.responses) > 1:
+            return self._times.turn
+        return max(0.0, min(self._times.look, hedge.at - now, start + self._config.timeout_s - now))
+
+    def _on_error(self, request: PendingRequest, response: Any, hedge: Hedge, error: Exception) -> None:
+        """Drops a copy that failed. Raises what ends the wait."""
+        if isinstance(error, AlreadyHereError):
+            hedge.refused(time.monotonic())
+        elif isinstance(error, DAMAGED):
+            self._on_damage(request, error)
+        elif isinstance(error, LOST):
+            self._on_loss(request, error)
+        elif isinstance(error, RayTaskError):
+            raise self._refusal(error) from error
+        elif isinstance(error, TimeoutError):
+            return  # no answer yet
+        else:
+            raise error
+        request.responses.remove(response)
+
+    def _on_damage(self, request: PendingRequest, error: Exception) -> None:
+        request.last_failure, request.damaged = error, request.damaged + 1
+        found = _message(error)
+        if request.damaged == DAMAGED_TRIES:
+            raise TeacherError(f"{found}; the teacher pool was asked {DAMAGED_TRIES} times") from error
+        what = "received a damaged request" if isinstance(error, RayTaskError) else "sent a damaged answer"
+        self._notify(f"the teacher pool {what} ({found}); asking again")
+
+    def _on_loss(self, request: PendingRequest, error: Exception) -> None:
+        request.last_failure = error
+        self._notify(f"the teacher pool lost a request ({_first_line(error)}); sending it again")
+        self._require_pool()
+
+    def _on_late(self, request: PendingRequest, hedge: Hedge, now: float) -> None:
         if not hedge.begun:
             self._notify(
                 f"the teacher pool has not answered a request for {now - request.submitted:.1f} s, where "
@@ -197,49 +267,21 @@ class ResponseWaiter:
         request.send()
         hedge.sent(now)
 
-    def _look(self, request: PendingRequest, response: Any, hedge: Hedge, start: float) -> Any:
-        """The answer if it comes before the next decision is due, else PENDING. Forgets a response that failed."""
-        try:
-            return request.accept(response.result(timeout_s=self._step_s(request, hedge, start)))
-        except AlreadyHereError:
-            hedge.refused(time.monotonic())
-        except DAMAGED as error:
-            self._note_damage(request, error)
-        except LOST as error:
-            request.lost = error
-            self._notify(f"the teacher pool lost a request ({_first_line(error)}); sending it again")
-            self._require_lease()
-        except RayTaskError as error:
-            raise self._refused(error) from error
-        except TimeoutError:
-            return PENDING
-        request.responses.remove(response)
-        return PENDING
+    def _on_silence(self, request: PendingRequest, waited_s: float) -> None:
+        self._require_pool()
+        if request.wanted:
+            self._notify(f"still waiting for the teacher pool after {waited_s:.0f} s")
 
-    def _note_damage(self, request: PendingRequest, error: Exception) -> None:
-        """Raises TeacherError once that is enough."""
-        request.lost, request.damaged = error, request.damaged + 1
-        found = _message(error)
-        if request.damaged == DAMAGED_TRIES:
-            raise TeacherError(f"{found}; the teacher pool was asked {DAMAGED_TRIES} times") from error
-        what = "received a damaged request" if isinstance(error, RayTaskError) else "sent a damaged answer"
-        self._notify(f"the teacher pool {what} ({found}); asking again")
-
-    def _step_s(self, request: PendingRequest, hedge: Hedge, start: float) -> float:
-        now = time.monotonic()
-        if len(request.responses) > 1:
-            return TURN_S
-        return max(0.0, min(STEP_S, hedge.at - now, start + self._config.timeout_s - now))
-
-    def _require_lease(self) -> None:
+    def _require_pool(self) -> None:
+        """Raises TeacherError if the pool was removed."""
         if find_lease(self._app_name) is None:
             raise TeacherError(
                 f"the teacher pool {self._app_name} was removed while a worker waited for it: its driver stopped it, "
                 f"or nobody used it for {self._config.idle_timeout_s:.0f} s (teacher.idle_timeout_s); start the run again"
             )
 
-    def _refused(self, error: RayTaskError) -> TaidRayError:
-        """What the replica raised on a request that no other replica would answer either."""
+    def _refusal(self, error: RayTaskError) -> TaidRayError:
+        """Returns what the replica raised on a request that no other replica would answer either."""
         cause = error.cause
         if isinstance(cause, TaidRayError):
             return type(cause)(str(cause.args[0]))
@@ -255,6 +297,6 @@ def _first_line(error: Exception) -> str:
 
 
 def _message(error: Exception) -> str:
-    """Ours in full, and of any other, which may hold a traceback, the first line."""
+    """Returns the whole message of an error of ours, and the first line of any other, which may hold a traceback."""
     cause = error.cause if isinstance(error, RayTaskError) else error
     return str(cause) if isinstance(cause, TaidRayError) else _first_line(error)
