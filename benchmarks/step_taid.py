@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.step_case import Case, Outcome, Watched, settings
-from taid_ray.files import read_metrics
+from taid_ray.files import read_lines
 from taid_ray.run.layout import METRICS_FILE
 
 POLL_S = 0.02
@@ -37,7 +37,7 @@ def train_taid(case: Case, values: dict[str, Any]) -> Outcome:
     watcher.start()
     distill(settings(case, run, values))
     watcher.join()
-    lines = read_metrics(run / METRICS_FILE)
+    lines = read_lines(run / METRICS_FILE)
     return Outcome(
         step_s=[line["step_s"] for line in lines[: case.steps]],
         cpu_s=watcher.cpu_s[: case.steps],

@@ -11,11 +11,6 @@ from taid_ray.errors import RunError
 TAIL = 65_536  # bytes, far more than the lines that are asked for at a time
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Reads all lines of a metrics.jsonl or validation.jsonl."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def read_lines(path: Path, last: int | None = None) -> list[dict[str, Any]]:
     """The JSON objects of a file that holds one per line, or its `last` ones, if these are TAIL bytes at most.
 

@@ -17,6 +17,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from taid_ray.control.state import POLL_S
 from taid_ray.errors import ClusterError
 
 CONNECT_TIMEOUT_S = 5.0
@@ -26,7 +27,7 @@ HEADERS_VARIABLE = "RAY_JOB_HEADERS"
 SHOWN_LINES = 30
 """Lines shown first of the log of a job that was under way before."""
 RETRY_S, RECONNECT_S = 2.0, 120.0
-POLL_S, PENDING_S = 0.5, 10.0
+PENDING_S = 10.0
 SILENT_S = 60.0
 """Time without a line after which the log is asked for again: a connection that broke silently looks the same."""
 STOPPED_CODE, FAILED_CODE = 143, 1

@@ -7,6 +7,7 @@ from pathlib import Path
 import ray
 from ray.actor import ActorHandle
 
+from taid_ray.control.state import POLL_S
 from taid_ray.distributed.capacity import check_scale, demand_of
 from taid_ray.distributed.cluster import cluster_has_gpus, join_cluster
 from taid_ray.distributed.device import resolve
@@ -15,8 +16,6 @@ from taid_ray.run.live import Live, not_alive, run_config
 from taid_ray.teacher.pool.client import replica_states
 from taid_ray.teacher.pool.lease import LEASE_S, find_lease
 from taid_ray.teacher.pool.request import WHERE_TO_LOOK
-
-POLL_S = 0.5
 
 
 def scale_teacher(run_dir: Path, live: Live, replicas: int, notify: Callable[[str], None]) -> None:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 State = Literal["starting", "training", "searching", "finishing", "stopped", "failed", "dead", "finished"]
+POLL_S = 0.5
+"""Pause between two looks at a run from outside."""
 WORKING: tuple[State, ...] = ("starting", "training", "searching")
 """States of a driver that can be asked to stop."""
 

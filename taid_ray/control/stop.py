@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from taid_ray.control.state import WORKING
+from taid_ray.control.state import POLL_S, WORKING
 from taid_ray.control.status import read_status
 from taid_ray.errors import ClusterError, ConfigError
 from taid_ray.run.directory import has_open
 from taid_ray.run.layout import LOCK_FILE
 from taid_ray.run.live import Live, read_live, search_of
 
-POLL_S, NOTIFY_S = 0.5, 5.0
+NOTIFY_S = 5.0
 
 
 def stop(directory: Path, address: str | None, notify: Callable[[str], None]) -> None:

@@ -8,25 +8,16 @@ before report what they have done already. Ray Tune's own state is pickled, may 
 import os
 import shutil
 import time
-import uuid
-from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import optuna
-import yaml
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
-from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
-from ray.tune.search.optuna import OptunaSearch
 
-from taid_ray.config.paths import with_absolute_paths
-from taid_ray.config.schema import CacheConfig, DistillConfig, Range, stored_config
+from taid_ray.config.schema import DistillConfig
 from taid_ray.config.space import Space
-from taid_ray.config.text import read_tree
 from taid_ray.distributed.capacity import Demand, check_capacity, check_object_store, demand_of, room_for_trials
 from taid_ray.distributed.cluster import cluster_has_gpus, ray_cluster
 from taid_ray.distributed.device import resolve
@@ -36,17 +27,18 @@ from taid_ray.driver.preflight import notes, prepare
 from taid_ray.driver.progress import ProgressView
 from taid_ray.driver.signals import StopRequest, run_in_thread, stop_signals
 from taid_ray.driver.supervise import teacher_pool
-from taid_ray.errors import ClusterError, ConfigError, TaidRayError
-from taid_ray.files import replace_text
+from taid_ray.errors import ClusterError
 from taid_ray.models.hub import restoring_hub_mode
 from taid_ray.report.search_page import write_report
 from taid_ray.report.search_results import Search, Trial, read_search
-from taid_ray.run.directory import changed_keys, jobs_of, locked, read_manifest
-from taid_ray.run.layout import RAY_TRAIN_PREFIX, RUN_FILE, SEARCH_FILE, TRIALS
+from taid_ray.run.directory import jobs_of, read_manifest
+from taid_ray.run.layout import RAY_TRAIN_PREFIX, RUN_FILE, TRIALS
 from taid_ray.run.log import run_logging
 from taid_ray.search.book import TrialBook
 from taid_ray.search.callbacks import TrialsShown, Watcher
+from taid_ray.search.directory import base_config, search_directory
 from taid_ray.search.trial import STOP_FILE, SearchJob, pool_spec, run_trial
+from taid_ray.search.tuning import sampled, scheduler, searcher
 from taid_ray.student.spec import RunSpec
 from taid_ray.tracking.follow import check_installed, tell_stopped
 
@@ -225,39 +217,6 @@ def run_tune(
             shutil.rmtree(left, ignore_errors=True)
 
 
-def sampled(space: Space) -> dict[str, Any]:
-    """The space in Ray Tune's words."""
-    if space.search == "grid":
-        return {key: tune.grid_search(list(distribution.arguments)) for key, distribution in space.space.items()}
-    found = {}
-    for key, distribution in space.space.items():
-        arguments = [list(distribution.arguments)] if distribution.kind == "choice" else distribution.arguments
-        found[key] = getattr(tune, distribution.kind)(*arguments)
-    return found
-
-
-def searcher(space: Space, book: TrialBook, concurrent: int) -> Searcher | SearchAlgorithm:
-    """How the next trial is chosen. Trials of an earlier driver come first, with the same values."""
-    if space.search != "optuna":
-        return BasicVariantGenerator(random_state=space.seed, max_concurrent=concurrent)  # draws the same again
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    # Its random numbers start anew; with the same seed it would propose the known trials once more.
-    seed = space.seed + len(book.entries)
-    return OptunaSearch(
-        space=sampled(space), metric=space.metric, mode="min", seed=seed, points_to_evaluate=book.params() or None
-    )
-
-
-def scheduler(space: Space, total_steps: int) -> TrialScheduler:
-    """Which trials are stopped early, by their validations."""
-    grace = max(1, round(space.grace_fraction * total_steps))
-    if space.scheduler == "asha":
-        return ASHAScheduler(time_attr="step", max_t=total_steps, grace_period=grace, reduction_factor=space.reduction)
-    if space.scheduler == "median":
-        return MedianStoppingRule(time_attr="step", grace_period=grace)
-    return FIFOScheduler()
-
-
 def former_jobs(directory: Path) -> set[str]:
     """The Ray jobs, as `driver.orphans.own_job` names them, of the drivers that this search's trials have had."""
     manifests = [read_manifest(path) for path in directory.glob(f"{TRIALS}/*/{RUN_FILE}")]
@@ -271,62 +230,3 @@ def wait_for_pool(up: Future[None], signals: StopRequest) -> None:
             raise signals.end()
         time.sleep(0.1)
     up.result()
-
-
-def base_config(config: DistillConfig, out: str | Path | None, share_outputs: bool) -> DistillConfig:
-    """What all trials have in common, with the search's directory as `out`."""
-    directory = Path(out or f"runs/{config.name}-search").expanduser().absolute()
-    cache = config.cache
-    if not share_outputs and config.teacher.mode != "cache":
-        cache = CacheConfig()
-    elif not cache.on:
-        cache = cache.model_copy(update={"directory": str(directory / "cache")})
-    workers = Range(min=config.student.workers.min, max=config.student.workers.min)  # the others' room is no room
-    student = config.student.model_copy(update={"workers": workers})
-    return with_absolute_paths(config.model_copy(update={"out": str(directory), "cache": cache, "student": student}))
-
-
-@contextmanager
-def search_directory(config: DistillConfig, space: Space) -> Iterator[tuple[TrialBook, str]]:
-    """Makes the search's directory, or takes it up again, and keeps other drivers out. Yields its book and its name.
-
-    Removes a new one again if the search ends before its first trial. Raises ConfigError if the directory holds anything
-    but the same search, or is in use.
-    """
-    directory = config.run_dir
-    path = directory / SEARCH_FILE
-    if directory.exists() and not path.exists() and any(directory.iterdir()):
-        raise ConfigError(f"out: {directory} holds other files than a search's; choose another directory with --out")
-    directory.mkdir(parents=True, exist_ok=True)
-    with locked(directory):
-        before = read_tree(path) if path.exists() else {}
-        book = TrialBook(directory)
-        if before:
-            _check_same(before, config, space, book)
-        name = before.get("id") or f"{config.name}-{uuid.uuid4().hex[:8]}"
-        content = {"id": name, "config": config.model_dump(mode="json"), "space": space.model_dump(mode="json")}
-        replace_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-        try:
-            yield book, name
-        except (TaidRayError, KeyboardInterrupt, SystemExit):
-            if not before and not book.entries:
-                shutil.rmtree(directory, ignore_errors=True)
-            raise
-
-
-def _check_same(before: dict[str, Any], config: DistillConfig, space: Space, book: TrialBook) -> None:
-    """Raises ConfigError if the directory's search was begun with something else."""
-    changed = changed_keys(stored_config(before["config"]), config)
-    now, old = space.model_dump(mode="json"), before["space"]
-    changed += [
-        f"{key} (was {old.get(key)}, now {now[key]})" for key in now if key != "trials" and now[key] != old.get(key)
-    ]
-    if changed:
-        raise ConfigError(
-            f"out: {config.run_dir} holds a search that was begun with other values of {'; '.join(changed)}. Give them their "
-            "old values to go on with it, or choose another directory with --out"
-        )
-    if space.num_trials < len(book.entries):
-        raise ConfigError(
-            f"trials: {space.num_trials} is fewer than the {len(book.entries)} that {config.run_dir} has already; ask for more"
-        )

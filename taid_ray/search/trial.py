@@ -18,7 +18,7 @@ from taid_ray.config.space import trial_config
 from taid_ray.driver.launch import RunContext, run_distillation
 from taid_ray.driver.signals import StopRequest
 from taid_ray.errors import TaidRayError
-from taid_ray.files import read_metrics
+from taid_ray.files import read_lines
 from taid_ray.run.directory import inspect_run_dir
 from taid_ray.run.layout import TRIALS, VALIDATION_FILE
 from taid_ray.student.spec import RunSpec
@@ -109,7 +109,7 @@ def report(figures: dict[str, Any]) -> None:
 
 
 def report_all(run_dir: Path) -> None:
-    for figures in read_metrics(run_dir / VALIDATION_FILE):
+    for figures in read_lines(run_dir / VALIDATION_FILE):
         report(figures)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from taid_ray.errors import RunError
-from taid_ray.files import read_metrics
+from taid_ray.files import read_lines
 from taid_ray.run.metrics import MetricLog, StepMetrics
 
 
@@ -23,12 +23,12 @@ def test_metrics_lines_are_complete_at_once_and_read_back(tmp_path: Path) -> Non
     log = MetricLog(path, 0)
     for step in (1, 2):
         log.write(metrics(step))
-        assert [line["step"] for line in read_metrics(path)] == list(range(1, step + 1))  # before the next step
+        assert [line["step"] for line in read_lines(path)] == list(range(1, step + 1))  # before the next step
     log.close()
     again = MetricLog(path, 2)
     again.write(metrics(3))
     again.close()
-    lines = read_metrics(path)
+    lines = read_lines(path)
     assert [line["t"] for line in lines] == [metrics(step).t for step in (1, 2, 3)]
     documented = "step epoch t momentum loss kl entropy_pt floor_active lr grad_norm tokens tokens_per_s step_s"
     times = "data_s teacher_wait_s forward_s loss_s backward_s optimizer_s schedule_wait_s teacher_compute_s"

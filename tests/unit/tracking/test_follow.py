@@ -14,7 +14,7 @@ from rich.console import Console
 from taid_ray.config.schema import DistillConfig, build_config
 from taid_ray.driver.progress import ProgressView
 from taid_ray.errors import ConfigError
-from taid_ray.files import read_metrics, write_lines
+from taid_ray.files import read_lines, write_lines
 from taid_ray.run.directory import RunManifest, write_config
 from taid_ray.run.metrics import MetricLog, StepMetrics
 from taid_ray.tracking import follow as tracking
@@ -114,7 +114,7 @@ def test_every_step_arrives_once_and_in_order_while_the_files_grow(tmp_path: Pat
     assert [each.step for each in memory.points] == sorted(each.step for each in memory.points)
     assert memory.closed == ["finished"]
     figures = next(figures for step, figures in memory.points if step == 5 and "train/loss" in figures)
-    assert figures == point(read_metrics(tmp_path / "metrics.jsonl")[4], "train").figures
+    assert figures == point(read_lines(tmp_path / "metrics.jsonl")[4], "train").figures
     assert {"train/t", "train/tokens_per_s", "time/step_s", "time/teacher_wait_s"} < set(figures)
 
 
@@ -388,8 +388,8 @@ def test_tensorboard_shows_what_the_files_hold_after_any_restart(
             write_validations(tmp_path, 0, 8)
         with tracking_session(config, "run-1", True, view):
             write_steps(tmp_path, 7, 12, salt=0.25).close()
-    lines = [point(line, "train") for line in read_metrics(tmp_path / "metrics.jsonl")]
-    lines += [point(line, "validation") for line in read_metrics(tmp_path / "validation.jsonl")]
+    lines = [point(line, "train") for line in read_lines(tmp_path / "metrics.jsonl")]
+    lines += [point(line, "validation") for line in read_lines(tmp_path / "validation.jsonl")]
     expected: dict[str, dict[int, float]] = {}
     for step, figures in lines:
         for name, value in figures.items():
