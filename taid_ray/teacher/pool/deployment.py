@@ -10,13 +10,12 @@ from ray import serve
 from ray.serve.schema import LoggingConfig
 
 from taid_ray.config.schema import TeacherConfig
+from taid_ray.distributed.capacity import TEACHER_RESOURCE
 from taid_ray.teacher.pool.autoscaling import serve_scaling
 from taid_ray.teacher.pool.lease import NAMESPACE, lease_name
 from taid_ray.teacher.pool.replica import TeacherReplica
 
 DEPLOYMENT = "teacher"
-ROLE_RESOURCE = "taid_teacher"
-"""The resource by which a node offers itself to teachers."""
 DRAIN_S = 60.0
 """Seconds for a replica that is to go to finish what it has; what is lost then is asked of another one again."""
 LEAST_QUEUE = 1000
@@ -47,7 +46,7 @@ class PoolSpec:
     device_kind: str
     """cpu or cuda."""
     use_role_resources: bool
-    """Whether shards ask for the resource ROLE_RESOURCE, which some node offers."""
+    """Whether shards ask for TEACHER_RESOURCE, which some node offers."""
     max_workers: int = field(default=1, compare=False)
     """The most student workers that ask the pool at the same time."""
 
@@ -66,7 +65,7 @@ def teacher_app(spec: PoolSpec, app_name: str) -> serve.Application:
     """Returns the Serve application of a pool: replicas that are groups of config.shards processes."""
     config = spec.config
     gpus = 1 if spec.device_kind == "cuda" else 0
-    role = {ROLE_RESOURCE: 1} if spec.use_role_resources else {}
+    role = {TEACHER_RESOURCE: 1} if spec.use_role_resources else {}
     bundle = {"CPU": config.cpus_per_shard} | ({"GPU": gpus} if gpus else {}) | role
     actor = {"num_cpus": config.cpus_per_shard, "num_gpus": gpus, "resources": role}
     environment = replica_environment(ray.get_runtime_context().runtime_env)
