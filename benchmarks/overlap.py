@@ -23,7 +23,7 @@ from benchmarks.common import median, write
 from taid_ray.config.schema import DistillConfig, build_config
 from taid_ray.data.batch import NO_LABEL, Batch, Row, collate
 from taid_ray.data.dataset import Cursor
-from taid_ray.models.loading import Head
+from taid_ray.models.head import Head
 from taid_ray.run.metrics import StepMetrics
 from taid_ray.scheduler.aggregate import GO_ON
 from taid_ray.scheduler.client import SchedulerClient

@@ -23,7 +23,8 @@ from taid_ray.config.schema import DataConfig, Payload, TeacherConfig
 from taid_ray.data.batch import Batch, collate
 from taid_ray.data.dataset import validation_rows
 from taid_ray.losses.projection import LogitTransform
-from taid_ray.models.loading import Head, load_tokenizer
+from taid_ray.models.head import Head
+from taid_ray.models.loading import load_tokenizer
 from taid_ray.teacher.local import LocalTeacher
 from taid_ray.teacher.payload import TeacherOutput, bytes_per_token, encode, needs_head
 from taid_ray.teacher.wire import Packed, pack, unpack

@@ -14,7 +14,7 @@ from taid_ray.distributed.device import loss_memory_mib
 from taid_ray.losses.chunked import chunk_tokens_for, chunked_loss
 from taid_ray.losses.objective import Objective
 from taid_ray.losses.projection import Projection
-from taid_ray.models.loading import hidden_states
+from taid_ray.models.head import hidden_states
 
 
 def train_plain(case: Case, chunked: bool) -> Outcome:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from taid_ray.config.schema import LoraConfig
 from taid_ray.errors import ModelError
-from taid_ray.models.loading import hidden_states
+from taid_ray.models.head import hidden_states
 from taid_ray.models.student_init import add_lora, from_architecture
 from taid_ray.plan.sizes import Activations, ModelShape
 

@@ -23,7 +23,7 @@ from taid_ray.errors import NonFiniteLossError
 from taid_ray.losses.chunked import LossParts, Scores, Target, chunk_tokens_for, chunked_loss, chunked_scores
 from taid_ray.losses.objective import Objective
 from taid_ray.losses.projection import LogitTransform, Projection
-from taid_ray.models.loading import Head, head_of, hidden_states
+from taid_ray.models.head import Head, head_of, hidden_states
 from taid_ray.models.student_init import add_lora, merged_model
 from taid_ray.student.clock import PhaseClock
 from taid_ray.student.state import load_optimizer, load_weights, training_state

@@ -20,8 +20,9 @@ from taid_ray.distributed.device import loss_memory_mib, resolve, torch_device
 from taid_ray.errors import ConfigError, DataError
 from taid_ray.losses.chunked import chunk_tokens_for, chunked_scores
 from taid_ray.losses.projection import Projection
+from taid_ray.models.head import Head, hidden_states, tested_head
 from taid_ray.models.hub import restoring_hub_mode
-from taid_ray.models.loading import Head, hidden_states, load_causal_lm, tested_head
+from taid_ray.models.loading import load_causal_lm
 from taid_ray.models.pair import check_models, context_length, model_configs, run_tokenizer, shared_vocabulary
 from taid_ray.run.metrics import perplexity
 from taid_ray.teacher.model import TeacherModel

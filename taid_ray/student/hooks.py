@@ -8,7 +8,7 @@ from taid_ray.config.schema import DistillConfig
 from taid_ray.data.dataset import Cursor
 from taid_ray.distributed.world import World
 from taid_ray.files import write_lines
-from taid_ray.models.loading import Head
+from taid_ray.models.head import Head
 from taid_ray.run.bottleneck import Usage, verdict
 from taid_ray.run.layout import VALIDATION_FILE
 from taid_ray.run.metrics import MetricLog, StepMetrics

@@ -8,7 +8,7 @@ import torch
 from taid_ray.config.schema import TrainConfig
 from taid_ray.data.dataset import Cursor
 from taid_ray.errors import AttemptError
-from taid_ray.models.loading import Head
+from taid_ray.models.head import Head
 from taid_ray.run.metrics import StepMetrics
 from taid_ray.scheduler.aggregate import STOP, LossSums, StepResult
 from taid_ray.student.clock import PhaseClock

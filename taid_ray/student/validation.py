@@ -8,7 +8,7 @@ from typing import Any
 from taid_ray.data.batch import Batch, Row, collate
 from taid_ray.data.batching import num_micro_batches, split_evenly
 from taid_ray.distributed.world import World
-from taid_ray.models.loading import Head
+from taid_ray.models.head import Head
 from taid_ray.student.engine import Student
 from taid_ray.teacher.payload import TeacherOutput
 from taid_ray.teacher.protocol import TeacherClient

@@ -21,8 +21,8 @@ from taid_ray.distributed.device import torch_device
 from taid_ray.distributed.world import World
 from taid_ray.errors import ClusterError, NonFiniteLossError
 from taid_ray.files import write_json
+from taid_ray.models.head import tested_head
 from taid_ray.models.hub import offline_if_unreachable
-from taid_ray.models.loading import tested_head
 from taid_ray.models.pair import run_tokenizer
 from taid_ray.models.student_init import build_student
 from taid_ray.run.directory import RunManifest

@@ -6,7 +6,7 @@ import torch
 
 from taid_ray.config.schema import TeacherConfig
 from taid_ray.data.batch import Batch
-from taid_ray.models.loading import Head
+from taid_ray.models.head import Head
 from taid_ray.teacher.model import TeacherModel
 from taid_ray.teacher.payload import TeacherOutput
 from taid_ray.teacher.protocol import TeacherInfo

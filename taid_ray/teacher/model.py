@@ -10,7 +10,8 @@ from torch import Tensor
 
 from taid_ray.config.schema import TeacherConfig
 from taid_ray.errors import ModelError, TeacherError
-from taid_ray.models.loading import Head, check_packing, head_of, hidden_states, load_causal_lm, probe_inputs, self_test
+from taid_ray.models.head import Head, check_packing, head_of, hidden_states, probe_inputs, self_test
+from taid_ray.models.loading import load_causal_lm
 from taid_ray.teacher.payload import bytes_per_token, check_topk, encode, measured_error, needs_head
 from taid_ray.teacher.protocol import TeacherInfo
 from taid_ray.teacher.wire import pack

@@ -25,7 +25,7 @@ from taid_ray.errors import ConfigError, TeacherError
 from taid_ray.losses.chunked import Target
 from taid_ray.losses.projection import Projection
 from taid_ray.losses.topk import TopK
-from taid_ray.models.loading import Head
+from taid_ray.models.head import Head
 from taid_ray.models.vocabulary import Vocabulary
 
 EXACT: tuple[Payload, ...] = ("hidden", "logits")

@@ -11,7 +11,7 @@ from taid_ray.config.schema import Payload
 from taid_ray.data.batch import Batch
 from taid_ray.errors import ModelError
 from taid_ray.losses.projection import LogitTransform
-from taid_ray.models.loading import Head
+from taid_ray.models.head import Head
 from taid_ray.teacher.payload import PayloadFormat, TeacherOutput, check_output
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from taid_ray.data.batch import Batch
 from taid_ray.errors import TeacherError
-from taid_ray.models.loading import Head
+from taid_ray.models.head import Head
 from taid_ray.teacher.cache.claims import RENEW_S, ClaimRegistry
 from taid_ray.teacher.cache.samples import KeyedSample, batch_of_samples, join, samples_of, split
 from taid_ray.teacher.cache.store import CacheStore

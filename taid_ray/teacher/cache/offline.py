@@ -21,7 +21,8 @@ from taid_ray.data.batch import Batch
 from taid_ray.errors import ConfigError, TeacherError
 from taid_ray.files import write_json
 from taid_ray.losses.projection import LogitTransform
-from taid_ray.models.loading import Head, load_model_config
+from taid_ray.models.head import Head
+from taid_ray.models.loading import load_model_config
 from taid_ray.teacher.cache.samples import samples_of
 from taid_ray.teacher.model import head_digest
 from taid_ray.teacher.payload import TeacherOutput, needs_head

@@ -15,7 +15,7 @@ from taid_ray.config.schema import TeacherConfig
 from taid_ray.data.batch import Batch
 from taid_ray.distributed.world import World
 from taid_ray.errors import MessageError, TeacherError
-from taid_ray.models.loading import Head
+from taid_ray.models.head import Head
 from taid_ray.teacher.payload import TeacherOutput
 from taid_ray.teacher.pool.deployment import DEPLOYMENT
 from taid_ray.teacher.pool.lease import keep_lease, require_lease

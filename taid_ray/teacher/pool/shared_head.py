@@ -22,7 +22,7 @@ from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError
 
 from taid_ray.distributed.world import World
 from taid_ray.errors import AttemptError, MessageError, TeacherError
-from taid_ray.models.loading import Head
+from taid_ray.models.head import Head
 from taid_ray.teacher.model import head_digest
 from taid_ray.teacher.pool.replica import HeadPiece
 from taid_ray.teacher.protocol import TeacherInfo

@@ -14,7 +14,7 @@ from taid_ray.distributed.capacity import check_object_store
 from taid_ray.distributed.world import World
 from taid_ray.errors import ClusterError
 from taid_ray.losses.projection import LogitTransform
-from taid_ray.models.loading import Head
+from taid_ray.models.head import Head
 from taid_ray.models.student_init import from_architecture
 from taid_ray.plan.memory import TeacherProcess, Worker, largest, teacher_memory, worker_memory
 from taid_ray.plan.sizes import LossShape, ZeroOptions

@@ -13,7 +13,7 @@ from taid_ray.data.batch import NO_LABEL, Row, collate
 from taid_ray.driver.preflight import prepare
 from taid_ray.errors import AttemptError, ModelError, NonFiniteLossError
 from taid_ray.losses.projection import LogitTransform
-from taid_ray.models.loading import Head
+from taid_ray.models.head import Head
 from taid_ray.models.pair import run_tokenizer
 from taid_ray.run.metrics import StepMetrics
 from taid_ray.scheduler.aggregate import GO_ON, LossAggregator, LossSums, StepResult

@@ -11,17 +11,9 @@ from taid_ray.data.batch import NO_LABEL, Batch, Row, collate
 from taid_ray.distributed import device
 from taid_ray.errors import ClusterError, ConfigError, ModelError, TeacherError
 from taid_ray.losses.projection import LogitTransform
-from taid_ray.models import loading as models
-from taid_ray.models.loading import (
-    Head,
-    check_packing,
-    explained_attention,
-    head_of,
-    hidden_states,
-    load_causal_lm,
-    load_tokenizer,
-    self_test,
-)
+from taid_ray.models import head as heads
+from taid_ray.models.head import Head, check_packing, head_of, hidden_states, self_test
+from taid_ray.models.loading import explained_attention, load_causal_lm, load_tokenizer
 from taid_ray.teacher.local import LocalTeacher
 from taid_ray.teacher.model import PADDING_LIMIT, TeacherModel, bit_sums, head_digest, micro_batches
 from taid_ray.teacher.payload import TeacherOutput, measured_error
@@ -467,7 +459,7 @@ def test_flash_attention_keeps_packed_rows_apart(flash_like: Any) -> None:
 def test_a_model_on_its_way_to_a_gpu_is_tested_with_an_attention_that_runs(flash_like: Any) -> None:
     with pytest.raises(ModelError, match="bfloat16 or float16 only"):
         self_test(flash_like.float(), head_of(flash_like))
-    assert models.tested_head(flash_like, "student.model", packed=True).weight.shape == (VOCAB, 32)
+    assert heads.tested_head(flash_like, "student.model", packed=True).weight.shape == (VOCAB, 32)
     assert flash_like.config._attn_implementation == "flash_like"
 
 

@@ -9,7 +9,7 @@ from taid_ray.losses import TopK
 from taid_ray.losses.chunked import chunked_loss, chunked_scores
 from taid_ray.losses.objective import Objective
 from taid_ray.losses.projection import LogitTransform, Projection
-from taid_ray.models.loading import Head
+from taid_ray.models.head import Head
 from taid_ray.teacher import payload
 from taid_ray.teacher.payload import (
     PayloadFormat,
