@@ -3,10 +3,11 @@
 import importlib.util
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from taid_ray.config.schema import known_keys
+from taid_ray.config.schema import DataConfig, LossName, known_keys
 from tests.support.paths import ROOT
 
 DOCUMENTS = [*sorted((ROOT / "docs").glob("*.md")), *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING"))]
@@ -63,3 +64,17 @@ def test_the_reference_has_every_key_with_its_help(reference: dict[str, str]) ->
 )
 def test_facts_of_a_key(reference: dict[str, str], key: str, facts: str) -> None:
     assert facts in reference[key]
+
+
+def test_every_loss_and_every_data_format_is_described() -> None:
+    text = (ROOT / "docs" / "models-and-data.md").read_text(encoding="utf-8")
+    choices = [*get_args(LossName), *get_args(DataConfig.model_fields["format"].annotation)]
+    assert len(choices) > 8 and not [choice for choice in choices if f"`{choice}`" not in text]
+
+
+def test_the_drawing_in_light_and_in_dark_differs_in_its_colours_only() -> None:
+    light, dark = (
+        (ROOT / "docs" / "images" / f"parts-{scheme}.svg").read_text(encoding="utf-8") for scheme in ("light", "dark")
+    )
+    assert light != dark
+    assert re.sub("#[0-9a-f]{6}", "", light) == re.sub("#[0-9a-f]{6}", "", dark)
