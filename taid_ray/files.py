@@ -45,7 +45,7 @@ def read_json(path: Path) -> Any:
 
 def damaged(path: Path, found: str) -> RunError:
     """The error for a file whose content is not what was written there."""
-    return RunError(f"{path} is damaged: {found}; bring it back, or begin in another directory")
+    return RunError(f"{path} is damaged: {found}; restore it, or start again in another directory")
 
 
 def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:

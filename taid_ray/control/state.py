@@ -57,4 +57,4 @@ def state_of(seen: Seen) -> tuple[State, str | None]:
         return ("stopped" if seen.ended["how"] == "stopped" else "failed"), seen.ended["error"]
     if seen.search:
         return ("finished" if seen.complete else "stopped"), None
-    return "dead", "its driver left no word of its end"
+    return "dead", "its driver ended without saying why"

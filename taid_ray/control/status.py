@@ -112,7 +112,7 @@ def read_status(path: Path) -> Status:
         what = "it holds no run and no search" if path.is_dir() else "there is no such directory"
         raise ConfigError(
             f"{path}: {what}; name what `taid-ray train`, `tune` or `submit` was given as --out (a run that ends before its "
-            "first step takes its directory away)"
+            "first step removes its directory)"
         )
     return _run_status(path, stored_config(read_tree(path / CONFIG_FILE)), run)
 

@@ -71,7 +71,7 @@ def _ask_process(directory: Path, live: Live, notify: Callable[[str], None]) -> 
     """
     unreachable = ConfigError(
         f"{directory}: its driver is process {live.pid} on {live.host}, and no Ray job, so it cannot be reached from here; "
-        f"say `taid-ray stop` or `kill {live.pid}` there"
+        f"use `taid-ray stop` or `kill {live.pid}` there"
     )
     if live.host != socket.gethostname():
         raise unreachable
@@ -115,6 +115,6 @@ def _tell_death(directory: Path) -> None:
     else:
         left = f"no whole checkpoint is seen in {status.checkpoints}"
     raise ClusterError(
-        f"{directory}: its driver died without saving, perhaps because it was killed when its time to stop was over; {left}. "
+        f"{directory}: its driver died without saving, perhaps because it was killed before it was done; {left}. "
         "The same command goes on from there"
     )

@@ -80,7 +80,7 @@ def check_travels(config: DistillConfig, working_dir: Path | None) -> None:
     for key, value in written.items():
         if value is not None and "://" not in value and not Path(value).is_absolute():
             raise ConfigError(
-                f"{key}: {value} is relative, and what a job writes there would go with its working directory; name an "
+                f"{key}: {value} is relative, and what a job writes there would be lost with its working directory; name an "
                 f"absolute path, on a disk that all nodes of the cluster share{' (--out)' if key == 'out' else ''}"
             )
     if config.out is None:
@@ -95,7 +95,7 @@ def check_travels(config: DistillConfig, working_dir: Path | None) -> None:
     for key, value in read.items():
         if value and "{" not in value and _is_only_here(value, working_dir):
             raise ConfigError(
-                f"{key}: {value} is a path on this machine, and does not come along; send the directory that it is in with "
+                f"{key}: {value} is a path on this machine, not of the cluster; send the directory that it is in with "
                 "--working-dir, or give an absolute path of the cluster, or a hub name"
             )
 

@@ -80,7 +80,7 @@ def read_history(path: Path) -> History:
     columns = _read_columns(metrics) if metrics.exists() else {}
     if run is None or not columns:
         raise ConfigError(
-            f"the run in {path} has made no step yet, so there is nothing to report; come back after the first"
+            f"the run in {path} has made no step yet, so there is nothing to report; try again after the first step"
         )
     written = datetime.fromtimestamp(metrics.stat().st_mtime, UTC)
     validations = read_lines(path / VALIDATION_FILE)

@@ -194,7 +194,7 @@ def locked(run_dir: Path) -> Iterator[None]:
         file.close()
         if time.monotonic() > deadline:
             raise ConfigError(
-                f"out: what is in {run_dir} is under way in another process; wait for it, or end it (Ctrl-C there)"
+                f"out: another process is at work in {run_dir}; wait for it, or end it with `taid-ray stop {run_dir}`"
             )
         time.sleep(LOCK_S / 10)
     with file:

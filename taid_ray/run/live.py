@@ -69,7 +69,7 @@ def death(run_dir: Path, live: Live) -> str | None:
         if is_locked(run_dir):
             return None
         if live.host == socket.gethostname():
-            return f"its driver, process {live.pid}, ended without a goodbye"
+            return f"its driver, process {live.pid}, died"
         if silence > SILENT_S:
             return f"its driver, process {live.pid} on {live.host}, has given no sign of life for {silence:.0f} s"
     return None

@@ -100,7 +100,7 @@ def _lines_until(path: Path, last_step: int) -> list[str]:
         if found != step:
             raise RunError(
                 f"{path} has no line for step {step}, and the newest checkpoint is of step {last_step}: the file was changed; "
-                "bring it back, or begin in another directory with --out"
+                "restore it, or start again in another directory with --out"
             )
     return lines[:last_step]
 

@@ -52,8 +52,8 @@ def test_states_of_a_run(tmp_path: Path) -> None:
     assert state("d", steps=4, ended=ended("stopped")) == ("stopped", None)
     assert state("e", steps=4, ended=ended("failed", "no room")) == ("failed", "no room")
     assert state("f", steps=40, summary={"steps": 40}) == ("finished", None)
-    assert state("g", steps=4) == ("dead", "its driver left no word of its end")
-    assert state("h", steps=4, live=HERE) == ("dead", f"its driver, process {HERE.pid}, ended without a goodbye")
+    assert state("g", steps=4) == ("dead", "its driver ended without saying why")
+    assert state("h", steps=4, live=HERE) == ("dead", f"its driver, process {HERE.pid}, died")
 
 
 SEEN = Seen(live=True, death=None, begun=True, ended=None, complete=False)

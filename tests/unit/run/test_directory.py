@@ -144,7 +144,7 @@ with run_directory(with_absolute_paths(build_config({TREE!r}, [], {{"out": {str(
     command = [sys.executable, "-c", script]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as other:
         assert other.stdout is not None and other.stdout.readline() == b"in\n"
-        with pytest.raises(ConfigError, match="under way in another process"), run_directory(found):
+        with pytest.raises(ConfigError, match="another process is at work"), run_directory(found):
             pass
         other.kill()
     with run_directory(found) as run:

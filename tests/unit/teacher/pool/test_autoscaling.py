@@ -211,7 +211,7 @@ def test_scale_a_run_that_has_ended(
     arguments = (str(run_dir(tmp_path)), "--teacher", "2")
     assert f"is not alive: it left no {LIVE_FILE}" in refusal(monkeypatch, capsys, *arguments)
     run_dir(tmp_path, {"pid": 2**22 + 1})  # above the largest process id
-    assert "ended without a goodbye" in refusal(monkeypatch, capsys, *arguments)
+    assert "its driver, process 4194305, died" in refusal(monkeypatch, capsys, *arguments)
     run_dir(tmp_path, {"host": "another-host"})
     monkeypatch.setattr("ray.is_initialized", lambda: False)  # whatever other tests have left connected
     assert "127.0.0.1:9, where it was, does not answer" in refusal(monkeypatch, capsys, *arguments)
