@@ -3,14 +3,19 @@
 import importlib.util
 import re
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
+from typer.main import get_command
 
-from taid_ray.config.schema import DataConfig, LossName, known_keys
+from taid_ray.cli.app import app
+from taid_ray.config.schema import DataConfig, DistillConfig, LossName, known_keys
+from taid_ray.config.space import ALPHA_STEPS
 from tests.support.paths import ROOT
 
 DOCUMENTS = [*sorted((ROOT / "docs").glob("*.md")), *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING"))]
+OTHERS_OPTIONS = {"--account", "--dependency", "--exclusive", "--requeue", "--set", "--temp-dir"}
+"""Of Slurm, helm and Ray."""
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -28,6 +33,31 @@ def test_everything_that_is_named_exists(document: Path) -> None:
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     missing += [target for target in re.findall(r"(?:`| {4})make ([a-z][\w-]+)", text) if target not in targets]
     assert not missing
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_option_and_every_key_that_is_named_exists(document: Path) -> None:
+    text = re.sub(r"\\\n\s*", "", document.read_text(encoding="utf-8"))
+    commands = {name: options_of(command) for name, command in get_command(app).commands.items()}
+    commands["cache"] |= {
+        o for command in get_command(app).commands["cache"].commands.values() for o in options_of(command)
+    }
+    missing = [
+        f"{command} {option}"
+        for command, rest in re.findall(r"taid-ray ([a-z]+)\b([^`\n#]*)", text)
+        for option in re.findall(r"(?<!\S)\[?(--[\w-]+)", rest)
+        if option not in commands.get(command, ())
+    ]
+    known_options = set().union(*commands.values()) | OTHERS_OPTIONS
+    missing += [option for option in re.findall(r"`(--[\w-]+)", text) if option not in known_options]
+    keys = {part for key in (*known_keys(), ALPHA_STEPS) for part in (key, key.rpartition(".")[0])}
+    sections = "|".join(name for name in DistillConfig.model_fields if any(key.startswith(f"{name}.") for key in keys))
+    named = re.findall(rf"`((?:{sections})\.[a-z_.]+)(?:[:=` ][^`]*)?`", text)
+    assert not missing + [key for key in named if key not in keys and not key.endswith((".py", ".jsonl"))]
+
+
+def options_of(command: Any) -> set[str]:
+    return {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
 
 
 @pytest.fixture(scope="module")
