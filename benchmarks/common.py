@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +20,10 @@ from typing import Any, Self, TypeVar
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from taid_ray.data.dataset import Cursor
+from taid_ray.run.metrics import StepMetrics
+from taid_ray.scheduler.aggregate import GO_ON, StepResult
 
 T = TypeVar("T")
 
@@ -126,3 +131,21 @@ def _status_bytes(key: str) -> int:
     found = re.search(rf"^{key}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert found is not None
     return int(found.group(1)) * 1024
+
+
+class StepLines:
+    """Hooks of the training loop that keep each step's metrics, and the time at which it was done."""
+
+    def __init__(self) -> None:
+        self.metrics: list[StepMetrics] = []
+        self.done_at: list[float] = []
+        """Seconds of the monotonic clock."""
+
+    def request(self, step: int) -> int:
+        """Wants nothing."""
+        return GO_ON
+
+    def after_step(self, metrics: StepMetrics, result: StepResult, cursor: Cursor) -> None:
+        """Keeps the line."""
+        self.metrics.append(metrics)
+        self.done_at.append(time.monotonic())

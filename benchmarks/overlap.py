@@ -19,16 +19,12 @@ import ray
 import torch
 from rich.table import Table
 
-from benchmarks.common import median, write
+from benchmarks.common import StepLines, median, write
 from taid_ray.config.schema import DistillConfig, build_config
 from taid_ray.data.batch import NO_LABEL, Batch, Row, collate
 from taid_ray.data.dataset import Cursor
-from taid_ray.models.head import Head
-from taid_ray.run.metrics import StepMetrics
-from taid_ray.scheduler.aggregate import GO_ON
 from taid_ray.scheduler.client import SchedulerClient
 from taid_ray.scheduler.owner import SchedulerOwner
-from taid_ray.student.clock import PhaseClock
 from taid_ray.student.deepspeed_internals import use_deepspeed_on
 from taid_ray.student.prefetch import Prefetcher, StepBatches
 from taid_ray.teacher.payload import TeacherOutput
@@ -76,12 +72,12 @@ class StudentProcess:
         os.environ.update(LOCAL_RANK="0", RANK="0", WORLD_SIZE="1")
         torch.distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
         self.config, device = config, torch.device("cpu")
-        self.clock = PhaseClock(device)
-        self.student = Student(config, build_student(config, None), VOCABULARY, World(), device, self.clock)
+        self.student = Student(config, build_student(config, None), VOCABULARY, World(), device)
         self.scheduler = SchedulerClient(scheduler, 0, 600)
-        self.last = self.scheduler.join(self.scheduler.begin(1), 1, None)
+        self.scheduler.begin(1, 1)
+        self.last = self.scheduler.join(1, 1, None)
         self.pool = PoolTeacher(POOL, config.teacher, print)
-        self.head: Head = self.pool.head()
+        self.student.teacher_head = self.pool.head()
         self.steps = [_step(number) for number in range(BATCHES)]
         batches = [batch for step in self.steps for batch in step.batches]
         outputs = {_key(batch): self.pool.collect(self.pool.submit(batch)) for batch in batches}
@@ -94,25 +90,13 @@ class StudentProcess:
         """Metrics of the next `steps` steps, without the first: nothing could be asked before it."""
         from taid_ray.student.loop import train_loop
 
-        lines: list[StepMetrics] = []
+        lines = StepLines()
         endless: Iterator[StepBatches] = (self.steps[n % BATCHES] for n in count())
         teacher, total = self.teachers[kind], self.last.step + steps + 1
         limited = islice(endless, steps + 1)
-        stream = Prefetcher(limited, teacher, self.config.teacher.window, 2**30, self.clock)
-        train = self.config.train
-        self.last = train_loop(
-            train,
-            total,
-            self.student,
-            self.head,
-            self.scheduler,
-            stream,
-            self.last,
-            self.clock,
-            lambda step: GO_ON,
-            lambda metrics, result, cursor: lines.append(metrics),
-        )
-        return [asdict(line) for line in lines[1:]]
+        stream = Prefetcher(limited, teacher, self.config.teacher.window, 2**30, self.student.clock)
+        self.last = train_loop(self.student, self.scheduler, stream, lines, self.last, total)
+        return [asdict(line) for line in lines.metrics[1:]]
 
 
 def _key(batch: Batch) -> int:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
+from types import SimpleNamespace
 from typing import Any, cast
 from unittest.mock import patch
 
@@ -20,7 +21,7 @@ from ray.actor import ActorHandle
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.common import local_ray, median, write
+from benchmarks.common import StepLines, local_ray, median, write
 from taid_ray.config.schema import ScheduleConfig, TeacherConfig, TrainConfig
 from taid_ray.data.batch import Batch, Row
 from taid_ray.data.dataset import Cursor
@@ -28,7 +29,7 @@ from taid_ray.distributed.world import World
 from taid_ray.losses.chunked import LossParts
 from taid_ray.losses.projection import LogitTransform
 from taid_ray.run.metrics import StepMetrics
-from taid_ray.scheduler.aggregate import GO_ON, StepResult
+from taid_ray.scheduler.aggregate import StepResult
 from taid_ray.scheduler.client import SchedulerClient
 from taid_ray.scheduler.owner import SchedulerOwner
 from taid_ray.student.clock import PhaseClock
@@ -97,6 +98,10 @@ class TimedStudent:
 
     device = torch.device("cpu")
 
+    def __init__(self) -> None:
+        self.clock = PhaseClock(self.device)
+        self.config = SimpleNamespace(train=TrainConfig(steps=TOTAL_STEPS))
+
     def forward(self, batch: Batch, *_: Any) -> tuple[Tensor, LossParts]:
         time.sleep(FORWARD_S)
         tokens = torch.tensor(float(batch.num_loss_tokens), dtype=torch.float64)
@@ -136,27 +141,16 @@ def train(
     from taid_ray.student.prefetch import READ_AHEAD_STEPS, Prefetcher, read_ahead, step_batches
 
     teacher_config = TeacherConfig(model="simulated")
-    scheduler, clock = SchedulerClient(actor, rank, 600), PhaseClock(TimedStudent.device)
+    scheduler, student = SchedulerClient(actor, rank, 600), TimedStudent()
     last = scheduler.join(attempt, world_size, start)
     client = PoolTeacher(pool, teacher_config)
     steps = step_batches(read_ahead(global_batches(world_size), READ_AHEAD_STEPS), World(rank, world_size), 1)
-    stream = Prefetcher(steps, client, teacher_config.window, teacher_config.window_mib * 2**20, clock)
-    found: list[tuple[float, StepMetrics]] = []
-    train_loop(
-        TrainConfig(steps=TOTAL_STEPS),
-        TOTAL_STEPS,
-        cast(Any, TimedStudent()),
-        None,
-        scheduler,
-        stream,
-        last,
-        clock,
-        lambda step: GO_ON,
-        lambda metrics, result, cursor: found.append((time.monotonic(), metrics)),
-    )
+    stream = Prefetcher(steps, client, teacher_config.window, teacher_config.window_mib * 2**20, student.clock)
+    lines = StepLines()
+    train_loop(cast(Any, student), scheduler, stream, lines, last, TOTAL_STEPS)
     client.close()
     scheduler.close()
-    return found
+    return [*zip(lines.done_at, lines.metrics, strict=True)]
 
 
 def global_batches(world_size: int) -> Iterator[tuple[list[Row], Cursor]]:
@@ -189,7 +183,8 @@ def measure(pool: str, processes: list[ActorHandle], workers: int, replicas: int
     scale(pool, replicas)
     owner = SchedulerOwner(f"benchmark-{time.time_ns()}", ScheduleConfig(), TOTAL_STEPS, workers)
     try:
-        attempt = ray.get(owner.actor.begin.remote(workers))
+        attempt = 1
+        ray.get(owner.actor.begin.remote(attempt, workers))
         start = ray.get(owner.actor.current.remote(attempt, workers))
         shares = [list(range(workers))[k::PROCESSES] for k in range(min(PROCESSES, workers))]
         running = [

@@ -14,13 +14,13 @@ from rich.table import Table
 
 from benchmarks.common import MIN_WIDTH, ROOT
 from taid_ray.config.schema import ScheduleConfig
-from taid_ray.scheduler.schedule import Mode, ScheduleState, TAIDSchedule
+from taid_ray.scheduler.schedule import ScheduleState, TAIDSchedule
 
 PICTURE = ROOT / "docs" / "images" / "schedule.png"
 STEPS = 1000
 ALPHA_STEPS = 5.0
 """alpha times the steps: enough for t to leave its linear floor at half speed already."""
-MODES: tuple[Mode, ...] = ("adaptive", "normalised")
+MODES = ("adaptive", "normalised")
 COLOURS = {"fast": "tab:green", "slow": "tab:blue", "noise only": "tab:orange"}
 
 
@@ -49,12 +49,13 @@ def losses() -> dict[str, list[float]]:
     }
 
 
-def trace(mode: Mode, values: list[float], settings: ScheduleConfig) -> Trace:
+def trace(mode: str, values: list[float], settings: ScheduleConfig) -> Trace:
     """Runs the schedule over a loss."""
-    s, alpha = settings, ALPHA_STEPS / STEPS
-    schedule = TAIDSchedule(s.t_start, s.t_end, alpha, s.beta, STEPS, mode, s.gain)
+    alpha = ALPHA_STEPS / STEPS
+    settings = settings.model_copy(update={"alpha": alpha, "mode": mode})
+    schedule = TAIDSchedule(settings, STEPS)
     # The same rule without a floor, only to see its step: t_end 1 and so many steps that the floor never moves.
-    free = TAIDSchedule(0.0, 1.0, alpha, s.beta, 10**12, mode, s.gain)
+    free = TAIDSchedule(settings.model_copy(update={"t_start": 0.0, "t_end": 1.0}), 10**12)
     states: list[ScheduleState] = []
     sigmoids: list[float] = []
     for value in values:
@@ -65,7 +66,7 @@ def trace(mode: Mode, values: list[float], settings: ScheduleConfig) -> Trace:
     return Trace([x.t for x in states], sigmoids, sum(x.floor_active for x in states) / STEPS)
 
 
-def draw(curves: dict[str, list[float]], traces: dict[Mode, dict[str, Trace]], settings: ScheduleConfig) -> None:
+def draw(curves: dict[str, list[float]], traces: dict[str, dict[str, Trace]], settings: ScheduleConfig) -> None:
     """Rows: loss, sigmoid, t; a column for each mode."""
     import matplotlib
 

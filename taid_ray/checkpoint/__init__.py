@@ -1,6 +1,6 @@
 """Checkpoints: the store, saving beside the training, restoring. Free of the layout, and of Ray.
 
-Others use `store` (CheckpointStore, TrainingState), `save.CheckpointWriter` and `restore` (restore, RestoredCheckpoint).
+Others use `store` (CheckpointStore, TrainingState), `save.CheckpointWriter` and `restore` (restore, Checkpoint).
 
 Traps:
 - A checkpoint fits any number of workers and any ZeRO stage: `student.state` gathers every parameter whole, with its moments.

@@ -21,8 +21,8 @@ from taid_ray.distributed.world import World
 from taid_ray.errors import CheckpointError
 
 
-class RestoredCheckpoint:
-    """A checkpoint that was read, its tensors spread over the ranks."""
+class Checkpoint:
+    """A checkpoint that was read: what an attempt starts from. Its tensors are spread over the ranks."""
 
     def __init__(
         self,
@@ -33,8 +33,9 @@ class RestoredCheckpoint:
         own: dict[str, Tensor],
         world: World,
     ):
-        """older: the checkpoints before it. readers: which rank has read each tensor."""
-        self.name, self.older, self.state = name, older, state
+        """older: the checkpoints before it. readers: the rank that has read each tensor; own: those of this rank."""
+        self.name, self.older = name, older
+        self.result, self.cursor, self.totals = state.result, state.cursor, state.totals
         self._readers, self._own, self._world = readers, own, world
 
     def tensor(self, key: str, shape: torch.Size) -> Tensor:
@@ -53,15 +54,15 @@ class RestoredCheckpoint:
         self._world.broadcast(value, source=reader)
         return value
 
-    def forget(self) -> None:
+    def release(self) -> None:
         """Frees the tensors."""
         self._own.clear()
 
 
-def restore(store: CheckpointStore, world: World, note: Callable[[str], None]) -> RestoredCheckpoint | None:
+def restore(store: CheckpointStore, world: World, notify: Callable[[str], None]) -> Checkpoint | None:
     """The newest whole checkpoint; None if none was ever finished. Collective.
 
-    note: told of those that are passed over. Raises CheckpointError if some were finished, but none can be read.
+    notify: told of those that are passed over. Raises CheckpointError if some were finished, but none can be read.
     """
     names = json.loads(world.share_bytes(json.dumps(store.names() if world.is_main else []).encode()))
     damaged = ""
@@ -70,10 +71,12 @@ def restore(store: CheckpointStore, world: World, note: Callable[[str], None]) -
             return _read(store, name, names[number + 1 :], world)
         except TornCheckpointError as error:
             if world.is_main:
-                note(f"the checkpoint of step {step_of(name)} was not written to its end; it is passed over ({error})")
+                notify(
+                    f"the checkpoint of step {step_of(name)} was not written to its end; it is passed over ({error})"
+                )
         except DamagedCheckpointError as error:
             damaged = damaged or str(error)
-            note(f"the checkpoint of step {step_of(name)} is damaged; it is passed over ({error})")
+            notify(f"the checkpoint of step {step_of(name)} is damaged; it is passed over ({error})")
     if damaged:
         raise CheckpointError(
             f"none of the {len(names)} checkpoints in {store.location} can be used: {damaged}; bring one back, or remove "
@@ -82,7 +85,7 @@ def restore(store: CheckpointStore, world: World, note: Callable[[str], None]) -
     return None
 
 
-def _read(store: CheckpointStore, name: str, older: list[str], world: World) -> RestoredCheckpoint:
+def _read(store: CheckpointStore, name: str, older: list[str], world: World) -> Checkpoint:
     """Raises TornCheckpointError or DamagedCheckpointError, the same kind on every rank."""
     index, state = _shared_state(store, name, world)
     files = sorted(file for file in index if file != STATE_FILE)
@@ -100,7 +103,7 @@ def _read(store: CheckpointStore, name: str, older: list[str], world: World) -> 
     (problems,) = world.sum([float(problem is not None)])
     if problems:
         raise DamagedCheckpointError(str(problem or "another worker found it damaged"))
-    return RestoredCheckpoint(name, older, state, readers, own, world)
+    return Checkpoint(name, older, state, readers, own, world)
 
 
 def _shared_state(store: CheckpointStore, name: str, world: World) -> tuple[Index, TrainingState]:

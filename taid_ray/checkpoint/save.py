@@ -1,4 +1,4 @@
-"""Saving checkpoints: when, each rank's share, written beside the training, and which of them are kept."""
+"""Writer of checkpoints: each rank's share, beside the training, and which checkpoints are kept."""
 
 import threading
 import time
@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from torch import Tensor
 
-from taid_ray.checkpoint.restore import RestoredCheckpoint
+from taid_ray.checkpoint.restore import Checkpoint
 from taid_ray.checkpoint.store import (
     STATE_FILE,
     STORAGE_ERRORS,
@@ -20,35 +20,33 @@ from taid_ray.checkpoint.store import (
     step_of,
     tensor_file,
 )
-from taid_ray.config.schema import CheckpointConfig
+from taid_ray.config.schema import DistillConfig
 from taid_ray.distributed.world import World
 from taid_ray.errors import CheckpointError
-from taid_ray.scheduler.aggregate import GO_ON, SAVE
 
 PART_BYTES = 2**30
-"""Of tensors in one file; a file is put together in memory."""
+"""Bytes of tensors in one file at most; a file is put together in memory."""
 MOST_FAILURES = 3
-"""In a row. A run that cannot save its state must not go on for days."""
+"""Failures in a row that end the run, for one that cannot save its state must not go on for days."""
 POLL_S = 0.5
 
 
 class CheckpointWriter:
-    """Saves one run's checkpoints, on one rank. `save`, `settle` and `finish` are collective."""
+    """Saves one run's checkpoints, on one rank. `save`, `wait` and `close` are collective."""
 
     def __init__(
         self,
         store: CheckpointStore,
-        config: CheckpointConfig,
+        config: DistillConfig,
         world: World,
         attempt: int,
-        restored: RestoredCheckpoint | None,
-        timeout_s: float,
-        note: Callable[[str], None],
+        checkpoint: Checkpoint | None,
+        notify: Callable[[str], None],
     ):
-        """restored: what this attempt goes on from. timeout_s: for the other ranks' parts."""
-        self._store, self._config, self._world, self._attempt = store, config, world, attempt
-        self._timeout_s, self._note = timeout_s, note
-        self._kept = sorted([restored.name, *restored.older]) if restored else []
+        """checkpoint: the one that this attempt continues from. notify: told of what was saved, and of what failed."""
+        self._store, self._config, self._world, self._attempt = store, config.checkpoint, world, attempt
+        self._timeout_s, self._note = config.peer_timeout_s, notify
+        self._kept = sorted([checkpoint.name, *checkpoint.older]) if checkpoint else []
         self._last_save = time.monotonic()
         self._thread: threading.Thread | None = None
         self._written: Future[None] = Future()
@@ -56,14 +54,14 @@ class CheckpointWriter:
         self._failures = 0
         self._step = 0
 
-    def wanted(self, step: int) -> int:
-        """SAVE if this rank thinks that a checkpoint is due after `step`, else GO_ON."""
+    def due(self, step: int) -> bool:
+        """Whether this rank finds that a checkpoint is due after `step`, by steps or by the clock."""
         every, minutes = self._config.every_steps, self._config.every_minutes
-        due = bool(every and step % every == 0)
         late = minutes is not None and time.monotonic() - self._last_save >= 60 * minutes
-        return SAVE if due or late else GO_ON
+        return late or bool(every and step % every == 0)
 
     def name(self, step: int) -> str:
+        """Name of this attempt's checkpoint of `step`."""
         return checkpoint_name(step, self._attempt)
 
     def save(
@@ -74,7 +72,7 @@ class CheckpointWriter:
         tensors: name, and the tensor on the CPU where it is this rank's to write. best: name of the checkpoint to keep,
         however old it is. Raises CheckpointError, on every rank, after MOST_FAILURES in a row.
         """
-        self.settle()
+        self.wait()
         if self._failures >= MOST_FAILURES:
             raise CheckpointError(
                 f"no checkpoint could be written {self._failures} times in a row, the last one after step {self._step}; see "
@@ -90,27 +88,27 @@ class CheckpointWriter:
 
     @property
     def newest(self) -> int:
-        """Step of the newest checkpoint that is written; 0 if there is none. Rank 0's."""
+        """Step of the newest checkpoint that is written, 0 if there is none. Known to rank 0 only."""
         return step_of(self._kept[-1]) if self._kept else 0
 
-    def finish(self) -> None:
+    def close(self) -> None:
         """Waits until the last checkpoint is written. Raises CheckpointError, on every rank, if it could not be."""
-        self.settle()
+        self.wait()
         if self._failures:
             raise CheckpointError(
                 f"the checkpoint of step {self._step} could not be written; see the message before; "
                 "the run resumes from an older one"
             )
 
-    def last_good(self) -> str:
-        """Where the run could go on from, in words."""
+    def describe_newest(self) -> str:
+        """A sentence that says where the run could go on from."""
         if not self._kept:
             return "There is no checkpoint yet."
         return (
             f"The last good checkpoint is of step {step_of(self._kept[-1])}: {self._store.location}/{self._kept[-1]}."
         )
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Waits for the checkpoint that is being written, and counts it if any rank failed to write its part."""
         if self._thread is None:
             return
@@ -140,7 +138,7 @@ class CheckpointWriter:
         start = time.monotonic()
         try:
             num_bytes = self._write_own(name, state, own)
-        except Exception as error:  # reported by `settle`, on every rank
+        except Exception as error:  # reported by `wait`, on every rank
             self._note(f"the checkpoint of step {step_of(name)} could not be written, training goes on: {error}")
             self._written.set_exception(error)
             return

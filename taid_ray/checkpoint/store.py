@@ -1,4 +1,4 @@
-"""Checkpoints: which there are, which of them are whole, and their parts, in a directory or in object storage.
+"""Checkpoints of a run in a directory or in object storage: which there are, which are whole, and their parts.
 
     STEP-ATTEMPT/state.json                    rank 0: schedule, data cursor and figures after STEP
     STEP-ATTEMPT/rank-RRRRR-PPP.safetensors    some parameters with their optimizer state, whole and in float32
@@ -26,6 +26,7 @@ from torch import Tensor
 from taid_ray.data.dataset import Cursor
 from taid_ray.errors import CheckpointError, ConfigError
 from taid_ray.scheduler.aggregate import StepResult
+from taid_ray.scheduler.schedule import ScheduleState
 
 FORMAT = 1
 STATE_FILE = "state.json"
@@ -45,14 +46,17 @@ class TrainingState:
     """Everything but tensors that a run continues from."""
 
     result: StepResult
-    """Of the last step: with the schedule's state, from which t follows."""
+    """The result of the last step, with the schedule's state, from which t follows."""
     cursor: Cursor
-    """Where the data stand. What follows from the number of the step is not kept: learning rate, random numbers."""
-    record: dict[str, Any]
+    """The place in the data. Learning rate and random numbers are not kept: they follow from the number of the step."""
+    totals: dict[str, Any]
     """Figures for the summary, see `student.totals.RunTotals`."""
 
     def to_json(self) -> bytes:
-        return json.dumps({"format": FORMAT} | asdict(self)).encode()
+        """The content of state.json."""
+        result = asdict(self.result) | {"schedule": self.result.schedule._asdict()}
+        content = {"format": FORMAT, "result": result, "cursor": asdict(self.cursor), "record": self.totals}
+        return json.dumps(content).encode()
 
     @classmethod
     def from_json(cls, text: bytes) -> "TrainingState":
@@ -64,11 +68,12 @@ class TrainingState:
                     f"a checkpoint has format {content['format']}, and this taid-ray reads {FORMAT}; use the version that "
                     "wrote it"
                 )
-            result, cursor = StepResult(**content["result"]), Cursor(**content["cursor"])
+            schedule = ScheduleState.from_dict(content["result"].pop("schedule"))
+            result, cursor = StepResult(schedule=schedule, **content["result"]), Cursor(**content["cursor"])
             if not isinstance(content["record"], dict):
                 raise TypeError("record")
             return cls(result, cursor, content["record"])
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DamagedCheckpointError(
                 f"{STATE_FILE} is no state of a run ({type(error).__name__}: {error})"
             ) from error
@@ -76,7 +81,7 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class File:
-    """What a rank wrote, as it says itself."""
+    """Size, checksum and content of a file, as the rank that wrote it says."""
 
     bytes: int
     digest: str
@@ -140,21 +145,21 @@ class CheckpointStore:
         return index
 
     def read(self, name: str, file: str, expected: File) -> bytes:
-        """Raises DamagedCheckpointError if the file is not what was written."""
+        """The content of a file. Raises DamagedCheckpointError if it is not what was written."""
         content = self._read(name, file)
         if xxhash.xxh3_128_hexdigest(content) != expected.digest:
             raise DamagedCheckpointError(f"{name}/{file} is not what was written (checksum)")
         return content
 
     def read_tensors(self, name: str, file: str, expected: File) -> dict[str, Tensor]:
-        """As `read`, for a safetensors file."""
+        """The tensors of a safetensors file. Raises DamagedCheckpointError if the file is not what was written."""
         try:
             return load(self.read(name, file, expected))
         except (SafetensorError, ValueError, KeyError) as error:
             raise DamagedCheckpointError(f"{name}/{file} holds no tensors ({error})") from error
 
     def write(self, name: str, file: str, content: bytes, tensors: list[str]) -> File:
-        """Raises CheckpointError, leaving no part of the file, if there is no room for it or the storage does not answer."""
+        """Writes a file. Raises CheckpointError, leaving no part of it, if there is no room or the storage does not answer."""
         path = f"{self._root}/{name}/{file}"
         try:
             self._fs.create_dir(f"{self._root}/{name}", recursive=True)
@@ -167,6 +172,7 @@ class CheckpointStore:
         return File(len(content), xxhash.xxh3_128_hexdigest(content), tensors)
 
     def write_tensors(self, name: str, file: str, tensors: Mapping[str, Tensor]) -> File:
+        """Writes a safetensors file; see `write`."""
         return self.write(name, file, save(dict(tensors)), list(tensors))
 
     def finish(self, name: str, rank: int, world_size: int, files: Index) -> None:
@@ -177,7 +183,7 @@ class CheckpointStore:
         self.write(name, last_file(rank), json.dumps(content).encode(), [])
 
     def delete(self, name: str) -> None:
-        """The ranks' last files first, so that what a crash leaves of it is torn, not damaged."""
+        """Removes a checkpoint, the ranks' last files first, so that a crash leaves it torn and not damaged."""
         infos = self._fs.get_file_info(FileSelector(f"{self._root}/{name}", allow_not_found=True))
         for info in infos:
             if info.base_name.endswith(".json"):
@@ -206,19 +212,22 @@ class CheckpointStore:
 
 
 def checkpoint_name(step: int, attempt: int) -> str:
-    """Sorts by step, then by attempt."""
+    """Name of a checkpoint; names sort by step, then by attempt."""
     return f"step-{step:09d}-{attempt:020d}"
 
 
 def step_of(name: str) -> int:
+    """The step in a checkpoint's name."""
     return int(name.split("-")[1])
 
 
 def last_file(rank: int) -> str:
+    """Name of the file that a rank writes last."""
     return f"rank-{rank:05d}.json"
 
 
 def tensor_file(rank: int, part: int) -> str:
+    """Name of a rank's file of tensors."""
     return f"rank-{rank:05d}-{part:03d}.safetensors"
 
 
@@ -232,7 +241,7 @@ def _is_name(name: str) -> bool:
 
 
 def _file_system(location: str) -> tuple[FileSystem, str]:
-    """As Ray does: what Arrow knows itself (local, s3, gs, hdfs), and everything that fsspec has a package for."""
+    """Opens a location as Ray does: Arrow's own kinds (local, s3, gs, hdfs), and all that fsspec has a package for."""
     if "://" not in location:
         return FileSystem.from_uri(location)
     try:
@@ -243,7 +252,7 @@ def _file_system(location: str) -> tuple[FileSystem, str]:
 
 
 def share(sizes: Iterable[tuple[str, int]], world_size: int) -> dict[str, int]:
-    """Which rank writes what, so that all write about the same number of bytes."""
+    """The rank that writes each key, so that all write about the same number of bytes."""
     load = [0] * world_size
     owners = {}
     for key, size in sizes:

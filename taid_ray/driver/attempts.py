@@ -7,8 +7,9 @@ number of workers kills a group without asking it for a checkpoint.
 
 import re
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from ray.exceptions import RayActorError, RayError
 from ray.train import ControllerError, TrainingFailedError
@@ -16,11 +17,12 @@ from ray.train import ControllerError, TrainingFailedError
 from taid_ray.config.schema import StudentConfig
 from taid_ray.distributed.capacity import Demand, free_room, workers_now
 from taid_ray.driver.progress import ProgressView
+from taid_ray.driver.progress_relay import RunProgress
 from taid_ray.driver.signals import POLL_S, StopRequest, run_in_thread
-from taid_ray.driver.supervise import RunProgress
 from taid_ray.errors import AttemptError, ClusterError, TaidRayError, WorkerError
 from taid_ray.scheduler.aggregate import STOP
 from taid_ray.scheduler.owner import SchedulerOwner
+from taid_ray.student.spec import Finished, Outcome, Stopped
 
 GROW_CHECKS = 20
 """So many looks at the cluster, one per GROW_CHECK_S, must find room for more workers before these are restarted."""
@@ -29,118 +31,141 @@ PAUSE_S = 1.0
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
-Fit = Callable[[int, int], Any]
-"""Runs one attempt: (number of workers, attempts before) -> what rank 0 returned."""
+
+class Launcher(Protocol):
+    """Starts groups of student workers."""
+
+    def begin(self, workers: int) -> int:
+        """Records that an attempt with so many workers begins. Returns its number."""
+
+    def run(self, attempt: int, workers: int) -> Outcome:
+        """Runs the attempt. Returns what rank 0 returned; raises what Ray Train raises."""
 
 
-def run_attempts(
-    fit: Fit,
-    student: StudentConfig,
-    demand: Demand,
-    scheduler: SchedulerOwner,
-    followed: RunProgress,
-    signals: StopRequest,
-    view: ProgressView,
-    restarts: int,
-) -> dict[str, Any]:
-    """Returns the summary. restarts: attempts that earlier drivers made.
+@dataclass(frozen=True)
+class AttemptContext:
+    """Everything that an attempt is started by and watched with."""
 
-    Raises what a user must put right, WorkerError after too many failures in a row, ClusterError without room for the
-    workers, KeyboardInterrupt or SystemExit once a signal was obeyed.
-    """
-    failures = reached = 0
-    most = demand.max_workers
-    while True:
-        workers = min(wait_for_room(demand, student.timeout_s, signals, view), most)
-        view.say(f"starting {workers} student worker(s)")
-        followed.training = False
-        watch = AttemptMonitor(demand, workers, scheduler, followed, signals, view)
-        try:
-            result = run_in_thread(lambda: fit(workers, restarts), watch.look)  # noqa: B023  # ends before the next round
-        except (TrainingFailedError, RayError) as error:
-            cause = cause_of(error)
-            if isinstance(cause, TaidRayError) and not isinstance(cause, AttemptError):
-                raise cause from error
-            if signals.count:
-                raise signals.end() from error
-            failures = failures + 1 if followed.step <= reached else 1
-            reached = max(reached, followed.step)
-            if failures > student.max_failures:
-                raise WorkerError(
-                    f"the student workers failed {failures} times in a row (student.max_failures: {student.max_failures}) "
-                    f"without getting past step {reached}, the last time with: {shown(error)}; start the run again to resume it"
-                ) from error
-            view.say(f"the student workers failed: {shown(error)}; going on from the last checkpoint")
-            time.sleep(PAUSE_S)
-            # Where they found no room, others have what the nodes could hold.
-            most = max(demand.workers, free_room(demand)) if isinstance(error, ControllerError) else demand.max_workers
-        else:
-            if "stopped" not in result:
-                return result
-            view.say(f"stopped after step {result['stopped']}, of which there is a checkpoint")
-            if signals.count:
-                raise signals.end()
-            most = max(demand.workers, watch.room_for)
-        restarts += 1
+    demand: Demand
+    scheduler: SchedulerOwner
+    progress: RunProgress
+    stop: StopRequest
+    view: ProgressView
+
+
+class AttemptLoop:
+    """Starts attempt after attempt until one finishes the run, or until it must not go on."""
+
+    def __init__(self, student: StudentConfig, context: AttemptContext):
+        self._student, self._context = student, context
+        self._failures = self._reached = 0
+        self._most = context.demand.max_workers
+
+    def run(self, launcher: Launcher) -> dict[str, Any]:
+        """Returns the summary.
+
+        Raises what a user must put right, WorkerError after too many failures in a row, ClusterError without room for the
+        workers, KeyboardInterrupt or SystemExit once a request to stop was obeyed.
+        """
+        while True:
+            workers = min(wait_for_room(self._context, self._student.timeout_s), self._most)
+            attempt = launcher.begin(workers)
+            self._context.view.say(f"starting {workers} student worker(s)")
+            monitor = AttemptMonitor(self._context, attempt, workers)
+            try:
+                outcome = run_in_thread(lambda: launcher.run(attempt, workers), monitor.poll)  # noqa: B023  # ends before the next round
+            except (TrainingFailedError, RayError) as error:
+                self._after_failure(error)
+            else:
+                if isinstance(outcome, Finished):
+                    return outcome.summary
+                self._after_stop(outcome, monitor)
+
+    def _after_failure(self, error: Exception) -> None:
+        """Prepares the next attempt, or raises what ends the run."""
+        context, progress = self._context, self._context.progress
+        cause = cause_of(error)
+        if isinstance(cause, TaidRayError) and not isinstance(cause, AttemptError):
+            raise cause from error
+        if context.stop.requested:
+            raise context.stop.end() from error
+        self._failures = self._failures + 1 if progress.step <= self._reached else 1
+        self._reached = max(self._reached, progress.step)
+        if self._failures > self._student.max_failures:
+            raise WorkerError(
+                f"the student workers failed {self._failures} times in a row (student.max_failures: "
+                f"{self._student.max_failures}) without getting past step {self._reached}, the last time with: "
+                f"{shown(error)}; start the run again to resume it"
+            ) from error
+        context.view.say(f"the student workers failed: {shown(error)}; going on from the last checkpoint")
+        time.sleep(PAUSE_S)
+        # Where they found no room, others have what the nodes could hold.
+        room = max(context.demand.workers, free_room(context.demand)) if isinstance(error, ControllerError) else None
+        self._most = room or context.demand.max_workers
+
+    def _after_stop(self, stopped: Stopped, monitor: "AttemptMonitor") -> None:
+        """Prepares the attempt with more workers that this one was stopped for, or ends the run as requested."""
+        context = self._context
+        context.view.say(f"stopped after step {stopped.step}, of which there is a checkpoint")
+        if context.stop.requested:
+            raise context.stop.end()
+        self._most = max(context.demand.workers, monitor.room_for)
 
 
 class AttemptMonitor:
-    """What the driver looks after while one attempt runs."""
+    """The driver's watch over one attempt: it passes requests to stop on, and looks for room for more workers."""
 
-    def __init__(
-        self,
-        demand: Demand,
-        workers: int,
-        scheduler: SchedulerOwner,
-        followed: RunProgress,
-        signals: StopRequest,
-        view: ProgressView,
-    ):
-        self._demand, self._workers, self._scheduler, self._followed = demand, workers, scheduler, followed
-        self._signals, self._view = signals, view
+    def __init__(self, context: AttemptContext, attempt: int, workers: int):
+        self._context, self._attempt, self._workers = context, attempt, workers
         self.room_for = workers
-        """More than that, if there was room for more."""
+        """Workers that there is room for, these included."""
         self._said = False
-        self._room = 0
-        self._next_look = 0.0
+        self._checks_with_room = 0
+        self._next_check = 0.0
 
-    def look(self) -> None:
-        """Asks the workers to stop when a signal came, or when there is room for more of them. Called every POLL_S."""
-        nothing_to_lose = not self._followed.training and not self._followed.blind
-        if self._signals.count > 1 or (self._signals.count and nothing_to_lose):
-            raise self._signals.end()  # there was no step yet, or nobody wants to wait for a checkpoint
-        if self._signals.count:
+    def poll(self) -> None:
+        """Asks the workers to stop when somebody wants it, or when there is room for more of them. Called every POLL_S."""
+        stop, progress = self._context.stop, self._context.progress
+        if stop.at_once or (stop.requested and not progress.may_have_steps(self._attempt)):
+            raise stop.end()  # there was no step yet, or nobody wants to wait for a checkpoint
+        if stop.requested:
             self._ask("stopping after this step with a checkpoint; once more to stop at once")
-        elif self._demand.max_workers > self._workers and self._followed.training and self._may_grow():
+        elif self._may_grow():
             self._ask("there is room for more student workers; restarting them after this step")
 
     def _may_grow(self) -> bool:
-        if time.monotonic() >= self._next_look and self._room < GROW_CHECKS:
-            self._next_look = time.monotonic() + GROW_CHECK_S
-            self.room_for = min(workers_now(self._demand), self._workers + free_room(self._demand))
-            self._room = self._room + 1 if self.room_for > self._workers else 0
-        return self._room >= GROW_CHECKS
+        """Whether the cluster has had room for more workers for a while, and these have made a step to save."""
+        demand = self._context.demand
+        if demand.max_workers <= self._workers or self._context.progress.reporting != self._attempt:
+            return False
+        if time.monotonic() >= self._next_check and self._checks_with_room < GROW_CHECKS:
+            self._next_check = time.monotonic() + GROW_CHECK_S
+            self.room_for = min(workers_now(demand), self._workers + free_room(demand))
+            self._checks_with_room = self._checks_with_room + 1 if self.room_for > self._workers else 0
+        return self._checks_with_room >= GROW_CHECKS
 
     def _ask(self, message: str) -> None:
         if not self._said:
-            self._view.say(message)
+            self._context.view.say(message)
             self._said = True
-        self._scheduler.ask(STOP)  # again and again, because a restarted scheduler actor has forgotten it
+        self._context.scheduler.ask(STOP)  # again and again, because a restarted scheduler actor has forgotten it
 
 
-def wait_for_room(demand: Demand, timeout_s: float, signals: StopRequest, view: ProgressView) -> int:
-    """How many workers to start now. Raises ClusterError if there is no room for the fewest within timeout_s."""
-    start = time.monotonic()
+def wait_for_room(context: AttemptContext, timeout_s: float) -> int:
+    """The number of workers to start now. Raises ClusterError if there is no room for the fewest within timeout_s."""
+    demand, start = context.demand, time.monotonic()
     while (workers := workers_now(demand)) < demand.workers:
-        if signals.count:
-            raise signals.end()
+        if context.stop.requested:
+            raise context.stop.end()
         waited = time.monotonic() - start
         if waited > timeout_s:
             raise ClusterError(
                 f"the cluster has had room for {workers} of {demand.workers} student worker(s) for {waited:.0f} s "
                 "(student.timeout_s), because nodes were lost; add nodes, and start the run again to resume it"
             )
-        view.wait_for(f"waiting for room for {demand.workers} student worker(s), the cluster has room for {workers}")
+        context.view.wait_for(
+            f"waiting for room for {demand.workers} student worker(s), the cluster has room for {workers}"
+        )
         time.sleep(POLL_S)
     return min(workers, demand.max_workers)
 

@@ -3,8 +3,8 @@
 import math
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,21 +20,23 @@ from taid_ray.distributed.capacity import Demand, capacity_note, check_capacity,
 from taid_ray.distributed.cluster import cluster_has_gpus, ray_cluster
 from taid_ray.distributed.device import collective_backend, resolve
 from taid_ray.distributed.network import RayNetworkConfig
-from taid_ray.driver.attempts import run_attempts
+from taid_ray.driver.attempts import AttemptContext, AttemptLoop
 from taid_ray.driver.live import announce_cluster, liveness_file
 from taid_ray.driver.orphans import ending_orphaned_cleaners, own_job
+from taid_ray.driver.pool import PoolKeeper, SharedPool
 from taid_ray.driver.preflight import notes, prepare
 from taid_ray.driver.progress import ProgressView
+from taid_ray.driver.progress_relay import progress_relay
 from taid_ray.driver.signals import StopRequest, stop_signals
-from taid_ray.driver.supervise import followed, scheduler_actor, shared_pool, teacher_pool
 from taid_ray.models.hub import restoring_hub_mode
 from taid_ray.report.card import CARD_FILE, write_model_card
 from taid_ray.report.format import print_line
 from taid_ray.run.directory import RunManifest, inspect_run_dir, read_summary, run_directory, scratch_directory
 from taid_ray.run.layout import REPORT_FILE
 from taid_ray.run.log import run_logging
+from taid_ray.scheduler.owner import SchedulerOwner
 from taid_ray.student.deepspeed_internals import use_deepspeed_on
-from taid_ray.student.spec import RunSpec, WorkerSpec
+from taid_ray.student.spec import Outcome, RunSpec, WorkerSpec
 from taid_ray.tracking.follow import check_installed, tracking_session
 
 
@@ -55,16 +57,16 @@ class RunResult:
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a run finds there already, because it is one of many."""
+    """Parts that a run finds there already, because it is one of many."""
 
     console: Console | None = None
-    """Where it says what it does, instead of the terminal."""
+    """Output instead of the terminal."""
     pool: Callable[[DistillConfig, RunSpec], str | None] | None = None
     """Names the teacher pool that the run may use; None: it needs one of its own."""
-    signals: StopRequest | None = None
-    """Of somebody who wants it to stop, instead of this process's."""
+    stop: StopRequest | None = None
+    """Request to stop of somebody else, instead of this process's signals."""
     on_validation: Callable[[dict[str, Any]], None] | None = None
-    """See supervise.followed."""
+    """Told of each validation, see progress_relay."""
 
 
 STANDALONE = RunContext()
@@ -83,16 +85,16 @@ def distill(config: DistillConfig) -> RunResult:
     return run_distillation(config, STANDALONE)
 
 
-def run_distillation(config: DistillConfig, around: RunContext) -> RunResult:
-    """`distill` for a run that may be one of many."""
+def run_distillation(config: DistillConfig, context: RunContext) -> RunResult:
+    """Does what `distill` does, for a run that may be one of many."""
     config = with_absolute_paths(config)
     if inspect_run_dir(config) == "finished":
         summary = read_summary(config.run_dir)
         if not all((config.run_dir / name).exists() for name in (CARD_FILE, REPORT_FILE)):
-            leave_report(config, summary, partial(print_line, around.console or Console()))
+            leave_report(config, summary, partial(print_line, context.console or Console()))
         return RunResult(config.run_dir, summary)
     check_installed(config)
-    with restoring_hub_mode(), ProgressView(around.console) as view:
+    with restoring_hub_mode(), ProgressView(context.console) as view:
         view.say("checking models and data")
         spec = prepare(config)
         for note in notes(config, spec):
@@ -116,56 +118,77 @@ def run_distillation(config: DistillConfig, around: RunContext) -> RunResult:
             if room := capacity_note(demand):
                 view.say(f"note: {room}")
             with tracking_session(config, run.id, bool(run.attempts), view) as tracking:
-                summary = tracking.finished(run_on_cluster(config, spec, demand, run, view, around))
+                summary = tracking.finished(run_on_cluster(config, spec, demand, run, view, context))
             view.wait_for("drawing the report")
             leave_report(config, summary, view.say)
     return RunResult(config.run_dir, summary)
 
 
 def run_on_cluster(
-    config: DistillConfig, spec: RunSpec, demand: Demand, run: RunManifest, view: ProgressView, around: RunContext
+    config: DistillConfig, spec: RunSpec, demand: Demand, run: RunManifest, view: ProgressView, context: RunContext
 ) -> dict[str, Any]:
     """Starts scheduler, teacher pool and student workers side by side; the workers wait for the pool, which outlives them."""
-    shared = around.pool(config, spec) if around.pool else None
+    shared = context.pool(config, spec) if context.pool else None
     own_pool = None if shared or config.teacher.mode != "pool" else f"taid-teacher-{run.id}"
+    schedule, most = config.effective_schedule, config.student.workers.max
     announce_cluster(config.run_dir, own_pool, spec.total_steps)
-    with (
+    with ExitStack() as parts:
         # First, so that taking everything down is not interrupted halfway.
-        nullcontext(around.signals) if around.signals else stop_signals() as signals,
-        ending_orphaned_cleaners(run.jobs),
-        scheduler_actor(config, spec, f"taid-scheduler-{run.id}") as scheduler,
-        shared_pool(shared, scheduler.set_pool)
-        if shared
-        else teacher_pool(config, spec, demand, f"taid-teacher-{run.id}", scheduler.set_pool, view) as pool,
-        followed(scheduler, spec, view, around.on_validation) as progress,
-        scratch_directory(config.run_dir) as scratch,
-    ):
+        stop = context.stop or parts.enter_context(stop_signals())
+        parts.enter_context(ending_orphaned_cleaners(run.jobs))
+        scheduler = SchedulerOwner(f"taid-scheduler-{run.id}", schedule, spec.total_steps, most)
+        parts.enter_context(scheduler)
+        if shared:
+            parts.enter_context(SharedPool(shared, scheduler.set_pool))
+        elif own_pool:
+            parts.enter_context(PoolKeeper(config, spec, demand, own_pool, scheduler.set_pool, view))
+        progress = parts.enter_context(
+            progress_relay(scheduler, config.run_dir, spec.total_steps, view, context.on_validation)
+        )
+        scratch = parts.enter_context(scratch_directory(config.run_dir))
+        worker = WorkerSpec(config, spec, demand.device, scheduler.actor, shared or own_pool or "", run.checkpoints)
+        attempts = AttemptLoop(config.student, AttemptContext(demand, scheduler, progress, stop, view))
+        return attempts.run(TrainLauncher(worker, demand, run, scratch))
 
-        def fit(workers: int, restarts: int) -> Any:
-            run.begin_attempt(workers, own_job())
-            # Else Ray Train would ask a stopped process for ten minutes how it is, whatever the other workers say.
-            os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.student.timeout_s)
-            job = WorkerSpec(config, spec, demand.device, scheduler.actor, pool, run.checkpoints, restarts)
-            trainer = TorchTrainer(
-                start_worker,
-                train_loop_config={"job": job},
-                torch_config=RayNetworkConfig(
-                    backend=collective_backend(demand.device), timeout_s=math.ceil(config.peer_timeout_s)
-                ),
-                scaling_config=ScalingConfig(
-                    num_workers=workers,
-                    use_gpu=demand.device == "cuda",
-                    resources_per_worker=demand.worker_resources(),
-                ),
-                run_config=RunConfig(
-                    name=f"{run.id}-{restarts}",
-                    storage_path=scratch,
-                    failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
-                ),
-            )
-            return trainer.fit().return_value
 
-        return run_attempts(fit, config.student, demand, scheduler, progress, signals, view, run.attempts)
+@dataclass(frozen=True)
+class TrainLauncher:
+    """Starts a group of student workers with Ray Train."""
+
+    worker: WorkerSpec
+    demand: Demand
+    run_manifest: RunManifest
+    scratch: str
+    """A directory for Ray Train's own files."""
+
+    def begin(self, workers: int) -> int:
+        """Records in run.json that an attempt begins. Returns its number."""
+        return self.run_manifest.begin_attempt(workers, own_job())
+
+    def run(self, attempt: int, workers: int) -> Outcome:
+        """Runs the attempt; see AttemptLoop. Raises what Ray Train raises."""
+        config, demand = self.worker.config, self.demand
+        # Else Ray Train would ask a stopped process for ten minutes how it is, whatever the other workers say.
+        os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.student.timeout_s)
+        trainer = TorchTrainer(
+            start_worker,
+            train_loop_config={"worker": replace(self.worker, attempt=attempt)},
+            torch_config=RayNetworkConfig(
+                backend=collective_backend(demand.device), timeout_s=math.ceil(config.peer_timeout_s)
+            ),
+            scaling_config=ScalingConfig(
+                num_workers=workers,
+                use_gpu=demand.device == "cuda",
+                resources_per_worker=demand.worker_resources(),
+            ),
+            run_config=RunConfig(
+                name=f"{self.run_manifest.id}-{attempt}",
+                storage_path=self.scratch,
+                failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
+            ),
+        )
+        outcome: Outcome = trainer.fit().return_value
+        return outcome
 
 
 def leave_report(config: DistillConfig, summary: dict[str, Any], notify: Callable[[str], None]) -> None:
@@ -185,10 +208,10 @@ def leave_report(config: DistillConfig, summary: dict[str, Any], notify: Callabl
             )
 
 
-def start_worker(arguments: dict[str, Any]) -> dict[str, Any] | None:
+def start_worker(arguments: dict[str, Any]) -> Outcome | None:
     """Runs in each Ray Train process. Everything heavy is imported here, after the environment is right for it."""
-    job: WorkerSpec = arguments["job"]
-    use_deepspeed_on(job.device)
+    worker: WorkerSpec = arguments["worker"]
+    use_deepspeed_on(worker.device)
     from taid_ray.student.worker import run_worker
 
-    return run_worker(job)
+    return run_worker(worker)

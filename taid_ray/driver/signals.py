@@ -13,44 +13,62 @@ POLL_S = 0.5
 
 @dataclass
 class StopRequest:
-    """SIGINT and SIGTERM since the run began."""
+    """Somebody's wish that the run stops: after its step, with a checkpoint, or, said twice, at once."""
 
-    first: int = 0
-    count: int = 0
+    cause: int = 0
+    """The signal that was first: SIGINT or SIGTERM."""
+    times: int = 0
+    """How often somebody wished it."""
+
+    def request(self, cause: int) -> None:
+        """Wishes it, or wishes it once more. cause: SIGINT or SIGTERM."""
+        self.cause = self.cause or cause
+        self.times += 1
+
+    @property
+    def requested(self) -> bool:
+        return self.times > 0
+
+    @property
+    def at_once(self) -> bool:
+        """Whether nobody wants to wait for a checkpoint."""
+        return self.times > 1
 
     def end(self) -> BaseException:
-        """What the driver ends with."""
-        return KeyboardInterrupt() if self.first == signal.SIGINT else SystemExit(128 + self.first)
+        """The exception that the driver ends with."""
+        return KeyboardInterrupt() if self.cause == signal.SIGINT else SystemExit(128 + self.cause)
 
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Takes Ctrl-C and SIGTERM as a wish to stop, which `run_attempts` fulfils; a second one as the wish to stop at once."""
-    found = StopRequest()
+    """Takes Ctrl-C and SIGTERM as requests to stop, which `AttemptLoop` fulfils.
+
+    Signals arrive in the main thread only; in any other one nothing is ever requested.
+    """
+    stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield found
+        yield stop
         return
 
-    def note(number: int, frame: Any) -> None:
-        found.first = found.first or number
-        found.count += 1
+    def handle(number: int, frame: Any) -> None:
+        stop.request(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield found
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def run_in_thread(work: Callable[[], Any], look: Callable[[], None]) -> Any:
-    """The result of `work`, which runs in a thread, so that this one can look around and hear signals meanwhile."""
+def run_in_thread(work: Callable[[], Any], poll: Callable[[], None]) -> Any:
+    """The result of `work`, which runs in a thread, while this thread calls `poll` every POLL_S and hears signals."""
     done: Future[Any] = Future()
 
     def run() -> None:
         try:
             done.set_result(work())
-        except BaseException as error:  # handed over to the main thread
+        except BaseException as error:  # handed over to the waiting thread
             done.set_exception(error)
 
     threading.Thread(target=run, name="taid-attempt", daemon=True).start()
@@ -60,4 +78,4 @@ def run_in_thread(work: Callable[[], Any], look: Callable[[], None]) -> Any:
         except TimeoutError:
             if done.done():
                 raise
-            look()
+            poll()

@@ -1,7 +1,7 @@
 """A run's directory: names of its files, lock and manifest, liveness, log, metrics. Loads no torch.
 
 Others use `layout` (names of files), `directory` (run_directory, RunManifest, locked), `live` (Live, read_live), `log`
-(run_logging), `metrics` (StepMetrics, MetricLog) and `bottleneck` (what holds a run back).
+(run_logging), `metrics` (StepMetrics, metrics_log) and `bottleneck` (what holds a run back).
 
 Traps:
 - A run directory has one driver (a file lock), and a run one name on its cluster (run.json), so what a dead driver left

@@ -128,11 +128,12 @@ class RunManifest:
         """The Ray jobs, as `driver.orphans.own_job` names them, of all drivers that started workers."""
         return jobs_of(self._content)
 
-    def begin_attempt(self, workers: int, job: str) -> None:
-        """Notes that a driver, the Ray job `job`, starts workers."""
+    def begin_attempt(self, workers: int, job: str) -> int:
+        """Records that a driver, the Ray job `job`, starts workers. Returns the attempt's number, from 1 over all drivers."""
         began = datetime.now(UTC).isoformat(timespec="seconds")
         self._content["attempts"].append({"began": began, "workers": workers, "host": socket.gethostname(), "job": job})
         self.write()
+        return self.attempts
 
     def write(self) -> None:
         """Writes run.json."""

@@ -1,14 +1,17 @@
-"""RUN/metrics.jsonl: one line of figures per optimizer step."""
+"""Files that a run writes about itself while it works: a JSON line per optimizer step, and one per validation."""
 
 import json
 import math
 import os
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from taid_ray.errors import RunError
-from taid_ray.files import replace_text
+from taid_ray.files import write_lines
 
 PHASES = ("data", "teacher_wait", "forward", "loss", "backward", "optimizer", "schedule_wait")
 """What the time of a step is made of, but for bookkeeping: `StepMetrics` has each with `_s` at its end."""
@@ -56,32 +59,29 @@ class StepMetrics:
     samples_seen: int
 
 
-class MetricLog:
-    """Appends lines to metrics.jsonl, each before the next step starts. Rank 0 keeps one."""
+PHASES = ("data", "teacher_wait", "forward", "loss", "backward", "optimizer", "schedule_wait")
+"""Parts of a step's time; each has a column NAME_s."""
 
-    def __init__(self, path: Path, last_step: int):
-        """Keeps the lines up to `last_step`; those after it will be written again.
 
-        Raises RunError if one of those is missing.
-        """
-        kept = _lines_until(path, last_step)
-        # In a new file: a rank 0 that everybody thinks dead, and that writes once more, then writes to the old one.
-        replace_text(path, "".join(kept))
+class LineLog:
+    """A file of JSON lines in RUN that grows while the run works. `metrics_log` and `validation_log` open one."""
+
+    def __init__(self, path: Path):
         self._path, self._file = path, path.open("a", encoding="utf-8")
 
-    def write(self, metrics: StepMetrics) -> None:
-        """Appends a line. Raises RunError if there is no room for it."""
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Appends a line, which has the key `step`. Raises RunError if there is no room for it."""
         try:
-            self._file.write(json.dumps(asdict(metrics)) + "\n")
+            self._file.write(json.dumps(line) + "\n")
             self._file.flush()
         except OSError as error:
             raise RunError(
-                f"out: {self._path} cannot be written after step {metrics.step}: {error}; make room, and start the run again "
+                f"out: {self._path} cannot be written after step {line['step']}: {error}; make room, and start the run again "
                 "to resume it"
             ) from error
 
     def sync(self) -> None:
-        """Makes sure that all lines are on the disk, also after a crash of the machine."""
+        """Makes sure that all lines survive a crash of the machine."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -90,19 +90,40 @@ class MetricLog:
             self._file.close()
 
 
-def _lines_until(path: Path, last_step: int) -> list[str]:
-    lines = path.read_text("utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
-    for step in range(1, last_step + 1):
-        try:
-            found = json.loads(lines[step - 1])["step"]
-        except (IndexError, ValueError, TypeError, KeyError):
-            found = None
-        if found != step:
+def validation_log(path: Path, kept: Iterable[dict[str, Any]]) -> LineLog:
+    """A log of validations that begins anew with the lines `kept`."""
+    write_lines(path, kept)
+    return LineLog(path)
+
+
+def metrics_log(path: Path, last_step: int) -> LineLog:
+    """A log of steps that goes on after `last_step`; lines of later steps are dropped, and will be written again.
+
+    The kept lines, one per step from 1 on, go into a new file: a rank 0 that everybody thinks dead, and that writes once
+    more, then writes to the old one. Only the last of them is parsed. Raises RunError if that is not the line of `last_step`.
+    """
+    temporary, last = path.with_suffix(".tmp"), b""
+    with temporary.open("wb") as new:
+        if last_step and path.exists():
+            with path.open("rb") as old:
+                for last in islice(old, last_step):
+                    new.write(last)
+        if last_step and not _is_step(last, last_step):
             raise RunError(
-                f"{path} has no line for step {step}, and the newest checkpoint is of step {last_step}: the file was changed; "
-                "restore it, or start again in another directory with --out"
+                f"{path} lacks a line of step {last_step} or before, and the newest checkpoint is of step {last_step}: the file "
+                "was changed; restore it, or start again in another directory with --out"
             )
-    return lines[:last_step]
+        new.flush()
+        os.fsync(new.fileno())
+    temporary.replace(path)
+    return LineLog(path)
+
+
+def _is_step(line: bytes, step: int) -> bool:
+    try:
+        return line.endswith(b"\n") and json.loads(line)["step"] == step
+    except (ValueError, TypeError, KeyError):
+        return False
 
 
 def perplexity(cross_entropy: float) -> float:

@@ -6,12 +6,12 @@ carries the newest result that its sender knows, from which the actor goes on bi
 
 import asyncio
 import pickle
-import time
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from taid_ray.config.schema import ScheduleConfig
 from taid_ray.scheduler.aggregate import LossAggregator, LossSums, StepResult
+from taid_ray.scheduler.board import Board
 from taid_ray.scheduler.schedule import TAIDSchedule
 
 POOL_POLL_S = 10.0
@@ -19,7 +19,7 @@ NAMESPACE = "taid-ray"
 
 
 class Report(NamedTuple):
-    """What a rank says after a step; pickled, it is what `SchedulerActor.report` takes."""
+    """A rank's report of a step; pickled, it is what `SchedulerActor.report` takes."""
 
     attempt: int
     world_size: int
@@ -30,30 +30,35 @@ class Report(NamedTuple):
     sums: LossSums
 
 
+class News(NamedTuple):
+    """What the driver learns from the actor each time it asks. Figures are not in it: those are in RUN/metrics.jsonl."""
+
+    notes: list[str]
+    """Of the workers, those that the driver has not seen."""
+    step: int
+    """Finished optimizer steps of the run."""
+    reporting: int
+    """The attempt whose workers reported a step last; 0 if none did since the actor was started."""
+
+
 class SchedulerActor:
-    """Async, so that reports of one step wait inside it while others arrive."""
+    """Aggregates the loss and broadcasts t. Async, so that reports of one step wait inside it while others arrive."""
 
     def __init__(self, config: ScheduleConfig, total_steps: int):
-        schedule = TAIDSchedule(
-            config.t_start, config.t_end, config.alpha, config.beta, total_steps, config.mode, config.gain
-        )
-        self.aggregator = LossAggregator(schedule, config.signal)
+        self.aggregator = LossAggregator(TAIDSchedule(config, total_steps), config.signal)
+        self.board = Board()
+        self._reporting = 0
         self._changed = asyncio.Event()
         self._failure: Exception | None = None
-        self._notes: list[str] = []
-        self._first_note = 0
-        self._metrics: dict[str, Any] = {}
-        self._validations: list[dict[str, Any]] = []
         self._packed: tuple[StepResult, bytes] | None = None
-        self._pool: tuple[bool, Exception | None] = (False, None)
 
-    async def begin(self, world_size: int) -> int:
-        """Rank 0 draws a new attempt. Wall-clock based, so that it stays newer even across a restart of this actor."""
-        attempt = max(self.aggregator.attempt + 1, time.time_ns())
+    async def begin(self, attempt: int, world_size: int) -> None:
+        """Opens an attempt, which ends all earlier ones. Raises StaleReportError if a newer one is open."""
+        if attempt == self.aggregator.attempt:
+            return  # the answer was lost, and the request sent again
         self.aggregator.begin(attempt, world_size, None)
-        self._failure, self._metrics = None, {}
+        self._failure = None
         self._wake()
-        return attempt
 
     async def report(self, message: bytes) -> bytes:
         """A pickled Report in, a pickled StepResult out, once every rank has reported the step or somebody's `known` shows
@@ -77,6 +82,7 @@ class SchedulerActor:
             self._failure = error
             self._wake()
             raise
+        self._reporting = attempt
         if result is not None:
             self._wake()
         while result is None:
@@ -88,6 +94,7 @@ class SchedulerActor:
         return result
 
     async def heartbeat(self, attempt: int, world_size: int, result: StepResult) -> None:
+        """Takes over the newest result that a rank knows, if this actor knows less."""
         before = (self.aggregator.attempt, self.aggregator.result.step)
         self.aggregator.seed(attempt, world_size, result)
         if before != (self.aggregator.attempt, self.aggregator.result.step):
@@ -96,43 +103,32 @@ class SchedulerActor:
     async def current(self, attempt: int, world_size: int) -> StepResult:
         """The newest result of `attempt`, which rank 0 has begun."""
         if self.aggregator.attempt < attempt:  # this actor was restarted since, and nobody has a result yet
-            self.aggregator.begin(attempt, world_size, None)
-            self._wake()
+            await self.begin(attempt, world_size)
         return self.aggregator.result
 
-    async def note(self, message: str) -> None:
-        """A worker says what it is doing, for the driver's terminal."""
-        self._notes.append(message)
-
-    async def publish(self, metrics: dict[str, Any]) -> None:
-        """Rank 0 gives the newest line of metrics, for the driver's progress bar."""
-        self._metrics = metrics
-
-    async def publish_validations(self, validations: list[dict[str, Any]]) -> None:
-        """Rank 0 gives all validations so far."""
-        self._validations = validations
-
-    async def progress(self, notes_seen: int) -> tuple[list[str], dict[str, Any], list[dict[str, Any]]]:
-        """New notes since the first `notes_seen`, the newest metrics, and all validations."""
-        if notes_seen > self._first_note + len(self._notes):
-            self._first_note = notes_seen  # this actor was restarted: its notes follow those the driver has
-        return self._notes[max(0, notes_seen - self._first_note) :], self._metrics, self._validations
-
     async def ask(self, request: int) -> None:
-        """The driver asks the workers for something after the step that is under way; see aggregate.SAVE, STOP."""
+        """The driver's request to the workers for after the step that is under way; see aggregate.SAVE, STOP."""
         self.aggregator.requested = request
 
+    async def note(self, message: str) -> None:
+        """A worker's line for the driver's terminal."""
+        self.board.note(message)
+
+    async def news(self, notes_seen: int) -> News:
+        """What is new for a driver that has read `notes_seen` notes."""
+        return News(self.board.notes_after(notes_seen), self.aggregator.result.step, self._reporting)
+
     async def set_pool(self, error: Exception | None) -> None:
-        """The driver says that the teacher pool is up, or why it is not."""
-        self._pool = (True, error)
+        """The driver's word that the teacher pool is up (None), or why it is not."""
+        self.board.set_pool(error)
         self._wake()
 
     async def pool(self) -> tuple[bool, Exception | None]:
         """Whether the driver has spoken about the teacher pool, and its error if it failed; waits a while for that."""
-        if not self._pool[0]:
+        if not self.board.pool_known:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._change(), POOL_POLL_S)
-        return self._pool
+        return self.board.pool_known, self.board.pool_error
 
     def _wake(self) -> None:
         self._changed.set()

@@ -1,4 +1,4 @@
-"""One global loss per optimizer step, whatever the number of ranks: the state behind the TAID scheduler actor.
+"""State behind the TAID scheduler actor: one global loss per optimizer step, whatever the number of ranks.
 
 Every rank reports its sums once per step. When the last one is in, the token-weighted global loss is formed in rank
 order, the schedule moves once, and the result is the same for everybody. Nothing here knows Ray; the actor adds
@@ -6,13 +6,13 @@ transport, the single-process loop uses it as it is.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from taid_ray.errors import AttemptError
-from taid_ray.scheduler.schedule import TAIDSchedule
+from taid_ray.scheduler.schedule import ScheduleState, TAIDSchedule
 
 GO_ON, SAVE, STOP = 0, 1, 2
-"""What is to follow a step on every rank: the next one; a checkpoint first; a checkpoint, and the end of the attempt."""
+"""Requests for what follows a step on every rank: the next step; a checkpoint first; a checkpoint and the attempt's end."""
 
 HEARTBEAT_S = 1.0
 """A worker that has told the scheduler actor nothing for so long tells it the newest result it knows."""
@@ -27,7 +27,7 @@ class LossSums:
     kl: float
     """The divergence, in nats."""
     entropy: float
-    """What turns the divergence into its cross-entropy form (for TAID the entropy of p_t)."""
+    """The term that turns the divergence into its cross-entropy form (for TAID the entropy of p_t)."""
     sft: float
     """Cross-entropy on the labels; 0 where no labels are mixed in."""
     tokens: int
@@ -37,17 +37,17 @@ class LossSums:
     teacher_compute_s: float = 0.0
     """Time the teacher computed for this rank."""
     request: int = GO_ON
-    """What this rank asks all of them to do after the step."""
+    """The request of this rank to all of them, for after the step: GO_ON, SAVE or STOP."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What every rank learns after a step: the schedule's state for the next one, and the global means of this one."""
+    """The result of a step, the same on every rank: the schedule's state for the next step, and the global means of this one."""
 
     step: int
     """Finished optimizer steps."""
-    schedule: dict[str, Any]
-    """`TAIDSchedule.state_dict()` after this step; its `t` is the one to use next."""
+    schedule: ScheduleState
+    """The schedule after this step; its `t` is the one to use next."""
     kl: float = 0.0
     entropy: float = 0.0
     sft: float = 0.0
@@ -57,15 +57,11 @@ class StepResult:
     payload_bytes: int = 0
     teacher_compute_s: float = 0.0
     request: int = GO_ON
-    """The most that any rank, or the driver, asked for: one word for all ranks, after the same step."""
-
-    @property
-    def t(self) -> float:
-        return float(self.schedule["t"])
+    """The strongest request of any rank or the driver; all ranks obey it after the same step."""
 
 
 class StaleReportError(AttemptError):
-    """A report of an attempt or a step that is over. Its sender belongs to a dead worker group and must end."""
+    """Report of an attempt or a step that is over. Its sender belongs to a dead worker group and must end."""
 
 
 class LossAggregator:
@@ -80,15 +76,15 @@ class LossAggregator:
         self.signal = signal
         self.attempt = 0
         self.world_size = 0
-        self.result = self._start = StepResult(0, schedule.state_dict())
+        self.result = self._start = StepResult(0, schedule.state)
         self._reports: dict[int, LossSums] = {}
         self.requested = GO_ON
-        """What the driver asks for after the step that is under way."""
+        """The driver's request for after the step that is under way."""
 
     def begin(self, attempt: int, world_size: int, result: StepResult | None) -> None:
-        """A new worker group starts, from a checkpoint's `result` or (None) from where the schedule stood first.
+        """Starts an attempt of `world_size` ranks after a checkpoint's `result`, or (None) at the first step.
 
-        It may go back in steps. Raises StaleReportError for an attempt that is not newer.
+        It may go back in steps. Raises StaleReportError for an attempt that is not newer than the one under way.
         """
         if attempt <= self.attempt:
             raise StaleReportError(f"attempt {attempt} cannot begin: attempt {self.attempt} already has")
@@ -96,9 +92,9 @@ class LossAggregator:
         self._adopt(result or self._start)
 
     def seed(self, attempt: int, world_size: int, result: StepResult) -> None:
-        """A rank tells the newest result it knows; after a restart of the actor this rebuilds the state.
+        """Takes over the newest result that a rank knows, which rebuilds the state after a restart of the actor.
 
-        The newest attempt wins, within it the highest step. Older ones are ignored: they carry nothing new.
+        The newest attempt wins, within it the highest step. Older results are ignored: they carry nothing new.
         """
         if attempt > self.attempt or (attempt == self.attempt and result.step > self.result.step):
             self.attempt, self.world_size = attempt, world_size
@@ -128,11 +124,11 @@ class LossAggregator:
         kl, entropy, sft = (
             sum(getattr(r, name) for r in reports) / max(tokens, 1) for name in ("kl", "entropy", "sft")
         )
-        self.schedule.update(kl + entropy if self.signal == "cross_entropy" else kl)
+        state = self.schedule.update(kl + entropy if self.signal == "cross_entropy" else kl)
         self._reports = {}
         self.result = StepResult(
             step,
-            self.schedule.state_dict(),
+            state,
             kl,
             entropy,
             sft,
@@ -145,6 +141,6 @@ class LossAggregator:
         return self.result
 
     def _adopt(self, result: StepResult) -> None:
-        self.schedule.load_state_dict(result.schedule)
+        self.schedule.resume(result.schedule)
         self.result = result
         self._reports = {}

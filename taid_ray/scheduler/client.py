@@ -19,14 +19,14 @@ from taid_ray.scheduler.actor import Report
 from taid_ray.scheduler.aggregate import BEATS_PER_S, HEARTBEAT_S, LossSums, StepResult
 
 GONE_S = 10.0
-"""So long after its death an actor that Ray restarts is back, or on its way back."""
+"""Time within which Ray brings a dead actor back, or at least says that it is restarting it."""
 
 
 class SchedulerClient:
-    """One worker's side. `submit` and `collect` are what the training loop sees."""
+    """A worker's connection to the actor. The training loop uses `submit` and `collect`."""
 
     def __init__(self, actor: ActorHandle, rank: int, timeout_s: float):
-        """timeout_s: how long an answer may take, which depends on the slowest of the other workers."""
+        """timeout_s: limit for an answer, which depends on the slowest of the other workers."""
         self._actor, self._rank, self._timeout_s = actor, rank, timeout_s
         self._attempt = self._world_size = 0
         self._result: StepResult | None = None
@@ -34,14 +34,17 @@ class SchedulerClient:
         self._closed = threading.Event()
         self._spoken = 0.0
 
-    def begin(self, world_size: int) -> int:
-        """Rank 0 only: opens a new attempt, and thereby ends all earlier ones. It goes on from what `join` is given."""
-        return self._call(lambda: self._actor.begin.remote(world_size), "begin")
+    def begin(self, attempt: int, world_size: int) -> None:
+        """Rank 0 only: opens a new attempt and thereby ends all earlier ones. It starts from what `join` is given.
+
+        Raises StaleReportError if a newer attempt is open.
+        """
+        self._call(lambda: self._actor.begin.remote(attempt, world_size), "begin")
 
     def join(self, attempt: int, world_size: int, result: StepResult | None) -> StepResult:
-        """Every rank, with the attempt that rank 0 drew and, if there is one, a checkpoint's result: starts the heartbeat.
+        """Joins an attempt that rank 0 has begun, and starts the heartbeat. Every rank.
 
-        Returns where the attempt starts.
+        result: that of the checkpoint to continue from, None without one. Returns the result to start from.
         """
         self._attempt, self._world_size = attempt, world_size
         self._result = result or self._call(lambda: self._actor.current.remote(attempt, world_size), "the start")
@@ -49,10 +52,14 @@ class SchedulerClient:
         return self._result
 
     def submit(self, step: int, sums: LossSums) -> None:
+        """Sends this rank's sums of `step` (1-based) without waiting."""
         self._pending = (step, sums, self._send(step, sums))
 
     def collect(self, step: int) -> StepResult:
-        """Raises AttemptError when the actor gives no answer in time; NonFiniteLossError, StaleReportError from it."""
+        """Waits for the result of `step`, which every rank has to report.
+
+        Raises AttemptError when the actor gives no answer in time; NonFiniteLossError and StaleReportError as it does.
+        """
         assert self._pending is not None and self._pending[0] == step, "collect without submit"
         _, sums, reference = self._pending
         sent = iter([reference])
@@ -62,12 +69,12 @@ class SchedulerClient:
 
     @property
     def step(self) -> int:
-        """The step that was submitted last, and has no result yet; 0 if there is none."""
+        """The step that was submitted and has no result yet; 0 if there is none."""
         return self._pending[0] if self._pending else 0
 
     @property
     def sums_are_finite(self) -> bool:
-        """Whether this rank's part of the step that was submitted last is."""
+        """True if this rank's sums of the step that has no result yet are finite."""
         sums = self._pending[1] if self._pending else None
         return sums is None or all(map(math.isfinite, (sums.kl, sums.entropy, sums.sft)))
 
@@ -89,15 +96,11 @@ class SchedulerClient:
             raise error
 
     def note(self, message: str) -> None:
+        """Shows a line on the driver's terminal."""
         self._actor.note.remote(message)
 
-    def publish(self, metrics: dict[str, Any]) -> None:
-        self._actor.publish.remote(metrics)
-
-    def publish_validations(self, validations: list[dict[str, Any]]) -> None:
-        self._actor.publish_validations.remote(validations)
-
     def close(self) -> None:
+        """Ends the heartbeat."""
         self._closed.set()
 
     def _send(self, step: int, sums: LossSums) -> ray.ObjectRef:
@@ -107,7 +110,7 @@ class SchedulerClient:
         return self._actor.report.remote(pickle.dumps(report))
 
     def _call(self, send: Any, what: str) -> Any:
-        """Sends until there is an answer: a dead actor is restarted by Ray, and the request goes to the new one."""
+        """Sends until there is an answer: Ray restarts a dead actor, and the request goes to the new one."""
         deadline, died = time.monotonic() + self._timeout_s, None
         while True:
             try:

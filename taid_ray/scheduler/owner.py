@@ -1,22 +1,23 @@
 """The driver's side of the TAID scheduler actor: starts it, reads its notice board, ends it."""
 
 import time
-from typing import Any
+from typing import Self
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayError
 
 from taid_ray.config.schema import ScheduleConfig
 from taid_ray.errors import ClusterError
-from taid_ray.scheduler.actor import NAMESPACE, SchedulerActor
+from taid_ray.scheduler.actor import NAMESPACE, News, SchedulerActor
 
 NAME_FREE_S = 60.0
 """Within this time Ray ends the actors of a driver that was killed."""
+NEWS_S = 10.0
+"""Limit for the actor's answer to the driver."""
 
 
 class SchedulerOwner:
-    """The driver's side: starts the actor, hears from it what the workers say, and ends it."""
+    """The actor's owner. A context manager: at its end the actor is gone."""
 
     def __init__(self, name: str, config: ScheduleConfig, total_steps: int, max_workers: int):
         """Restarted by Ray without limit if its process dies. max_workers: the most that will report to it.
@@ -24,8 +25,8 @@ class SchedulerOwner:
         Raises ClusterError if another driver keeps an actor of that name, and therefore the run.
         """
         actor = ray.remote(SchedulerActor)
-        # Of every worker a report that waits for the others, a heartbeat, and word of the pool; of two attempts, where one
-        # is not quite over; and the driver's own.
+        # Each worker may wait here with a report, a heartbeat and a question about the pool, also while an earlier attempt's
+        # workers are not quite gone; the rest is for the driver.
         concurrency = 2 * 3 * max_workers + 100
         options = actor.options(
             name=name, namespace=NAMESPACE, num_cpus=0, max_restarts=-1, max_concurrency=concurrency
@@ -51,15 +52,17 @@ class SchedulerOwner:
         """Tells the workers that the teacher pool is up, or why it is not. A restarted actor must be told again."""
         self.actor.set_pool.remote(error)
 
-    def progress(self, notes_seen: int) -> tuple[list[str], dict[str, Any], list[dict[str, Any]]]:
-        """Notes after the first `notes_seen`, the newest metrics, and all validations that this actor was told of.
-
-        Nothing while it is being restarted.
-        """
-        try:
-            return ray.get(self.actor.progress.remote(notes_seen), timeout=10)
-        except RayError:
-            return [], {}, []
+    def news(self, notes_seen: int) -> News:
+        """What is new since the first `notes_seen` notes. Raises RayError while the actor is being restarted."""
+        news: News = ray.get(self.actor.news.remote(notes_seen), timeout=NEWS_S)
+        return news
 
     def close(self) -> None:
+        """Ends the actor."""
         ray.kill(self.actor, no_restart=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

@@ -53,8 +53,8 @@ class TrialsShown:
 class Watcher(tune.Callback):
     """Keeps the book, and says what happens."""
 
-    def __init__(self, book: TrialBook, signals: StopRequest, view: ProgressView):
-        self._book, self._signals, self._view = book, signals, view
+    def __init__(self, book: TrialBook, stop: StopRequest, view: ProgressView):
+        self._book, self._stop, self._view = book, stop, view
         self._old = {name: status for status in ("finished", "stopped") for name in book.with_status(status)}
 
     def __reduce__(self) -> Any:
@@ -83,7 +83,7 @@ class Watcher(tune.Callback):
         elif self._book.is_finished(name):
             self._book.mark(name, "finished")
             self._view.say(f"trial {name}: finished")
-        elif self._signals.count:
+        elif self._stop.requested:
             self._book.mark(name, "waiting")
         else:
             self._book.mark(name, "stopped")
@@ -98,13 +98,13 @@ class Watcher(tune.Callback):
 
     def stopper(self) -> tune.Stopper:
         """Ends the search once a signal came and no trial runs any more."""
-        book, signals = self._book, self._signals
+        book, stop = self._book, self._stop
 
         class Stopper(tune.Stopper):
             def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
                 return False
 
             def stop_all(self) -> bool:
-                return bool(signals.count) and not book.with_status("running")
+                return bool(stop.requested) and not book.with_status("running")
 
         return Stopper()

@@ -23,10 +23,10 @@ from taid_ray.distributed.cluster import cluster_has_gpus, ray_cluster
 from taid_ray.distributed.device import resolve
 from taid_ray.driver.live import announce_cluster, liveness_file
 from taid_ray.driver.orphans import ending_orphaned_cleaners
+from taid_ray.driver.pool import PoolKeeper
 from taid_ray.driver.preflight import notes, prepare
 from taid_ray.driver.progress import ProgressView
 from taid_ray.driver.signals import StopRequest, run_in_thread, stop_signals
-from taid_ray.driver.supervise import teacher_pool
 from taid_ray.errors import ClusterError
 from taid_ray.models.hub import restoring_hub_mode
 from taid_ray.report.search_page import write_report
@@ -129,12 +129,12 @@ def run_trials(
     announce_cluster(config.run_dir, pool_name if pooled else None)
     together = replace(demand, max_workers=demand.max_workers * (max_concurrent or space.num_trials))
     with (
-        stop_signals() as signals,
+        stop_signals() as stop,
         ending_orphaned_cleaners(former_jobs(config.run_dir)),
-        teacher_pool(config, spec, together, pool_name, tell, view) if pooled else nullcontext(),
+        PoolKeeper(config, spec, together, pool_name, tell, view) if pooled else nullcontext(),
     ):
         if pooled:
-            wait_for_pool(up, signals)
+            wait_for_pool(up, stop)
         room = room_for_trials(demand, own_teachers)
         concurrent = min(max_concurrent or room, room)
         if not concurrent:
@@ -150,9 +150,9 @@ def run_trials(
         tree = config.model_dump(mode="json")
         shared = pool_name if pooled else None
         job = SearchJob(config.run_dir, tree, spec.total_steps, shared, pool_spec(config, spec), stopped)
-        run_tune(space, book, job, concurrent, signals, trials, view)
-        if signals.count:
-            raise signals.end()
+        run_tune(space, book, job, concurrent, stop, trials, view)
+        if stop.requested:
+            raise stop.end()
 
 
 def run_tune(
@@ -160,7 +160,7 @@ def run_tune(
     book: TrialBook,
     job: SearchJob,
     concurrent: int,
-    signals: StopRequest,
+    stop: StopRequest,
     trials: TrialsShown,
     view: ProgressView,
 ) -> None:
@@ -174,7 +174,7 @@ def run_tune(
         os.environ.setdefault(name, value)
     stop_file = job.directory / STOP_FILE
     stop_file.unlink(missing_ok=True)
-    watcher = Watcher(book, signals, view)
+    watcher = Watcher(book, stop, view)
     trials.begun = True
 
     def named(trial: Any) -> str:
@@ -200,9 +200,9 @@ def run_tune(
 
     def look() -> None:
         view.wait_for(trials.activity())
-        if signals.count > 1:
-            raise signals.end()
-        if signals.count and not stop_file.exists():
+        if stop.at_once:
+            raise stop.end()
+        if stop.requested and not stop_file.exists():
             view.say("stopping: the trials save a checkpoint after their step; once more to stop at once")
             stop_file.touch()
 
@@ -223,10 +223,10 @@ def former_jobs(directory: Path) -> set[str]:
     return {job for manifest in manifests if manifest for job in jobs_of(manifest)}
 
 
-def wait_for_pool(up: Future[None], signals: StopRequest) -> None:
+def wait_for_pool(up: Future[None], stop: StopRequest) -> None:
     """Raises what the pool failed with."""
     while not up.done():
-        if signals.count:
-            raise signals.end()
+        if stop.requested:
+            raise stop.end()
         time.sleep(0.1)
     up.result()

@@ -87,11 +87,11 @@ def distil_trial(tree: dict[str, Any], params: dict[str, Any], job: SearchJob) -
     config.run_dir.parent.mkdir(parents=True, exist_ok=True)
     with (
         config.run_dir.with_suffix(LOG_SUFFIX).open("a", encoding="utf-8") as log,
-        stop_file_watch(job.directory) as signals,
+        stop_file_watch(job.directory) as stop,
     ):
         console = Console(file=log, width=130)
         try:
-            result = run_distillation(config, RunContext(console, shared, signals, report))
+            result = run_distillation(config, RunContext(console, shared, stop, report))
         except (KeyboardInterrupt, SystemExit):
             return  # the search was asked to stop, and the run has a checkpoint
     # Not before the summary is there: a scheduler ends a trial that has reported its last step.
@@ -116,16 +116,16 @@ def report_all(run_dir: Path) -> None:
 @contextmanager
 def stop_file_watch(directory: Path) -> Iterator[StopRequest]:
     """The wish to stop with a checkpoint, which the search's driver leaves as a file."""
-    signals, over = StopRequest(), threading.Event()
+    stop, over = StopRequest(), threading.Event()
 
     def watch() -> None:
         while not over.wait(POLL_S):
             if (directory / STOP_FILE).exists():
-                signals.first, signals.count = signal.SIGTERM, 1
+                stop.request(signal.SIGTERM)
                 return
 
     threading.Thread(target=watch, name="taid-asked", daemon=True).start()
     try:
-        yield signals
+        yield stop
     finally:
         over.set()

@@ -14,7 +14,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from taid_ray.checkpoint.restore import RestoredCheckpoint
+from taid_ray.checkpoint.restore import Checkpoint
 from taid_ray.config.schema import DistillConfig
 from taid_ray.data.batch import Batch
 from taid_ray.distributed.device import loss_memory_mib
@@ -68,6 +68,8 @@ def patch_head_forward(head: Any) -> None:
 
 
 class Student:
+    """One rank's part of the student: forward pass with the loss, backward pass, optimizer step, saving."""
+
     def __init__(
         self,
         config: DistillConfig,
@@ -75,16 +77,18 @@ class Student:
         num_shared: int,
         world: World,
         device: torch.device,
-        clock: PhaseClock,
-        restored: RestoredCheckpoint | None = None,
+        checkpoint: Checkpoint | None = None,
     ):
         """Wraps `model` (on CPU, float32). All ranks must pass identical weights.
 
         num_shared: vocabulary ids that teacher and student share; the loss sees these rows of the head only.
-        clock: told of the time the loss takes. restored: a checkpoint to go on from.
+        checkpoint: one to continue from.
         """
         self.world, self.config, self.num_shared, self.device = world, config, num_shared, device
-        self.clock = clock
+        self.clock = PhaseClock(device)
+        """Measures where a step's time goes; loop and prefetcher use it too."""
+        self.teacher_head: Head | None = None
+        """The teacher's head on this device; must be set where its payload carries hidden states."""
         self.transform: LogitTransform = head_of(model).transform
         self.causal_lm = model
         self.num_parameters = int(model.num_parameters())
@@ -92,8 +96,8 @@ class Student:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.trained = add_lora(model, config.student.lora, config.train.seed) if config.student.lora else model
         self.trained.train()
-        if restored is not None:
-            load_weights(self.trained, restored.tensor)
+        if checkpoint is not None:
+            load_weights(self.trained, checkpoint.tensor)
         optimizer = torch.optim.AdamW(
             _decay_groups(self.trained, config.train.weight_decay),
             lr=config.train.learning_rate,
@@ -113,24 +117,19 @@ class Student:
             optimizer=optimizer,
             config=deepspeed_config(config),
         )
-        if restored is not None:
-            load_optimizer(self.engine, self.trained, restored.tensor, restored.state.result.step, world)
+        if checkpoint is not None:
+            load_optimizer(self.engine, self.trained, checkpoint.tensor, checkpoint.result.step, world)
 
     def reseed(self, step: int) -> None:
-        """Begins the optimizer step's random numbers (dropout), which follow from (seed, step, rank) and nothing else."""
+        """Seeds the random numbers of an optimizer step (dropout) from (seed, step, rank) and nothing else."""
         torch.manual_seed(random.Random(f"{self.config.train.seed}/{step}/{self.world.rank}").getrandbits(63))
 
-    def forward(
-        self, batch: Batch, teacher_output: TeacherOutput, teacher_head: Head | None, t: float
-    ) -> tuple[Tensor, LossParts]:
-        """The loss summed over this micro-batch's loss positions, and its detached parts.
-
-        teacher_head: None where the teacher's payload carries probabilities.
-        """
+    def forward(self, batch: Batch, teacher_output: TeacherOutput, t: float) -> tuple[Tensor, LossParts]:
+        """The loss at interpolation `t`, summed over this micro-batch's loss positions, and its detached parts."""
         loss = self.config.loss
         # t as a tensor, so that its changing value recompiles nothing; on the CPU, so that no device waits for it.
         objective = Objective(loss.name, torch.tensor(t, dtype=torch.float64), loss.sft_weight, loss.weight)
-        teacher, labels = self._target(batch, teacher_output, teacher_head)
+        teacher, labels = self._target(batch, teacher_output)
 
         def compute(hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> tuple[Tensor, LossParts]:
             with self.clock.phase("loss"):
@@ -141,9 +140,9 @@ class Student:
         return total, parts
 
     @torch.no_grad()
-    def score(self, batch: Batch, teacher_output: TeacherOutput, teacher_head: Head | None) -> Scores:
+    def score(self, batch: Batch, teacher_output: TeacherOutput) -> Scores:
         """Validation sums of this micro-batch. Collective under ZeRO-3: every rank must call it equally often."""
-        teacher, labels = self._target(batch, teacher_output, teacher_head)
+        teacher, labels = self._target(batch, teacher_output)
 
         def compute(hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> Scores:
             student = self._projection(hidden, head_weight, head_bias)
@@ -169,7 +168,7 @@ class Student:
         return self.grad_norm if self.clips_itself else finite_norm(float(self.engine.get_global_grad_norm()))
 
     def state(self) -> Iterator[tuple[str, Tensor | None]]:
-        """What `restored` needs to continue from here, see state.training_state. Collective."""
+        """Weights and optimizer state of a checkpoint, see state.training_state. Collective."""
         return training_state(self.engine, self.trained, self.world)
 
     def save(self, directory: Path) -> None:
@@ -183,10 +182,10 @@ class Student:
         inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.inputs.items()}
         return self.engine(inputs, batch.loss_positions.to(self.device), function)
 
-    def _target(self, batch: Batch, teacher_output: TeacherOutput, teacher_head: Head | None) -> tuple[Target, Tensor]:
+    def _target(self, batch: Batch, teacher_output: TeacherOutput) -> tuple[Target, Tensor]:
         """The teacher's side of the loss, and the labels, on this device."""
         labels = batch.labels.to(self.device, non_blocking=True)
-        return teacher_output.to(self.device).target(teacher_head), labels
+        return teacher_output.to(self.device).target(self.teacher_head), labels
 
     def _projection(self, hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> Projection:
         """The student's side of the loss, cut to the shared vocabulary."""

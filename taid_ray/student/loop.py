@@ -1,22 +1,20 @@
 """The training loop. Every student worker runs `train_loop`, top to bottom; nothing in it knows about Ray."""
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
-from taid_ray.config.schema import TrainConfig
+from taid_ray.data.batch import Batch
 from taid_ray.data.dataset import Cursor
 from taid_ray.errors import AttemptError
-from taid_ray.models.head import Head
-from taid_ray.run.metrics import StepMetrics
+from taid_ray.losses.chunked import LossParts
+from taid_ray.run.metrics import PHASES, StepMetrics
 from taid_ray.scheduler.aggregate import STOP, LossSums, StepResult
-from taid_ray.student.clock import PhaseClock
 from taid_ray.student.engine import Student
 from taid_ray.student.learning_rate import learning_rate
-from taid_ray.student.prefetch import Prefetcher
-
-PHASES = ("data", "forward", "loss", "backward", "optimizer", "schedule_wait")
+from taid_ray.student.prefetch import Prefetcher, StepBatches
+from taid_ray.teacher.payload import TeacherOutput
 
 
 class Scheduler(Protocol):
@@ -29,89 +27,108 @@ class Scheduler(Protocol):
         """The result of `step`, once every rank has reported it."""
 
 
+class Hooks(Protocol):
+    """The work around a step that is not training, such as validation and checkpoints."""
+
+    def request(self, step: int) -> int:
+        """This rank's request for after `step`: GO_ON, SAVE or STOP. All ranks find the strongest one in its result."""
+
+    def after_step(self, metrics: StepMetrics, result: StepResult, cursor: Cursor) -> None:
+        """Runs on every rank after each step, with global figures and what a checkpoint needs."""
+
+
 def train_loop(
-    config: TrainConfig,
-    total_steps: int,
-    student: Student,
-    teacher_head: Head | None,
-    scheduler: Scheduler,
-    stream: Prefetcher,
-    last: StepResult,
-    clock: PhaseClock,
-    request: Callable[[int], int],
-    on_step: Callable[[StepMetrics, StepResult, Cursor], None],
+    student: Student, scheduler: Scheduler, stream: Prefetcher, hooks: Hooks, last: StepResult, total_steps: int
 ) -> StepResult:
     """Trains from `last.step` to `total_steps`, or to the step after which somebody wants to STOP.
 
-    clock: the one that student and stream use too, so that it knows where each step's time goes. request: what this rank
-    wants to follow a step, see scheduler.aggregate.SAVE; all ranks then find the same word in its result. on_step: runs on
-    every rank after each step, with global figures and what a checkpoint needs.
-
     Raises AttemptError if the ranks counted other loss tokens than this rank's global batch has: their data differ.
     """
+    clock = student.clock
     while last.step < total_steps and last.request != STOP:
         clock.lap()  # what lies between the steps, validation for example, is not part of any
-        waited_before = stream.wait_s
-        step, t = last.step + 1, last.t
+        step, waited_before = last.step + 1, stream.wait_s
         work = stream.next_step()
         student.reseed(step)
 
-        kl = entropy = sft = torch.zeros((), dtype=torch.float64, device=student.device)
-        payload_bytes = tokens = 0
-        computed_s = 0.0
-        for i in range(len(work.batches)):
+        sums = StepSums(student.device)
+        for number in range(len(work.batches)):
             batch, teacher_output = stream.collect()
             with clock.phase("forward"):
-                loss_sum, parts = student.forward(batch, teacher_output, teacher_head, t)
-            kl, entropy, sft = kl + parts.kl, entropy + parts.entropy, sft + parts.sft
-            tokens += batch.num_loss_tokens
-            payload_bytes += teacher_output.num_bytes
-            computed_s += teacher_output.compute_s
-            if i == len(work.batches) - 1:
+                loss_sum, parts = student.forward(batch, teacher_output, last.schedule.t)
+            sums.add(parts, batch, teacher_output)
+            if number == len(work.batches) - 1:
                 # This travels while the last backward pass computes, so nobody waits for the scheduler.
-                waited = stream.wait_s - waited_before
-                kl_sum, entropy_sum, sft_sum = torch.stack((kl, entropy, sft)).tolist()
-                sums = LossSums(kl_sum, entropy_sum, sft_sum, tokens, waited, payload_bytes, computed_s, request(step))
-                scheduler.submit(step, sums)
+                scheduler.submit(step, sums.report(stream.wait_s - waited_before, hooks.request(step)))
             with clock.phase("backward"):
                 # One denominator, the global batch's: the gradient is the same however the batch is split.
                 student.backward(loss_sum / work.num_loss_tokens)
-        lr = learning_rate(step - 1, config, total_steps)
+        lr = learning_rate(step - 1, student.config.train, total_steps)
         with clock.phase("optimizer"):
             grad_norm = student.step(lr)
         with clock.phase("schedule_wait"):
             result = scheduler.collect(step)
-        if result.tokens != work.num_loss_tokens:
-            raise AttemptError(
-                f"step {step}: the ranks did not read the same global batch: they counted {result.tokens} loss tokens "
-                f"together, and this batch has {work.num_loss_tokens}; are all nodes given the same data?"
-            )
+        check_same_batch(result, work)
 
-        seconds = clock.lap()
-        on_step(
-            StepMetrics(
-                step=step,
-                epoch=work.cursor.epoch,
-                t=t,
-                momentum=last.schedule["momentum"],
-                loss=result.kl + result.entropy,
-                kl=result.kl,
-                entropy_pt=result.entropy,
-                sft=result.sft,
-                floor_active=last.schedule["floor_active"],
-                lr=lr,
-                grad_norm=grad_norm,
-                tokens=result.tokens,
-                tokens_per_s=result.tokens / seconds["step"],
-                step_s=seconds["step"],
-                teacher_wait_s=result.teacher_wait_s,
-                **{f"{phase}_s": seconds.get(phase, 0.0) for phase in PHASES},
-                teacher_compute_s=result.teacher_compute_s,
-                payload_bytes=result.payload_bytes,
-                samples_seen=work.cursor.samples,
-            ),
-            result,
-            work.cursor,
-        )
+        hooks.after_step(step_metrics(last, result, work.cursor, lr, grad_norm, clock.lap()), result, work.cursor)
         last = result
     return last
+
+
+class StepSums:
+    """This rank's sums over the micro-batches of one step; those of the loss stay on the device until they are reported."""
+
+    def __init__(self, device: torch.device):
+        self._kl = self._entropy = self._sft = torch.zeros((), dtype=torch.float64, device=device)
+        self._tokens = self._payload_bytes = 0
+        self._compute_s = 0.0
+
+    def add(self, parts: LossParts, batch: Batch, teacher_output: TeacherOutput) -> None:
+        """Adds a micro-batch."""
+        self._kl, self._entropy = self._kl + parts.kl, self._entropy + parts.entropy
+        self._sft = self._sft + parts.sft
+        self._tokens += batch.num_loss_tokens
+        self._payload_bytes += teacher_output.num_bytes
+        self._compute_s += teacher_output.compute_s
+
+    def report(self, teacher_wait_s: float, request: int) -> LossSums:
+        """The rank's report of the step. Waits for the device."""
+        losses: Tensor = torch.stack((self._kl, self._entropy, self._sft))
+        kl, entropy, sft = losses.tolist()
+        return LossSums(kl, entropy, sft, self._tokens, teacher_wait_s, self._payload_bytes, self._compute_s, request)
+
+
+def check_same_batch(result: StepResult, work: StepBatches) -> None:
+    """Raises AttemptError if the ranks together counted other loss tokens than the global batch of this rank has."""
+    if result.tokens != work.num_loss_tokens:
+        raise AttemptError(
+            f"step {result.step}: the ranks did not read the same global batch: they counted {result.tokens} loss tokens "
+            f"together, and this batch has {work.num_loss_tokens}; are all nodes given the same data?"
+        )
+
+
+def step_metrics(
+    before: StepResult, result: StepResult, cursor: Cursor, lr: float, grad_norm: float, seconds: dict[str, float]
+) -> StepMetrics:
+    """The line of metrics.jsonl for a step. before: the result whose t the step used. seconds: see PhaseClock.lap."""
+    return StepMetrics(
+        step=result.step,
+        epoch=cursor.epoch,
+        t=before.schedule.t,
+        momentum=before.schedule.momentum,
+        loss=result.kl + result.entropy,
+        kl=result.kl,
+        entropy_pt=result.entropy,
+        sft=result.sft,
+        floor_active=before.schedule.floor_active,
+        lr=lr,
+        grad_norm=grad_norm,
+        tokens=result.tokens,
+        tokens_per_s=result.tokens / seconds["step"],
+        step_s=seconds["step"],
+        teacher_wait_s=result.teacher_wait_s,
+        **{f"{phase}_s": seconds.get(phase, 0.0) for phase in PHASES if phase != "teacher_wait"},
+        teacher_compute_s=result.teacher_compute_s,
+        payload_bytes=result.payload_bytes,
+        samples_seen=cursor.samples,
+    )

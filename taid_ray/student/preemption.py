@@ -1,4 +1,4 @@
-"""Whether the node of this process is about to go: Ray marks nodes that a cloud takes back, or an operator drains."""
+"""Notice that the node of this process is about to go: a cloud takes it back, or an operator drains it."""
 
 import threading
 from contextlib import suppress
@@ -12,16 +12,25 @@ POLL_S = 2.0
 
 
 class PreemptionWatch:
-    """Asks the cluster every POLL_S in a thread of its own, as long as this process is connected to it."""
+    """Asks the cluster every POLL_S, in a thread of its own, whether this node is being drained.
+
+    One worker per node keeps it: the answer is the same for all, and one process answers the whole cluster.
+    """
 
     def __init__(self) -> None:
-        self.given = False
+        self.draining = False
+        """Whether the node is about to go."""
+        self._closed = threading.Event()
         self._node = ray.get_runtime_context().get_node_id()
-        threading.Thread(target=self._watch, name="taid-leave-notice", daemon=True).start()
+        threading.Thread(target=self._watch, name="taid-preemption", daemon=True).start()
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._closed.set()
 
     def _watch(self) -> None:
-        stopped = threading.Event()
-        while not self.given and ray.is_initialized():
+        while not self.draining and ray.is_initialized():
             with suppress(RayError):  # the head is being restarted
-                self.given = self._node in draining_nodes()
-            stopped.wait(POLL_S)
+                self.draining = self._node in draining_nodes()
+            if self._closed.wait(POLL_S):
+                return

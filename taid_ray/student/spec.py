@@ -1,4 +1,4 @@
-"""What the driver hands to every student worker: the configuration, and what preflight found out."""
+"""What passes between the driver and a student worker: the configuration, what preflight found out, and the outcome."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,7 @@ from taid_ray.models.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class DataCheck:
-    """What became of the first block of training documents, and of the validation documents."""
+    """Counts from the first block of training documents, and from the validation documents."""
 
     rows: int
     dropped: int
@@ -21,7 +21,7 @@ class DataCheck:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """What every process of the run has to agree on."""
+    """Facts that every process of the run has to agree on."""
 
     total_steps: int
     vocabulary: Vocabulary
@@ -32,7 +32,7 @@ class RunSpec:
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """What the driver hands to every student worker."""
+    """Everything the driver hands to every student worker of an attempt."""
 
     config: DistillConfig
     spec: RunSpec
@@ -44,5 +44,23 @@ class WorkerSpec:
     """Name of the teacher pool's Serve application (unused with a local teacher)."""
     checkpoints: str
     """Where this run's checkpoints are: a directory or a URI."""
-    restarts: int = 0
-    """Attempts before this one."""
+    attempt: int = 1
+    """Number of the attempt, from 1 over all drivers of the run."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Outcome of an attempt that made the run's last step."""
+
+    summary: dict[str, Any]
+    """The content of summary.json."""
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """Outcome of an attempt that somebody stopped; there is a checkpoint of its last step."""
+
+    step: int
+
+
+Outcome = Finished | Stopped

@@ -1,4 +1,4 @@
-"""What the summary needs to know of a run, over all its attempts."""
+"""Totals of a run over all its attempts: what its summary is made of."""
 
 import time
 from collections.abc import Mapping
@@ -6,37 +6,44 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from taid_ray.data.encoding import Counts
-from taid_ray.run.bottleneck import Usage
 from taid_ray.run.metrics import StepMetrics
-from taid_ray.student.validation import Evaluation
 from taid_ray.teacher.protocol import TeacherInfo
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over the loss positions of the validation rows, in nats."""
+
+    cross_entropy: float
+    teacher_cross_entropy: float
+    kl: float
+    """KL(teacher || student)."""
+    tokens: int
 
 
 @dataclass
 class RunTotals:
-    """Rank 0's is the one that is saved and used; all ranks keep one."""
+    """Counts and validations of a run. All ranks keep them; those of rank 0 are saved and shown."""
 
     payload_error: float = 0.0
     validations: dict[int, Evaluation] = field(default_factory=dict)
-    """By the step after which they were made."""
+    """Evaluations, by the step after which they were made."""
     tokens: int = 0
     payload_bytes: int = 0
     teacher_tokens: int = 0
-    """Of earlier attempts, up to the checkpoint."""
+    """Positions the teacher computed for earlier attempts, up to the checkpoint."""
     wall_s: float = 0.0
-    """Of earlier attempts, up to the checkpoint."""
+    """Seconds that earlier attempts worked, up to the checkpoint."""
     samples: int = 0
     t: float = 0.0
-    """Of the last step."""
+    """Interpolation used in the last step."""
     best: str | None = None
     """Name of the checkpoint with the best validation."""
-    usage: Usage = field(default_factory=Usage)
-    """Since it was last told what holds the run back."""
     started: float = field(default_factory=time.monotonic)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "RunTotals":
-        """From what `state` gave, on the way through JSON."""
+        """Reads what `state` gave, on the way through JSON."""
         validations = {
             found["step"]: Evaluation(**{key: value for key, value in found.items() if key != "step"})
             for found in state["validations"]
@@ -44,7 +51,7 @@ class RunTotals:
         return cls(**{**state, "validations": validations})
 
     def state(self, teacher_tokens: int) -> dict[str, Any]:
-        """What a checkpoint keeps. teacher_tokens: of this attempt, over all ranks."""
+        """Content for a checkpoint. teacher_tokens: of this attempt, over all ranks."""
         return {
             "payload_error": self.payload_error,
             "validations": self.validation_lines(),
@@ -58,6 +65,7 @@ class RunTotals:
         }
 
     def add(self, metrics: StepMetrics) -> None:
+        """Counts a step."""
         self.tokens += metrics.tokens
         self.payload_bytes += metrics.payload_bytes
         self.samples, self.t = metrics.samples_seen, metrics.t
@@ -70,7 +78,7 @@ class RunTotals:
     def summary(
         self, steps: int, teacher: TeacherInfo, teacher_tokens: int, parameters: int, counts: Counts, restarts: int
     ) -> dict[str, Any]:
-        """The content of summary.json. parameters: the student's. counts: of the data, by the last attempt."""
+        """The content of summary.json. parameters: number of the student's. counts: of the data, by the last attempt."""
         first, final = self.validations[0], self.validations[steps]
 
         def figures(found: Evaluation) -> dict[str, Any]:
@@ -98,5 +106,10 @@ class RunTotals:
         }
 
     def validation_lines(self) -> list[dict[str, Any]]:
-        """In the order of their steps; what validation.jsonl holds."""
-        return [{"step": step} | asdict(found) for step, found in sorted(self.validations.items())]
+        """The lines of validation.jsonl, in the order of their steps."""
+        return [validation_line(step, evaluation) for step, evaluation in sorted(self.validations.items())]
+
+
+def validation_line(step: int, evaluation: Evaluation) -> dict[str, Any]:
+    """The line of validation.jsonl for the evaluation after `step`."""
+    return {"step": step} | asdict(evaluation)

@@ -2,37 +2,27 @@
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from taid_ray.data.batch import Batch, Row, collate
 from taid_ray.data.batching import num_micro_batches, split_evenly
 from taid_ray.distributed.world import World
-from taid_ray.models.head import Head
 from taid_ray.student.engine import Student
+from taid_ray.student.telemetry import Telemetry
+from taid_ray.student.totals import Evaluation, RunTotals
 from taid_ray.teacher.payload import TeacherOutput
 from taid_ray.teacher.protocol import TeacherClient
 
 KEPT_BYTES = 2**30
-"""Of the teacher's outputs that a worker keeps, in memory of the CPU."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Means over the loss positions of the validation rows, in nats."""
-
-    cross_entropy: float
-    teacher_cross_entropy: float
-    kl: float
-    """KL(teacher || student)."""
-    tokens: int
+"""Limit for the teacher's outputs that a worker keeps, in memory of the CPU."""
 
 
 class HeldOut:
     """This rank's contiguous share of the validation rows, with the teacher's outputs.
 
-    The teacher is frozen and the rows stay the same, so it is asked once for what fits into KEPT_BYTES, and for the rest in
-    every validation.
+    The teacher is frozen and the rows stay the same, so outputs are kept up to KEPT_BYTES; the teacher is asked for the others
+    in every validation.
     """
 
     def __init__(
@@ -44,7 +34,7 @@ class HeldOut:
         window: int,
         window_bytes: int,
     ):
-        """window, window_bytes: as the Prefetcher's, how much is at the teacher at a time; always one request."""
+        """window, window_bytes: requests and bytes of answers that may be under way, as for the Prefetcher; one always may."""
         parts = num_micro_batches(len(rows), micro_batch_size, world.size)
         self._batches = [collate(part) for part in split_evenly(split_evenly(rows, world.size)[world.rank], parts)]
         self._teacher, self._window = teacher, window
@@ -83,12 +73,32 @@ class HeldOut:
             self._kept[number] = replace(output, tensors=tensors, compute_s=0.0)
 
 
-def evaluate(student: Student, teacher_head: Head | None, held_out: HeldOut, world: World) -> Evaluation:
-    """Every rank scores its share; all get the same result. Collective. Touches neither t nor any RNG."""
+class Validator:
+    """Scores the student on the held-out rows."""
+
+    def __init__(self, student: Student, held_out: HeldOut, totals: RunTotals, telemetry: Telemetry):
+        self.totals = totals
+        self._student, self._held_out, self._telemetry = student, held_out, telemetry
+
+    def is_due(self, step: int) -> bool:
+        """Whether `train.eval_every` asks for a validation after `step`."""
+        every = self._student.config.train.eval_every
+        return bool(every) and step % every == 0
+
+    def validate(self, step: int) -> None:
+        """Evaluates after `step` and keeps the result in the totals and in RUN/validation.jsonl. Collective."""
+        self._telemetry.note(f"validating on {self._held_out.num_rows} rows after step {step}")
+        evaluation = evaluate(self._student, self._held_out)
+        self.totals.validations[step] = evaluation
+        self._telemetry.validation(step, evaluation)
+
+
+def evaluate(student: Student, held_out: HeldOut) -> Evaluation:
+    """The means over all ranks' held-out rows; every rank scores its share. Collective. Touches neither t nor any RNG."""
     sums = [0.0, 0.0, 0.0, 0.0]
     for batch, output in held_out:
-        scores = student.score(batch, output, teacher_head)
-        found = (float(scores.student_ce), float(scores.teacher_ce), float(scores.kl), batch.num_loss_tokens)
-        sums = [total + value for total, value in zip(sums, found, strict=True)]
-    student_ce, teacher_ce, kl, tokens = world.sum(sums)
+        scores = student.score(batch, output)
+        values = (float(scores.student_ce), float(scores.teacher_ce), float(scores.kl), batch.num_loss_tokens)
+        sums = [total + value for total, value in zip(sums, values, strict=True)]
+    student_ce, teacher_ce, kl, tokens = student.world.sum(sums)
     return Evaluation(student_ce / tokens, teacher_ce / tokens, kl / tokens, int(tokens))

@@ -14,6 +14,7 @@ from taid_ray.data.dataset import Cursor
 from taid_ray.distributed.world import World
 from taid_ray.errors import CheckpointError
 from taid_ray.scheduler.aggregate import StepResult
+from taid_ray.scheduler.schedule import ScheduleState
 from tests.support.feeding import FRAGMENTS, feed, mutated
 
 OLD, NEW = checkpoint_name(10, 3), checkpoint_name(20, 3)
@@ -62,7 +63,7 @@ def tensors_of(name: str) -> dict[str, torch.Tensor]:
 
 
 def state_of(name: str) -> TrainingState:
-    schedule = {"t": 0.5, "momentum": 0.1, "previous": 2.5, "step": step_of(name)}
+    schedule = ScheduleState(0.5, 0.1, 0.01, 2.5, step_of(name))
     return TrainingState(
         StepResult(step_of(name), schedule, 1.5, 2.5, tokens=9), Cursor(1, 2, 3, step_of(name)), {"best": None}
     )
@@ -167,7 +168,7 @@ def test_damaged_checkpoints(tmp_path: Path) -> None:
             assert found is not None or not untouched
             if found is not None:
                 assert not untouched or found.name >= untouched[0]
-                assert found.state == state_of(found.name)
+                assert TrainingState(found.result, found.cursor, found.totals) == state_of(found.name)
                 check_tensors(found, untouched)
         passed_over += bool(notes)
         assert contents(tmp_path / "run") == before

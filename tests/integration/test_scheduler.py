@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from itertools import count
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from taid_ray.config.schema import ScheduleConfig
 from taid_ray.errors import AttemptError, NonFiniteLossError, TeacherError
 from taid_ray.scheduler import client as scheduler
+from taid_ray.scheduler.actor import News
 from taid_ray.scheduler.aggregate import LossAggregator, LossSums, StaleReportError, StepResult
 from taid_ray.scheduler.client import SchedulerClient
 from taid_ray.scheduler.owner import SchedulerOwner
@@ -22,6 +24,7 @@ from taid_ray.scheduler.schedule import TAIDSchedule
 from tests.support.waiting import wait_until
 
 STEPS = 6
+ATTEMPTS = count(1)
 CONFIG = ScheduleConfig(t_start=0.2, alpha=0.3, beta=0.5)  # t depends on every loss before it
 ANSWER_S = 120.0
 """More than Ray needs to restart the actor on a busy machine."""
@@ -37,7 +40,7 @@ SUMS = [
 
 def undisturbed(steps: int = STEPS) -> list[StepResult]:
     """The same reports given to an aggregator in this process."""
-    schedule = TAIDSchedule(CONFIG.t_start, CONFIG.t_end, CONFIG.alpha, CONFIG.beta, STEPS, CONFIG.mode)
+    schedule = TAIDSchedule(CONFIG, STEPS)
     aggregator = LossAggregator(schedule, CONFIG.signal)
     aggregator.begin(1, 2, None)
     results = []
@@ -58,9 +61,10 @@ def actor(ray_cluster: str) -> Iterator[Any]:
 
 @contextmanager
 def ranks(actor: Any, result: StepResult | None = None) -> Iterator[list[SchedulerClient]]:
-    """Two clients that have joined a new attempt, as two workers do."""
+    """Two clients that have joined an attempt newer than all before, as two workers do."""
     clients = [SchedulerClient(actor, rank, ANSWER_S) for rank in (0, 1)]
-    attempt = clients[0].begin(2)
+    attempt = next(ATTEMPTS)
+    clients[0].begin(attempt, 2)
     start = clients[0].join(attempt, 2, result)
     assert clients[1].join(attempt, 2, result) == start
     try:
@@ -96,14 +100,14 @@ def kill(actor: Any) -> None:
     ray.kill(actor, no_restart=False)
 
     def is_dead() -> bool:
-        found = answers(actor, lambda: actor.progress.remote(0))
-        return found is None or "alive" not in found[0]
+        found = answers(actor, lambda: actor.news.remote(0))
+        return found is None or "alive" not in found.notes
 
     wait_until(is_dead, "the death of the actor", ANSWER_S)
 
 
 def until_it_is_back(actor: Any) -> None:
-    wait_until(lambda: answers(actor, lambda: actor.progress.remote(0)), "the actor's restart", ANSWER_S)
+    wait_until(lambda: answers(actor, lambda: actor.news.remote(0)), "the actor's restart", ANSWER_S)
 
 
 def until_inside(actor: Any, holds: Callable[[Any], Any], what: str) -> None:
@@ -139,14 +143,15 @@ def test_both_ranks_get_what_an_aggregator_here_gets(actor: Any) -> None:
                 client.submit(step, sums[clients.index(client)])
             found.append(collect(clients, step))
     assert [first for first, _ in found] == undisturbed() == [second for _, second in found]
-    ts = [first.t for first, _ in found]
+    ts = [first.schedule.t for first, _ in found]
     assert ts == sorted(ts) and ts[0] == 0.2 and ts[-1] > 0.5
 
 
 def test_killed_before_the_workers_of_a_new_run_have_joined(actor: Any, quick_heartbeat: None) -> None:
     """While the model is built or the teacher loads, nobody knows a result that could bring the actor back."""
     clients = [SchedulerClient(actor, rank, ANSWER_S) for rank in (0, 1)]
-    attempt = clients[0].begin(2)
+    attempt = next(ATTEMPTS)
+    clients[0].begin(attempt, 2)
     kill(actor)
     for joined in [in_thread(client.join, attempt, 2, None) for client in clients]:
         assert joined.result(ANSWER_S).step == 0
@@ -307,7 +312,7 @@ def test_waiting_for_the_pool(actor: Any, monkeypatch: pytest.MonkeyPatch) -> No
         until_inside(actor, lambda self: len(self._changed._waiters) == 2, "both to wait in the actor")
 
     until_both_ask()
-    clients[0].begin(2)  # wakes everybody inside the actor, but is no word about the pool
+    clients[0].begin(next(ATTEMPTS), 2)  # wakes everybody inside the actor, but is no word about the pool
     until_both_ask()  # again
     assert not any(future.done() for future in waiting)
     kill(actor)  # the waiting goes on at the restarted actor
@@ -320,28 +325,45 @@ def test_waiting_for_the_pool(actor: Any, monkeypatch: pytest.MonkeyPatch) -> No
     SchedulerClient(actor, 1, ANSWER_S).wait_for_pool(ANSWER_S)
 
 
-def test_notes_and_metrics_reach_the_driver_across_a_restart(actor: Any) -> None:
+def test_notes_and_the_step_reach_the_driver_across_a_restart(actor: Any) -> None:
     def say(note: str) -> None:
         ray.get(actor.note.remote(note), timeout=ANSWER_S)
 
-    def progress(seen: int) -> tuple[list[str], dict[str, Any], list[dict[str, Any]]]:
-        found: tuple[list[str], dict[str, Any], list[dict[str, Any]]]
-        found = ray.get(actor.progress.remote(seen), timeout=ANSWER_S)
+    def news(seen: int) -> News:
+        found: News = ray.get(actor.news.remote(seen), timeout=ANSWER_S)
         return found
 
-    client = SchedulerClient(actor, 0, ANSWER_S)
-    client.note("one")
-    client.publish({"step": 3})
-    client.publish_validations([{"step": 0}])
-    # An async actor may take calls in another order.
-    wait_until(lambda: progress(0) == (["one"], {"step": 3}, [{"step": 0}]), "what the worker says", ANSWER_S)
-    say("two")
-    assert progress(0) == (["one", "two"], {"step": 3}, [{"step": 0}])
-    assert progress(1) == (["two"], {"step": 3}, [{"step": 0}])
-    kill(actor)
-    until_it_is_back(actor)
-    assert progress(2) == ([], {}, [])
-    say("three")
-    assert progress(2)[0] == ["three"]
-    say("four")
-    assert progress(3)[0] == ["four"]
+    with ranks(actor) as clients:
+        clients[0].note("one")
+        wait_until(lambda: news(0) == News(["one"], 0, 0), "what the worker says", ANSWER_S)
+        say("two")
+        assert news(0).notes == ["one", "two"] and news(1).notes == ["two"]
+        for client, sums in zip(clients, SUMS[0], strict=True):
+            client.submit(1, sums)
+        collect(clients, 1)
+        attempt = clients[0]._attempt
+        assert news(2) == News([], 1, attempt)
+        kill(actor)
+        until_it_is_back(actor)
+        wait_until(lambda: news(2).step == 1, "the step, by a heartbeat", ANSWER_S)
+        assert news(2).notes == []
+        say("three")
+        assert news(2).notes == ["three"]
+        say("four")
+        assert news(3).notes == ["four"]
+    with ranks(actor):
+        assert news(4).reporting != attempt + 1, "the workers of the new attempt have made no step"
+
+
+def test_a_zombie_of_an_earlier_attempt_is_refused_by_a_restarted_actor(actor: Any) -> None:
+    """Attempts are numbered by run.json, not by the clock of the node that the actor happens to run on."""
+    with ranks(actor) as old, ranks(actor) as new:
+        kill(actor)
+        until_it_is_back(actor)
+        old[0].submit(1, SUMS[0][0])  # the zombie is the first to speak
+        until_inside(actor, lambda self: self.aggregator.attempt > 0, "the actor to have heard of an attempt")
+        for client, sums in zip(new, SUMS[0], strict=True):
+            client.submit(1, sums)
+        assert collect(new, 1) == undisturbed(1) * 2
+        with pytest.raises(StaleReportError):
+            old[0].collect(1)

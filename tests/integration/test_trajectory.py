@@ -107,7 +107,7 @@ def pools(ray_cluster: Any) -> Iterator[dict[str, str]]:
 
 def run_jobs(arguments: dict[str, Any]) -> None:
     for job in arguments["jobs"]:
-        start_worker({"job": job})
+        start_worker({"worker": job})
 
 
 @pytest.fixture(

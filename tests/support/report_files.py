@@ -35,9 +35,7 @@ BEGAN = [{"began": f"2026-11-21T18:{minute}:21+00:00", "workers": 2, "host": "a<
 def metric_lines(tree: dict[str, Any], steps: int, total: int) -> list[dict[str, Any]]:
     """As a run of this schedule writes them: t and floor_active are those that the step before led to."""
     schedule = build_config(tree).schedule
-    rule = TAIDSchedule(
-        schedule.t_start, schedule.t_end, schedule.alpha, schedule.beta, total, schedule.mode, schedule.gain
-    )
+    rule = TAIDSchedule(schedule, total)
     lines = []
     for step in range(1, steps + 1):
         state, kl = rule.state, 1 + 1 / step

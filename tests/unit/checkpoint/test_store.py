@@ -4,13 +4,15 @@ import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from taid_ray.checkpoint import save as saving
-from taid_ray.checkpoint.restore import RestoredCheckpoint, restore
+from taid_ray.checkpoint.restore import Checkpoint, restore
 from taid_ray.checkpoint.save import MOST_FAILURES, CheckpointWriter
 from taid_ray.checkpoint.store import (
     STATE_FILE,
@@ -27,6 +29,7 @@ from taid_ray.data.dataset import Cursor
 from taid_ray.distributed.world import World
 from taid_ray.errors import CheckpointError, ConfigError
 from taid_ray.scheduler.aggregate import StepResult
+from taid_ray.scheduler.schedule import ScheduleState
 from tests.support.disk import fill, small_disk
 
 SHAPES = {"body/weight": (40, 30), "body/exp_avg": (40, 30), "norm/weight": (30,), "head/weight": (50, 40)}
@@ -54,8 +57,13 @@ def flipped(content: bytes, position: int, bit: int) -> bytes:
     return content[:position] + bytes([content[position] ^ (1 << bit)]) + content[position + 1 :]
 
 
+def writer_config(**changes: Any) -> Any:
+    """The part of a configuration that a CheckpointWriter reads."""
+    return SimpleNamespace(checkpoint=CheckpointConfig(**changes), peer_timeout_s=10)
+
+
 def state_of(step: int) -> TrainingState:
-    return TrainingState(StepResult(step, {"t": 0.4 + step / 100}), Cursor(samples=step), {"tokens": step * 10})
+    return TrainingState(StepResult(step, ScheduleState(0.4 + step / 100)), Cursor(samples=step), {"tokens": step * 10})
 
 
 def tensors_of(step: int, shapes: dict[str, tuple[int, ...]] = SHAPES) -> dict[str, Tensor]:
@@ -69,27 +77,27 @@ def write(root: Path | str, steps: Iterable[int], ranks: int = 2) -> CheckpointS
     notes: list[str] = []
     owners = share([(key, tensor.numel()) for key, tensor in tensors_of(0).items()], ranks)
     savers = [
-        CheckpointWriter(store, CheckpointConfig(keep=9), Alone(rank, ranks), 1, None, 10, notes.append)
+        CheckpointWriter(store, writer_config(keep=9), Alone(rank, ranks), 1, None, notes.append)
         for rank in range(ranks)
     ]
     for step in steps:
         for rank in reversed(range(ranks)):  # rank 0 waits for the others' parts
             own = [(key, tensor if owners[key] == rank else None) for key, tensor in tensors_of(step).items()]
             savers[rank].save(step, state_of(step), own, None)
-            savers[rank].finish()
+            savers[rank].close()
     assert len(notes) == len(list(steps)), notes  # each saved, and nothing else to say
     return store
 
 
-def read(store: CheckpointStore) -> tuple[RestoredCheckpoint | None, list[str]]:
+def read(store: CheckpointStore) -> tuple[Checkpoint | None, list[str]]:
     notes: list[str] = []
     return restore(store, World(), notes.append), notes
 
 
-def assert_is(found: RestoredCheckpoint | None, step: int) -> None:
+def assert_is(found: Checkpoint | None, step: int) -> None:
     """Every bit of the checkpoint of that step."""
     assert found is not None and found.name == checkpoint_name(step, 1)
-    assert found.state == state_of(step)
+    assert TrainingState(found.result, found.cursor, found.totals) == state_of(step)
     for key, tensor in tensors_of(step).items():
         assert torch.equal(found.tensor(key, tensor.shape), tensor), key
 
@@ -272,9 +280,8 @@ def saver(disk: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[CheckpointWriter
     """Saves on the small disk, in several files per checkpoint; with what it says."""
     monkeypatch.setattr(saving, "PART_BYTES", 6000)
     notes: list[str] = []
-    return CheckpointWriter(
-        CheckpointStore(str(disk / "run")), CheckpointConfig(), World(), 1, None, 10, notes.append
-    ), notes
+    store = CheckpointStore(str(disk / "run"))
+    return CheckpointWriter(store, writer_config(), World(), 1, None, notes.append), notes
 
 
 def save(saver: CheckpointWriter, step: int) -> None:
@@ -285,21 +292,21 @@ def test_a_full_disk_costs_one_checkpoint(disk: Path, saver: tuple[CheckpointWri
     """It is said, nothing of it stays to take up room, the last one stays, and the next one is saved once there is room."""
     one, notes = saver
     save(one, OLD)
-    one.finish()
+    one.close()
     ballast = fill(disk)
     with ballast.open("r+b") as file:
         file.truncate(ballast.stat().st_size - 12_288)  # room for state.json and a part, not for all of them
     save(one, NEW)
     with pytest.raises(CheckpointError, match=f"step {NEW} could not be written"):
-        one.finish()
+        one.close()
     assert "No space left" in notes[-1] and f"step {NEW}" in notes[-1] and "training goes on" in notes[-1]
     assert not list(disk.glob(f"run/{checkpoint_name(NEW, 1)}/*"))
     found, _ = read(CheckpointStore(str(disk / "run")))
     assert_is(found, OLD)
-    assert f"step {OLD}:" in one.last_good()
+    assert f"step {OLD}:" in one.describe_newest()
     ballast.unlink()
     save(one, NEW + 4)
-    one.finish()
+    one.close()
     found, said = read(CheckpointStore(str(disk / "run")))
     assert_is(found, NEW + 4)
     assert said == []  # what was left of the other one is gone
@@ -313,7 +320,7 @@ def test_a_disk_that_stays_full_ends_the_run(disk: Path, saver: tuple[Checkpoint
     with pytest.raises(CheckpointError, match=r"3 times in a row, the last one after step 3.*make room in"):
         save(one, MOST_FAILURES + 1)
     assert len(notes) == MOST_FAILURES
-    assert one.last_good() == "There is no checkpoint yet."
+    assert one.describe_newest() == "There is no checkpoint yet."
 
 
 def test_failures_that_do_not_follow_one_another_end_nothing(
@@ -323,12 +330,12 @@ def test_failures_that_do_not_follow_one_another_end_nothing(
     for step in range(1, 3 * MOST_FAILURES):
         ballast = fill(disk) if step % 3 else None
         save(one, step)
-        one.settle()
+        one.wait()
         if ballast:
             ballast.unlink()
     assert sum("could not be written" in note for note in notes) == 6
     save(one, 20)
-    one.finish()
+    one.close()
     found, _ = read(CheckpointStore(str(disk / "run")))
     assert_is(found, 20)
 

@@ -4,7 +4,7 @@ from typing import Any, cast
 
 import pytest
 
-from taid_ray.config.schema import build_config
+from taid_ray.config.schema import ScheduleConfig, build_config
 from taid_ray.driver.preflight import notes
 from taid_ray.scheduler.schedule import TAIDSchedule
 from taid_ray.student.spec import DataCheck, RunSpec
@@ -40,7 +40,7 @@ def test_the_alpha_named_is_where_t_leaves_the_floor(mode: Any) -> None:
     (note,) = said(mode=mode, alpha=1e-6)
     named = float(note.rpartition("from about ")[2].split()[0])
     for alpha, leaves in ((0.9 * named, False), (1.2 * named, True)):
-        schedule = TAIDSchedule(0.4, 1.0, alpha, 0.99, 250, mode)
+        schedule = TAIDSchedule(ScheduleConfig(alpha=alpha, mode=mode), 250)
         floors = [schedule.update(3.0 * 0.999**n).floor_active for n in range(250)]
         assert (not all(floors[1:])) == leaves
         assert bool(said(mode=mode, alpha=alpha)) != leaves

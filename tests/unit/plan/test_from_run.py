@@ -1,6 +1,7 @@
 """`taid-ray plan --from RUN`: run directories as a run's own code writes them, and numbers worked out by hand."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from taid_ray.plan.rates import assumed_rates, collectives
 from taid_ray.report.history import read_history
 from taid_ray.run.directory import RunManifest, write_config
 from taid_ray.run.layout import METRICS_FILE, SUMMARY_FILE
-from taid_ray.run.metrics import MetricLog, StepMetrics
+from taid_ray.run.metrics import StepMetrics, metrics_log
 
 CPU = hardware_named("cpu")
 LAYOUT = ("student.workers=2", "train.batch_size=32", "train.micro_batch_size=8")  # two micro-batches of each worker
@@ -51,9 +52,9 @@ def make_run(config: DistillConfig, lines: list[StepMetrics], workers: tuple[int
     run = RunManifest(config)
     for number in workers:
         run.begin_attempt(number, "job")
-    log = MetricLog(config.run_dir / METRICS_FILE, 0)
+    log = metrics_log(config.run_dir / METRICS_FILE, 0)
     for metrics in lines:
-        log.write(metrics)
+        log.write(asdict(metrics))
     log.close()
     return config.run_dir
 

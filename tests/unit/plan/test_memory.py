@@ -19,7 +19,6 @@ from taid_ray.models.student_init import from_architecture
 from taid_ray.plan.memory import TeacherProcess, Worker, largest, teacher_memory, worker_memory
 from taid_ray.plan.sizes import LossShape, ZeroOptions
 from taid_ray.plan.trace import LiveBytes, Pass, shape_of, trace
-from taid_ray.student.clock import PhaseClock
 from taid_ray.teacher.payload import CHUNK_BYTES, TeacherOutput
 from tests.support.paths import BUNDLE
 
@@ -81,10 +80,8 @@ def measured(config: DistillConfig, model_config: Any) -> dict[str, float]:
     dtype = torch.float32 if config.student.dtype == "float32" else torch.bfloat16
     live = LiveBytes()
     with live:
-        student = Student(
-            config, from_architecture(model_config, "sdpa", 0), VOCABULARY, World(), device, PhaseClock(device)
-        )
-        head = Head(torch.randn(VOCABULARY, HIDDEN, dtype=dtype), None, LogitTransform())
+        student = Student(config, from_architecture(model_config, "sdpa", 0), VOCABULARY, World(), device)
+        student.teacher_head = Head(torch.randn(VOCABULARY, HIDDEN, dtype=dtype), None, LogitTransform())
         work = batch()
         for _ in range(2):
             gc.collect()
@@ -92,7 +89,7 @@ def measured(config: DistillConfig, model_config: Any) -> dict[str, float]:
             for _ in range(2):
                 output = TeacherOutput("hidden", {"hidden": torch.randn(ROWS * LENGTH, HIDDEN, dtype=dtype)})
                 live.restart()
-                loss, _ = student.forward(work, output, head, 0.5)
+                loss, _ = student.forward(work, output, 0.5)
                 found["forward"] = live.peak
                 live.restart()
                 student.backward(loss / ROWS / LENGTH)

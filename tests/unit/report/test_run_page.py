@@ -40,7 +40,7 @@ def drawn(figure: Figure) -> dict[str, list[float]]:
 
 
 def test_columns_are_those_of_the_metrics_and_the_phases_those_of_the_loop() -> None:
-    from taid_ray.student.loop import PHASES as LOOP
+    from taid_ray.run.metrics import PHASES as LOOP
 
     assert set(COLUMNS) <= {field.name for field in fields(StepMetrics)} and len(set(COLUMNS)) == len(COLUMNS)
     assert set(PHASES) == {*LOOP, "teacher_wait"}

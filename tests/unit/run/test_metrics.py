@@ -1,12 +1,13 @@
 """metrics.jsonl: whole lines at once, and errors that name the file and the step."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from taid_ray.errors import RunError
 from taid_ray.files import read_lines
-from taid_ray.run.metrics import MetricLog, StepMetrics
+from taid_ray.run.metrics import StepMetrics, metrics_log
 
 
 def metrics(step: int) -> StepMetrics:
@@ -20,13 +21,13 @@ def metrics(step: int) -> StepMetrics:
 
 def test_metrics_lines_are_complete_at_once_and_read_back(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    log = MetricLog(path, 0)
+    log = metrics_log(path, 0)
     for step in (1, 2):
-        log.write(metrics(step))
+        log.write(asdict(metrics(step)))
         assert [line["step"] for line in read_lines(path)] == list(range(1, step + 1))  # before the next step
     log.close()
-    again = MetricLog(path, 2)
-    again.write(metrics(3))
+    again = metrics_log(path, 2)
+    again.write(asdict(metrics(3)))
     again.close()
     lines = read_lines(path)
     assert [line["t"] for line in lines] == [metrics(step).t for step in (1, 2, 3)]
@@ -36,15 +37,15 @@ def test_metrics_lines_are_complete_at_once_and_read_back(tmp_path: Path) -> Non
 
 
 def test_a_full_disk_is_told_with_the_step(tmp_path: Path) -> None:
-    log = MetricLog(tmp_path / "metrics.jsonl", 0)
+    log = metrics_log(tmp_path / "metrics.jsonl", 0)
     log.close()
     log._file = Path("/dev/full").open("w")  # noqa: SIM115  # the log closes it
     with pytest.raises(RunError, match=r"metrics\.jsonl cannot be written after step 1: .*No space left"):
-        log.write(metrics(1))
+        log.write(asdict(metrics(1)))
     log.close()  # whose own attempt to write the line must not hide the error
 
 
 def test_metrics_that_do_not_reach_the_checkpoint_are_damaged(tmp_path: Path) -> None:
-    MetricLog(tmp_path / "metrics.jsonl", 0).close()
-    with pytest.raises(RunError, match="no line for step 1, and the newest checkpoint is of step 2"):
-        MetricLog(tmp_path / "metrics.jsonl", 2)
+    metrics_log(tmp_path / "metrics.jsonl", 0).close()
+    with pytest.raises(RunError, match="lacks a line of step 2 or before, and the newest checkpoint is of step 2"):
+        metrics_log(tmp_path / "metrics.jsonl", 2)

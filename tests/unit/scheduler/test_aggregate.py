@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from taid_ray.config.schema import ScheduleConfig
 from taid_ray.errors import NonFiniteLossError
 from taid_ray.scheduler.aggregate import LossAggregator, LossSums, StaleReportError, StepResult
 from taid_ray.scheduler.schedule import TAIDSchedule
@@ -14,7 +15,7 @@ STEPS, WORLD = 6, 3
 
 def fresh(signal: Literal["cross_entropy", "kl"] = "cross_entropy") -> LossAggregator:
     """alpha and beta far from the defaults, so that t depends on every loss before it."""
-    return LossAggregator(TAIDSchedule(0.2, 1.0, alpha=0.3, beta=0.5, total_steps=1000), signal)
+    return LossAggregator(TAIDSchedule(ScheduleConfig(t_start=0.2, alpha=0.3, beta=0.5), 1000), signal)
 
 
 def begun(world_size: int = WORLD, attempt: int = 1, signal: Literal["cross_entropy", "kl"] = "kl") -> LossAggregator:
@@ -41,14 +42,14 @@ def test_global_means_by_hand() -> None:
     assert result is not None
     assert (result.step, result.kl, result.entropy, result.sft, result.tokens) == (1, 1.0, 1.5, 2.0, 6)
     assert (result.teacher_wait_s, result.payload_bytes) == (0.5, 120)
-    assert result.schedule["prev_loss"] == 2.5  # cross-entropy form: kl + entropy, without sft
-    assert result.t == result.schedule["t"] == 0.2
+    assert result.schedule.prev_loss == 2.5  # cross-entropy form: kl + entropy, without sft
+    assert result.schedule.t == 0.2
 
 
 @pytest.mark.parametrize("signal, expected", [("kl", 3.0), ("cross_entropy", 10.0)])
 def test_signal(signal: Any, expected: float) -> None:
     result = begun(1, signal=signal).report(1, 1, 0, sums(6.0, 2, entropy=14.0, sft=100.0))
-    assert result is not None and result.schedule["prev_loss"] == expected
+    assert result is not None and result.schedule.prev_loss == expected
 
 
 def test_ranks_without_tokens_take_part() -> None:
@@ -81,13 +82,13 @@ def test_the_order_of_arrival_does_not_matter(data: st.DataObject, reports: list
 
 def test_one_update_per_step() -> None:
     aggregator = begun()
-    alone = TAIDSchedule(0.2, 1.0, alpha=0.3, beta=0.5, total_steps=1000)
+    alone = TAIDSchedule(ScheduleConfig(t_start=0.2, alpha=0.3, beta=0.5), 1000)
     for number in range(1, STEPS + 1):
         result = step(aggregator, number, [3.0 / number] * WORLD)
         alone.update(result.kl)
-        assert result.schedule == alone.state_dict()
-        assert result.schedule["step"] == result.step == number
-    assert result.t > 0.5
+        assert result.schedule == alone.state
+        assert result.schedule.step == result.step == number
+    assert result.schedule.t > 0.5
 
 
 def test_repeated_reports_count_once() -> None:
@@ -126,7 +127,7 @@ def test_an_attempt_may_go_back_in_steps() -> None:
     aggregator = begun()
     results = [step(aggregator, n, [2.0**-n] * WORLD) for n in range(1, 6)]
     aggregator.begin(2, 2, results[1])
-    assert aggregator.result == results[1] and aggregator.schedule.state_dict() == results[1].schedule
+    assert aggregator.result == results[1] and aggregator.schedule.state == results[1].schedule
     again = [step(aggregator, n, [2.0**-n] * 2, attempt=2) for n in (3, 4, 5)]
     assert [r.schedule for r in again] == [r.schedule for r in results[2:]]
     with pytest.raises(StaleReportError):
@@ -137,7 +138,7 @@ def test_an_attempt_without_a_checkpoint_starts_from_the_beginning() -> None:
     aggregator = begun()
     results = [step(aggregator, n, [4.0 / n] * WORLD) for n in (1, 2, 3)]
     aggregator.begin(2, WORLD, None)
-    assert (aggregator.result.step, aggregator.result.t) == (0, 0.2)
+    assert (aggregator.result.step, aggregator.result.schedule.t) == (0, 0.2)
     assert [step(aggregator, n, [4.0 / n] * WORLD, attempt=2) for n in (1, 2, 3)] == results
 
 
@@ -167,7 +168,7 @@ def test_seed_newest_attempt_then_highest_step_wins() -> None:
     ]:
         aggregator.seed(attempt, WORLD, result)
         seen.append((aggregator.attempt, aggregator.result.step))
-        assert aggregator.schedule.state_dict() == aggregator.result.schedule
+        assert aggregator.schedule.state == aggregator.result.schedule
     assert seen == [(5, 3), (5, 3), (5, 3), (5, 4), (6, 0), (6, 0)]
     assert aggregator.world_size == WORLD
 

@@ -19,7 +19,7 @@ from taid_ray.scheduler.owner import SchedulerOwner
 from taid_ray.scheduler.schedule import TAIDSchedule
 from tests.support.journal import Journal
 
-RESULT = LossAggregator(TAIDSchedule(0.4, 1.0, 5e-4, 0.99, 9), "cross_entropy").result
+RESULT = LossAggregator(TAIDSchedule(ScheduleConfig(), 9), "cross_entropy").result
 SUMS = LossSums(1.0, 1.0, 0.0, 4, 0.0, 0, 0.0, 0)
 
 

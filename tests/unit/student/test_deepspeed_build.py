@@ -40,7 +40,7 @@ from taid_ray.student.clock import PhaseClock
 from taid_ray.student.engine import Student
 from tests.support.students import TIED, config_for
 config, device = config_for(TIED), torch.device("cpu")
-student = Student(config, build_student(config, None), 512, World.current(), device, PhaseClock(device))
+student = Student(config, build_student(config, None), 512, World.current(), device)
 student.backward(sum(p.float().sum() for p in student.trained.parameters()))
 print("norm", student.step(1e-3), flush=True)
 """

@@ -10,6 +10,7 @@ import torch
 from taid_ray.cli.quickstart import quickstart_config
 from taid_ray.config.schema import DistillConfig, build_config
 from taid_ray.data.batch import NO_LABEL, Row, collate
+from taid_ray.data.dataset import Cursor
 from taid_ray.driver.preflight import prepare
 from taid_ray.errors import AttemptError, ModelError, NonFiniteLossError
 from taid_ray.losses.projection import LogitTransform
@@ -18,7 +19,6 @@ from taid_ray.models.pair import run_tokenizer
 from taid_ray.run.metrics import StepMetrics
 from taid_ray.scheduler.aggregate import GO_ON, LossAggregator, LossSums, StepResult
 from taid_ray.scheduler.schedule import TAIDSchedule
-from taid_ray.student.clock import PhaseClock
 from taid_ray.teacher.payload import TeacherOutput, needs_head
 from tests.support.reference import reference_run
 from tests.support.students import TIED, config_for
@@ -33,9 +33,7 @@ class LocalScheduler:
     """What the scheduler actor does, for one rank in the same process."""
 
     def __init__(self, config: DistillConfig, total_steps: int):
-        s = config.schedule
-        schedule = TAIDSchedule(s.t_start, s.t_end, s.alpha, s.beta, total_steps, s.mode)
-        self.aggregator = LossAggregator(schedule, s.signal)
+        self.aggregator = LossAggregator(TAIDSchedule(config.schedule, total_steps), config.schedule.signal)
         self.aggregator.begin(1, 1, None)
         self.answer: StepResult | None = None
 
@@ -45,6 +43,19 @@ class LocalScheduler:
     def collect(self, step: int) -> StepResult:
         assert self.answer is not None and self.answer.step == step
         return self.answer
+
+
+class StepLines:
+    """Hooks that want nothing, and keep each step's metrics."""
+
+    def __init__(self) -> None:
+        self.metrics: list[StepMetrics] = []
+
+    def request(self, step: int) -> int:
+        return GO_ON
+
+    def after_step(self, metrics: StepMetrics, result: StepResult, cursor: Cursor) -> None:
+        self.metrics.append(metrics)
 
 
 def train(config: DistillConfig) -> tuple[list[StepMetrics], Any]:
@@ -60,23 +71,20 @@ def train(config: DistillConfig) -> tuple[list[StepMetrics], Any]:
     from taid_ray.teacher.local import LocalTeacher
 
     spec, world, device = prepare(config), World(), torch.device("cpu")
-    clock = PhaseClock(device)
-    student = Student(config, build_student(config, spec.vocabulary), spec.vocabulary.num_shared, world, device, clock)
+    student = Student(config, build_student(config, spec.vocabulary), spec.vocabulary.num_shared, world, device)
     teacher = LocalTeacher(config.teacher, spec.vocabulary.num_shared, device)
     scheduler = LocalScheduler(config, spec.total_steps)
     accumulation = num_micro_batches(config.train.batch_size, config.train.micro_batch_size, 1)
     tokenizer = run_tokenizer(config)
     data = TrainingData(config.data, tokenizer, config.train.seed, config.train.batch_size)
     batches = step_batches(training_batches(data, spec, tokenizer), world, accumulation)
-    lines: list[StepMetrics] = []
+    lines = StepLines()
     start = scheduler.aggregator.result
-    stream = Prefetcher(batches, teacher, config.teacher.window, config.teacher.window_mib * 2**20, clock)
-    head = teacher.head() if needs_head(config.teacher.payload) else None
-    on_step = lambda metrics, result, cursor: lines.append(metrics)  # noqa: E731
-    train_loop(
-        config.train, spec.total_steps, student, head, scheduler, stream, start, clock, lambda step: GO_ON, on_step
-    )
-    return lines, student
+    stream = Prefetcher(batches, teacher, config.teacher.window, config.teacher.window_mib * 2**20, student.clock)
+    if needs_head(config.teacher.payload):
+        student.teacher_head = teacher.head()
+    train_loop(student, scheduler, stream, lines, start, spec.total_steps)
+    return lines.metrics, student
 
 
 def assert_follows(lines: list[StepMetrics], expected: list[dict[str, float]]) -> None:
@@ -229,7 +237,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(stage: int) -> None:
 
     config = config_for(TIED | {"zero_stage": stage})
     device = torch.device("cpu")
-    student = Student(config, build_student(config, None), 512, World(), device, PhaseClock(device))
+    student = Student(config, build_student(config, None), 512, World(), device)
     batch = collate([Row([1, 2, 3], [0, 1, 2], [2, 3, NO_LABEL])])
     head = Head(torch.randn(512, 64), None, LogitTransform())
     loss, _ = student.forward(batch, TeacherOutput("hidden", {"hidden": torch.randn(2, 64)}), head, 0.5)

@@ -26,21 +26,20 @@ def train(stage: int, kind: str, world: Any, directory: Path, restored: Any) -> 
 
     from taid_ray.checkpoint.save import CheckpointWriter
     from taid_ray.checkpoint.store import CheckpointStore, TrainingState
-    from taid_ray.config.schema import CheckpointConfig
     from taid_ray.data.batch import Batch
     from taid_ray.data.dataset import Cursor
     from taid_ray.driver.preflight import prepare
     from taid_ray.models.student_init import build_student
     from taid_ray.scheduler.aggregate import StepResult
-    from taid_ray.student.clock import PhaseClock
+    from taid_ray.scheduler.schedule import ScheduleState
     from taid_ray.student.engine import Student
 
     config = config_for(TIED | {"zero_stage": stage} | KINDS[kind])
     spec, device = prepare(config), torch.device("cpu")
     model = build_student(config, spec.vocabulary).eval()
-    student = Student(config, model, spec.vocabulary.num_shared, world, device, PhaseClock(device), restored)
+    student = Student(config, model, spec.vocabulary.num_shared, world, device, restored)
     losses = []
-    for step in range(restored.state.result.step if restored else 0, STEPS):
+    for step in range(restored.result.step if restored else 0, STEPS):
         ids = torch.randint(IDS, (ROWS, LENGTH), generator=torch.Generator().manual_seed(step))
         own = ids.chunk(world.size)[world.rank]
         inputs = {"input_ids": own, "position_ids": torch.arange(LENGTH).expand(own.shape)}
@@ -54,9 +53,10 @@ def train(stage: int, kind: str, world: Any, directory: Path, restored: Any) -> 
         student.step(1e-3)
         losses.append(world.sum([total.item() / ids.numel()])[0])
         if step + 1 == SAVED and not restored:
-            saver = CheckpointWriter(CheckpointStore(str(directory)), CheckpointConfig(), world, 1, None, 60.0, print)
-            saver.save(SAVED, TrainingState(StepResult(SAVED, {}), Cursor(), {}), student.state(), None)
-            saver.finish()
+            saver = CheckpointWriter(CheckpointStore(str(directory)), config, world, 1, None, print)
+            state = TrainingState(StepResult(SAVED, ScheduleState(0.4)), Cursor(), {})
+            saver.save(SAVED, state, student.state(), None)
+            saver.close()
     student.save(directory / "model")
     world.barrier()
     weights = load_file(directory / "model" / "model.safetensors")
@@ -87,7 +87,7 @@ def work(rank: int, size: int, port: int, root: str, save: bool) -> None:
             sources = [path for path in sources if path.name in ("1-3-", "2-1-")]
         for source in sources:
             restored = restore(CheckpointStore(str(source)), world, print)
-            assert restored is not None and restored.state.result.step == SAVED
+            assert restored is not None and restored.result.step == SAVED
             found[f"{size}-{stage}-{kind} from {source.name}"] = train(stage, kind, world, source, restored)
     if rank == 0:
         (Path(root) / f"{size}-{save}.json").write_text(json.dumps(found))

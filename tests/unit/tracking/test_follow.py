@@ -5,6 +5,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from taid_ray.driver.progress import ProgressView
 from taid_ray.errors import ConfigError
 from taid_ray.files import read_lines, write_lines
 from taid_ray.run.directory import RunManifest, write_config
-from taid_ray.run.metrics import MetricLog, StepMetrics
+from taid_ray.run.metrics import LineLog, StepMetrics, metrics_log
 from taid_ray.tracking import follow as tracking
 from taid_ray.tracking.follow import Follower, check_installed, tell_stopped, tracking_session
 from taid_ray.tracking.sinks import MLflow, Outcome, Point, TensorBoard, WeightsAndBiases, point
-from taid_ray.tracking.tail import MetricsTail
+from taid_ray.tracking.tail import TRAIN, VALIDATION, Figures, MetricsTail
 from tests.support.journal import WITHIN_S, Journal
 
 FIGURES = [name for name in StepMetrics.__dataclass_fields__ if name != "step"]
@@ -37,10 +38,10 @@ def metrics(step: int, salt: float = 0.0) -> StepMetrics:
     return StepMetrics(step=step, **values)  # type: ignore[arg-type]
 
 
-def write_steps(run_dir: Path, first: int, last: int, salt: float = 0.0, log: MetricLog | None = None) -> MetricLog:
-    log = log or MetricLog(run_dir / "metrics.jsonl", first - 1)
+def write_steps(run_dir: Path, first: int, last: int, salt: float = 0.0, log: LineLog | None = None) -> LineLog:
+    log = log or metrics_log(run_dir / "metrics.jsonl", first - 1)
     for step in range(first, last + 1):
-        log.write(metrics(step, salt))
+        log.write(asdict(metrics(step, salt)))
     return log
 
 
@@ -121,9 +122,9 @@ def test_every_step_arrives_once_and_in_order_while_the_files_grow(tmp_path: Pat
 def test_a_line_that_is_being_written_waits(tmp_path: Path, follow: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     memory, peeks, peek = Memory(), Journal(), MetricsTail.peek
 
-    def told(figures: MetricsTail) -> list[Point]:
+    def told(figures: MetricsTail) -> list[Figures]:
         peeks.append(peek(figures))
-        found: list[Point] = peeks[-1]
+        found: list[Figures] = peeks[-1]
         return found
 
     monkeypatch.setattr(MetricsTail, "peek", told)
@@ -159,7 +160,7 @@ def test_the_validation_of_the_last_known_step_is_made_up_for(tmp_path: Path) ->
     figures = MetricsTail(tmp_path)
     figures.begin(5)
     figures.restarted()
-    assert [(step, "validation/kl" in found) for step, found in figures.peek()] == [(5, True), (6, False)]
+    assert [(section, line["step"]) for section, line in figures.peek()] == [(VALIDATION, 5), (TRAIN, 6)]
     figures.commit()
     assert not figures.peek()
     figures.close()

@@ -1,0 +1,72 @@
+"""A student worker's place in its run: ranks, device, and the connection to the run's scheduler actor."""
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from taid_ray.config.schema import DistillConfig
+from taid_ray.distributed.device import torch_device
+from taid_ray.distributed.world import World
+from taid_ray.errors import ClusterError
+from taid_ray.models.hub import offline_if_unreachable
+from taid_ray.run.layout import CONFIG_FILE
+from taid_ray.scheduler.client import SchedulerClient
+from taid_ray.student.preemption import PreemptionWatch
+from taid_ray.student.spec import WorkerSpec
+
+
+@dataclass(frozen=True)
+class WorkerContext:
+    """This process's place in the run, and its connection to the run's scheduler actor."""
+
+    worker: WorkerSpec
+    world: World
+    device: torch.device
+    scheduler: SchedulerClient
+    preemption: PreemptionWatch | None
+    """Kept by one worker per node."""
+
+    @property
+    def config(self) -> DistillConfig:
+        return self.worker.config
+
+    def note(self, message: str) -> None:
+        """Shows a line on the driver's terminal. Rank 0 speaks for all."""
+        if self.world.is_main:
+            self.scheduler.note(message)
+
+
+def connect(worker: WorkerSpec, closing: ExitStack) -> WorkerContext:
+    """Finds this process's place, and begins the attempt: no worker of an earlier one gets any further after that."""
+    config, world, local_rank = worker.config, World.current(), int(os.environ["LOCAL_RANK"])
+    scheduler = SchedulerClient(worker.scheduler, world.rank, config.peer_timeout_s)
+    closing.callback(scheduler.close)
+    preemption = None
+    if local_rank == 0:  # one worker speaks for its node
+        check_run_dir_writable(config.run_dir, world.rank)
+        preemption = PreemptionWatch()
+        closing.callback(preemption.close)
+    offline_if_unreachable([config.teacher.model, config.student.model, config.data.train, config.data.valid])
+    torch.manual_seed(config.train.seed + world.rank)
+    if world.is_main:
+        scheduler.begin(worker.attempt, world.size)
+    world.barrier()  # nobody reads a checkpoint while an earlier attempt may still write one
+    return WorkerContext(worker, world, torch_device(worker.device, local_rank), scheduler, preemption)
+
+
+def check_run_dir_writable(run_dir: Path, rank: int) -> None:
+    """Raises ClusterError if this node does not see the driver's run directory, or may not write there."""
+    probe = run_dir / f".probe-{rank}"
+    if not (run_dir / CONFIG_FILE).exists():
+        raise ClusterError(
+            f"out: the run directory {run_dir}, made by the driver, does not exist on node {os.uname().nodename}; "
+            "choose a directory on a file system that all nodes share"
+        )
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ClusterError(f"out: node {os.uname().nodename} cannot write to {run_dir}: {error}") from None

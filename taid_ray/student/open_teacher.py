@@ -1,0 +1,71 @@
+"""The way from a student worker to its teacher, whatever that is: a pool, a model in this process, or stored outputs."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+
+from taid_ray.data.batch import Row, collate
+from taid_ray.student.context import WorkerContext
+from taid_ray.student.engine import Student
+from taid_ray.teacher.cache.cached import CachedTeacher
+from taid_ray.teacher.cache.claims import ClaimRegistry, NoClaims
+from taid_ray.teacher.cache.offline import OfflineTeacher
+from taid_ray.teacher.cache.store import CacheStore
+from taid_ray.teacher.local import LocalTeacher
+from taid_ray.teacher.payload import EXACT, needs_head
+from taid_ray.teacher.pool.client import PoolTeacher
+from taid_ray.teacher.pool.lease import PoolClaims
+from taid_ray.teacher.protocol import TeacherClient
+
+POOL_MARGIN_S = 300.0
+"""Patience beyond teacher.timeout_s, within which the driver says whether the pool is up."""
+
+
+def open_teacher(context: WorkerContext, student: Student, closing: ExitStack) -> TeacherClient:
+    """The connection to the teacher, once it is up. Gives the student the teacher's head if its loss needs it."""
+    context.note("student is ready; waiting for the teacher")
+    teacher = connect_teacher(context)
+    closing.callback(teacher.close)
+    if context.config.data.pack:
+        teacher.info().require_packing()
+    if needs_head(context.config.teacher.payload):
+        student.teacher_head = teacher.head().to(context.device)
+    return teacher
+
+
+def connect_teacher(context: WorkerContext) -> TeacherClient:
+    """The pool's client once the pool is up, a teacher in this process, or none; behind the cache if there is one."""
+    config, worker, scheduler = context.config, context.worker, context.scheduler
+    num_shared = worker.spec.vocabulary.num_shared
+    teacher: TeacherClient
+    claims: ClaimRegistry = NoClaims()
+    if config.teacher.mode == "local":
+        teacher = LocalTeacher(config.teacher, num_shared, context.device)
+    elif config.teacher.mode == "cache":
+        teacher = OfflineTeacher(config, num_shared)
+    else:
+        scheduler.wait_for_pool(config.teacher.timeout_s + POOL_MARGIN_S)
+        answers_at = torch.device("cpu") if config.cache.on else context.device
+        teacher = PoolTeacher(worker.pool, config.teacher, scheduler.note, answers_at, context.world)
+        claims = PoolClaims(worker.pool) if config.cache.on else claims
+    if config.cache.on:
+        teacher = CachedTeacher(teacher, CacheStore(config.cache, scheduler.note), claims, context.device)
+    return teacher
+
+
+def measured_payload_error(context: WorkerContext, teacher: TeacherClient, rows: Sequence[Row]) -> float:
+    """Loss of information of an approximate payload on the first validation rows, see TeacherModel.payload_error.
+
+    Tells the driver's terminal about it. 0 for exact payloads.
+    """
+    payload = context.config.teacher.payload
+    if payload in EXACT:
+        return 0.0
+    batch = collate(rows[: context.config.train.micro_batch_size])
+    error = teacher.payload_error(batch)
+    lost = "mass outside the top-k" if payload == "topk" else "KL to the exact teacher"
+    context.note(
+        f"teacher.payload {payload}: {lost} is {error:.2g} on average, on {batch.num_loss_tokens} validation positions"
+    )
+    return error
