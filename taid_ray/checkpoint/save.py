@@ -55,7 +55,7 @@ class CheckpointWriter:
         self._step = 0
 
     def due(self, step: int) -> bool:
-        """Whether this rank finds that a checkpoint is due after `step`, by steps or by the clock."""
+        """Tests whether this rank finds a checkpoint due after `step`, by steps or by the clock."""
         every, minutes = self._config.every_steps, self._config.every_minutes
         late = minutes is not None and time.monotonic() - self._last_save >= 60 * minutes
         return late or bool(every and step % every == 0)

@@ -107,7 +107,7 @@ class CheckpointStore:
             ) from error
 
     def names(self) -> list[str]:
-        """All checkpoints, whole or not, the newest first."""
+        """Names of all checkpoints, whole or not, the newest first."""
         found = self._fs.get_file_info(FileSelector(self._root, allow_not_found=True))
         names = [info.base_name for info in found if info.type == FileType.Directory]
         return sorted((name for name in names if _is_name(name)), reverse=True)

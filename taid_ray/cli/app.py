@@ -134,7 +134,7 @@ def evaluate(
 @app.command()
 def check(config: Annotated[Path, typer.Argument(help="YAML configuration.")], overrides: Overrides = None) -> None:
     """Check a configuration, its models and its data, without starting anything."""
-    from taid_ray.driver.preflight import notes, prepare
+    from taid_ray.driver.preflight import preflight_notes, prepare
     from taid_ray.tracking.follow import check_installed
 
     loaded = load_config(config, overrides or [])
@@ -142,7 +142,7 @@ def check(config: Annotated[Path, typer.Argument(help="YAML configuration.")], o
     plan = prepare(loaded)
     console = Console()
     console.print(f"ok: {plan.total_steps} optimizer steps, {plan.vocabulary.num_shared} shared token ids")
-    for note in notes(loaded, plan):
+    for note in preflight_notes(loaded, plan):
         print_line(console, f"note: {note}")
 
 

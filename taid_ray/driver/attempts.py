@@ -134,7 +134,7 @@ class AttemptMonitor:
             self._ask("there is room for more student workers; restarting them after this step")
 
     def _may_grow(self) -> bool:
-        """Whether the cluster has had room for more workers for a while, and these have made a step to save."""
+        """Tests whether the cluster has had room for more workers for a while, and these have made a step to save."""
         demand = self._context.demand
         if demand.max_workers <= self._workers or self._context.progress.reporting != self._attempt:
             return False

@@ -24,7 +24,7 @@ from taid_ray.driver.attempts import AttemptContext, AttemptLoop
 from taid_ray.driver.live import announce_cluster, liveness_file
 from taid_ray.driver.orphans import ending_orphaned_cleaners, own_job
 from taid_ray.driver.pool import PoolKeeper, SharedPool
-from taid_ray.driver.preflight import notes, prepare
+from taid_ray.driver.preflight import preflight_notes, prepare
 from taid_ray.driver.progress import ProgressView
 from taid_ray.driver.progress_relay import progress_relay
 from taid_ray.driver.signals import StopRequest, stop_signals
@@ -86,7 +86,7 @@ def distill(config: DistillConfig) -> RunResult:
 
 
 def run_distillation(config: DistillConfig, context: RunContext) -> RunResult:
-    """Does what `distill` does, for a run that may be one of many."""
+    """Distils as `distill` does, in a run that may be one of many."""
     config = with_absolute_paths(config)
     if inspect_run_dir(config) == "finished":
         summary = read_summary(config.run_dir)
@@ -97,7 +97,7 @@ def run_distillation(config: DistillConfig, context: RunContext) -> RunResult:
     with restoring_hub_mode(), ProgressView(context.console) as view:
         view.say("checking models and data")
         spec = prepare(config)
-        for note in notes(config, spec):
+        for note in preflight_notes(config, spec):
             view.say(f"note: {note}")
         view.say("connecting to Ray" if ray.is_initialized() or os.environ.get("RAY_ADDRESS") else "starting Ray here")
         with (

@@ -29,14 +29,14 @@ logger = logging.getLogger(__name__)
 
 
 def own_job() -> str:
-    """This driver's Ray job: SESSION/ID, for ids of jobs repeat from one cluster to the next."""
+    """Name of this driver's Ray job: SESSION/ID, because ids of jobs repeat from one cluster to the next."""
     context = ray.get_runtime_context()
     return f"{context.get_session_name()}/{context.get_job_id()}"
 
 
 @contextmanager
 def ending_orphaned_cleaners(former: Collection[str] = ()) -> Iterator[None]:
-    """On exit ends the abandoned cleaners of this driver, and of the same run's former drivers.
+    """Ends, on exit, the abandoned cleaners of this driver and of the same run's former drivers.
 
     former: their jobs, as `own_job` names them. Nothing of anybody else's is touched.
     """
@@ -64,14 +64,14 @@ def end_orphaned_cleaners(former: Collection[str] = ()) -> None:
 
 
 def end_cleaner(pid: int) -> None:
-    """Runs on the actor's node. Ends the process if it is still the one that was meant."""
+    """Ends the actor's process if it is still the one that was meant. Runs on the actor's node."""
     with suppress(FileNotFoundError, ProcessLookupError):
         if CLEANER in Path(f"/proc/{pid}/cmdline").read_text():
             os.kill(pid, signal.SIGKILL)
 
 
 def _alive(class_name: str) -> list[Any]:
-    """From the State API, which finds the cluster by RAY_ADDRESS where there are several."""
+    """Lists the living actors of a class by the State API, which finds the cluster by RAY_ADDRESS where there are several."""
     filters = [("class_name", "=", class_name), ("state", "=", "ALIVE")]
     found: list[Any] = list_actors(filters=filters, detail=True, limit=MOST, timeout=QUERY_S)
     return found

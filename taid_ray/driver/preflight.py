@@ -1,4 +1,4 @@
-"""Everything that can be found wrong with models and data before a cluster is touched; what is learnt becomes the plan."""
+"""Preflight: finds what is wrong with models and data before a cluster is touched, and what all processes must agree on."""
 
 from typing import Any
 
@@ -39,8 +39,8 @@ def prepare(config: DistillConfig) -> RunSpec:
     )
 
 
-def notes(config: DistillConfig, spec: RunSpec) -> list[str]:
-    """What is allowed, but perhaps not meant: documents lost, and a schedule whose adaptive part does nothing."""
+def preflight_notes(config: DistillConfig, spec: RunSpec) -> list[str]:
+    """Notes on what is allowed but perhaps not meant: documents lost, a schedule whose adaptive part does nothing."""
     found, schedule = [], config.schedule
     if spec.data.dropped or spec.data.truncated:
         found.append(

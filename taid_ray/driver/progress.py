@@ -1,4 +1,4 @@
-"""What the terminal shows while a run works: a live bar on a terminal, plain lines elsewhere.
+"""Display of a run while it works: a live bar on a terminal, plain lines elsewhere.
 
 It is never silent for more than a few seconds: with no news it repeats what is being waited for.
 """
@@ -43,9 +43,9 @@ class ProgressView:
         """above: what stands above the bar, asked for several times a second. clock: in seconds."""
         self.console, self._above, self._clock = console or Console(), above, clock
         self.records = Records()
-        """All that is said, for `run.log.run_logging`."""
+        """Lines that were said, for `run.log.run_logging`."""
         self.made = 0
-        """The last step."""
+        """The last step that was shown."""
         self._started = self._clock()
         self._last_line = self._last_figures = self._last_logged = self._started
         self._activity, self._activity_since = "starting", self._started
@@ -81,7 +81,7 @@ class ProgressView:
             self._bar.stop()
 
     def say(self, message: str, role: str = DRIVER, level: int = logging.INFO) -> None:
-        """Something begins or has happened: prints it, and shows it as the current activity. role: who says it."""
+        """Prints a line, and shows it as the current activity. role: who says it."""
         with self._lock:
             self.records.add(message, role, self.made, level)
             self._activity, self._activity_since = message, self._clock()
@@ -97,7 +97,7 @@ class ProgressView:
                 self._bar.update(self._task, description=activity)
 
     def step(self, metrics: dict[str, Any], total_steps: int) -> None:
-        """The newest line of metrics; printed at most once every few seconds where there is no bar."""
+        """Shows the newest line of metrics; where there is no bar, at most once every few seconds."""
         self._step_s = metrics["step_s"] if self._step_s is None else 0.9 * self._step_s + 0.1 * metrics["step_s"]
         left = f"{(total_steps - metrics['step']) * self._step_s:.0f} s left"
         numbers = f"t {metrics['t']:.3f}  loss {metrics['loss']:.3f}  kl {metrics['kl']:.3f}"

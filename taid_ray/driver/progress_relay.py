@@ -36,7 +36,7 @@ class RunProgress:
     """Whether the driver cannot hear of steps at present."""
 
     def may_have_steps(self, attempt: int) -> bool:
-        """Whether the workers of `attempt` have made a step, or may have made one that the driver did not hear of."""
+        """Tests whether the workers of `attempt` have made a step, or may have made one that the driver did not hear of."""
         return self.blind or self.reporting == attempt
 
 

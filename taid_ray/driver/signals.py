@@ -31,7 +31,7 @@ class StopRequest:
 
     @property
     def at_once(self) -> bool:
-        """Whether nobody wants to wait for a checkpoint."""
+        """True if nobody wants to wait for a checkpoint."""
         return self.times > 1
 
     def end(self) -> BaseException:

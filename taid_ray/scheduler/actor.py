@@ -31,7 +31,7 @@ class Report(NamedTuple):
 
 
 class News(NamedTuple):
-    """What the driver learns from the actor each time it asks. Figures are not in it: those are in RUN/metrics.jsonl."""
+    """Answer to the driver each time it asks for news. Figures are not in it: those are in RUN/metrics.jsonl."""
 
     notes: list[str]
     """Of the workers, those that the driver has not seen."""
@@ -115,7 +115,7 @@ class SchedulerActor:
         self.board.note(message)
 
     async def news(self, notes_seen: int) -> News:
-        """What is new for a driver that has read `notes_seen` notes."""
+        """News for a driver that has read `notes_seen` notes."""
         return News(self.board.notes_after(notes_seen), self.aggregator.result.step, self._reporting)
 
     async def set_pool(self, error: Exception | None) -> None:
@@ -124,7 +124,7 @@ class SchedulerActor:
         self._wake()
 
     async def pool(self) -> tuple[bool, Exception | None]:
-        """Whether the driver has spoken about the teacher pool, and its error if it failed; waits a while for that."""
+        """Waits a while for the driver's word about the teacher pool. Returns whether it is known, and its error if it failed."""
         if not self.board.pool_known:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._change(), POOL_POLL_S)

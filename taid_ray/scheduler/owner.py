@@ -53,7 +53,7 @@ class SchedulerOwner:
         self.actor.set_pool.remote(error)
 
     def news(self, notes_seen: int) -> News:
-        """What is new since the first `notes_seen` notes. Raises RayError while the actor is being restarted."""
+        """News since the first `notes_seen` notes. Raises RayError while the actor is being restarted."""
         news: News = ray.get(self.actor.news.remote(notes_seen), timeout=NEWS_S)
         return news
 

@@ -108,7 +108,7 @@ class TAIDSchedule:
 
 
 def adaptive_is_linear(t_start: float, t_end: float, alpha: float, total_steps: int, gain: float = 0.0) -> bool:
-    """Whether the adaptive rule cannot leave its linear floor in a run of this length, so that it equals mode linear.
+    """Tests whether the adaptive rule cannot leave its linear floor in a run of this length, and so equals mode linear.
 
     It cannot where even its first step at full speed, alpha sigmoid(gain) (1 - t_start), is no larger than the floor's,
     (t_end - t_start) / total_steps. gain: that of mode normalised; 0 for mode adaptive, whose sigmoid(m) strays from

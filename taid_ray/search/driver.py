@@ -24,7 +24,7 @@ from taid_ray.distributed.device import resolve
 from taid_ray.driver.live import announce_cluster, liveness_file
 from taid_ray.driver.orphans import ending_orphaned_cleaners
 from taid_ray.driver.pool import PoolKeeper
-from taid_ray.driver.preflight import notes, prepare
+from taid_ray.driver.preflight import preflight_notes, prepare
 from taid_ray.driver.progress import ProgressView
 from taid_ray.driver.signals import StopRequest, run_in_thread, stop_signals
 from taid_ray.errors import ClusterError
@@ -82,7 +82,7 @@ def run_search(
         spec = prepare(config)
         space.check(config.model_dump(mode="json"), spec.total_steps)
         if not any(key.startswith("schedule.") for key in space.space):
-            for note in notes(config, spec):
+            for note in preflight_notes(config, spec):
                 view.say(f"note: {note}")
         with (
             search_directory(config, space) as (book, name),

@@ -1,6 +1,10 @@
-"""The student worker's process: the DeepSpeed engine, prefetching, THE LOOP (`loop`), what happens between steps, evaluation.
+"""The student worker's process: the DeepSpeed engine, prefetching, THE LOOP (`loop`), the work between steps, evaluation.
 
-Others use `worker.run_worker`, `spec` (what the driver hands over), `prefetch.Prefetcher` and `evaluate` (`taid-ray eval`).
+Others use `worker.run_worker`, `spec` (what passes between driver and worker), `prefetch.Prefetcher` and `evaluate`
+(`taid-ray eval`).
+
+A worker, top to bottom: `context.connect` -> `worker.build` -> `open_teacher` -> `worker.TrainingRun`, which runs the loop with
+`hooks.StepHooks`: `validation.Validator`, `telemetry.Telemetry` (files, Prometheus), `checkpoints.StudentCheckpoints`.
 
 Traps:
 - The loss runs inside the head module's own forward (`engine.patch_head_forward`), because under ZeRO-3 the head's

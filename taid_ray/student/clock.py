@@ -1,4 +1,4 @@
-"""Where the time of a training step goes."""
+"""Clock for the phases of a training step."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +25,7 @@ class PhaseClock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """Counts the time of the block for the phase `name`."""
         self._open.append(name)
         self._mark()
         try:
@@ -46,7 +47,7 @@ class PhaseClock:
         return seconds
 
     def _mark(self) -> None:
-        """From here on, time belongs to the innermost open phase."""
+        """Begins to count time for the innermost open phase."""
         now: Any
         if self._cuda:
             now = torch.cuda.Event(enable_timing=True)

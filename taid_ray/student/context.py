@@ -20,7 +20,7 @@ from taid_ray.student.spec import WorkerSpec
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """This process's place in the run, and its connection to the run's scheduler actor."""
+    """Place of this process in the run, and its connection to the run's scheduler actor."""
 
     worker: WorkerSpec
     world: World

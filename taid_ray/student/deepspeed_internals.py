@@ -1,4 +1,4 @@
-"""All that the package uses of DeepSpeed's private state, in one place. pyproject.toml bounds its version for its sake.
+"""Private parts of DeepSpeed that the package uses, all in one place; pyproject.toml bounds its version for their sake.
 
 Read from DeepSpeed 0.19.8. Loads DeepSpeed only when it is asked to.
 """

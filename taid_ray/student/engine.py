@@ -200,7 +200,7 @@ class Student:
         self.grad_norm = finite_norm(float(torch.nn.utils.clip_grad_norm_(parameters, limit)))
 
     def _gathered_state(self) -> dict[str, Tensor]:
-        """All parameters and saved buffers of the trained model, whole, on rank 0's CPU; {} elsewhere."""
+        """Parameters and saved buffers of the trained model, whole, on rank 0's CPU; {} elsewhere."""
         saved = self.trained.state_dict().keys()  # leaves out buffers that are computed anew, such as rotary tables
         state = {name: buffer.detach().cpu() for name, buffer in self.trained.named_buffers() if name in saved}
         partitioned = self.config.student.zero_stage == 3

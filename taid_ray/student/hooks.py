@@ -31,7 +31,7 @@ class StepHooks:
         return self._checkpoints.request(step, self._is_validated(step))
 
     def after_step(self, metrics: StepMetrics, result: StepResult, cursor: Cursor) -> None:
-        """Does what follows a step; `result.request` is what all ranks do now. Collective."""
+        """Reports the step, validates if it is time, and obeys the request in `result`. Collective."""
         self._validator.totals.add(metrics)
         self._telemetry.step(metrics, self._checkpoints.writer.newest)
         if self._is_validated(metrics.step):

@@ -76,7 +76,7 @@ def train_loop(
 
 
 class StepSums:
-    """This rank's sums over the micro-batches of one step; those of the loss stay on the device until they are reported."""
+    """Sums of one rank over the micro-batches of a step; those of the loss stay on the device until they are reported."""
 
     def __init__(self, device: torch.device):
         self._kl = self._entropy = self._sft = torch.zeros((), dtype=torch.float64, device=device)

@@ -1,4 +1,4 @@
-"""From global batches to this rank's micro-batches, with the teacher already working on the next ones."""
+"""Prefetching: cuts global batches into this rank's micro-batches, and keeps the teacher at work on the next ones."""
 
 import queue
 import threading
@@ -79,8 +79,8 @@ def read_ahead(items: Iterator[T], depth: int) -> Iterator[T]:
 class Prefetcher:
     """Hands out steps, and their micro-batches with the teacher's outputs, in order.
 
-    At any time up to `window` requests, of answers of at most `window_bytes` together, are at the teacher or wait here,
-    across step boundaries; one always is. They depend on neither t nor the student, so reading ahead changes nothing.
+    Up to `window` requests, with answers of `window_bytes` together at most, are at the teacher or wait here, across step
+    boundaries; one always is. They depend on neither t nor the student, so asking early changes nothing.
     """
 
     def __init__(
@@ -93,9 +93,9 @@ class Prefetcher:
         self._in_flight: deque[tuple[Batch, Any]] = deque()
         self._tokens_in_flight = 0
         self.documents: list[int] = []
-        """Of this rank's rows in the step handed out last."""
+        """Documents of this rank's rows in the step handed out last."""
         self.wait_s = 0.0
-        """Total time `collect` has stood still for the teacher."""
+        """Seconds that `collect` has stood still for the teacher, in all."""
         self._fill()
 
     def next_step(self) -> StepBatches:

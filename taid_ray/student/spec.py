@@ -1,4 +1,4 @@
-"""What passes between the driver and a student worker: the configuration, what preflight found out, and the outcome."""
+"""Messages between the driver and a student worker: the task with its configuration, and the outcome."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,5 +1,5 @@
-"""What a student's training continues from, free of its layout: every trained parameter with its AdamW moments, whole and
-in float32, whatever the ZeRO stage and the number of workers.
+"""State of a student's training, free of its layout: every trained parameter with its AdamW moments, whole and in float32,
+whatever the ZeRO stage and the number of workers.
 
 DeepSpeed's own universal checkpoints do the same for stages 1 to 3 only, through pickled files that one process must
 convert first; its functions for single parameters, used here, work in every stage and leave the files to us.
@@ -37,7 +37,7 @@ Lookup = Callable[[str, torch.Size], Tensor]
 
 
 def training_state(engine: Any, model: nn.Module, world: World) -> Iterator[tuple[str, Tensor | None]]:
-    """Key and tensor of everything, one parameter at a time; None where another rank is to keep it. Collective.
+    """Keys and tensors, one parameter after another; None in place of a tensor that another rank is to save. Collective.
 
     The moments exist once a step was taken.
     """
@@ -51,13 +51,13 @@ def training_state(engine: Any, model: nn.Module, world: World) -> Iterator[tupl
 
 
 def load_weights(model: nn.Module, lookup: Lookup) -> None:
-    """Before DeepSpeed takes the model: gives its trained parameters their saved values. Collective."""
+    """Gives the trained parameters their saved values, before DeepSpeed takes the model. Collective."""
     for name, parameter in trained_parameters(model).items():
         parameter.data.copy_(lookup(f"{name}/{WEIGHT}", parameter.shape))
 
 
 def load_optimizer(engine: Any, model: nn.Module, lookup: Lookup, steps: int, world: World) -> None:
-    """After it: the moments, and the float32 weights that bfloat16 parameters are rounded from. Collective.
+    """Gives the engine the saved moments, and the float32 weights that bfloat16 parameters are rounded from. Collective.
 
     steps: optimizer steps that were taken.
     """
@@ -73,6 +73,7 @@ def load_optimizer(engine: Any, model: nn.Module, lookup: Lookup, steps: int, wo
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that training changes, by their names."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -102,7 +103,7 @@ def _set(engine: Any, parameter: nn.Parameter, kind: str, whole: Tensor, world: 
 
 
 def _partition(whole: Tensor, numel: int, rank: int) -> Tensor:
-    """A rank's part of a parameter under ZeRO 3, padded with zeros: DeepSpeed's own cut fails where it does not divide."""
+    """Part of a rank in a parameter under ZeRO 3, padded with zeros: DeepSpeed's own cut fails where it does not divide."""
     own = torch.zeros(numel, dtype=whole.dtype, device=whole.device)
     found = whole.flatten()[rank * numel : (rank + 1) * numel]
     own[: found.numel()] = found

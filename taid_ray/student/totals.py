@@ -71,7 +71,7 @@ class RunTotals:
         self.samples, self.t = metrics.samples_seen, metrics.t
 
     def is_best(self, step: int, figure: str) -> bool:
-        """Whether the validation after `step` has the lowest `figure` of all so far."""
+        """Tests whether the validation after `step` has the lowest `figure` of all so far."""
         lowest = min(self.validations, key=lambda other: (getattr(self.validations[other], figure), other))
         return step == lowest
 

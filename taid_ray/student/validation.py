@@ -19,7 +19,7 @@ KEPT_BYTES = 2**30
 
 
 class HeldOut:
-    """This rank's contiguous share of the validation rows, with the teacher's outputs.
+    """Share of one rank in the validation rows, contiguous, with the teacher's outputs.
 
     The teacher is frozen and the rows stay the same, so outputs are kept up to KEPT_BYTES; the teacher is asked for the others
     in every validation.
@@ -81,7 +81,7 @@ class Validator:
         self._student, self._held_out, self._telemetry = student, held_out, telemetry
 
     def is_due(self, step: int) -> bool:
-        """Whether `train.eval_every` asks for a validation after `step`."""
+        """Tests whether `train.eval_every` asks for a validation after `step`."""
         every = self._student.config.train.eval_every
         return bool(every) and step % every == 0
 

@@ -152,7 +152,7 @@ def request_window(config: DistillConfig) -> tuple[int, int]:
 
 
 def open_telemetry(context: WorkerContext, teacher: TeacherClient, last_step: int, totals: RunTotals) -> Telemetry:
-    """This rank's reporting, which continues after `last_step`."""
+    """Opens the reporting of this rank, which continues after `last_step`."""
     if not context.world.is_main:
         return Telemetry()
     pool = teacher.inner if isinstance(teacher, CachedTeacher) else teacher
@@ -181,7 +181,7 @@ def training_batches(
 
 @contextmanager
 def naming_suspect_documents(stream: Prefetcher, context: WorkerContext, writer: CheckpointWriter) -> Iterator[None]:
-    """On a loss that is not finite, adds the suspect documents and the last good checkpoint to the error."""
+    """Adds the suspect documents and the last good checkpoint to the error of a loss that is not finite."""
     try:
         yield
     except NonFiniteLossError as error:  # which all ranks raise after the same step
@@ -199,7 +199,7 @@ def naming_suspect_documents(stream: Prefetcher, context: WorkerContext, writer:
 
 
 def uses_dropout(model: Any, config: DistillConfig) -> bool:
-    """Whether training draws random numbers, by the model's config and the adapters'."""
+    """Tests whether training draws random numbers, by the dropout of the model's config and of the adapters."""
     values = model.config.get_text_config().to_dict()
     rates = [value for key, value in values.items() if ("dropout" in key or "pdrop" in key)]
     return any(isinstance(rate, float) and rate > 0 for rate in rates) or bool(

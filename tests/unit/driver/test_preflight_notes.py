@@ -5,7 +5,7 @@ from typing import Any, cast
 import pytest
 
 from taid_ray.config.schema import ScheduleConfig, build_config
-from taid_ray.driver.preflight import notes
+from taid_ray.driver.preflight import preflight_notes
 from taid_ray.scheduler.schedule import TAIDSchedule
 from taid_ray.student.spec import DataCheck, RunSpec
 
@@ -19,7 +19,7 @@ def said(steps: int = 250, loss: str = "taid", **schedule: Any) -> list[str]:
         "schedule": schedule,
         "train": {"steps": steps},
     }
-    return notes(build_config(tree), RunSpec(steps, cast(Any, None), 0, DataCheck(10, 0, 0, 10)))
+    return preflight_notes(build_config(tree), RunSpec(steps, cast(Any, None), 0, DataCheck(10, 0, 0, 10)))
 
 
 @pytest.mark.parametrize("mode", ["adaptive", "normalised"])

@@ -239,8 +239,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run(stage: int) -> None:
     device = torch.device("cpu")
     student = Student(config, build_student(config, None), 512, World(), device)
     batch = collate([Row([1, 2, 3], [0, 1, 2], [2, 3, NO_LABEL])])
-    head = Head(torch.randn(512, 64), None, LogitTransform())
-    loss, _ = student.forward(batch, TeacherOutput("hidden", {"hidden": torch.randn(2, 64)}), head, 0.5)
+    student.teacher_head = Head(torch.randn(512, 64), None, LogitTransform())
+    loss, _ = student.forward(batch, TeacherOutput("hidden", {"hidden": torch.randn(2, 64)}), 0.5)
     student.backward(loss * float("inf"))
     before = {name: tensor.clone() for name, tensor in student._gathered_state().items()}
     with pytest.raises(NonFiniteLossError, match="gradient norm"):
