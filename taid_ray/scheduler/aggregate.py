@@ -14,9 +14,13 @@ from taid_ray.scheduler.schedule import ScheduleState, TAIDSchedule
 GO_ON, SAVE, STOP = 0, 1, 2
 """Requests for what follows a step on every rank: the next step; a checkpoint first; a checkpoint and the attempt's end."""
 
-HEARTBEAT_S = 1.0
-"""A worker that has told the scheduler actor nothing for so long tells it the newest result it knows."""
-BEATS_PER_S = 200
+HEARTBEAT_S = 5.0
+"""A worker that has told the scheduler actor nothing for so long tells it the newest result it knows.
+
+That serves an actor that died between two answers of one step, which Ray needs seconds to restart; more of them would only
+take its time from the reports.
+"""
+BEATS_PER_S = 50
 """Heartbeats of all workers together, at most, because one process answers them."""
 
 

@@ -4,7 +4,7 @@ Others use `worker.run_worker`, `spec` (what passes between driver and worker), 
 (`taid-ray eval`).
 
 A worker, top to bottom: `context.connect` -> `worker.build` -> `open_teacher` -> `worker.TrainingRun`, which runs the loop with
-`hooks.StepHooks`: `validation.Validator`, `telemetry.Telemetry` (files, Prometheus), `checkpoints.StudentCheckpoints`.
+`hooks.StepHooks`: `validator.Validator`, `telemetry.Telemetry` (files, Prometheus), `checkpoints.StudentCheckpoints`.
 
 Traps:
 - The loss runs inside the head module's own forward (`engine.patch_head_forward`), because under ZeRO-3 the head's

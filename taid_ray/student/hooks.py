@@ -6,7 +6,7 @@ from taid_ray.scheduler.aggregate import GO_ON, STOP, StepResult
 from taid_ray.student.checkpoints import StudentCheckpoints
 from taid_ray.student.preemption import PreemptionWatch
 from taid_ray.student.telemetry import Telemetry
-from taid_ray.student.validation import Validator
+from taid_ray.student.validator import Validator
 
 
 class StepHooks:

@@ -9,8 +9,7 @@ from taid_ray.data.batch import Batch, Row, collate
 from taid_ray.data.batching import num_micro_batches, split_evenly
 from taid_ray.distributed.world import World
 from taid_ray.student.engine import Student
-from taid_ray.student.telemetry import Telemetry
-from taid_ray.student.totals import Evaluation, RunTotals
+from taid_ray.student.totals import Evaluation
 from taid_ray.teacher.payload import TeacherOutput
 from taid_ray.teacher.protocol import TeacherClient
 
@@ -71,26 +70,6 @@ class HeldOut:
             # Copies, because what came through the object store would stay there for as long as it is used.
             tensors = {name: tensor.to("cpu", copy=True) for name, tensor in output.tensors.items()}
             self._kept[number] = replace(output, tensors=tensors, compute_s=0.0)
-
-
-class Validator:
-    """Scores the student on the held-out rows."""
-
-    def __init__(self, student: Student, held_out: HeldOut, totals: RunTotals, telemetry: Telemetry):
-        self.totals = totals
-        self._student, self._held_out, self._telemetry = student, held_out, telemetry
-
-    def is_due(self, step: int) -> bool:
-        """Tests whether `train.eval_every` asks for a validation after `step`."""
-        every = self._student.config.train.eval_every
-        return bool(every) and step % every == 0
-
-    def validate(self, step: int) -> None:
-        """Evaluates after `step` and keeps the result in the totals and in RUN/validation.jsonl. Collective."""
-        self._telemetry.note(f"validating on {self._held_out.num_rows} rows after step {step}")
-        evaluation = evaluate(self._student, self._held_out)
-        self.totals.validations[step] = evaluation
-        self._telemetry.validation(step, evaluation)
 
 
 def evaluate(student: Student, held_out: HeldOut) -> Evaluation:

@@ -31,7 +31,8 @@ from taid_ray.student.prefetch import READ_AHEAD_STEPS, Prefetcher, read_ahead, 
 from taid_ray.student.spec import Finished, Outcome, RunSpec, Stopped, WorkerSpec
 from taid_ray.student.telemetry import MainTelemetry, Telemetry
 from taid_ray.student.totals import RunTotals
-from taid_ray.student.validation import HeldOut, Validator
+from taid_ray.student.validation import HeldOut
+from taid_ray.student.validator import Validator
 from taid_ray.teacher.cache.cached import CachedTeacher
 from taid_ray.teacher.pool.client import PoolTeacher
 from taid_ray.teacher.protocol import TeacherClient
