@@ -163,7 +163,7 @@ def _seconds(*functions: Callable[[], Any]) -> list[float]:
 
 def measure_errors(model: Path, text: Path) -> dict[str, Any]:
     """Payload errors as a run measures them, on validation rows of `text`; top-k for k that the vocabulary allows."""
-    tokenizer = load_tokenizer(str(model))
+    tokenizer = load_tokenizer(TeacherConfig(model=str(model)))
     data = DataConfig(train=str(text), valid=str(text), sequence_length=ROW_LENGTH)
     batch = collate(validation_rows(data, tokenizer)[:ERROR_ROWS])
     found: dict[str, float] = {}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ROOT
-from taid_ray.config.schema import DistillConfig, build_config
+from taid_ray.config.schema import DistillConfig, TeacherConfig, build_config
 from taid_ray.data.batch import Batch, collate
 from taid_ray.data.dataset import TrainingData
 from taid_ray.models.loading import load_tokenizer
@@ -96,7 +96,7 @@ def make_case(directory: Path, tokenizer: str | None, steps: int, window: int) -
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
     source = f"{Path(tokenizer).name}'s tokenizer on TinyStories" if tokenizer else "a synthetic vocabulary"
-    chosen = load_tokenizer(tokenizer) if tokenizer else synthetic_tokenizer()
+    chosen = load_tokenizer(TeacherConfig(model=tokenizer)) if tokenizer else synthetic_tokenizer()
     case = Case(directory, source, len(chosen), steps, window)
     set_seed(0)
     for path, layers, width in ((case.teacher, 8, 512), (case.student, 4, 256)):
@@ -181,7 +181,7 @@ def settings(case: Case, out: Path, values: dict[str, Any]) -> DistillConfig:
 def batches(case: Case) -> list[Batch]:
     """The batches of a run of this case, in its order."""
     config = settings(case, case.directory, {})
-    data = TrainingData(config.data, load_tokenizer(case.teacher), config.train.seed, case.rows)
+    data = TrainingData(config.data, load_tokenizer(config.teacher), config.train.seed, case.rows)
     found = [collate(rows) for rows, _ in islice(data.batches(), case.steps)]
     for batch in found:
         assert batch.inputs["input_ids"].shape == (case.rows, case.length), "a document does not fill its row"

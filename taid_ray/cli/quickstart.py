@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from taid_ray.config.schema import DistillConfig, build_config
+from taid_ray.config.schema import DistillConfig, StudentConfig, build_config
 from taid_ray.config.text import read_tree, set_key
 from taid_ray.models.loading import load_causal_lm, load_tokenizer
 from taid_ray.models.student_init import build_student
@@ -31,11 +31,11 @@ def quickstart_config(overrides: Sequence[str], out: str | None) -> DistillConfi
 
 def show_samples(config: DistillConfig, console: Console) -> None:
     """Prints how the teacher, the student before and the student after continue one prompt, greedily."""
-    tokenizer = load_tokenizer(config.teacher.model)
+    tokenizer = load_tokenizer(config.teacher)
     models = {
-        "teacher": load_causal_lm(config.teacher.model, dtype="float32"),
+        "teacher": load_causal_lm(config.teacher, dtype="float32"),
         "student before": build_student(config, None),
-        "student after": load_causal_lm(str(config.run_dir / "model"), dtype="float32", key="out"),
+        "student after": load_causal_lm(StudentConfig(model=str(config.run_dir / "model")), dtype="float32"),
     }
     for name, model in models.items():
         console.print(f"\n[bold]{name}[/bold]", highlight=False)

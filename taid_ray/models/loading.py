@@ -1,4 +1,7 @@
-"""Loading Hugging Face causal language models, their configs and tokenizers, with errors that name the configuration key."""
+"""Loading Hugging Face causal language models, their configs and tokenizers, with errors that name the configuration key.
+
+`source` is the section of the configuration that names a model.
+"""
 
 import json
 from collections.abc import Iterator
@@ -8,76 +11,82 @@ from typing import Any
 
 import torch
 
+from taid_ray.config.schema import StudentConfig, TeacherConfig
 from taid_ray.errors import ModelError
 
+Source = TeacherConfig | StudentConfig
 
-def load_model_config(name: str, revision: str | None = None, trust_remote_code: bool = False, *, key: str) -> Any:
-    """The transformers config of a model. `key` is the configuration key that named it, for error messages.
 
-    Raises ModelError if there is no such model.
-    """
+def section_name(source: Source) -> str:
+    """teacher or student."""
+    return "teacher" if isinstance(source, TeacherConfig) else "student"
+
+
+def load_model_config(source: Source) -> Any:
+    """Loads the transformers config of a model. Raises ModelError if there is no such model."""
     from transformers import AutoConfig
 
-    with _explained(key, name, "configuration") as source:
-        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    with _explained(source, "configuration") as name:
+        return AutoConfig.from_pretrained(name, revision=source.revision, trust_remote_code=source.trust_remote_code)
 
 
-def load_tokenizer(
-    name: str, revision: str | None = None, trust_remote_code: bool = False, *, key: str = "teacher.model"
-) -> Any:
-    """The tokenizer of a model. Raises ModelError if there is none."""
+def load_tokenizer(source: Source) -> Any:
+    """Loads the tokenizer of a model. Raises ModelError if there is none."""
     from transformers import AutoTokenizer
 
-    with _explained(key, name, "tokenizer") as source:
-        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    with _explained(source, "tokenizer") as name:
+        return AutoTokenizer.from_pretrained(name, revision=source.revision, trust_remote_code=source.trust_remote_code)
 
 
-def load_generation_config(name: str, revision: str | None, model_config: Any) -> Any:
-    """The generation settings of a model; where it has none of its own, those that its config implies."""
+def load_generation_config(source: Source, model_config: Any) -> Any:
+    """Loads the generation settings of a model; where it has none of its own, those that its config implies."""
     from transformers import GenerationConfig
 
-    path = Path(name).expanduser()
+    path = Path(str(source.model)).expanduser()
     try:
-        return GenerationConfig.from_pretrained(str(path) if path.is_dir() else name, revision=revision or "main")
+        return GenerationConfig.from_pretrained(
+            str(path) if path.is_dir() else str(source.model), revision=source.revision or "main"
+        )
     except OSError:
         return GenerationConfig.from_model_config(model_config)
 
 
 def check_causal_lm(model_config: Any, key: str) -> None:
-    """Raises ModelError if transformers has no causal language model for this config."""
+    """Raises ModelError, naming `key`, if transformers has no causal language model for this config."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     own_code = "AutoModelForCausalLM" in (getattr(model_config, "auto_map", None) or {})
     if not own_code and type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelError(f"{key}: a {model_config.model_type} model is no causal language model. Choose another one.")
+        raise ModelError(
+            f"{key}: a model of type {model_config.model_type} is not a causal language model. Choose another one."
+        )
 
 
-def check_divisible(model_config: Any, shards: int, key: str) -> None:
-    """Raises ModelError if the model's attention heads cannot be dealt out evenly to `shards` processes."""
-    text = model_config.get_text_config()
+def check_divisible(teacher_config: Any, shards: int) -> None:
+    """Raises ModelError if the teacher's attention heads cannot be dealt out evenly to `shards` processes."""
+    text = teacher_config.get_text_config()
     for field in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(text, field, None) or shards
         if heads % shards:
             raise ModelError(
-                f"{_section(key)}.shards = {shards} does not divide the model's {field} = {heads}; "
-                "choose a number that does"
+                f"teacher.shards = {shards} does not divide the model's {field} = {heads}; choose a number that does"
             )
 
 
-def check_weights(name: str, key: str) -> None:
+def check_weights(source: Source) -> None:
     """Raises ModelError unless a local model directory holds all its weights, by the headers of its safetensors files.
 
-    Says nothing about a model of the hub, whose downloads the hub's client checks.
+    Accepts every model of the hub, whose downloads the hub's client checks.
     """
     from safetensors import SafetensorError, safe_open
 
-    directory = Path(name).expanduser()
+    key, directory = f"{section_name(source)}.model", Path(str(source.model)).expanduser()
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if not directory.is_dir() or any(directory.glob("pytorch_model*.bin")):
         return
     again = "Download or save the model again."
     if not single.is_file() and not index.is_file():
-        raise ModelError(f"{key}: {name} holds no weights (model.safetensors). {again}")
+        raise ModelError(f"{key}: {source.model} holds no weights (model.safetensors). {again}")
     file, missing = index, []
     try:
         wanted = ["model.safetensors"]
@@ -88,73 +97,69 @@ def check_weights(name: str, key: str) -> None:
             with safe_open(file, framework="pt"):
                 pass
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ModelError(f"{key}: {file} is damaged or only half there ({_one_line(error)}). {again}") from None
+        raise ModelError(f"{key}: {file} is damaged or incomplete ({_one_line(error)}). {again}") from None
     if missing:
         raise ModelError(
-            f"{key}: {name} lacks {len(missing)} of {len(wanted)} weight files, for example {missing[0]}. {again}"
+            f"{key}: {source.model} lacks {len(missing)} of {len(wanted)} weight files, for example {missing[0]}. {again}"
         )
 
 
-def load_causal_lm(
-    name: str,
-    revision: str | None = None,
-    dtype: str = "auto",
-    attention: str = "sdpa",
-    trust_remote_code: bool = False,
-    quantization: dict[str, Any] | None = None,
-    shards: int = 1,
-    device: torch.device | None = None,
-    *,
-    key: str = "teacher.model",
-) -> Any:
-    """A causal language model in eval mode, on CPU unless `device` says otherwise.
+def load_causal_lm(source: Source, *, dtype: str | None = None, device: torch.device | None = None) -> Any:
+    """Loads a causal language model in eval mode, on CPU unless `device` says otherwise.
 
-    attention: as transformers names it; the flash ones need the package flash-attn and a GPU. shards > 1: this process's
-    part of a tensor-parallel model; all `shards` processes of an initialised process group must call it together.
-    Raises ModelError if there is no such model, its architecture or a setting is not supported, or the checkpoint lacks
-    weights.
+    dtype: by default the source's. With teacher.shards above 1 the result is this process's part of a tensor-parallel
+    model, and all processes of the group must call it together. Raises ModelError if there is no such model, its
+    architecture or a setting is not supported, or the checkpoint lacks weights.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # taid-ray reports progress itself, and actors' bars would mix with it
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
-    if quantization:
-        options["quantization_config"] = quantization
-    if shards > 1:
-        from transformers.distributed import DistributedConfig
-
-        check_divisible(load_model_config(name, revision, trust_remote_code, key=key), shards, key)
-        options["distributed_config"] = DistributedConfig(tp_size=shards, tp_plan="auto")
-    elif device is not None and (device.type != "cpu" or quantization):
-        options["device_map"] = {"": device}
-    with _explained(key, name, "model") as source, explained_attention(attention, _section(key)):
+    section = section_name(source)
+    with _explained(source, "model") as name, explained_attention(source.attention, section):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
+            name,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+            dtype=dtype or source.dtype,
+            attn_implementation=source.attention,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, with a message of our own
-            **options,
+            **_placement(source, device),
         )
     model, loading = loaded
     if loading["missing_keys"] or loading["mismatched_keys"]:
         absent = sorted([*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])])
         raise ModelError(
-            f"{key} = {name}: the checkpoint has no weights that fit {len(absent)} parameters of "
+            f"{section}.model = {source.model}: the checkpoint has no weights that fit {len(absent)} parameters of "
             f"{type(model).__name__} ({', '.join(absent[:3])} ...); name a complete causal language model"
         )
     return model.eval()
 
 
+def _placement(source: Source, device: torch.device | None) -> dict[str, Any]:
+    """The arguments of from_pretrained that say how the weights are stored, and where."""
+    quantization, shards = (source.quantization, source.shards) if isinstance(source, TeacherConfig) else ({}, 1)
+    options: dict[str, Any] = {"quantization_config": quantization} if quantization else {}
+    if shards > 1:
+        from transformers.distributed import DistributedConfig
+
+        check_divisible(load_model_config(source), shards)
+        return options | {"distributed_config": DistributedConfig(tp_size=shards, tp_plan="auto")}
+    if device is not None and (device.type != "cpu" or quantization):
+        options["device_map"] = {"": device}
+    return options
+
+
 @contextmanager
-def _explained(key: str, name: str, what: str) -> Iterator[str]:
-    """Yields what transformers is to load, and turns whatever it raises into one ModelError that names the key.
+def _explained(source: Source, what: str) -> Iterator[str]:
+    """Yields the name that transformers is to load, and turns whatever it raises into one ModelError that names the key.
 
     Its warnings are silenced meanwhile: what matters of them is checked here.
     """
     from transformers.utils import logging
 
+    name, key = str(source.model), f"{section_name(source)}.model"
     path = Path(name).expanduser()
     looks_local = name.startswith(("/", ".", "~")) or name.count("/") > 1
     if path.is_file():
@@ -170,7 +175,7 @@ def _explained(key: str, name: str, what: str) -> Iterator[str]:
     except ModelError:
         raise
     except Exception as error:  # transformers and what it calls raise many types here; all mean "cannot be loaded"
-        remedy = _remedy(_section(key), error, path.is_dir(), what)
+        remedy = _remedy(section_name(source), error, path.is_dir(), what)
         raise ModelError(f"{key} = {name}: the {what} cannot be loaded. {remedy}") from error
     finally:
         logging.set_verbosity(verbosity)
@@ -193,15 +198,13 @@ def explained_attention(attention: str, section: str) -> Iterator[None]:
         ) from error
 
 
-def _section(key: str) -> str:
-    return key.rpartition(".")[0] or key
-
-
 def _one_line(error: Exception) -> str:
+    """Type and beginning of an error, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
 
 
 def _remedy(section: str, error: Exception, is_local: bool, what: str) -> str:
+    """Guesses from an error what the user can do."""
     from huggingface_hub import is_offline_mode
 
     shown = f"({_one_line(error)})"
@@ -223,5 +226,5 @@ def _remedy(section: str, error: Exception, is_local: bool, what: str) -> str:
     if "sdpa" in lower or "scaled_dot_product" in lower:
         return f"Set {section}.attention: eager. {shown}"
     if "unrecognized configuration class" in lower or "does not recognize this architecture" in lower:
-        return f"It is no causal language model that the installed transformers knows. {shown}"
+        return f"It is not a causal language model that the installed transformers knows. {shown}"
     return shown

@@ -12,26 +12,22 @@ from taid_ray.models.vocabulary import Vocabulary, align
 
 
 def model_configs(config: DistillConfig) -> tuple[Any, Any]:
-    """The transformers configs of teacher and student."""
-    teacher = config.teacher
-    offline_if_unreachable([teacher.model, config.student.model, config.data.train, config.data.valid])
-    return (
-        load_model_config(teacher.model, teacher.revision, teacher.trust_remote_code, key="teacher.model"),
-        student_model_config(config),
-    )
+    """Loads the transformers configs of teacher and student. Raises ConfigError or ModelError."""
+    offline_if_unreachable([config.teacher.model, config.student.model, config.data.train, config.data.valid])
+    return load_model_config(config.teacher), student_model_config(config)
 
 
 def check_models(config: DistillConfig, teacher_config: Any, student_config: Any) -> None:
     """Checks what can be known about both models without loading weights. Raises ConfigError or ModelError."""
     teacher, student = config.teacher, config.student
     check_causal_lm(teacher_config, "teacher.model")
-    check_divisible(teacher_config, teacher.shards, "teacher.model")
+    check_divisible(teacher_config, teacher.shards)
     if teacher.mode != "cache" or student.init == "cut":
-        check_weights(teacher.model, "teacher.model")
+        check_weights(teacher)
     if student.model is not None:
         check_causal_lm(student_config, "student.model")
         if student.init == "pretrained":
-            check_weights(student.model, "student.model")
+            check_weights(student)
     check_student(config, student_config)
     length = config.data.sequence_length
     for name, longest in (("teacher", context_length(teacher_config)), ("student", context_length(student_config))):
@@ -50,21 +46,14 @@ def context_length(*model_configs: Any) -> int:
 
 def run_tokenizer(config: DistillConfig) -> Any:
     """The tokenizer of data and of RUN/model: the student's own, or the teacher's where the student has none."""
-    source, key = (config.teacher, "teacher") if has_teacher_tokenizer(config) else (config.student, "student")
-    return load_tokenizer(str(source.model), source.revision, source.trust_remote_code, key=f"{key}.model")
+    return load_tokenizer(config.teacher if has_teacher_tokenizer(config) else config.student)
 
 
 def shared_vocabulary(config: DistillConfig, teacher_config: Any, student_config: Any) -> Vocabulary:
     """Aligns the tokenizers of both models. Raises ModelError if they disagree."""
-    student, teacher = config.student, config.teacher
-    teacher_tokens = load_tokenizer(
-        teacher.model, teacher.revision, teacher.trust_remote_code, key="teacher.model"
-    ).get_vocab()
-    student_tokens = teacher_tokens
-    if student.model is not None:
-        student_tokens = load_tokenizer(
-            student.model, student.revision, student.trust_remote_code, key="student.model"
-        ).get_vocab()
+    student = config.student
+    teacher_tokens = load_tokenizer(config.teacher).get_vocab()
+    student_tokens = teacher_tokens if student.model is None else load_tokenizer(student).get_vocab()
     return align(
         teacher_tokens,
         student_tokens,

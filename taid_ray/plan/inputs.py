@@ -36,7 +36,7 @@ def read_models(config: DistillConfig) -> Models:
     """Reads configs and tokenizers, no weights. Raises ConfigError or ModelError as `taid-ray check` does."""
     teacher, student = model_configs(config)
     check_causal_lm(teacher, "teacher.model")
-    check_divisible(teacher, config.teacher.shards, "teacher.model")
+    check_divisible(teacher, config.teacher.shards)
     check_causal_lm(student, "student.model")
     check_student(config, student)
     longest = context_length(teacher, student)

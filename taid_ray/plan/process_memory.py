@@ -87,7 +87,7 @@ def shard_memories(inputs: PlanInputs, teacher_peak: int) -> list[ShardMemory]:
 def _divides(inputs: PlanInputs, shards: int) -> bool:
     """Tells whether the teacher's architecture can be split into so many shards."""
     try:
-        check_divisible(inputs.models.teacher, shards, "teacher.model")
+        check_divisible(inputs.models.teacher, shards)
     except ModelError:
         return False
     return True

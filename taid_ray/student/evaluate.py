@@ -88,15 +88,8 @@ def _measure(config: DistillConfig, rouge: bool) -> Measurement:
 def load_student(config: DistillConfig, device: torch.device) -> tuple[Any, Head]:
     """The model to measure and its head, tested like a student of a run."""
     student = config.student
-    model = load_causal_lm(
-        str(student.model),
-        revision=student.revision,
-        dtype=student.dtype if "dtype" in student.model_fields_set else "auto",
-        attention=student.attention,
-        trust_remote_code=student.trust_remote_code,
-        device=device,
-        key="student.model",
-    ).to(device)
+    dtype = None if "dtype" in student.model_fields_set else "auto"
+    model = load_causal_lm(student, dtype=dtype, device=device).to(device)
     return model, tested_head(model, "student.model", config.data.pack)
 
 

@@ -35,17 +35,7 @@ class TeacherModel:
         if config.payload == "topk":
             check_topk(config.topk, num_shared)
         self._config, self._device = config, device
-        self._model = load_causal_lm(
-            config.model,
-            revision=config.revision,
-            dtype=config.dtype,
-            attention=config.attention,
-            trust_remote_code=config.trust_remote_code,
-            quantization=config.quantization,
-            shards=config.shards,
-            device=device,
-            key="teacher.model",
-        ).requires_grad_(False)
+        self._model = load_causal_lm(config, device=device).requires_grad_(False)
         whole = head_of(self._model)
         self._vocab_rows, self._num_shared, self._dtype = whole.weight.shape[0], num_shared, whole.weight.dtype
         if num_shared > self._vocab_rows:

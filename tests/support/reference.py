@@ -21,7 +21,7 @@ def reference_run(config: DistillConfig) -> list[dict[str, float]]:
     assert config.loss.name == "taid" and config.schedule.mode == "adaptive" and config.train.steps
     train, schedule = config.train, config.schedule
     student = build_student(config, None).train()
-    teacher = load_causal_lm(config.teacher.model, dtype="float32")
+    teacher = load_causal_lm(config.teacher, dtype="float32")
     decayed = [p for p in student.parameters() if p.dim() >= 2]
     others = [p for p in student.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW(

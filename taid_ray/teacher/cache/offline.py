@@ -199,7 +199,7 @@ def _name(config: TeacherConfig) -> tuple[str, str | None]:
 def _settings(config: DistillConfig, num_shared: int) -> str:
     """SHA-256 of everything but the weights that the teacher's outputs depend on."""
     teacher = config.teacher
-    model = load_model_config(teacher.model, teacher.revision, teacher.trust_remote_code, key="teacher.model").to_dict()
+    model = load_model_config(teacher).to_dict()
     known = {key: value for key, value in model.items() if key not in ("_name_or_path", "transformers_version")}
     topk = teacher.topk if teacher.payload == "topk" else None
     sent = [known, teacher.dtype, teacher.quantization, teacher.payload, topk, num_shared]

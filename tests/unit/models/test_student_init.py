@@ -191,6 +191,14 @@ def test_token_ids_are_no_list_of_layers(saved: Callable[[str], Path], tmp_path:
     assert student.config.eos_token_id == student.generation_config.eos_token_id == [2, 7, 8, 9]
 
 
+def test_a_list_that_may_be_about_layers_is_refused(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    model = load(saved("llama"))
+    model.config.windows = [8, 8, 16, 16]  # as many as layers
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"its windows has as many entries as there are layers.*set student\.init"):
+        student_model_config(config(tmp_path, init="cut", layers=[1]))
+
+
 def test_cut_of_a_text_model_beside_an_image_encoder(saved: Callable[[str], Path]) -> None:
     chosen = config(saved("gemma3"), init="cut", layers=[2, 1])
     check_student(chosen, student_model_config(chosen))

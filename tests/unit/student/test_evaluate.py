@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from taid_ray.cli import app as cli
+from taid_ray.config.schema import StudentConfig, TeacherConfig
 from taid_ray.data.packing import Sample
 from taid_ray.errors import ConfigError, ModelError
 from taid_ray.models.loading import load_causal_lm, load_tokenizer
@@ -27,7 +28,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The bundled model with noise on its weights."""
     path = tmp_path_factory.mktemp("other") / "model"
     shutil.copytree(STORIES, path)
-    model = load_causal_lm(STORIES)
+    model = load_causal_lm(TeacherConfig(model=STORIES))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():
@@ -58,7 +59,11 @@ def test_a_model_measured_against_itself() -> None:
 @pytest.mark.parametrize("overrides", [[], ["data.pack=false"], ["data.sequence_length=512"]])
 @torch.no_grad()
 def test_figures_equal_a_plain_computation_from_logits(other: str, overrides: list[str]) -> None:
-    tokenizer, model, teacher = load_tokenizer(STORIES), load_causal_lm(other), load_causal_lm(STORIES)
+    tokenizer, model, teacher = (
+        load_tokenizer(TeacherConfig(model=STORIES)),
+        load_causal_lm(TeacherConfig(model=other)),
+        load_causal_lm(TeacherConfig(model=STORIES)),
+    )
     cross_entropy = teacher_cross_entropy = kl = tokens = 0.0
     with open(VALID, encoding="utf-8") as lines:
         for line, _ in zip(lines, range(DOCUMENTS), strict=False):
@@ -80,30 +85,30 @@ def test_figures_equal_a_plain_computation_from_logits(other: str, overrides: li
 
 def test_keys_of_the_model_have_an_effect(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each model is loaded once, as its section says."""
-    loaded: dict[str, dict[str, Any]] = {}
+    loaded: dict[type, TeacherConfig | StudentConfig] = {}
 
-    def load(name: str, **options: Any) -> Any:
-        assert options["key"] not in loaded
-        loaded[options["key"]] = options
-        return load_causal_lm(name, **options | {"trust_remote_code": False})
+    def load(source: TeacherConfig | StudentConfig, **options: Any) -> Any:
+        assert type(source) not in loaded
+        loaded[type(source)] = source
+        return load_causal_lm(source.model_copy(update={"trust_remote_code": False}), **options)
 
     monkeypatch.setattr(measure, "load_causal_lm", load)
     monkeypatch.setattr(teacher_model, "load_causal_lm", load)
     keys = ["student.dtype=bfloat16", "student.attention=eager", "student.trust_remote_code=true", "device=cpu"]
     documents = f"data.valid_documents={DOCUMENTS}"
     found = evaluate_model(STORIES, STORIES, VALID, [*keys, "teacher.attention=eager", documents], rouge=False)
-    chosen = [(loaded[key]["dtype"], loaded[key]["attention"]) for key in ("student.model", "teacher.model")]
-    assert chosen == [("bfloat16", "eager"), ("auto", "eager")]
-    assert (loaded["student.model"]["trust_remote_code"], loaded["teacher.model"]["trust_remote_code"]) == (True, False)
+    student, teacher = loaded[StudentConfig], loaded[TeacherConfig]
+    assert [(each.dtype, each.attention) for each in (student, teacher)] == [("bfloat16", "eager"), ("auto", "eager")]
+    assert (student.trust_remote_code, teacher.trust_remote_code) == (True, False)
     assert 1e-6 < found.kl < 1e-2  # what bfloat16 costs
 
 
 def test_rouge_loads_no_model_again(pairs: str, monkeypatch: pytest.MonkeyPatch) -> None:
     teachers = []
 
-    def load(name: str, **options: Any) -> Any:
-        teachers.append(options["dtype"])
-        return load_causal_lm(name, **options)
+    def load(source: TeacherConfig, **options: Any) -> Any:
+        teachers.append(source.dtype)
+        return load_causal_lm(source, **options)
 
     monkeypatch.setattr(teacher_model, "load_causal_lm", load)
     generating = []
@@ -140,7 +145,7 @@ class Parrot:
 
 
 def test_rouge_compares_with_the_response() -> None:
-    tokenizer = load_tokenizer(STORIES)
+    tokenizer = load_tokenizer(TeacherConfig(model=STORIES))
     prompt, response, other = (
         tokenizer(text, add_special_tokens=False)["input_ids"]
         for text in ("Tom went to the park.", "It was a sunny day.", "It was a day.")

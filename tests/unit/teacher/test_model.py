@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from taid_ray.config.schema import TeacherConfig
+from taid_ray.config.schema import StudentConfig, TeacherConfig
 from taid_ray.data.batch import NO_LABEL, Batch, Row, collate
 from taid_ray.distributed import device
 from taid_ray.errors import ClusterError, ConfigError, ModelError, TeacherError
@@ -274,7 +274,7 @@ def test_info_identifies_the_teacher(saved: Callable[..., Path], tmp_path: Path)
     assert (info.hidden_size, info.vocab_rows, info.num_shared, info.dtype) == (32, VOCAB, SHARED, "float32")
     assert info.num_parameters == sum(p.numel() for p in first._model.parameters())
     assert info.head_digest == head_digest(first.head()) and first.head().weight.shape == (SHARED, 32)
-    model = load_causal_lm(str(saved("llama")))
+    model = load_causal_lm(config(saved("llama")))
     probabilities = self_test(model, head_of(model)).softmax(-1)
     assert info.dropped_mass == pytest.approx(float(probabilities[..., SHARED:].sum(-1).mean()), rel=1e-5)
     assert TeacherModel(config(saved("llama")), VOCAB, CPU).info().dropped_mass == 0
@@ -319,7 +319,7 @@ def test_info_identifies_the_payload(saved: Callable[..., Path]) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma2"])
 def test_packed_documents_do_not_see_each_other(name: str, saved: Callable[..., Path]) -> None:
-    model = load_causal_lm(str(saved(name)), attention="eager" if name == "gemma2" else "sdpa")
+    model = load_causal_lm(config(saved(name), attention="eager" if name == "gemma2" else "sdpa"))
     check_packing(model)
     ids = torch.arange(10)[None]
     packed = {"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])}
@@ -331,7 +331,7 @@ def test_packed_documents_do_not_see_each_other(name: str, saved: Callable[..., 
 
 
 def test_a_model_that_mixes_packed_documents_is_reported(saved: Callable[..., Path], monkeypatch: Any) -> None:
-    model = load_causal_lm(str(saved("llama")))
+    model = load_causal_lm(config(saved("llama")))
     forward = model.base_model.forward
     mixes = {"attention_mask": torch.ones(2, 16)}
 
@@ -344,7 +344,7 @@ def test_a_model_that_mixes_packed_documents_is_reported(saved: Callable[..., Pa
 
 
 def test_a_head_that_misses_a_transform_is_refused(saved: Callable[..., Path]) -> None:
-    model = load_causal_lm(str(saved("gemma2")), attention="eager")
+    model = load_causal_lm(config(saved("gemma2"), attention="eager"))
     head = head_of(model)
     assert head.transform == LogitTransform(softcap=2.0)
     with pytest.raises(ModelError, match="cannot distil"):
@@ -419,7 +419,7 @@ def test_flash_attention_that_is_not_installed_is_explained(attention: Any, save
     with pytest.raises(
         ModelError, match=rf"^student\.attention = {attention} cannot be used .* student\.attention: sdpa"
     ):
-        load_causal_lm(str(saved("llama")), attention=attention, key="student.model")
+        load_causal_lm(StudentConfig(model=str(saved("llama")), attention=attention))
     with pytest.raises(ImportError, match="flash"), explained_attention("sdpa", "student"):
         raise ImportError("another package lacks flash-attn")
 
@@ -437,7 +437,7 @@ def flash_like(saved: Callable[..., Path]) -> Any:
 
     AttentionInterface.register("flash_like", run_in_thread)
     AttentionMaskInterface.register("flash_like", sdpa_mask)
-    model = load_causal_lm(str(saved("llama", torch.bfloat16)))
+    model = load_causal_lm(config(saved("llama", torch.bfloat16)))
     model.config._attn_implementation = "flash_like"
     return model
 
@@ -471,26 +471,26 @@ def test_a_vocabulary_that_is_too_small_is_refused(saved: Callable[..., Path]) -
 def test_what_cannot_be_loaded_is_explained(saved: Callable[..., Path], tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ModelError, match=r"student\.model: no such directory \(found '/nowhere'\)"):
-        load_causal_lm("/nowhere", key="student.model")
+        load_causal_lm(StudentConfig(model="/nowhere"))
     with pytest.raises(ModelError, match=r"teacher\.model: .* has no config\.json"):
-        load_tokenizer(str(tmp_path))
+        load_tokenizer(config(tmp_path))
     with pytest.raises(ModelError, match=r"teacher\.shards = 4 does not divide the model's num_key_value_heads = 2"):
-        load_causal_lm(str(saved("llama")), shards=4)
+        load_causal_lm(config(saved("llama"), shards=4))
     with pytest.raises(ModelError, match=r"cannot be loaded\. A package is missing"):
         load_causal_lm(
-            str(saved("llama")), quantization={"quant_method": "bitsandbytes", "load_in_4bit": True}, device=CPU
+            config(saved("llama"), quantization={"quant_method": "bitsandbytes", "load_in_4bit": True}), device=CPU
         )
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
     with pytest.raises(ModelError, match=r"teacher\.model = .* cannot be loaded"):
-        load_causal_lm(str(tmp_path))
+        load_causal_lm(config(tmp_path))
 
 
 def test_a_checkpoint_without_some_weights_is_refused(saved: Callable[..., Path], tmp_path: Path) -> None:
-    model = load_causal_lm(str(saved("llama")))
+    model = load_causal_lm(config(saved("llama")))
     state = {name: tensor for name, tensor in model.state_dict().items() if "lm_head" not in name}
     model.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(ModelError, match=r"no weights that fit 1 parameters .*lm_head"):
-        load_causal_lm(str(tmp_path))
+        load_causal_lm(config(tmp_path))
 
 
 def test_devices() -> None:
