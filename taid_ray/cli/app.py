@@ -22,14 +22,13 @@ from taid_ray.cli.control import JobEnd, scale, status, stop, submit
 from taid_ray.cli.plan import plan
 from taid_ray.cli.report import report
 from taid_ray.config.schema import DistillConfig, load_config
+from taid_ray.driver.signals import ATTEMPT_THREAD
 from taid_ray.errors import TaidRayError, WorkerError
 from taid_ray.report.format import print_line
 
 if TYPE_CHECKING:
     from taid_ray.config.space import Space
 
-ATTEMPT_THREAD = "taid-attempt"
-"""Of `driver.signals`, which is not imported here because it takes seconds."""
 STOPPED = (130, 143)
 """Exit codes after Ctrl-C and SIGTERM."""
 

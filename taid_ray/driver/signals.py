@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 POLL_S = 0.5
+ATTEMPT_THREAD = "taid-attempt"
+"""Name of the thread that `run_in_thread` starts."""
 
 
 @dataclass
@@ -71,7 +73,7 @@ def run_in_thread(work: Callable[[], Any], poll: Callable[[], None]) -> Any:
         except BaseException as error:  # handed over to the waiting thread
             done.set_exception(error)
 
-    threading.Thread(target=run, name="taid-attempt", daemon=True).start()
+    threading.Thread(target=run, name=ATTEMPT_THREAD, daemon=True).start()
     while True:
         try:
             return done.result(timeout=POLL_S)

@@ -1,4 +1,4 @@
-"""What the driver of a search hears from Ray Tune, on its way to trials.json and to the terminal."""
+"""Callbacks of Ray Tune in the driver of a search: they keep trials.json and tell the terminal."""
 
 import shutil
 import time
@@ -19,7 +19,7 @@ from taid_ray.search.trial import ERROR_SUFFIX
 
 REFRESH_S = 2.0
 MIN_ROWS, OTHER_LINES = 5, 8
-"""Of the live table, and of what stands around its rows on the terminal."""
+"""Fewest rows of the live table, and lines around them on the terminal."""
 
 
 class TrialsShown:
@@ -32,12 +32,13 @@ class TrialsShown:
         self.begun = False
 
     def table(self) -> RenderableType:
+        """The trials as a table that fits on the terminal."""
         search = self._newest()
         rows = max(MIN_ROWS, shutil.get_terminal_size().lines - OTHER_LINES)
         return trials_table(search, rows) if search else Text("")
 
     def activity(self) -> str:
-        """What is under way, in one line."""
+        """The trials that run, in one line."""
         search = self._newest()
         running = [trial for trial in search.trials if trial.status == "running"] if search else []
         steps = (f"{trial.name} at step {trial.step} of {trial.total_steps or '?'}" for trial in running)
@@ -51,7 +52,7 @@ class TrialsShown:
 
 
 class Watcher(tune.Callback):
-    """Keeps the book, and says what happens."""
+    """Records in the book what becomes of the trials, and tells the terminal."""
 
     def __init__(self, book: TrialBook, stop: StopRequest, view: ProgressView):
         self._book, self._stop, self._view = book, stop, view

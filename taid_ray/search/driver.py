@@ -12,7 +12,6 @@ from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ray import tune
 
@@ -32,7 +31,7 @@ from taid_ray.models.hub import restoring_hub_mode
 from taid_ray.report.search_page import write_report
 from taid_ray.report.search_results import Search, Trial, read_search
 from taid_ray.run.directory import jobs_of, read_manifest
-from taid_ray.run.layout import RAY_TRAIN_PREFIX, RUN_FILE, TRIALS
+from taid_ray.run.layout import RAY_TRAIN_PREFIX, REPORT_FILE, RUN_FILE, TRIALS
 from taid_ray.run.log import run_logging
 from taid_ray.search.book import TrialBook
 from taid_ray.search.callbacks import TrialsShown, Watcher
@@ -44,7 +43,8 @@ from taid_ray.tracking.follow import check_installed, tell_stopped
 
 SCRATCH = ".tune"
 TRIAL_RESOURCES = {"CPU": 0, "node:__internal_head__": 0.001}
-"""Of the process that drives a trial; its workers ask for their own. It lives on the head node, as the search does."""
+"""Resources of the process that drives a trial; its workers ask for their own. It lives on the head node, as the search does."""
+POOL_POLL_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class SearchResult:
 
     @property
     def best(self) -> Trial | None:
-        """None if no trial finished."""
+        """The finished trial with the lowest figure; None if none finished."""
         return self.search.best()
 
 
@@ -70,14 +70,14 @@ def run_search(
 ) -> SearchResult:
     """Tries the values of `space` on `config` and returns when every trial has ended.
 
-    out: its directory; default runs/NAME-search. Goes on with what it holds, if that is the same search. max_concurrent:
-    default: as many as the cluster has room for. share_outputs: lets the teacher compute each sample once for all trials,
-    which changes figures in the sixth digit. Raises a TaidRayError for everything a user can put right.
+    out: the search's directory, by default runs/NAME-search; if it holds the same search, that goes on. max_concurrent: by
+    default as many trials as the cluster has room for. share_outputs: lets the teacher compute each sample once for all
+    trials, which changes figures in the sixth digit. Raises a TaidRayError for everything a user can put right.
     """
     config = base_config(config, out, share_outputs)
     check_installed(config)
-    trials = TrialsShown(config.run_dir)
-    with restoring_hub_mode(), ProgressView(above=trials.table) as view:
+    shown = TrialsShown(config.run_dir)
+    with restoring_hub_mode(), ProgressView(above=shown.table) as view:
         view.say("checking models, data and the search space")
         spec = prepare(config)
         space.check(config.model_dump(mode="json"), spec.total_steps)
@@ -90,131 +90,152 @@ def run_search(
             liveness_file(config.run_dir),
         ):
             if len(book.with_status("finished", "stopped")) < space.num_trials:
-                with ray_cluster():
-                    demand = demand_of(config, resolve(config.device, cluster_has_gpus()))
-                    check_capacity(demand)
-                    before = book.with_status("stopped")
-                    try:
-                        run_trials(config, space, spec, demand, book, name, max_concurrent, trials, view)
-                    finally:
-                        for trial in sorted({*book.with_status("stopped")} - {*before}):
-                            # Ray Tune ended its process, with what it had not passed on yet.
-                            tell_stopped(book.run_dir(trial), view)
-            found = read_search(config.run_dir)
-            write_report(found)
-    return SearchResult(config.run_dir, found)
+                SearchDriver(config, space, spec, book, name, max_concurrent, shown, view).run()
+            search = read_search(config.run_dir)
+            leave_report(search, view)
+    return SearchResult(config.run_dir, search)
 
 
-def run_trials(
-    config: DistillConfig,
-    space: Space,
-    spec: RunSpec,
-    demand: Demand,
-    book: TrialBook,
-    name: str,
-    max_concurrent: int | None,
-    trials: TrialsShown,
-    view: ProgressView,
-) -> None:
-    """Keeps one teacher pool up while Ray Tune runs the trials. Ends early, resumable, after Ctrl-C or SIGTERM."""
-    own_teachers = any(key.startswith("teacher.") for key in space.space)
-    up: Future[None] = Future()
+def leave_report(search: Search, view: ProgressView) -> None:
+    """Writes the report of a search. A failure is told: the search has ended, and its trials are there."""
+    try:
+        write_report(search)
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}"
+        view.say(f"warning: {REPORT_FILE} could not be written ({told}); the same command tries again")
 
-    def tell(error: Exception | None) -> None:
-        if not up.done():
-            up.set_exception(error) if error else up.set_result(None)
 
-    pooled = config.teacher.mode == "pool" and not own_teachers
-    pool_name = f"taid-teacher-{name}"
-    announce_cluster(config.run_dir, pool_name if pooled else None)
-    together = replace(demand, max_workers=demand.max_workers * (max_concurrent or space.num_trials))
-    with (
-        stop_signals() as stop,
-        ending_orphaned_cleaners(former_jobs(config.run_dir)),
-        PoolKeeper(config, spec, together, pool_name, tell, view) if pooled else nullcontext(),
-    ):
-        if pooled:
-            wait_for_pool(up, stop)
-        room = room_for_trials(demand, own_teachers)
-        concurrent = min(max_concurrent or room, room)
+@dataclass(frozen=True)
+class SearchDriver:
+    """Runs the trials of a search whose directory this process holds."""
+
+    config: DistillConfig
+    """Configuration that all trials start from, with the search's directory as `out`."""
+    space: Space
+    spec: RunSpec
+    """Of a run of `config`."""
+    book: TrialBook
+    name: str
+    """Name of the search on its cluster."""
+    max_concurrent: int | None
+    """Most trials at a time; None: as many as there is room for."""
+    shown: TrialsShown
+    view: ProgressView
+
+    @property
+    def own_teachers(self) -> bool:
+        """True if trials differ in their teachers, so that each has its own."""
+        return any(key.startswith("teacher.") for key in self.space.space)
+
+    @property
+    def pool(self) -> str | None:
+        """Name of the teacher pool that the trials share; None if they share none."""
+        return None if self.own_teachers or self.config.teacher.mode != "pool" else f"taid-teacher-{self.name}"
+
+    def run(self) -> None:
+        """Joins a cluster or starts one, and returns when all trials have ended.
+
+        Ends early, resumable, with KeyboardInterrupt or SystemExit after Ctrl-C or SIGTERM.
+        """
+        with ray_cluster():
+            demand = demand_of(self.config, resolve(self.config.device, cluster_has_gpus()))
+            check_capacity(demand)
+            before = self.book.with_status("stopped")
+            try:
+                self._run_trials(demand)
+            finally:
+                for trial in sorted({*self.book.with_status("stopped")} - {*before}):
+                    # Ray Tune ended its process, with what it had not passed on yet.
+                    tell_stopped(self.book.run_dir(trial), self.view)
+
+    def _run_trials(self, demand: Demand) -> None:
+        """Keeps the shared teacher pool up while Ray Tune runs the trials."""
+        config, pool, up = self.config, self.pool, Future[None]()
+
+        def tell(error: Exception | None) -> None:
+            if not up.done():
+                up.set_exception(error) if error else up.set_result(None)
+
+        announce_cluster(config.run_dir, pool)
+        together = replace(demand, max_workers=demand.max_workers * (self.max_concurrent or self.space.num_trials))
+        with (
+            stop_signals() as stop,
+            ending_orphaned_cleaners(former_jobs(config.run_dir)),
+            PoolKeeper(config, self.spec, together, pool, tell, self.view) if pool else nullcontext(),
+        ):
+            if pool:
+                wait_for_pool(up, stop)
+            concurrent = self._concurrent(demand)
+            finished, stopped = self.book.with_status("finished"), frozenset(self.book.with_status("stopped"))
+            self.view.say(f"{self.space.num_trials} trials, {concurrent} at a time, {len(finished)} finished before")
+            tree, steps = config.model_dump(mode="json"), self.spec.total_steps
+            job = SearchJob(config.run_dir, tree, steps, pool, pool_spec(config, self.spec), stopped)
+            self._tune(job, concurrent, stop)
+            if stop.requested:
+                raise stop.end()
+
+    def _concurrent(self, demand: Demand) -> int:
+        """Number of trials at a time. Raises ClusterError if there is no room for one, or for their teacher's answers."""
+        room = room_for_trials(demand, self.own_teachers)
+        concurrent = min(self.max_concurrent or room, room)
         if not concurrent:
             raise ClusterError(
                 "the cluster has no room for a trial at present: other jobs hold what its nodes have; see `ray status`"
             )
-        if pooled:
-            check_object_store(spec.payload_bytes, config.teacher, concurrent * demand.workers)
-        view.say(
-            f"{space.num_trials} trials, {concurrent} at a time, {len(book.with_status('finished'))} finished before"
-        )
-        stopped = frozenset(book.with_status("stopped"))
-        tree = config.model_dump(mode="json")
-        shared = pool_name if pooled else None
-        job = SearchJob(config.run_dir, tree, spec.total_steps, shared, pool_spec(config, spec), stopped)
-        run_tune(space, book, job, concurrent, stop, trials, view)
-        if stop.requested:
-            raise stop.end()
+        if self.pool:
+            check_object_store(self.spec.payload_bytes, self.config.teacher, concurrent * demand.workers)
+        return concurrent
 
-
-def run_tune(
-    space: Space,
-    book: TrialBook,
-    job: SearchJob,
-    concurrent: int,
-    stop: StopRequest,
-    trials: TrialsShown,
-    view: ProgressView,
-) -> None:
-    """Returns when all trials have ended, or those that ran when a signal came."""
-    for name, value in {
-        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # metrics.jsonl has it all
-        "RAY_AIR_NEW_OUTPUT": "0",  # no tables of its own
-        "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # told by Watcher
-        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that is asked to stop may have nothing to report
-    }.items():
-        os.environ.setdefault(name, value)
-    stop_file = job.directory / STOP_FILE
-    stop_file.unlink(missing_ok=True)
-    watcher = Watcher(book, stop, view)
-    trials.begun = True
-
-    def named(trial: Any) -> str:
-        return book.assign_name(trial.config)
-
-    tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(run_trial, job=job), TRIAL_RESOURCES),
-        param_space=None if space.search == "optuna" else sampled(space),
-        tune_config=tune.TuneConfig(
-            metric=space.metric,
-            mode="min",
-            num_samples=1 if space.search == "grid" else space.num_trials,
-            max_concurrent_trials=concurrent if space.search == "optuna" else None,
-            search_alg=searcher(space, book, concurrent),
-            scheduler=scheduler(space, job.total_steps),
-            trial_name_creator=named,
-            trial_dirname_creator=lambda trial: trial.trial_id,
-        ),
-        run_config=tune.RunConfig(
-            name=SCRATCH, storage_path=str(job.directory), verbose=0, callbacks=[watcher], stop=watcher.stopper()
-        ),
-    )
-
-    def look() -> None:
-        view.wait_for(trials.activity())
-        if stop.at_once:
-            raise stop.end()
-        if stop.requested and not stop_file.exists():
-            view.say("stopping: the trials save a checkpoint after their step; once more to stop at once")
-            stop_file.touch()
-
-    try:
-        run_in_thread(tuner.fit, look)
-    finally:
+    def _tune(self, job: SearchJob, concurrent: int, stop: StopRequest) -> None:
+        """Returns when all trials have ended or, after a request to stop, those that ran."""
+        stop_file = job.directory / STOP_FILE
         stop_file.unlink(missing_ok=True)
-        for left in (
-            job.directory / SCRATCH,
-            *job.directory.glob(f"{TRIALS}/*/{RAY_TRAIN_PREFIX}*"),
-        ):  # of stopped trials
-            shutil.rmtree(left, ignore_errors=True)
+        tuner = self._tuner(job, concurrent, Watcher(self.book, stop, self.view))
+        self.shown.begun = True
+
+        def poll() -> None:
+            self.view.wait_for(self.shown.activity())
+            if stop.at_once:
+                raise stop.end()
+            if stop.requested and not stop_file.exists():
+                self.view.say("stopping: the trials save a checkpoint after their step; once more to stop at once")
+                stop_file.touch()
+
+        try:
+            run_in_thread(tuner.fit, poll)
+        finally:
+            stop_file.unlink(missing_ok=True)
+            left_by_stopped_trials = job.directory.glob(f"{TRIALS}/*/{RAY_TRAIN_PREFIX}*")
+            for left in (job.directory / SCRATCH, *left_by_stopped_trials):
+                shutil.rmtree(left, ignore_errors=True)
+
+    def _tuner(self, job: SearchJob, concurrent: int, watcher: Watcher) -> tune.Tuner:
+        for name, value in {
+            "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # metrics.jsonl has it all
+            "RAY_AIR_NEW_OUTPUT": "0",  # no tables of its own
+            "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # told by Watcher
+            "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that is asked to stop may have nothing to report
+        }.items():
+            os.environ.setdefault(name, value)
+        space, optuna = self.space, self.space.search == "optuna"
+        book = self.book  # Ray Tune pickles what it is given, and `self` cannot be
+        return tune.Tuner(
+            tune.with_resources(tune.with_parameters(run_trial, job=job), TRIAL_RESOURCES),
+            param_space=None if optuna else sampled(space),
+            tune_config=tune.TuneConfig(
+                metric=space.metric,
+                mode="min",
+                num_samples=1 if space.search == "grid" else space.num_trials,
+                max_concurrent_trials=concurrent if optuna else None,
+                search_alg=searcher(space, book, concurrent),
+                scheduler=scheduler(space, job.total_steps),
+                trial_name_creator=lambda trial: book.assign_name(trial.config),
+                trial_dirname_creator=lambda trial: trial.trial_id,
+            ),
+            run_config=tune.RunConfig(
+                name=SCRATCH, storage_path=str(job.directory), verbose=0, callbacks=[watcher], stop=watcher.stopper()
+            ),
+        )
 
 
 def former_jobs(directory: Path) -> set[str]:
@@ -224,9 +245,9 @@ def former_jobs(directory: Path) -> set[str]:
 
 
 def wait_for_pool(up: Future[None], stop: StopRequest) -> None:
-    """Raises what the pool failed with."""
+    """Returns once the pool is up. Raises what it failed with, or the end that was requested meanwhile."""
     while not up.done():
         if stop.requested:
             raise stop.end()
-        time.sleep(0.1)
+        time.sleep(POOL_POLL_S)
     up.result()

@@ -16,7 +16,7 @@ from rich.console import Console
 from taid_ray.config.schema import DistillConfig
 from taid_ray.config.space import trial_config
 from taid_ray.driver.launch import RunContext, run_distillation
-from taid_ray.driver.signals import StopRequest
+from taid_ray.driver.signals import POLL_S, StopRequest
 from taid_ray.errors import TaidRayError
 from taid_ray.files import read_lines
 from taid_ray.run.directory import inspect_run_dir
@@ -24,38 +24,37 @@ from taid_ray.run.layout import TRIALS, VALIDATION_FILE
 from taid_ray.student.spec import RunSpec
 
 STOP_FILE, ERROR_SUFFIX, LOG_SUFFIX = ".stop", ".error", ".log"
-POLL_S = 0.5
 
 
 @dataclass(frozen=True)
 class SearchJob:
-    """What the search's driver hands to every trial."""
+    """Description of a search, which its driver hands to every trial."""
 
     directory: Path
-    """The search's."""
+    """Directory of the search."""
     tree: dict[str, Any]
-    """The base configuration."""
+    """Base configuration."""
     total_steps: int
-    """Of a run of the base configuration."""
+    """Number of steps of a run of the base configuration."""
     pool: str | None
     """Name of the teacher pool's Serve application; None: the trials have teachers of their own."""
     pool_spec: Any
-    """See `pool_spec`."""
+    """Result of `pool_spec` for the base configuration."""
     stopped: frozenset[str]
     """Trials that the scheduler stopped while an earlier driver ran."""
 
 
 def pool_spec(config: DistillConfig, spec: RunSpec) -> Any:
-    """What two runs must have in common to use the same teacher pool. The others of the section are the clients' own."""
+    """The settings that two runs must have in common to share a teacher pool. The others of the section are the clients' own."""
     own = {"window", "window_mib", "hedge_after", "timeout_s"}
     return config.teacher.model_dump(mode="json", exclude=own), spec.vocabulary.num_shared
 
 
 def run_trial(params: dict[str, Any], job: SearchJob) -> None:
-    """Ray Tune's trainable. Reports each validation once: step, kl, cross_entropy; the last when the run is complete.
+    """Runs a trial; Ray Tune's trainable. Reports each validation once, the last when the run is complete.
 
-    What an earlier driver's trial has done is not done again: its validations are reported, and it goes on from there.
-    Raises what the run failed with, which is then left beside its directory.
+    A trial of an earlier driver is not repeated: its validations are reported, and it goes on from there. Raises what the
+    run failed with, which is then also written beside its directory.
     """
     name = str(tune.get_context().get_trial_name())
     run_dir = job.directory / TRIALS / name
@@ -75,7 +74,7 @@ def run_trial(params: dict[str, Any], job: SearchJob) -> None:
 
 
 def distil_trial(tree: dict[str, Any], params: dict[str, Any], job: SearchJob) -> None:
-    """Runs it to its end, or until the search is asked to stop."""
+    """Runs a trial to its end, or until the search is asked to stop."""
     config = trial_config(tree, params, job.total_steps)
     if inspect_run_dir(config) == "finished":
         report_all(config.run_dir)
@@ -104,11 +103,12 @@ def named(tree: dict[str, Any], name: str, run_dir: Path) -> dict[str, Any]:
 
 
 def report(figures: dict[str, Any]) -> None:
-    """Tells Ray Tune of one validation."""
+    """Reports one validation to Ray Tune: step, kl, cross_entropy."""
     tune.report({key: figures[key] for key in ("step", "kl", "cross_entropy")})
 
 
 def report_all(run_dir: Path) -> None:
+    """Reports all validations of a run to Ray Tune."""
     for figures in read_lines(run_dir / VALIDATION_FILE):
         report(figures)
 
