@@ -20,6 +20,7 @@ WARM_UP, FEWEST, LATEST = 3, 5, 100
 OUTLIERS = 0.1
 """Share of these that are left out at either end, the fastest and the slowest."""
 LARGEST_NOISE = 0.2
+"""Scatter of a worker's steps that is believed; more comes from what else ran on the machine."""
 
 
 @dataclass(frozen=True)
