@@ -25,7 +25,7 @@ from taid_ray.teacher.pool.client import PoolTeacher, replica_states
 from taid_ray.teacher.pool.deployment import PoolSpec
 from taid_ray.teacher.pool.lease import find_lease, keep_lease
 from taid_ray.teacher.pool.lifecycle import start_pool, stop_pool
-from taid_ray.teacher.pool.replica import AlreadyHereError, ScoreRequest, ScoreResponse
+from taid_ray.teacher.pool.messages import AlreadyHereError, ScoreRequest, ScoreResponse
 from taid_ray.teacher.protocol import TeacherInfo
 from tests.support.processes import processes, replica_processes
 from tests.support.waiting import START_S, wait_until

@@ -29,7 +29,7 @@ from taid_ray.teacher.pool import lifecycle
 from taid_ray.teacher.pool.client import PoolTeacher, replica_states
 from taid_ray.teacher.pool.deployment import DEPLOYMENT, PoolSpec
 from taid_ray.teacher.pool.lifecycle import PoolWatch, start_pool, stop_pool
-from taid_ray.teacher.pool.replica import ScoreResponse
+from taid_ray.teacher.pool.messages import ScoreResponse
 from tests.support.waiting import START_S, WAIT_S, wait_until
 
 pytestmark = [pytest.mark.more, pytest.mark.timeout(900)]  # most of it for the start of replicas on a busy machine

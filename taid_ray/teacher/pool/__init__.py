@@ -5,7 +5,7 @@ PoolClaims).
 
 Traps:
 - One Serve application per run: `serve.delete`, never `serve.shutdown`. Replicas return values, never references.
-- `client` has one thread that takes the answers in order; `request` handles lost, late and hedged ones. All copies of a request
+- `client` has one thread that takes the answers in order; `request` handles lost, late and damaged ones. All copies of a request
   carry one id, so that the replica that has it already refuses another copy, which then reaches another replica.
 - The number of replicas always comes from an autoscaling policy in Serve's controller that repeats what the lease says
   (`autoscaling`), whether it is fixed, by load, or asked for with `taid-ray scale`.

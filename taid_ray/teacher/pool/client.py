@@ -18,9 +18,10 @@ from taid_ray.errors import MessageError, TeacherError
 from taid_ray.models.head import Head
 from taid_ray.teacher.payload import TeacherOutput
 from taid_ray.teacher.pool.deployment import DEPLOYMENT
+from taid_ray.teacher.pool.hedging import LatencyTracker
 from taid_ray.teacher.pool.lease import keep_lease, require_lease
-from taid_ray.teacher.pool.replica import HeadPiece, ScoreRequest, ScoreResponse
-from taid_ray.teacher.pool.request import LatencyTracker, PendingRequest, ResponseWaiter
+from taid_ray.teacher.pool.messages import HeadPiece, ScoreRequest, ScoreResponse
+from taid_ray.teacher.pool.request import PendingRequest, ResponseWaiter
 from taid_ray.teacher.pool.shared_head import shared_head
 from taid_ray.teacher.protocol import TeacherInfo
 from taid_ray.teacher.transfer import ToDevice

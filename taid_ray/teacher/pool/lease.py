@@ -127,7 +127,10 @@ class Lease:
         self._claims.release(holder, keys)
 
     def offer_head(self, number: int, pieces: list[ray.ObjectRef]) -> None:
-        """Keeps references to the pieces of the teacher's head for the workers of one attempt; see shared_head."""
+        """Keeps references to the pieces of the teacher's head for the workers of one attempt; see shared_head.
+
+        Where rank 0 dies before `withdraw_head`, Ray frees the pieces with their owner, and only the references stay here.
+        """
         self._heads[number] = pieces
 
     def offered_head(self, number: int) -> list[ray.ObjectRef] | None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import ray
 import torch
@@ -21,15 +21,22 @@ from ray.exceptions import RayActorError
 from torch.distributed import TCPStore
 
 from taid_ray.config.schema import TeacherConfig
-from taid_ray.data.batch import Batch
 from taid_ray.distributed.device import collective_backend, torch_device
 from taid_ray.errors import MessageError, TaidRayError, TeacherError
 from taid_ray.models.hub import offline_if_unreachable
 from taid_ray.teacher.model import TeacherModel
 from taid_ray.teacher.pool.autoscaling import REPORT_S, LoadMeter
 from taid_ray.teacher.pool.lease import ReplicaCommand, find_lease
+from taid_ray.teacher.pool.messages import (
+    AlreadyHereError,
+    HeadPiece,
+    ReplicaBrokenError,
+    ScoreInputs,
+    ScoreRequest,
+    ScoreResponse,
+    sealed,
+)
 from taid_ray.teacher.protocol import TeacherInfo
-from taid_ray.teacher.wire import Packed, digest, pack, unpack, verify
 from taid_ray.tracking.prometheus import TEACHER, Instruments, run_of_pool
 
 LOOPBACK = "127.0.0.1"  # a replica's placement group lies on one node
@@ -40,63 +47,6 @@ FAILURE_PAUSE_S = 5.0
 """Seconds between the report of a failed start and its exception."""
 
 T = TypeVar("T")
-ScoreInputs = tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]
-"""Model inputs by name ([B, T] each), loss positions [N] and labels [N] of a request."""
-
-
-class ScoreRequest(NamedTuple):
-    """A batch on its way to a replica, with a checksum."""
-
-    inputs: dict[str, Packed]
-    targets: dict[str, Packed]
-    """loss_positions and labels."""
-    checksum: str
-    """Digest of everything above."""
-
-    @classmethod
-    def of(cls, batch: Batch) -> "ScoreRequest":
-        """Packs a batch, without copies where its tensors are contiguous."""
-        inputs = _packed(batch.inputs)
-        targets = _packed({"loss_positions": batch.loss_positions, "labels": batch.labels})
-        return cls(inputs, targets, digest(_joined(inputs, targets)))
-
-    def unpacked(self) -> ScoreInputs:
-        """Returns what was packed. Raises MessageError if this is not what was sent."""
-        verify(_joined(self.inputs, self.targets), self.checksum)
-        inputs = {name: unpack(packed) for name, packed in self.inputs.items()}
-        return inputs, unpack(self.targets["loss_positions"]), unpack(self.targets["labels"])
-
-
-class HeadPiece(NamedTuple):
-    """Some rows of the teacher's head."""
-
-    fingerprint: str
-    """The teacher's, see TeacherInfo."""
-    rows: dict[str, Packed]
-    """weight, and bias if there is one."""
-    checksum: str
-    """Digest of the rows."""
-
-
-class ScoreResponse(NamedTuple):
-    """A replica's answer to one request."""
-
-    payload: dict[str, Packed]
-    """The payload's tensors, see teacher/payload."""
-    compute_s: float
-    """Seconds of computation, without waiting for other requests."""
-    replica: str
-    """Id of the replica that computed it."""
-    checksum: str
-    """Digest of the payload."""
-
-
-class ReplicaBrokenError(TeacherError):
-    """Raised when a shard of this replica is lost; another replica, or this one's successor, can answer."""
-
-
-class AlreadyHereError(TeacherError):
-    """Raised for a request that this replica is computing, or has in its queue; another replica is to be asked."""
 
 
 class TeacherShard:
@@ -179,7 +129,7 @@ class TeacherReplica:
         self._instruments.add("taid_teacher_requests", 1)
         self._instruments.add("taid_teacher_compute_seconds", seconds)
         self._instruments.observe("taid_teacher_request_seconds", seconds)
-        payload, checksum = await asyncio.to_thread(_sealed, tensors)
+        payload, checksum = await asyncio.to_thread(sealed, tensors)
         return ScoreResponse(payload, seconds, self._name, checksum)
 
     async def payload_error(self, request: ScoreRequest) -> float:
@@ -268,7 +218,7 @@ class TeacherReplica:
     def _head_piece(self, start: int, stop: int) -> HeadPiece:
         head = self._model.head()
         tensors = {"weight": head.weight} if head.bias is None else {"weight": head.weight, "bias": head.bias}
-        return HeadPiece(self._model.info().fingerprint, *_sealed({n: x[start:stop] for n, x in tensors.items()}))
+        return HeadPiece(self._model.info().fingerprint, *sealed({n: x[start:stop] for n, x in tensors.items()}))
 
 
 def load_shard(
@@ -293,21 +243,6 @@ def _timed(compute: Callable[[], T]) -> tuple[T, float]:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return found, time.perf_counter() - start
-
-
-def _packed(tensors: dict[str, torch.Tensor]) -> dict[str, Packed]:
-    return {name: pack(tensor) for name, tensor in tensors.items()}
-
-
-def _sealed(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, Packed], str]:
-    """Packs tensors and adds their checksum."""
-    packed = _packed(tensors)
-    return packed, digest(packed)
-
-
-def _joined(inputs: dict[str, Packed], targets: dict[str, Packed]) -> dict[str, Packed]:
-    """Merges both under names that cannot coincide: a model may have an input called labels."""
-    return {f"inputs.{name}": packed for name, packed in inputs.items()} | targets
 
 
 def _check_same(first: TeacherInfo, own: TeacherInfo) -> None:

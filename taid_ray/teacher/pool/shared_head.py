@@ -24,7 +24,7 @@ from taid_ray.distributed.world import World
 from taid_ray.errors import AttemptError, MessageError, TeacherError
 from taid_ray.models.head import Head
 from taid_ray.teacher.model import head_digest
-from taid_ray.teacher.pool.replica import HeadPiece
+from taid_ray.teacher.pool.messages import HeadPiece
 from taid_ray.teacher.protocol import TeacherInfo
 from taid_ray.teacher.wire import unpack
 

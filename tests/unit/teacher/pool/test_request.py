@@ -16,8 +16,9 @@ from taid_ray.losses.projection import LogitTransform
 from taid_ray.teacher.pool import client
 from taid_ray.teacher.pool import request as module
 from taid_ray.teacher.pool.client import PoolTeacher
-from taid_ray.teacher.pool.replica import AlreadyHereError, ScoreRequest, ScoreResponse
-from taid_ray.teacher.pool.request import Hedge, LatencyTracker, PendingRequest, ResponseWaiter
+from taid_ray.teacher.pool.hedging import Hedge, LatencyTracker
+from taid_ray.teacher.pool.messages import AlreadyHereError, ScoreRequest, ScoreResponse
+from taid_ray.teacher.pool.request import PendingRequest, ResponseWaiter
 from taid_ray.teacher.protocol import TeacherInfo
 from taid_ray.teacher.wire import digest, pack
 

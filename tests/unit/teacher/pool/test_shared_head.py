@@ -16,7 +16,7 @@ from taid_ray.models.head import Head
 from taid_ray.teacher.model import head_digest
 from taid_ray.teacher.pool import shared_head as module
 from taid_ray.teacher.pool.lease import Lease
-from taid_ray.teacher.pool.replica import HeadPiece
+from taid_ray.teacher.pool.messages import HeadPiece
 from taid_ray.teacher.pool.shared_head import shared_head
 from taid_ray.teacher.protocol import TeacherInfo
 from taid_ray.teacher.wire import pack

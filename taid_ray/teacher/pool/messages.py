@@ -1,0 +1,82 @@
+"""Messages between the clients of a teacher pool and its replicas, each with its checksum, and the errors of replicas."""
+
+from typing import NamedTuple
+
+import torch
+
+from taid_ray.data.batch import Batch
+from taid_ray.errors import TeacherError
+from taid_ray.teacher.wire import Packed, digest, pack, unpack, verify
+
+ScoreInputs = tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]
+"""Model inputs by name ([B, T] each), loss positions [N] and labels [N] of a request."""
+
+
+class ScoreRequest(NamedTuple):
+    """A batch on its way to a replica, with a checksum."""
+
+    inputs: dict[str, Packed]
+    targets: dict[str, Packed]
+    """loss_positions and labels."""
+    checksum: str
+    """Digest of everything above."""
+
+    @classmethod
+    def of(cls, batch: Batch) -> "ScoreRequest":
+        """Packs a batch, without copies where its tensors are contiguous."""
+        inputs = _packed(batch.inputs)
+        targets = _packed({"loss_positions": batch.loss_positions, "labels": batch.labels})
+        return cls(inputs, targets, digest(_joined(inputs, targets)))
+
+    def unpacked(self) -> ScoreInputs:
+        """Returns what was packed. Raises MessageError if this is not what was sent."""
+        verify(_joined(self.inputs, self.targets), self.checksum)
+        inputs = {name: unpack(packed) for name, packed in self.inputs.items()}
+        return inputs, unpack(self.targets["loss_positions"]), unpack(self.targets["labels"])
+
+
+class HeadPiece(NamedTuple):
+    """Some rows of the teacher's head."""
+
+    fingerprint: str
+    """The teacher's, see TeacherInfo."""
+    rows: dict[str, Packed]
+    """weight, and bias if there is one."""
+    checksum: str
+    """Digest of the rows."""
+
+
+class ScoreResponse(NamedTuple):
+    """A replica's answer to one request."""
+
+    payload: dict[str, Packed]
+    """The payload's tensors, see teacher/payload."""
+    compute_s: float
+    """Seconds of computation, without waiting for other requests."""
+    replica: str
+    """Id of the replica that computed it."""
+    checksum: str
+    """Digest of the payload."""
+
+
+class ReplicaBrokenError(TeacherError):
+    """Raised when a shard of this replica is lost; another replica, or this one's successor, can answer."""
+
+
+class AlreadyHereError(TeacherError):
+    """Raised for a request that this replica is computing, or has in its queue; another replica is to be asked."""
+
+
+def sealed(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, Packed], str]:
+    """Packs tensors and adds their checksum."""
+    packed = _packed(tensors)
+    return packed, digest(packed)
+
+
+def _packed(tensors: dict[str, torch.Tensor]) -> dict[str, Packed]:
+    return {name: pack(tensor) for name, tensor in tensors.items()}
+
+
+def _joined(inputs: dict[str, Packed], targets: dict[str, Packed]) -> dict[str, Packed]:
+    """Merges both under names that cannot coincide: a model may have an input called labels."""
+    return {f"inputs.{name}": packed for name, packed in inputs.items()} | targets
