@@ -1,6 +1,7 @@
-"""What a run and a search are: the schema of every key, search spaces, YAML and overrides, absolute paths. Loads no torch.
+"""Configuration of runs and searches: the schema of every key, search spaces, YAML and overrides. Loads no torch.
 
-Others use `schema` (DistillConfig and its sections, build_config, load_config), `space` (Space, load_space), `paths` and
-`text`. What can be known to be wrong without opening a model or a cluster is refused here, naming the dotted key, the value
-found and the remedy. The text below a field is its help.
+Others use `schema` (DistillConfig and its sections, build_config, load_config), `fields` (what a field says of its key),
+`space` (Space, load_space), `paths` and `text`. What can be known to be wrong without opening a model or a cluster is
+refused here, naming the dotted key, the value found and the remedy. The text below a field is its help, and its entry in
+the key reference.
 """

@@ -1,4 +1,4 @@
-"""How one configuration key is drawn in a search: a distribution or a list of choices, checked as it is read."""
+"""Distributions that a search draws a configuration key's values from, checked as they are read."""
 
 import math
 import random
@@ -10,7 +10,6 @@ from pydantic import model_serializer, model_validator
 
 from taid_ray.config.fields import Section
 
-# Arguments of every distribution but `choice`; the names are Ray Tune's.
 ARGUMENTS = {
     "uniform": "[lower, upper]",
     "loguniform": "[lower, upper]",
@@ -19,15 +18,16 @@ ARGUMENTS = {
     "randint": "[lower, upper], upper itself excluded",
     "lograndint": "[lower, upper], upper itself excluded",
 }
+"""Arguments of every distribution but `choice`; the names are Ray Tune's."""
 
 
 class Distribution(Section):
-    """How one key is drawn, written as `{kind: arguments}`, for example `{loguniform: [1, 20]}`."""
+    """Distribution of one key's values, written as `{kind: arguments}`, for example `{loguniform: [1, 20]}`."""
 
     kind: Literal["uniform", "loguniform", "quniform", "qloguniform", "randint", "lograndint", "choice"]
-    """Distribution, by Ray Tune's name."""
+    """Name of the distribution, as Ray Tune has it."""
     arguments: list[Any]
-    """Numbers as in ARGUMENTS; of `choice` the values."""
+    """Numbers as in ARGUMENTS; with `choice` the values to choose from."""
 
     @model_validator(mode="before")
     @classmethod
@@ -62,7 +62,7 @@ class Distribution(Section):
         return [lower, upper - 1 if "int" in self.kind else upper]
 
     def draw(self, random_numbers: random.Random) -> Any:
-        """One value, distributed as Ray Tune's distribution of that name."""
+        """Draws one value, distributed as by Ray Tune's function of that name."""
         if self.kind == "choice":
             return random_numbers.choice(self.arguments)
         lower, upper, *q = self.arguments
@@ -76,7 +76,7 @@ class Distribution(Section):
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-4, without a dot, as text; everybody means the number."""
+    """Turns text such as 1e-4, which YAML 1.1 does not read as a number without a dot, into the number it means."""
     if isinstance(value, list):
         return [_number(item) for item in value]
     scientific = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
@@ -94,7 +94,7 @@ def _check_choice(values: list[Any]) -> None:
 
 
 def _checked_range(kind: str, arguments: list[Any]) -> list[Any]:
-    """The numbers of a range; those of an integer range as integers. Raises ValueError."""
+    """Returns the numbers of a range; those of an integer range as integers. Raises ValueError."""
     found = f"(found {kind}: {shown(arguments)})"
     numbers = all(isinstance(a, int | float) and not isinstance(a, bool) and math.isfinite(a) for a in arguments)
     if not numbers or len(arguments) != (3 if kind.startswith("q") else 2):

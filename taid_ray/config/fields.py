@@ -24,14 +24,15 @@ from taid_ray.config.text import CREDENTIALS
 
 @dataclass(frozen=True)
 class Mark:
-    """Something that is said of a configuration key at its field."""
+    """Property of a configuration key, written at its field."""
 
     meaning: str
+    """The property in words."""
 
 
 @dataclass(frozen=True)
 class SharedByTrials(Mark):
-    """Says that all trials of a search have the key's value in common, so that it cannot be searched; `meaning` says why."""
+    """Mark of a key whose value all trials of a search have in common, so that it cannot be searched; `meaning` says why."""
 
 
 RESUMABLE = Mark("A run may be resumed with another value: it changes where or how the run is computed, not what.")
@@ -61,7 +62,7 @@ def _name(value: str) -> str:
 
 
 def home_checked(path: str | None) -> str | None:
-    """The path itself. Raises ValueError if it begins with a `~` that stands for no home directory."""
+    """Returns the path itself. Raises ValueError if it begins with a `~` that stands for no home directory."""
     try:
         Path(path or "").expanduser()
     except RuntimeError:
@@ -117,4 +118,5 @@ class Range(Section):
 
     @property
     def fixed(self) -> bool:
+        """Whether the range holds one number only."""
         return self.min == self.max

@@ -9,17 +9,17 @@ from taid_ray.config.schema import DistillConfig
 
 
 def absolute_storage(value: str | None) -> str | None:
-    """A directory by its absolute path; a URI as it is."""
+    """Makes the path of a directory absolute; leaves a URI as it is."""
     return value if value is None or "://" in value else str(Path(value).expanduser().absolute())
 
 
 def with_absolute_paths(config: DistillConfig) -> DistillConfig:
-    """Local files and directories by their absolute paths: workers on a cluster start in other directories."""
+    """Makes the paths of local files and directories absolute: workers on a cluster start in other directories."""
 
     def absolute(value: str | None) -> str | None:
         if not value or "{" in value:  # a chat template may be given as text
             return value
-        with suppress(OSError, RuntimeError):  # a name too long for a file, or of nobody's home: what reads it says so
+        with suppress(OSError, RuntimeError):  # a name too long for a file, or no such home: its reader says so
             path = Path(value).expanduser()
             return str(path.absolute()) if path.exists() else value
         return value
@@ -38,7 +38,7 @@ def with_absolute_paths(config: DistillConfig) -> DistillConfig:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of a nested mapping; lists are values."""
+    """Flattens a nested mapping into dotted keys; lists are values."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}

@@ -284,7 +284,7 @@ class DataConfig(Section):
 
 
 class LossConfig(Section):
-    """What the student minimises."""
+    """The loss that the student minimises."""
 
     name: Annotated[LossName, SETS_RATES] = "taid"
     """The divergence between teacher and student, per token. `taid` is the only one that uses the section `schedule`."""
@@ -305,7 +305,7 @@ class LossConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """How TAID's t moves from the student (0) to the teacher (1) during a run."""
+    """Course of TAID's t: it from the student (0) to the teacher (1) during a run."""
 
     mode: Literal["adaptive", "normalised", "linear", "constant"] = "adaptive"
     """`adaptive`: the paper's rule, which moves t faster while the loss falls. `normalised`: the same rule with the fall of the
@@ -379,7 +379,7 @@ class TrainConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When the state of the training is saved, and where. A run that is stopped saves it in any case."""
+    """Times and place of checkpoints. A run that is stopped saves one in any case."""
 
     every_steps: Annotated[PositiveInt | None, RESUMABLE] = None
     """Optimizer steps between checkpoints; null: the number of steps does not matter."""
@@ -405,6 +405,7 @@ class CacheConfig(Section):
 
     @property
     def on(self) -> bool:
+        """Whether outputs are kept."""
         return self.directory is not None
 
     @model_validator(mode="before")
@@ -519,7 +520,7 @@ class DistillConfig(Section):
 
     @property
     def peer_timeout_s(self) -> float:
-        """How long workers wait for one another; one of them may be waiting for its teacher."""
+        """Seconds that workers wait for one another; one of them may be waiting for its teacher."""
         return self.student.timeout_s + self.teacher.timeout_s
 
 
@@ -536,7 +537,7 @@ def load_config(
 def build_config(
     tree: Mapping[str, Any], overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None
 ) -> DistillConfig:
-    """Validates a nested mapping under overrides and values as in `load_config`.
+    """Validates a nested mapping, changed by overrides and values as in `load_config`.
 
     Raises ConfigError with one line per problem.
     """
@@ -563,13 +564,13 @@ def stored_config(tree: Mapping[str, Any]) -> DistillConfig:
 
 
 def section_of(field: FieldInfo) -> type[Section] | None:
-    """The section that a field holds, perhaps beside null; None for a field with a value."""
+    """Returns the section that a field holds, perhaps beside null; None for a field with a value."""
     kinds = (field.annotation, *get_args(field.annotation))
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
 
 
 def known_keys(section: type[Section] = DistillConfig, prefix: str = "") -> dict[str, str]:
-    """Every dotted key with its help text; also those of ranges and of sections that may be null."""
+    """Lists every dotted key with its help text; also those of ranges and of sections that may be null."""
     keys: dict[str, str] = {}
     for name, field in section.model_fields.items():
         key, inner = f"{prefix}{name}", section_of(field)
@@ -581,7 +582,7 @@ def known_keys(section: type[Section] = DistillConfig, prefix: str = "") -> dict
 
 
 def marks_of(key: str) -> list[Mark]:
-    """The marks of a dotted key: those of its field, and of every section on the way to it."""
+    """Lists the marks of a dotted key: those of its field, and of every section on the way to it."""
     marks: list[Mark] = []
     section: type[Section] | None = DistillConfig
     for part in key.split("."):

@@ -1,4 +1,4 @@
-"""What a search tries: the YAML file behind `taid-ray tune --space`, typed, and checked before anything starts.
+"""Search spaces: the YAML file behind `taid-ray tune --space`, typed, and checked before anything starts.
 
 The keys under `space` are those of the run configuration, plus `schedule.alpha_steps`: alpha times the number of
 optimizer steps, which is what moves t and stays comparable between runs of different lengths.
@@ -21,31 +21,32 @@ from taid_ray.errors import ConfigError
 
 ALPHA_STEPS = "schedule.alpha_steps"
 MAX_GRID = 500
-"""Trials of a grid: the files of a search are written anew for each of them."""
+"""Largest number of trials of a grid: the files of a search are written anew for each of them."""
 DRAWS = 64
-"""Joint draws that `Space.check` puts through the configuration, besides every end of every range."""
+"""Number of joint draws that `Space.check` puts through the configuration, besides every end of every range."""
 
 
 class Space(Section):
-    """A whole search file."""
+    """Settings of a search, as its YAML file has them."""
 
     search: Literal["random", "grid", "optuna"] = "random"
-    """How the next trial is chosen. `random`: drawn. `grid`: every combination. `optuna`: learnt from those before (TPE)."""
+    """Way to choose the next trial. `random`: values are drawn. `grid`: every combination is tried once. `optuna`: values are
+    drawn where earlier trials were good (TPE)."""
     scheduler: Literal["fifo", "asha", "median"] = "fifo"
-    """Which trials are stopped early. `fifo`: none. `asha`: all but the best 1/reduction at every rung. `median`: those
-    that are worse than the median of the others."""
+    """Trials that are stopped early. `fifo`: none. `asha`: at every rung, all but the best 1/reduction. `median`: those that
+    are worse than the median of the others."""
     metric: Literal["kl", "cross_entropy"] = "kl"
     """The validation figure to minimise."""
     trials: PositiveInt | None = None
-    """How many trials; default 16. Not given with `search: grid`, whose combinations are counted."""
+    """Number of trials; 16 by default. Not to be given with `search: grid`, which runs each combination once."""
     seed: Annotated[Count, Field(lt=2**32)] = 0
-    """Seed of what is drawn. The trials' own seed is `train.seed`."""
+    """Seed of the values that are drawn. The trials' own seed is `train.seed`."""
     grace_fraction: Annotated[Positive, Field(lt=1)] = 0.25
-    """Share of a run's steps before which no trial is stopped (asha, median)."""
+    """With `asha` and `median`: share of a run's steps before which no trial is stopped."""
     reduction: Annotated[Int, Field(ge=2)] = 2
-    """Of how many trials one goes on at every rung (asha)."""
+    """With `asha`: one of this many trials goes on at every rung."""
     space: Annotated[dict[str, Distribution], Field(min_length=1)]
-    """Dotted configuration keys and how each is drawn."""
+    """Dotted configuration keys, each with the distribution of its values."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Space":
@@ -68,13 +69,13 @@ class Space(Section):
 
     @property
     def num_trials(self) -> int:
-        """Trials of the whole search."""
+        """Number of trials of the whole search."""
         if self.search == "grid":
             return math.prod(len(distribution.arguments) for distribution in self.space.values())
         return self.trials or 16
 
     def check(self, tree: Mapping[str, Any], total_steps: int) -> None:
-        """Whether every trial will have a valid configuration, so that a mistake does not show up in the tenth trial.
+        """Checks that every trial will have a valid configuration, so that a mistake does not show up in the tenth trial.
 
         tree: the base configuration as a nested mapping; total_steps: its optimizer steps. Raises ConfigError.
         """
@@ -89,8 +90,11 @@ class Space(Section):
                 raise ConfigError(f"{error}\nThis comes from the search space, which allows {values}.") from None
 
     def _candidates(self) -> Iterator[dict[str, Any]]:
-        """What stands for all trials: every end and choice of every key beside the first ends of the others, then the
-        whole grid or random draws, which find what only a combination does wrong."""
+        """Yields parameters that stand for those of all trials.
+
+        First every end and choice of every key, with the first ends of the others; then the whole grid or random draws, which
+        find what only a combination does wrong.
+        """
         first = {key: distribution.ends[0] for key, distribution in self.space.items()}
         for key, distribution in self.space.items():
             yield from (first | {key: end} for end in distribution.ends)
@@ -115,7 +119,7 @@ class Space(Section):
                 raise ConfigError(f"space.{key}: is a whole section; name one of its keys, for example {_below(key)}")
 
     def _check_lengths(self, base: DistillConfig) -> None:
-        """What compares trials, or divides by their steps, needs all of them to have the base's number."""
+        """Refuses keys that change the number of steps where trials are compared by steps, or alpha is divided by them."""
         rows_change = base.train.epochs is not None  # so that steps do
         changing = {SETS_STEPS, SETS_ROWS} if rows_change else {SETS_STEPS}
         lengths = [key for key in self.space if changing.intersection(marks_of(key))]
@@ -159,7 +163,7 @@ def load_space(path: str | Path, values: Mapping[str, Any] | None = None) -> Spa
 
 
 def trial_config(tree: Mapping[str, Any], params: Mapping[str, Any], total_steps: int | None) -> DistillConfig:
-    """The configuration of one trial: the base tree with params (dotted keys) set.
+    """Makes the configuration of one trial: the base tree with params (dotted keys) set.
 
     schedule.alpha_steps becomes schedule.alpha by the trial's own train.steps or, where it has epochs, by total_steps.
     Raises ConfigError.
@@ -185,6 +189,6 @@ def _below(section: str) -> str:
 
 
 def _neighbours(problem: Any) -> list[str]:
-    """Keys an unknown one may have been meant to be: a dotted one belongs under `space`."""
+    """Lists the keys that an unknown one may have been meant to be: a dotted one belongs under `space`."""
     dotted = "." in ".".join(map(str, problem["loc"][:1]))
     return [f"space.{key}" for key in known_keys()] if dotted else list(Space.model_fields)

@@ -1,4 +1,4 @@
-"""The configuration as text: YAML files, dotted `key=value` overrides, and what is said about a mistake in them."""
+"""Reading of configurations: YAML files, dotted `key=value` overrides, and messages about mistakes in them."""
 
 import copy
 import difflib
@@ -44,7 +44,7 @@ class StrictLoader(yaml.SafeLoader):
             return node
         if node.end_mark is None:  # not composed to its end yet
             raise yaml.MarkedYAMLError(
-                problem=f"the alias *{alias.anchor} stands inside of what it stands for", problem_mark=alias.start_mark
+                problem=f"the alias *{alias.anchor} refers to a value that contains it", problem_mark=alias.start_mark
             )
         return copy.deepcopy(node)
 
@@ -56,7 +56,7 @@ class StrictLoader(yaml.SafeLoader):
                 continue
             if (first := lines.get((key.tag, key.value))) is not None:
                 raise yaml.MarkedYAMLError(
-                    problem=f"the key {_shown(key.value)} stands there a second time (first in line {first}); remove one",
+                    problem=f"the key {_shown(key.value)} is given twice (first in line {first}); remove one",
                     problem_mark=key.start_mark,
                 )
             lines[key.tag, key.value] = key.start_mark.line + 1
@@ -65,7 +65,9 @@ class StrictLoader(yaml.SafeLoader):
     def construct_yaml_int(self, node: Any) -> int:
         value = int(super().construct_yaml_int(node))
         if not -(2**63) <= value < 2**63:  # nothing below takes more, and some of it fails late
-            raise yaml.MarkedYAMLError(problem="a whole number beyond 64 bits; lower it", problem_mark=node.start_mark)
+            raise yaml.MarkedYAMLError(
+                problem="a whole number of more than 64 bits; lower it", problem_mark=node.start_mark
+            )
         return value
 
     def construct_yaml_float(self, node: Any) -> float:
@@ -77,13 +79,14 @@ class StrictLoader(yaml.SafeLoader):
     def construct_yaml_timestamp(self, node: Any) -> Any:
         super().construct_yaml_timestamp(node)
         raise yaml.MarkedYAMLError(
-            problem=f"{node.value} is a date; put it into quotes if it is meant as text", problem_mark=node.start_mark
+            problem=f"{node.value} is read as a date; put it into quotes if it is meant as text",
+            problem_mark=node.start_mark,
         )
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)
         if other := [key for key in mapping if not isinstance(key, str)]:
-            problem = f"the key {_shown(other[0])} is not text; put it into quotes if it is meant so"
+            problem = f"the key {_shown(other[0])} is not text; put it into quotes if it is meant as text"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         return mapping
 
@@ -99,7 +102,7 @@ for _name, _construct in {
 
 
 def parse_yaml(text: str) -> Any:
-    """The plain Python value of a YAML text. Raises YAMLError."""
+    """Returns the plain Python value of a YAML text. Raises YAMLError."""
     try:
         return yaml.load(text, StrictLoader)
     except yaml.YAMLError:
@@ -107,11 +110,11 @@ def parse_yaml(text: str) -> Any:
     except RecursionError:
         raise yaml.YAMLError("nested too deeply") from None
     except Exception as error:  # PyYAML lets pass whatever it meets in 2025-02-30, `!!bool maybe`, `!!timestamp x`, ...
-        raise yaml.YAMLError(f"a value is none of its kind ({type(error).__name__}: {error})") from error
+        raise yaml.YAMLError(f"a value does not fit its type ({type(error).__name__}: {error})") from error
 
 
 def read_tree(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises ConfigError, naming the file, if there is none."""
+    """Reads the mapping in a YAML file. Raises ConfigError, naming the file, if there is none."""
     path = Path(path)
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
@@ -162,7 +165,7 @@ CREDENTIALS = "must not hold credentials"
 
 
 def explain(problem: Any, known_keys: Iterable[str]) -> str:
-    """One line for one pydantic problem: dotted key, what is wrong, what was found, what to do."""
+    """Says one pydantic problem in one line: dotted key, what is wrong, what was found, what to do."""
     # A part such as `list[str]` names the alternative of a union that was tried, and no key.
     location = [str(part) for part in problem["loc"] if "[" not in str(part)]
     key, found = _named(".".join(location)), _shown(problem["input"])
@@ -194,7 +197,7 @@ def _nearest(location: list[str], known: list[str]) -> str:
 
 
 def _fault(error: yaml.YAMLError) -> str:
-    """What is wrong with a YAML text, and where, in one line."""
+    """Says in one line what is wrong with a YAML text, and where."""
     problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
     mark = getattr(error, "problem_mark", None)
     text = " ".join(str(problem).split())
@@ -202,7 +205,7 @@ def _fault(error: yaml.YAMLError) -> str:
 
 
 def _named(key: str) -> str:
-    """A key in one line of reasonable length."""
+    """Shows a key in one line of reasonable length."""
     text = key if key.isprintable() else repr(key)
     return text if len(text) <= 120 else text[:117] + "..."
 

@@ -1,4 +1,4 @@
-"""From documents to batches: reading, chat templates, tokens, packed rows, global batches. Free of Ray.
+"""Training data, from documents to batches: reading, chat templates, tokens, packed rows, global batches. Free of Ray.
 
 Others use `dataset` (TrainingData, Cursor, validation_rows), `batch` (Batch, Row, collate), `batching` (split_evenly,
 num_micro_batches), `encoding.Encoder`, `documents.open_documents` and `shared_ids.check_ids`.

@@ -23,10 +23,11 @@ class Row:
     targets: list[int]
     """targets[i] is the token that position i predicts, or NO_LABEL where i is not a loss position."""
     documents: tuple[int, ...] = ()
-    """Where its samples come from, in order: the numbers, from 1, of their documents in the dataset."""
+    """Numbers, from 1, of the documents in the dataset that its samples come from, in order."""
 
     @property
     def num_loss_tokens(self) -> int:
+        """Number of loss positions."""
         return sum(target != NO_LABEL for target in self.targets)
 
 
@@ -43,11 +44,12 @@ class Batch:
 
     @property
     def num_loss_tokens(self) -> int:
+        """N."""
         return self.loss_positions.numel()
 
 
 def collate(rows: Sequence[Row]) -> Batch:
-    """Stacks rows, padded on the right to the longest.
+    """Stacks rows into a batch, padded on the right to the longest.
 
     Padding (with id 0, which every vocabulary has) continues the position ids, so a causal model needs no attention mask:
     real tokens never see what follows.

@@ -1,4 +1,4 @@
-"""How the rows of a global batch are divided among ranks and micro-batches."""
+"""Division of a global batch's rows among ranks and micro-batches."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -8,11 +8,11 @@ from taid_ray.data.batch import Row
 
 
 def split_evenly(rows: Sequence[Row], parts: int) -> list[Sequence[Row]]:
-    """Contiguous parts whose lengths differ by at most one; some are empty if there are fewer rows than parts."""
+    """Cuts rows into contiguous parts whose lengths differ by at most one; some are empty if there are fewer rows than parts."""
     edges = [len(rows) * part // parts for part in range(parts + 1)]
     return [rows[start:stop] for start, stop in pairwise(edges)]
 
 
 def num_micro_batches(batch_size: int, micro_batch_size: int, world_size: int) -> int:
-    """Micro-batches per step, the same on every rank, so that all join the same collectives."""
+    """The number of micro-batches per step, the same on every rank, so that all join the same collectives."""
     return ceil(ceil(batch_size / world_size) / micro_batch_size)

@@ -20,16 +20,16 @@ Message = dict[str, Any]
 
 
 def chat_template(configured: str | None, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Jinja source of the chat template: `data.chat_template` (source or file), else the tokenizer's own, else None."""
+    """Returns the chat template's Jinja source: `data.chat_template` (source or file), else the tokenizer's own, else None."""
     if configured is None:
         try:
             return tokenizer.get_chat_template() if tokenizer.chat_template else None
         except ValueError:  # several, none of which is the default
             raise DataError(
                 f"data.chat_template: missing, and the tokenizer {tokenizer.name_or_path!r} has several templates of its "
-                f"own and none that is the default. Set data.chat_template to one of them."
+                f"own, none of which is the default. Set data.chat_template to one of them."
             ) from None
-    if "{" in configured:  # no template does without, and hardly a path does with
+    if "{" in configured:  # every template has one, and hardly any path
         return configured
     try:
         return Path(configured).read_text(encoding="utf-8")
@@ -58,7 +58,7 @@ def read_messages(value: Any, where: str) -> list[Message]:
 def render(
     messages: Sequence[Message], template: str, tokenizer: PreTrainedTokenizerBase, where: str
 ) -> tuple[str, list[Span]]:
-    """The whole conversation as text, and the assistant's spans in it (what closes its turn included).
+    """Renders the whole conversation as text, and locates the assistant's spans in it (what closes its turn included).
 
     Raises DataError, beginning with `where`, if the template fails or if the rendering of the messages up to some point
     is not how the whole rendering begins: then the assistant's part cannot be located.
@@ -99,7 +99,7 @@ def render(
 
 
 def inside(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
-    """For each token, given as its characters, whether it has some of its text in one of the ascending spans.
+    """Tells for each token, given as its range of characters, whether some of its text is in one of the ascending spans.
 
     Tokens without width count where they stand.
     """
@@ -114,11 +114,11 @@ def inside(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
 
 
 def _reason(error: Exception) -> str:
-    """What an error says, in one line."""
+    """Returns an error's message in one line."""
     return " ".join(str(error).split())[:300]
 
 
 def shown(value: Any) -> str:
-    """Type and beginning of a value, for messages."""
+    """Shows type and beginning of a value, for messages."""
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"

@@ -33,10 +33,12 @@ class Cursor:
     """Samples (documents, pieces of them, or conversations) used since the beginning of the run."""
 
     def to_dict(self) -> dict[str, int]:
+        """Returns the cursor as JSON can hold it."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, state: dict[str, int]) -> "Cursor":
+        """Reads what `to_dict` gave."""
         return cls(**state)
 
 
@@ -47,7 +49,7 @@ class TrainingData:
     """Training rows as global batches, in an order that depends on the data, `config` and `seed` only."""
 
     def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, batch_size: int) -> None:
-        """Opens `config.train`. Raises DataError if it cannot be read, or is held out for validation altogether."""
+        """Opens `config.train`. Raises DataError if it cannot be read, or if validation takes all of it."""
         self._source = f"data.train: {config.train}"
         self._config, self._tokenizer, self._seed, self._batch_size = config, tokenizer, seed, batch_size
         self._documents = open_documents(config, "train")
@@ -62,16 +64,16 @@ class TrainingData:
 
     @property
     def num_documents(self) -> int | None:
-        """Documents in the training data, held-out ones included; None for a stream."""
+        """Number of documents in the training data, those for validation included; None for a stream."""
         return num_documents(self._documents)
 
     @property
     def counts(self) -> Counts:
-        """What became of the documents that this process has read since it started (it reads ahead of the training)."""
+        """Counts of the documents that this process has read since it started (it reads ahead of the training)."""
         return self._encoder.counts
 
     def batches(self, start: Cursor = START) -> Iterator[tuple[list[Row], Cursor]]:
-        """Global batches of `batch_size` rows for ever, each with the cursor after it.
+        """Yields global batches of `batch_size` rows for ever, each with the cursor after it.
 
         From a cursor that was yielded, exactly the batches that followed it. Raises DataError for a bad row, and if the
         data hold nothing to learn from.
@@ -84,11 +86,11 @@ class TrainingData:
                 batch = []
 
     def first_block(self) -> list[Row]:
-        """The rows of the first block of epoch 0. Raises DataError for a bad row."""
+        """Reads the rows of the first block of epoch 0. Raises DataError for a bad row."""
         return self._block_rows(self._encoder, 0, 0, *next(self._blocks(0)))
 
     def rows_per_epoch(self) -> int:
-        """Rows in one pass over the data, the same in every epoch. Reads and encodes all of it."""
+        """Counts the rows in one pass over the data, the same in every epoch. Reads and encodes all of it."""
         encoder = Encoder(self._config, self._tokenizer, self._source)
         blocks = enumerate(self._blocks(0))
         return sum(len(self._block_rows(encoder, 0, block, *documents)) for block, documents in blocks)
@@ -124,7 +126,7 @@ class TrainingData:
 
 
 def validation_rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
-    """Rows of the first `valid_documents` documents of `data.valid` or, without it, of `data.train`; never shuffled.
+    """Reads the rows of the first `valid_documents` documents of `data.valid` or, without it, of `data.train`; never shuffled.
 
     Raises DataError if they cannot be read or hold nothing to predict.
     """

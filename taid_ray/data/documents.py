@@ -1,4 +1,4 @@
-"""Opening datasets and reading them block by block. Everything that can be wrong with a file is said here."""
+"""Opening datasets and reading them block by block, with errors that say what is wrong with a file."""
 
 import glob
 from collections.abc import Iterator
@@ -49,7 +49,7 @@ def load_documents(name: str, subset: str | None, split: str, streaming: bool, k
         path = Path(name).expanduser()
         exists = path.exists()
     except (OSError, RuntimeError, ValueError) as error:  # too long, of an unknown user, or with a NUL
-        raise DataError(f"{source}: no file can have this name ({error}). Name an existing one.") from None
+        raise DataError(f"{source}: this cannot be the name of a file ({error}). Name an existing one.") from None
     if exists or name.startswith((".", "/", "~")) or path.suffix.lower() in READERS:
         with _explained(source, "cannot be read. Check its permissions"):
             files = _local_files(path, source)
@@ -74,14 +74,14 @@ def load_documents(name: str, subset: str | None, split: str, streaming: bool, k
 
 
 def num_documents(documents: Documents) -> int | None:
-    """How many documents there are; None for a stream."""
+    """The number of documents; None for a stream."""
     return len(documents) if isinstance(documents, Dataset) else None
 
 
 def read_blocks(
     documents: Documents, config: DataConfig, source: str, skip: int, size: int
 ) -> Iterator[tuple[int, Columns]]:
-    """The documents after the first `skip`, in blocks of `size` (the last may be shorter) with the first row's number.
+    """Yields the documents after the first `skip`, in blocks of `size` (the last may be shorter) with the first row's number.
 
     Rows are numbered from 1. Only the columns that `config.format` reads; None where a row lacks one.
     """
@@ -104,7 +104,7 @@ def _slices(documents: Dataset, skip: int, size: int) -> Iterator[Columns]:
 
 
 def _local_files(path: Path, source: str) -> list[Path]:
-    """The file itself, or all data files below the directory, sorted. Raises DataError unless they are of one kind."""
+    """Lists the file itself, or all data files below the directory, sorted. Raises DataError unless they are of one kind."""
     supported = ", ".join(READERS)
     if not path.exists():
         raise DataError(f"{source}: no such file or directory. Name an existing one ({supported}) or a hub dataset.")

@@ -1,4 +1,4 @@
-"""From documents to samples: which tokens, and which of them carry loss. One block of documents at a time."""
+"""Encoding of documents as samples: their tokens, and which of them carry loss. One block of documents at a time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ Columns = dict[str, list[Any]]
 
 @dataclass
 class Counts:
-    """What became of the documents read so far."""
+    """Numbers of the documents read so far, by what became of them."""
 
     documents: int = 0
     dropped: int = 0
@@ -32,11 +32,11 @@ class _Text:
 
     text: str
     spans: Sequence[chat.Span]
-    """Where its responses are."""
+    """Ranges of characters of its responses."""
 
 
 def columns_of(config: DataConfig) -> dict[str, str]:
-    """The columns that `config.format` reads, each with the key that names it."""
+    """Lists the columns that `config.format` reads, each with the key that names it."""
     if config.format == "text":
         return {config.text_column: "data.text_column"}
     if config.format == "chat":
@@ -66,7 +66,7 @@ class Encoder:
             )
 
     def encode(self, columns: Columns, first_row: int) -> list[Sample]:
-        """Samples of some consecutive documents, in order. `first_row` is the first one's number, counted from 1.
+        """Encodes some consecutive documents as samples, in order. `first_row` is the first one's number, counted from 1.
 
         Raises DataError, naming the row, for a value of a wrong type, a row without loss position, or (with
         `overlong: error`) a row that is too long.
@@ -97,7 +97,7 @@ class Encoder:
         return samples
 
     def _as_text(self, document: dict[str, Any], row: int) -> _Text:
-        """One chat or prompt/response document as text, with its responses located."""
+        """Renders one chat or prompt/response document as text, and locates its responses."""
         if self._config.format == "chat":
             where = f"{self._source}: row {row} of column {self._config.messages_column!r}"
             messages = chat.read_messages(document[self._config.messages_column], where)
@@ -119,7 +119,7 @@ class Encoder:
         return "\n\n".join(value for _, value in parts if value)
 
     def _tokenize(self, texts: list[_Text], first_row: int) -> list[Sample]:
-        """Each text tokenised once, as a whole; spans become loss masks through the tokens' character offsets.
+        """Tokenises each text once, as a whole; spans become loss masks through the tokens' character offsets.
 
         A template writes its special tokens itself. Without one the tokenizer adds its own and EOS ends the response.
         """
@@ -149,13 +149,13 @@ class Encoder:
                 text.isascii() or text.encode()
             except UnicodeEncodeError as error:
                 raise DataError(
-                    f"{self._source}: row {row} holds half a character ({text[error.start]!r}), which is no text. "
+                    f"{self._source}: row {row} holds half a character ({text[error.start]!r}), which is not valid text. "
                     f"Repair the row, or the data.chat_template that made it."
                 ) from None
         return self._tokenizer(texts, return_attention_mask=False, verbose=False, **options)
 
     def _fitting(self, sample: Sample) -> Sample | None:
-        """The sample if it fits, else what `data.overlong` says; None where nothing is left to learn from."""
+        """Returns the sample if it fits, else what `data.overlong` says; None where nothing is left to learn from."""
         config, row, length = self._config, sample.document, len(sample.input_ids)
         if not any(sample.loss_mask):
             raise DataError(

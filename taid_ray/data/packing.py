@@ -1,4 +1,4 @@
-"""From token sequences to rows: cutting long documents, and best-fit packing of samples into rows."""
+"""Rows from token sequences: cutting of long documents, and best-fit packing of samples into rows."""
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from taid_ray.data.batch import NO_LABEL, Row
 
 @dataclass(frozen=True)
 class Sample:
-    """What attends only to itself: one document, one piece of a long document, or one conversation. Not empty."""
+    """One document, one piece of a long document, or one conversation, which attends only to itself. Not empty."""
 
     input_ids: list[int]
     loss_mask: list[bool]
@@ -19,11 +19,12 @@ class Sample:
 
     @property
     def num_loss_tokens(self) -> int:
+        """Number of loss positions."""
         return sum(self.loss_mask[1:])
 
 
 def cut(tokens: Sequence[int], sequence_length: int, document: int = 0) -> list[Sample]:
-    """Disjoint pieces of at most `sequence_length` tokens of a document, with loss on all but the first token of each.
+    """Cuts a document into disjoint pieces of at most `sequence_length` tokens, with loss on all but the first token of each.
 
     A piece of one token predicts nothing and is left out.
     """
@@ -32,7 +33,7 @@ def cut(tokens: Sequence[int], sequence_length: int, document: int = 0) -> list[
 
 
 def to_rows(samples: Sequence[Sample], sequence_length: int, pack: bool) -> list[Row]:
-    """Rows of at most `sequence_length` tokens that hold every sample exactly once.
+    """Makes rows of at most `sequence_length` tokens that hold every sample exactly once.
 
     With `pack`, samples are placed by best-fit decreasing: the number of rows depends on the lengths only, not on the
     order of the samples. Without, every sample is a row of its own, in order. Deterministic.
@@ -48,7 +49,7 @@ def to_rows(samples: Sequence[Sample], sequence_length: int, pack: bool) -> list
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of the items in each bin. Longest item first, each into the bin it leaves the least room in.
+    """Packs items into bins; returns the items' indices in each bin. Longest first, each where it leaves the least room.
 
     Bins are kept by the room left in them, so that one placement is a bisection over at most `capacity` values.
     """

@@ -1,4 +1,4 @@
-"""Whether a run fits the Ray cluster: what it demands, what the nodes have, and what is free now."""
+"""Checks that a run fits the Ray cluster: what it demands, what the nodes have, and what is free now."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ STUDENT_RESOURCE, TEACHER_RESOURCE = "taid_student", "taid_teacher"
 
 @dataclass(frozen=True)
 class Demand:
-    """What one run asks for: per worker and per teacher shard."""
+    """Resources that one run asks for: per worker and per teacher shard."""
 
     device: str
     workers: int
-    """Fewest; the run cannot go on with less."""
+    """Smallest number of workers; the run cannot go on with fewer."""
     max_workers: int
     worker_cpus: float
     replicas: int
-    """That the run starts with, and always has."""
+    """Number of replicas that the run starts with, and always has."""
     max_replicas: int
     shards: int
     shard_cpus: float
@@ -32,13 +32,15 @@ class Demand:
     teacher_role: bool
 
     def worker_resources(self) -> dict[str, float]:
+        """Resources of one student worker."""
         return self._resources(self.worker_cpus, STUDENT_RESOURCE if self.student_role else None)
 
     def shard_resources(self) -> dict[str, float]:
+        """Resources of one teacher shard."""
         return self._resources(self.shard_cpus, TEACHER_RESOURCE if self.teacher_role else None)
 
     def replica_resources(self) -> dict[str, float]:
-        """Of all shards, which share a node."""
+        """Resources of one replica: of all its shards, which share a node."""
         return {key: value * self.shards for key, value in self.shard_resources().items()}
 
     def _resources(self, cpus: float, role: str | None) -> dict[str, float]:
@@ -49,7 +51,7 @@ class Demand:
 
 
 def demand_of(config: DistillConfig, device: str) -> Demand:
-    """What `config` asks of the connected cluster."""
+    """Works out what `config` asks of the connected cluster, on `device` (cpu or cuda)."""
     offered = ray.cluster_resources()
     pooled = config.teacher.mode == "pool"
     return Demand(
@@ -96,7 +98,7 @@ def check_capacity(demand: Demand, nodes: list[dict[str, Any]] | None = None) ->
 
 
 def capacity_note(demand: Demand, nodes: list[dict[str, Any]] | None = None) -> str | None:
-    """What to tell the user if the pool cannot grow to its largest number of replicas on these nodes."""
+    """Makes a note to the user if the pool cannot grow to its largest number of replicas on these nodes."""
     most = most_replicas(demand, demand.max_replicas, nodes)
     if most >= demand.max_replicas:
         return None
@@ -107,7 +109,7 @@ def capacity_note(demand: Demand, nodes: list[dict[str, Any]] | None = None) -> 
 
 
 def workers_now(demand: Demand) -> int:
-    """The most workers that the living nodes, those about to leave left out, hold beside as many replicas as they can."""
+    """The largest number of workers that the living nodes, without those about to leave, hold beside the replicas they can."""
     leaving = draining_nodes()
     alive = _alive([node for node in ray.nodes() if node["NodeID"] not in leaving])
     room = workers_beside(alive, demand.replica_resources(), demand.worker_resources(), demand.replicas)
@@ -115,14 +117,14 @@ def workers_now(demand: Demand) -> int:
 
 
 def free_room(demand: Demand) -> int:
-    """How many more workers find a place now, beside everything else that is on the cluster."""
+    """The number of further workers that find a place now, beside everything else that is on the cluster."""
     leaving = draining_nodes()
     free = [node for name, node in free_resources().items() if name not in leaving]
     return workers_beside(free, demand.replica_resources(), demand.worker_resources(), 0)[0]
 
 
 def room_for_trials(demand: Demand, own_teachers: bool) -> int:
-    """How many runs as this one the cluster has room for now, beside everything else that is on it.
+    """The number of runs like this one that the cluster has room for now, beside everything else that is on it.
 
     own_teachers: every run has replicas of its own; else they share a pool that is up already.
     """
@@ -149,7 +151,7 @@ def check_scale(demand: Demand, replicas: int, nodes: list[dict[str, Any]] | Non
 
 
 def most_replicas(demand: Demand, limit: int, nodes: list[dict[str, Any]] | None = None) -> int:
-    """The most replicas, up to `limit`, that fit beside the run's workers on the cluster's nodes, all free."""
+    """The largest number of replicas, up to `limit`, that fit beside the run's workers on the cluster's nodes, all free."""
     alive, replica = _alive(nodes), demand.replica_resources()
     limit = min(limit, sum(_times(replica, node) for node in alive))
     room = workers_beside(alive, replica, demand.worker_resources(), limit)
@@ -161,7 +163,8 @@ def check_object_store(
 ) -> None:
     """Raises ClusterError if the teacher's answers in flight would fill more than half of the nodes' object stores.
 
-    payload_bytes: of one answer, at most. Spread evenly at best, so what is refused here could not have worked.
+    payload_bytes: largest size of one answer. The answers are taken to be spread evenly over the nodes, so that what is
+    refused here could not have worked.
     """
     room = sum(node.get("object_store_memory", 0) for node in _alive(nodes)) / 2
     needed = teacher.in_flight_bytes(payload_bytes) * workers
@@ -178,7 +181,9 @@ def check_object_store(
 def workers_beside(
     nodes: list[dict[str, float]], replica: dict[str, float], worker: dict[str, float], replicas: int
 ) -> list[int]:
-    """Entry r, from 0 to `replicas`: the most workers that fit beside r replicas; -1 where not even those fit.
+    """Returns a list whose entry r, from 0 to `replicas`, is the most workers that fit beside r replicas.
+
+    It is -1 where not even those replicas fit.
 
     Exact for any mixture of nodes: tries every number of replicas on each node.
     """
@@ -195,12 +200,12 @@ def workers_beside(
 
 
 def _alive(nodes: list[dict[str, Any]] | None) -> list[dict[str, float]]:
-    """What each node that lives has in all; of the connected cluster unless given."""
+    """Resources that each living node has in all; by default of the connected cluster."""
     return [node["Resources"] for node in (nodes if nodes is not None else ray.nodes()) if node["Alive"]]
 
 
 def _times(needs: dict[str, float], free: dict[str, float]) -> int:
-    """How often `needs` fits into `free`. Ray counts in units of 1e-4, so rounding errors must not decide."""
+    """The number of times `needs` fits into `free`. Ray counts in units of 1e-4, so rounding errors must not decide."""
     return min(int((free.get(key, 0) + 1e-6) / amount) for key, amount in needs.items())
 
 

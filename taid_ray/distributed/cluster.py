@@ -56,7 +56,7 @@ def ray_cluster() -> Iterator[None]:
 
 
 def _end_by_sigterm() -> None:
-    """As Ray's own handler, which it has just set, but with the exit code that a shell and a cluster expect."""
+    """Replaces the handler of SIGTERM that Ray has just set by one with the exit code that a shell and a cluster expect."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
@@ -77,4 +77,5 @@ def join_cluster(address: str) -> None:
 
 
 def cluster_has_gpus() -> bool:
+    """Whether some node of the connected cluster offers a GPU."""
     return ray.cluster_resources().get("GPU", 0) > 0

@@ -1,4 +1,4 @@
-"""The only place that chooses devices."""
+"""Choice of devices, and of what depends on them. Nothing else in the package chooses one."""
 
 from typing import Literal
 
@@ -10,16 +10,14 @@ DeviceKind = Literal["cpu", "cuda"]
 
 
 def resolve(config_device: Literal["auto", "cpu", "cuda"], cluster_has_gpus: bool) -> DeviceKind:
-    """What the config key `device` means on this cluster. Raises ClusterError for `cuda` without GPUs."""
+    """Resolves the configuration key `device` on this cluster. Raises ClusterError for `cuda` without GPUs."""
     if config_device == "cuda" and not cluster_has_gpus:
-        raise ClusterError(
-            "device: cuda was asked for, but no node of the cluster has a GPU; set device: cpu or add one"
-        )
+        raise ClusterError("device: cuda needs a GPU, but no node of the cluster has a GPU; set device: cpu or add one")
     return "cuda" if cluster_has_gpus and config_device != "cpu" else "cpu"
 
 
 def torch_device(kind: str, local_rank: int = 0) -> torch.device:
-    """This process's device, made the current one.
+    """Returns this process's device, and makes it the current one.
 
     Ray shows an actor only its own GPUs, so that `local_rank` is 0 there; Ray Train shows a worker all of its node's.
 

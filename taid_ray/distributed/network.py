@@ -1,4 +1,4 @@
-"""The student workers' process group: over the network that Ray itself uses between their nodes, and gone if it fails."""
+"""The student workers' process group, over the network that Ray uses between nodes, and with its room freed if it fails."""
 
 import os
 from typing import Any
@@ -13,9 +13,10 @@ GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 class RayNetworkConfig(TorchConfig):
-    """As Ray Train's, but gloo does not go by what a node's host name resolves to.
+    """Ray Train's TorchConfig, but gloo takes the network interface of Ray's node address.
 
-    That is a loopback address on many hosts (Debian writes 127.0.1.1 into /etc/hosts), which other nodes cannot reach.
+    By itself it takes that of the address which the host name resolves to. On many hosts that is a loopback address (Debian
+    writes 127.0.1.1 into /etc/hosts), which other nodes cannot reach.
     """
 
     @property
@@ -36,14 +37,14 @@ class _RayNetworkBackend(torch_backend()):  # type: ignore[misc]  # known at run
 
 
 def use_ray_network() -> None:
-    """In a worker's process, before its process group starts. Leaves alone what the user has set."""
+    """Sets gloo's network interface, in a worker's process, before its process group starts; unless the user has set it."""
     name = interface_of(ray.util.get_node_ip_address())
     if name is not None:
         os.environ.setdefault(GLOO_INTERFACE, name)
 
 
 def interface_of(address: str) -> str | None:
-    """Name of this host's network interface with an IP address; None if it has none, as behind a translated address."""
+    """Finds the name of this host's network interface with an IP address; None if it has none, as behind a translated address."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(each.address == address for each in addresses):
             return name

@@ -1,4 +1,4 @@
-"""This process's place among the student workers, and the sums over them that control needs."""
+"""Rank and size of the group of student workers, and the exchange of control values within it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,33 +12,37 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
+    """One process's place among the student workers. Its methods are collective: every rank must call them alike."""
+
     rank: int = 0
     size: int = 1
 
     @classmethod
     def current(cls) -> "World":
+        """This process's place in the initialised process group."""
         return cls(dist.get_rank(), dist.get_world_size())
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Element-wise float64 sum over ranks. The tensor stays on the CPU, so this works beside NCCL through gloo."""
+        """Sums over ranks, element-wise in float64. The tensor stays on the CPU, so this works beside NCCL through gloo."""
         total = torch.tensor(list(values), dtype=torch.float64)
         if self.size > 1:
             dist.all_reduce(total)
         return total.tolist()
 
     def share(self, value: int) -> int:
-        """Rank 0's integer, on every rank."""
+        """Returns rank 0's integer, on every rank."""
         shared = torch.tensor(value, dtype=torch.int64)
         if self.size > 1:
             dist.broadcast(shared, src=0)
         return int(shared.item())
 
     def share_bytes(self, value: bytes) -> bytes:
-        """Rank 0's bytes, on every rank."""
+        """Returns rank 0's bytes, on every rank."""
         shared = torch.empty(self.share(len(value)), dtype=torch.uint8)
         if self.is_main:
             shared = torch.frombuffer(bytearray(value), dtype=torch.uint8) if value else shared
@@ -51,11 +55,12 @@ class World:
             dist.broadcast(tensor, src=source)
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, on every rank."""
+        """Returns every rank's value, on every rank."""
         found: list[T] = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(found, value)
         return found
 
     def barrier(self) -> None:
+        """Waits until every rank is here."""
         self.sum([0.0])

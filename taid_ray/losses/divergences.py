@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 Divergence = Callable[[Tensor, Tensor, float | Tensor], Tensor]
-"""(student_logits [N, V], teacher_logits [N, V], t) -> [N]; for log_target -> [N, V]"""
+"""A loss as a function (student_logits [N, V], teacher_logits [N, V], t) -> [N]; registry.log_target gives -> [N, V]."""
 
 # Stands in for log 0 inside a mixture: exp(-1e4) is exactly 0, and unlike -inf it has a derivative.
 _LOG_ZERO = -1e4
@@ -31,12 +31,12 @@ def at_least_float32(logits: Tensor) -> Tensor:
 
 
 def log_probs(logits: Tensor) -> Tensor:
-    """Log-softmax over the last dimension in at least float32; -inf stays -inf."""
+    """Computes the log-softmax over the last dimension in at least float32; -inf stays -inf."""
     return torch.log_softmax(at_least_float32(logits), dim=-1)
 
 
 def kl_from_log_probs(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) = sum_v p log(p / q) over the last dimension, from two [N, V] log-probabilities."""
+    """Computes KL(p || q) = sum_v p log(p / q) over the last dimension, from two [N, V] log-probabilities."""
     p = log_p.exp()
     gap = torch.where(p > 0, log_p - log_q, 0.0)
     if p.requires_grad:  # an infinite gap would reach the logits as inf - inf
@@ -45,7 +45,7 @@ def kl_from_log_probs(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def entropy_from_log_probs(log_p: Tensor) -> Tensor:
-    """-sum_v p log p over the last dimension, from [N, V] log-probabilities."""
+    """Computes the entropy -sum_v p log p over the last dimension, from [N, V] log-probabilities."""
     return -(log_p.exp() * torch.where(log_p > -math.inf, log_p, 0.0)).sum(dim=-1)
 
 
@@ -105,6 +105,6 @@ def sft(student_logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _log_mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
-    """log(weight * a + (1 - weight) * b), formed in log space because small probabilities underflow."""
+    """Computes log(weight * a + (1 - weight) * b), formed in log space because small probabilities underflow."""
     log_weight, log_rest = (math.log(w) if w > 0 else -math.inf for w in (weight, 1 - weight))
     return torch.logaddexp(log_a.clamp(min=_LOG_ZERO) + log_weight, log_b.clamp(min=_LOG_ZERO) + log_rest)

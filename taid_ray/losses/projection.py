@@ -24,7 +24,7 @@ class LogitTransform:
         return x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
 
     def apply_(self, x: Tensor) -> Tensor:
-        """Does the same in place."""
+        """Changes x in place, as `__call__` does anew."""
         if self.softcap is None:
             return x if self.scale == 1 else x.mul_(self.scale)
         return x.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)

@@ -28,19 +28,20 @@ class Head:
     transform: LogitTransform
 
     def rows(self, stop: int) -> "Head":
-        """The first `stop` rows, as views."""
+        """Returns the head of the first `stop` ids, as views."""
         return replace(self, weight=self.weight[:stop], bias=None if self.bias is None else self.bias[:stop])
 
     def to(self, device: torch.device) -> "Head":
+        """Returns the head on a device."""
         return replace(self, weight=self.weight.to(device), bias=None if self.bias is None else self.bias.to(device))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., H] -> [..., V], float32. Forms all logits at once; training uses the chunked loss instead."""
+        """Computes logits [..., V], float32, of hidden states [..., H]; all at once, where training uses the chunked loss."""
         return self.transform(F.linear(hidden, self.weight, self.bias).float())
 
 
 def hidden_states(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """[B, T, H]: what the head of a causal language model is applied to (after the final norm).
+    """Computes the hidden states [B, T, H] that the head of a causal language model is applied to (after the final norm).
 
     inputs: [B, T] each. No attention mask is passed: with restarting position_ids and no cache, transformers keeps
     packed documents apart.
@@ -59,7 +60,7 @@ def _is_flash(model: Any) -> bool:
 
 
 def head_of(model: Any) -> Head:
-    """The whole head of a causal language model, as detached views where possible.
+    """Returns the whole head of a causal language model, as detached views where possible.
 
     Collective for a tensor-parallel model. Raises ModelError for a model without a plain head.
     """
@@ -78,7 +79,7 @@ def head_of(model: Any) -> Head:
 
 
 def _logit_transform(config: Any) -> LogitTransform:
-    """How the architecture changes logits after the projection; `self_test` finds out if this misses anything."""
+    """Reads off the config how the architecture changes logits after the projection; `self_test` finds what this misses."""
     scale = 1.0
     for field in ("logit_scale", "lm_head_multiplier"):  # Cohere; Falcon-H1
         scale *= getattr(config, field, None) or 1.0
@@ -87,12 +88,12 @@ def _logit_transform(config: Any) -> LogitTransform:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """A plain tensor; gathers a tensor-parallel one (collective)."""
+    """Returns a plain tensor; gathers a tensor-parallel one (collective)."""
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
 
 
 def probe_inputs(vocab_rows: int, device: torch.device) -> dict[str, Tensor]:
-    """Fixed pseudo-random tokens, [PROBE_ROWS, PROBE_LENGTH]."""
+    """Makes fixed pseudo-random tokens, [PROBE_ROWS, PROBE_LENGTH]."""
     ids = torch.arange(PROBE_ROWS * PROBE_LENGTH, device=device).view(PROBE_ROWS, PROBE_LENGTH) * 7919 % vocab_rows
     return {"input_ids": ids, "position_ids": torch.arange(PROBE_LENGTH, device=device).expand(PROBE_ROWS, -1)}
 
@@ -150,7 +151,7 @@ def check_packing(model: Any) -> None:
 
 
 def tested_head(model: Any, key: str, packed: bool) -> Head:
-    """The head of a model that passes `self_test` and, if rows will be packed, `check_packing`.
+    """Returns the head of a model that passes `self_test` and, if rows will be packed, `check_packing`.
 
     Expects a model in eval mode. Raises ModelError that begins with `key`, the configuration key of the model.
     """
@@ -167,7 +168,7 @@ def tested_head(model: Any, key: str, packed: bool) -> Head:
 
 @contextmanager
 def _attention_that_runs(model: Any, device: torch.device) -> Iterator[None]:
-    """For a model that is to use flash attention but does not lie on a GPU yet: sdpa, meanwhile."""
+    """Replaces flash attention by sdpa, meanwhile, for a model that is not on a GPU yet."""
     chosen = getattr(model.config, "_attn_implementation", None)
     replaced = _is_flash(model) and device.type == "cpu"
     if replaced:

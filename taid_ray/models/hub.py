@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub answers at all. Its own client would retry for half a minute for each file it looks for."""
+"""A check whether the Hugging Face hub answers at all: its own client retries for half a minute for each file it wants."""
 
 import os
 import socket
@@ -13,9 +13,9 @@ OFFLINE = "HF_HUB_OFFLINE"
 
 
 def offline_if_unreachable(names: Iterable[str | None]) -> None:
-    """If a name is nothing local and the hub does not answer, the cache alone serves this process and those it starts.
+    """Switches this process, and those it will start, to the hub's local cache if a name is not local and no hub answers.
 
-    A loader then says at once that it has not found a name there. `restoring_hub_mode` ends it.
+    A loader then says at once that it has not found a name there. `restoring_hub_mode` switches back.
     """
     from huggingface_hub import constants
 
@@ -33,7 +33,7 @@ def offline_if_unreachable(names: Iterable[str | None]) -> None:
 
 @contextmanager
 def restoring_hub_mode() -> Iterator[None]:
-    """At its end the hub is tried again, or not, as at its beginning: one silence must not last for the whole process."""
+    """Restores at its end whether the hub is tried, so that one failure to reach it does not last for the whole process."""
     import datasets
     from huggingface_hub import constants
 
@@ -45,7 +45,7 @@ def restoring_hub_mode() -> Iterator[None]:
 
 
 def _set_offline(variable: str | None, hub: bool, data: bool) -> None:
-    """For processes started from now on, for huggingface_hub with transformers, and for datasets."""
+    """Sets whether the hub is left alone: for processes to come, for huggingface_hub with transformers, and for datasets."""
     import datasets
     from huggingface_hub import constants
 

@@ -1,4 +1,4 @@
-"""Teacher and student together: whether they fit each other and the data, their tokenizer, their shared vocabulary."""
+"""Checks that teacher and student fit each other and the data; their tokenizer; their shared vocabulary."""
 
 import sys
 from typing import Any

@@ -1,4 +1,4 @@
-"""Whether teacher and student mean the same by a token id, and how many ids they share.
+"""Comparison of two vocabularies: whether an id means the same token in both, and how many ids they share.
 
 Checkpoints pad their embedding to other sizes than the tokenizer has tokens (Qwen2.5-32B 152064 rows, 1.5B 151936,
 real ids 151665), and tokenizers of one family differ in the tokens added at the end. A token-by-token loss needs both
@@ -13,7 +13,7 @@ from taid_ray.errors import ModelError
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """How two vocabularies fit together."""
+    """Result of comparing the vocabularies of teacher and student."""
 
     num_shared: int
     """Both heads are cut to rows [0, num_shared), and data may hold only these ids."""
@@ -25,7 +25,7 @@ class Vocabulary:
     """Rows that the student's embedding and head need: more than they have only with `resize_to_teacher`."""
 
     def known_ids(self) -> list[int]:
-        """Ids that both models have, ascending."""
+        """Lists the ids that both models have, ascending."""
         unshared = set(self.unshared_ids)
         return [index for index in range(self.num_shared) if index not in unshared]
 

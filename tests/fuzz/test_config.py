@@ -114,9 +114,9 @@ def test_an_override_changes_one_place_only(tmp_path: Path) -> None:
     ("value", "said"),
     [
         (".nan", "nan is not a finite number"), ("-.inf", "-inf is not"),
-        ("2025-01-01", "a date; put it into quotes"), ("'\\0'", None),
+        ("2025-01-01", "read as a date; put it into quotes"), ("'\\0'", None),
         ("{1: 2}", "the key 1 is not text"), ("{on: 2}", "the key True is not text"),
-        ("!!binary aGk=", "could not determine a constructor"), ("9999999999999999999", "beyond 64 bits"),
+        ("!!binary aGk=", "could not determine a constructor"), ("9999999999999999999", "more than 64 bits"),
         ("!!bool maybe", "KeyError"), ("!!int ''", "IndexError"), ("!!timestamp x", "AttributeError"),
     ],
 )  # fmt: skip

@@ -60,7 +60,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "override without value": (["train.steps"], ["'train.steps'", "key=value", "schedule.t_start=0.3"]),
     "override without key": (["=3"], ["'=3'", "key=value"]),
     "override with empty part": (["train..steps=3"], ["'train..steps=3'", "key=value"]),
-    "key twice": (["train={steps: 1, steps: 2}"], ["train: ", "the key 'steps' stands there a second time"]),
+    "key twice": (["train={steps: 1, steps: 2}"], ["train: ", "the key 'steps' is given twice"]),
     "revision of no model": (["student.revision=v1"], ["student.revision is 'v1'", "teacher.revision"]),
     "DeepSpeed section as value": (["student.deepspeed={zero_optimization: 3}"], ["student.deepspeed", "must be a mapping"]),
     "override not YAML": (["train.steps=[1"], ["train.steps", "'[1'", "not valid YAML", "double quotes"]),

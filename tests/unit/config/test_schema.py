@@ -209,7 +209,7 @@ def test_a_stored_configuration_of_an_older_version_is_read(memory_gib: float) -
     [
         (
             "train:\n  steps: 3\n  epochs: 1\n  steps: 4\n",
-            "line 4, column 3: the key 'steps' stands there a second time",
+            "line 4, column 3: the key 'steps' is given twice",
         ),
         ("name: a\ntrain: {steps: 1}\nname: b\n", "line 3, column 1: the key 'name'"),
         ("train: {steps: 1, steps: 2}\n", "line 1, column 19: the key 'steps'"),
@@ -267,7 +267,7 @@ def test_missing_directory_and_binary_files_are_named(tmp_path: Path) -> None:
         ("=3", ["'=3'", "key=value"]),
         ("train.steps=[1", ["train.steps", "'[1'"]),
         ("train.steps.more=1", ["train.steps.more", "10", "not a section"]),
-        ("train={steps: 1, steps: 2}", ["train: ", "'steps' stands there a second time"]),
+        ("train={steps: 1, steps: 2}", ["train: ", "'steps' is given twice"]),
         ("name=2025-02-30", ["name: ", "'2025-02-30'", "double quotes"]),
         ("train.stepps=1", ["train.stepps", "found 1", "train.steps"]),
     ],

@@ -235,7 +235,7 @@ def test_keys_that_cannot_be_searched_are_refused(space_file: Path, key: str, ex
         ("space: {}", ["space: must not be empty"]),
         ("space: 3", ["space: must be a mapping", "3"]),
         ("[]", ["mapping"]),
-        ("space: {schedule.beta: {choice: [1]}, schedule.beta: {choice: [1]}}", ["second time"]),
+        ("space: {schedule.beta: {choice: [1]}, schedule.beta: {choice: [1]}}", ["given twice"]),
         ("search: bayes\nspace: {schedule.beta: {choice: [1]}}", ["search", "'bayes'", "'optuna'"]),
         ("scheduler: pbt\nspace: {schedule.beta: {choice: [1]}}", ["scheduler", "'pbt'"]),
         ("trials: 0\nspace: {schedule.beta: {choice: [1]}}", ["trials", "0"]),
