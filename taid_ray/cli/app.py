@@ -126,8 +126,8 @@ def evaluate(
     from taid_ray.student.evaluate import evaluate_model, measurement_table
 
     with named_as_arguments():
-        found = evaluate_model(model, teacher, data, [dotted(override) for override in overrides or []], rouge)
-    Console().print(measurement_table(found))
+        evaluation = evaluate_model(model, teacher, data, [dotted(override) for override in overrides or []], rouge)
+    Console().print(measurement_table(evaluation))
 
 
 @app.command()
@@ -200,8 +200,8 @@ def named_as_arguments() -> Iterator[None]:
     try:
         yield
     except TaidRayError as error:
-        found = re.sub(r"\b(student\.model|teacher\.model|data\.valid)\b", lambda key: names[key[0]], str(error))
-        raise type(error)(found) from error
+        message = re.sub(r"\b(student\.model|teacher\.model|data\.valid)\b", lambda key: names[key[0]], str(error))
+        raise type(error)(message) from error
 
 
 def main() -> None:

@@ -93,52 +93,52 @@ def status(
     """Show the state of a run or search, its speed, and its last checkpoint; it need not be running."""
     from taid_ray.control.status import read_status, replica_states
 
-    found = read_status(run)
-    replicas = replica_states(found.driver) if found.driver and found.state != "dead" else None
+    current = read_status(run)
+    replicas = replica_states(current.driver) if current.driver and current.state != "dead" else None
     if as_json:
-        print(json.dumps(asdict(found) | {"teacher_replicas": replicas}, indent=2))
+        print(json.dumps(asdict(current) | {"teacher_replicas": replicas}, indent=2))
         return
-    for key, value in rows(found, replicas):
+    for key, value in rows(current, replicas):
         print(f"{key:<12}{value}")
 
 
-def rows(found: "Status", replicas: dict[str, int] | None) -> list[tuple[str, str]]:
+def rows(current: "Status", replicas: dict[str, int] | None) -> list[tuple[str, str]]:
     """Names and values that `taid-ray status` prints, the most important ones first."""
     from taid_ray.report.format import shown_seconds
 
     def ago(seconds: float) -> str:
         return f"{shown_seconds(max(0.0, seconds))} ago"
 
-    late = "" if found.ended_age_s is None else f" ({ago(found.ended_age_s)})"
-    shown = [("run" if found.trials is None else "search", found.path), ("state", found.headline + late)]
-    if found.trials is not None:
-        counts = [f"{count} {status}" for status, count in found.trials.items() if status != "all"]
-        shown.append(("trials", f"{', '.join(counts) or 'none begun'}; {found.trials['all']} in all"))
-    if found.best:
-        shown.append(("best", json.dumps(found.best)))
-    if found.step_age_s is not None:
-        left = f"; about {shown_seconds(found.left_s)} left" if found.left_s and found.state == "training" else ""
-        shown.append(("step", f"{found.step} of {found.total_steps or '?'}, {ago(found.step_age_s)}{left}"))
-        shown.append(("figures", f"t {found.t:.4f}, loss {found.loss:.4f}, KL {found.kl:.4f} (nats per token)"))
-    if found.step_s and found.teacher_wait_share is not None:
-        share = f"{found.teacher_wait_share:.0%} of it waiting for the teacher"
-        shown.append(("speed", f"{found.tokens_per_s:,.0f} tokens/s, {found.step_s:.3g} s a step, {share}"))
-    if last := found.validation:
+    late = "" if current.ended_age_s is None else f" ({ago(current.ended_age_s)})"
+    shown = [("run" if current.trials is None else "search", current.path), ("state", current.headline + late)]
+    if current.trials is not None:
+        counts = [f"{count} {status}" for status, count in current.trials.items() if status != "all"]
+        shown.append(("trials", f"{', '.join(counts) or 'none begun'}; {current.trials['all']} in all"))
+    if current.best:
+        shown.append(("best", json.dumps(current.best)))
+    if current.step_age_s is not None:
+        left = f"; about {shown_seconds(current.left_s)} left" if current.left_s and current.state == "training" else ""
+        shown.append(("step", f"{current.step} of {current.total_steps or '?'}, {ago(current.step_age_s)}{left}"))
+        shown.append(("figures", f"t {current.t:.4f}, loss {current.loss:.4f}, KL {current.kl:.4f} (nats per token)"))
+    if current.step_s and current.teacher_wait_share is not None:
+        share = f"{current.teacher_wait_share:.0%} of it waiting for the teacher"
+        shown.append(("speed", f"{current.tokens_per_s:,.0f} tokens/s, {current.step_s:.3g} s a step, {share}"))
+    if last := current.validation:
         shown.append(
             ("validation", f"KL {last['kl']:.4f}, cross-entropy {last['cross_entropy']:.4f} after step {last['step']}")
         )
-    if found.checkpoints and found.state != "finished":
-        whole = found.checkpoint
+    if current.checkpoints and current.state != "finished":
+        whole = current.checkpoint
         newest = f"step {whole.step}, {ago(whole.age_s)}, in " if whole else "none seen in "
-        shown.append(("checkpoint", newest + found.checkpoints))
-    if last := found.attempt:
+        shown.append(("checkpoint", newest + current.checkpoints))
+    if last := current.attempt:
         shown.append(
-            ("attempts", f"{found.attempts}, the last with {last['workers']} worker(s), began {last['began']}")
+            ("attempts", f"{current.attempts}, the last with {last['workers']} worker(s), began {last['began']}")
         )
     if replicas is not None:
         states = ", ".join(f"{count} {state}" for state, count in sorted(replicas.items()))
         shown.append(("teacher", f"replicas: {states or 'none'}"))
-    if driver := found.driver:
+    if driver := current.driver:
         job = f", Ray job {driver.submission}" if driver.submission else ""
         shown.append(("driver", f"process {driver.pid} on {driver.host}{job}"))
         if driver.address:

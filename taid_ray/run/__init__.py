@@ -6,6 +6,6 @@ Others use `layout` (names of files), `directory` (run_directory, RunManifest, l
 Traps:
 - A run directory has one driver (a file lock), and a run one name on its cluster (run.json), so what a dead driver left
   behind is its successor's.
-- live.json is what the driver leaves of itself while it works, ended.json an end that is not the run's own.
+- live.json is there as long as a driver has the directory, ended.json after an end by a signal or an error.
 - A run directory on object storage is not supported (checkpoints are).
 """
