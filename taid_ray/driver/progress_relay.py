@@ -63,8 +63,8 @@ def progress_relay(
         last = False
         while not last:
             last = over.wait(POLL_S)  # once more after the end, for what came last
+            showing.attempt(figures.poll)  # first, because a note tells what follows the steps that are there
             progress.blind = not hearing.attempt(listener.poll)
-            showing.attempt(figures.poll)
 
     thread = threading.Thread(target=relay, name="taid-progress-relay", daemon=True)
     thread.start()
