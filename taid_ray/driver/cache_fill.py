@@ -23,6 +23,7 @@ from taid_ray.driver.progress import ProgressView
 from taid_ray.errors import ConfigError
 from taid_ray.models.hub import restoring_hub_mode
 from taid_ray.models.pair import model_configs, run_tokenizer
+from taid_ray.names import POOL_PREFIX
 from taid_ray.student.clock import PhaseClock
 from taid_ray.student.prefetch import Prefetcher, StepBatches, read_ahead
 from taid_ray.student.spec import RunSpec
@@ -140,7 +141,7 @@ def running_teacher(config: DistillConfig, plan: RunSpec, view: ProgressView) ->
         device = resolve(config.device, cluster_has_gpus())
         demand = replace(demand_of(config, device), workers=0, max_workers=0)
         check_capacity(demand)
-        name = f"taid-teacher-warm-{uuid.uuid4().hex[:8]}"
+        name = f"{POOL_PREFIX}warm-{uuid.uuid4().hex[:8]}"
         view.say(f"starting the teacher pool: {demand.replicas} replica(s) x {demand.shards} shard(s)")
         try:
             pool = PoolSpec(config.teacher, num_shared, device, demand.teacher_role)

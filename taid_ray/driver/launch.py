@@ -29,6 +29,7 @@ from taid_ray.driver.progress import ProgressView
 from taid_ray.driver.progress_relay import progress_relay
 from taid_ray.driver.signals import StopRequest, stop_signals
 from taid_ray.models.hub import restoring_hub_mode
+from taid_ray.names import POOL_PREFIX
 from taid_ray.report.card import CARD_FILE, write_model_card
 from taid_ray.report.format import print_line
 from taid_ray.run.directory import RunManifest, inspect_run_dir, read_summary, run_directory, scratch_directory
@@ -129,7 +130,7 @@ def run_on_cluster(
 ) -> dict[str, Any]:
     """Starts scheduler, teacher pool and student workers side by side; the workers wait for the pool, which outlives them."""
     shared = context.pool(config, spec) if context.pool else None
-    own_pool = None if shared or config.teacher.mode != "pool" else f"taid-teacher-{run.id}"
+    own_pool = None if shared or config.teacher.mode != "pool" else POOL_PREFIX + run.id
     schedule, most = config.effective_schedule, config.student.workers.max
     announce_cluster(config.run_dir, own_pool, spec.total_steps)
     with ExitStack() as parts:

@@ -59,10 +59,6 @@ class StepMetrics:
     samples_seen: int
 
 
-PHASES = ("data", "teacher_wait", "forward", "loss", "backward", "optimizer", "schedule_wait")
-"""Parts of a step's time; each has a column NAME_s."""
-
-
 class LineLog:
     """A file of JSON lines in RUN that grows while the run works. `metrics_log` and `validation_log` open one."""
 

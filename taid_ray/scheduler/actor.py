@@ -15,7 +15,6 @@ from taid_ray.scheduler.board import Board
 from taid_ray.scheduler.schedule import TAIDSchedule
 
 POOL_POLL_S = 10.0
-NAMESPACE = "taid-ray"
 
 
 class Report(NamedTuple):

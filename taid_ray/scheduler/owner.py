@@ -8,7 +8,8 @@ from ray.actor import ActorHandle
 
 from taid_ray.config.schema import ScheduleConfig
 from taid_ray.errors import ClusterError
-from taid_ray.scheduler.actor import NAMESPACE, News, SchedulerActor
+from taid_ray.names import NAMESPACE
+from taid_ray.scheduler.actor import News, SchedulerActor
 
 NAME_FREE_S = 60.0
 """Within this time Ray ends the actors of a driver that was killed."""

@@ -28,6 +28,7 @@ from taid_ray.driver.progress import ProgressView
 from taid_ray.driver.signals import StopRequest, run_in_thread, stop_signals
 from taid_ray.errors import ClusterError
 from taid_ray.models.hub import restoring_hub_mode
+from taid_ray.names import POOL_PREFIX
 from taid_ray.report.search_page import write_report
 from taid_ray.report.search_results import Search, Trial, read_search
 from taid_ray.run.directory import jobs_of, read_manifest
@@ -130,7 +131,7 @@ class SearchDriver:
     @property
     def pool(self) -> str | None:
         """Name of the teacher pool that the trials share; None if they share none."""
-        return None if self.own_teachers or self.config.teacher.mode != "pool" else f"taid-teacher-{self.name}"
+        return None if self.own_teachers or self.config.teacher.mode != "pool" else POOL_PREFIX + self.name
 
     def run(self) -> None:
         """Joins a cluster or starts one, and returns when all trials have ended.

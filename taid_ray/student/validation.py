@@ -17,7 +17,7 @@ KEPT_BYTES = 2**30
 """Limit for the teacher's outputs that a worker keeps, in memory of the CPU."""
 
 
-class HeldOut:
+class ValidationBatches:
     """Share of one rank in the validation rows, contiguous, with the teacher's outputs.
 
     The teacher is frozen and the rows stay the same, so outputs are kept up to KEPT_BYTES; the teacher is asked for the others
@@ -72,10 +72,10 @@ class HeldOut:
             self._kept[number] = replace(output, tensors=tensors, compute_s=0.0)
 
 
-def evaluate(student: Student, held_out: HeldOut) -> Evaluation:
+def evaluate(student: Student, batches: ValidationBatches) -> Evaluation:
     """The means over all ranks' held-out rows; every rank scores its share. Collective. Touches neither t nor any RNG."""
     sums = [0.0, 0.0, 0.0, 0.0]
-    for batch, output in held_out:
+    for batch, output in batches:
         scores = student.score(batch, output)
         values = (float(scores.student_ce), float(scores.teacher_ce), float(scores.kl), batch.num_loss_tokens)
         sums = [total + value for total, value in zip(sums, values, strict=True)]

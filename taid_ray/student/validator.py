@@ -3,15 +3,15 @@
 from taid_ray.student.engine import Student
 from taid_ray.student.telemetry import Telemetry
 from taid_ray.student.totals import RunTotals
-from taid_ray.student.validation import HeldOut, evaluate
+from taid_ray.student.validation import ValidationBatches, evaluate
 
 
 class Validator:
     """Scores the student on the held-out rows."""
 
-    def __init__(self, student: Student, held_out: HeldOut, totals: RunTotals, telemetry: Telemetry):
+    def __init__(self, student: Student, batches: ValidationBatches, totals: RunTotals, telemetry: Telemetry):
         self.totals = totals
-        self._student, self._held_out, self._telemetry = student, held_out, telemetry
+        self._student, self._batches, self._telemetry = student, batches, telemetry
 
     def is_due(self, step: int) -> bool:
         """Tests whether `train.eval_every` asks for a validation after `step`."""
@@ -20,7 +20,7 @@ class Validator:
 
     def validate(self, step: int) -> None:
         """Evaluates after `step` and keeps the result in the totals and in RUN/validation.jsonl. Collective."""
-        self._telemetry.note(f"validating on {self._held_out.num_rows} rows after step {step}")
-        evaluation = evaluate(self._student, self._held_out)
+        self._telemetry.note(f"validating on {self._batches.num_rows} rows after step {step}")
+        evaluation = evaluate(self._student, self._batches)
         self.totals.validations[step] = evaluation
         self._telemetry.validation(step, evaluation)

@@ -31,7 +31,7 @@ from taid_ray.student.prefetch import READ_AHEAD_STEPS, Prefetcher, read_ahead, 
 from taid_ray.student.spec import Finished, Outcome, RunSpec, Stopped, WorkerSpec
 from taid_ray.student.telemetry import MainTelemetry, Telemetry
 from taid_ray.student.totals import RunTotals
-from taid_ray.student.validation import HeldOut
+from taid_ray.student.validation import ValidationBatches
 from taid_ray.student.validator import Validator
 from taid_ray.teacher.cache.cached import CachedTeacher
 from taid_ray.teacher.pool.client import PoolTeacher
@@ -102,8 +102,8 @@ class TrainingRun:
         closing.callback(self._telemetry.close)
         store = CheckpointStore(worker.checkpoints)
         self._writer = CheckpointWriter(store, config, world, worker.attempt, checkpoint, context.scheduler.note)
-        held_out = HeldOut(rows, world, config.train.micro_batch_size, teacher, *request_window(config))
-        self._validator = Validator(student, held_out, self._totals, self._telemetry)
+        batches = ValidationBatches(rows, world, config.train.micro_batch_size, teacher, *request_window(config))
+        self._validator = Validator(student, batches, self._totals, self._telemetry)
         if not checkpoint:
             self._validator.validate(0)
 

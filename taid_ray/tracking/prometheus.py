@@ -11,6 +11,7 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
+from taid_ray.names import POOL_PREFIX
 from taid_ray.run.metrics import PHASES, StepMetrics
 
 STUDENT, TEACHER = "student", "teacher"
@@ -126,4 +127,4 @@ class StudentGauges:
 
 def run_of_pool(app_name: str) -> str:
     """The run, or the search, that a teacher pool belongs to, by the name of its Serve application."""
-    return app_name.removeprefix("taid-teacher-")
+    return app_name.removeprefix(POOL_PREFIX)

@@ -11,8 +11,9 @@ from ray.serve.schema import LoggingConfig
 
 from taid_ray.config.schema import TeacherConfig
 from taid_ray.distributed.capacity import TEACHER_RESOURCE
+from taid_ray.names import NAMESPACE
 from taid_ray.teacher.pool.autoscaling import serve_scaling
-from taid_ray.teacher.pool.lease import NAMESPACE, lease_name
+from taid_ray.teacher.pool.lease import lease_name
 from taid_ray.teacher.pool.replica import TeacherReplica
 
 DEPLOYMENT = "teacher"

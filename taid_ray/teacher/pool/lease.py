@@ -20,12 +20,12 @@ from ray.exceptions import RayError
 
 from taid_ray.config.schema import TeacherConfig
 from taid_ray.errors import TaidRayError, TeacherError
+from taid_ray.names import NAMESPACE
 from taid_ray.teacher.cache.claims import Claims
 from taid_ray.teacher.pool import autoscaling as scaling
 from taid_ray.teacher.pool.autoscaling import REPORT_S, Autoscaler
 from taid_ray.teacher.protocol import TeacherInfo
 
-NAMESPACE = "taid-ray"
 RENEW_PERIOD_S = 5.0
 """Seconds between two renewals by one client."""
 LEASE_S = 60.0

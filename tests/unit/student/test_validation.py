@@ -10,7 +10,7 @@ import torch
 from taid_ray.data.batch import NO_LABEL, Batch, Row
 from taid_ray.distributed.world import World
 from taid_ray.student import validation
-from taid_ray.student.validation import HeldOut
+from taid_ray.student.validation import ValidationBatches
 from taid_ray.teacher.payload import TeacherOutput
 
 WINDOW = 3
@@ -47,11 +47,11 @@ def rows(count: int) -> list[Row]:
     return [Row([1] * n, list(range(n)), [1] * (n - 1) + [NO_LABEL]) for n in lengths]
 
 
-def held_out(teacher: Any, count: int = 10, world: World | None = None, window_bytes: int = 2**20) -> HeldOut:
-    return HeldOut(rows(count), world or World(), 2, teacher, WINDOW, window_bytes)
+def held_out(teacher: Any, count: int = 10, world: World | None = None, window_bytes: int = 2**20) -> ValidationBatches:
+    return ValidationBatches(rows(count), world or World(), 2, teacher, WINDOW, window_bytes)
 
 
-def once(found: HeldOut) -> list[tuple[int, list[float]]]:
+def once(found: ValidationBatches) -> list[tuple[int, list[float]]]:
     """Of each batch its loss positions, and the outputs' values."""
     return [(batch.num_loss_tokens, output.tensors["hidden"].unique().tolist()) for batch, output in found]
 
