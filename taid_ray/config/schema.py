@@ -305,7 +305,7 @@ class LossConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Course of TAID's t: it from the student (0) to the teacher (1) during a run."""
+    """Course of TAID's interpolation t during a run, between the student (0) and the teacher (1)."""
 
     mode: Literal["adaptive", "normalised", "linear", "constant"] = "adaptive"
     """`adaptive`: the paper's rule, which moves t faster while the loss falls. `normalised`: the same rule with the fall of the

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from taid_ray.losses.divergences import sft
-from taid_ray.losses.objective import Objective
+from taid_ray.losses.objective import Objective, block_rows
 from taid_ray.losses.projection import ChunkLogits, HeadGradients, Projection, slices, sum_dtype
 from taid_ray.losses.topk import TopK
 
@@ -81,12 +81,12 @@ class _Work:
 
     def chunks(self, student: ChunkLogits, teacher: ChunkLogits | TopK) -> Iterator[tuple[slice, Iterator[slice]]]:
         """Loads each chunk's logits in turn; yields its tokens, whole and in blocks."""
-        block_rows = self.objective.block_rows(self.chunk_tokens, self.teacher)
+        length = block_rows(self.chunk_tokens, self.objective.in_graph(self.teacher))
         for chunk in slices(0, len(self.student.hidden), self.chunk_tokens):
             student.load(chunk)
             if isinstance(teacher, ChunkLogits):
                 teacher.load(chunk)
-            yield chunk, slices(chunk.start, chunk.stop, block_rows)
+            yield chunk, slices(chunk.start, chunk.stop, length)
 
     def logits(self) -> tuple[ChunkLogits, ChunkLogits | TopK]:
         """Memory for both sides' logits of a chunk; a TopK teacher needs none."""

@@ -52,20 +52,13 @@ class Objective:
         """
         if isinstance(teacher, TopK):
             return self._on_buckets(logits, teacher, labels, learn)
-        if self.name in CLOSED_FORM:
-            return self._in_closed_form(logits, teacher, labels, learn)
-        return self._by_autograd(logits, teacher, labels, learn)
+        if self.in_graph(teacher):
+            return self._by_autograd(logits, teacher, labels, learn)
+        return self._in_closed_form(logits, teacher, labels, learn)
 
-    def block_rows(self, chunk_tokens: int, teacher: object) -> int:
-        """The number of rows of a chunk to evaluate at once, so that what is alive stays below two thirds of its logits.
-
-        In closed form and on buckets that is up to 5 tensors of a block, by autograd up to 14 (js); one more with a
-        soft-capped student, and another one for each side in bfloat16. Fewer rows would fit a CPU's cache better, but
-        threads meet after every operation, and where they share the cores with other processes each meeting may cost
-        a time slice: with 8 rows of 32,000 ids a loss took 15 s that took 0.7 s on idle cores, with 64 rows 2 s.
-        """
-        in_graph = self.name not in CLOSED_FORM and not isinstance(teacher, TopK)
-        return max(1, chunk_tokens // (32 if in_graph else 8))
+    def in_graph(self, teacher: object) -> bool:
+        """Whether the gradient against this teacher (logits, or a TopK) takes an autograd graph over the vocabulary."""
+        return self.name not in CLOSED_FORM and not isinstance(teacher, TopK)
 
     def total(self, kl: Tensor, ce: Tensor) -> Tensor:
         """Sums both parts by their shares. A share of 0 drops its term: 0 * inf would be NaN."""
@@ -118,6 +111,17 @@ class Objective:
         if not leaf.requires_grad:
             return BlockResult(values, None)
         return BlockResult(values, torch.autograd.grad(self.total(kl.sum(), ce.sum()), leaf)[0])
+
+
+def block_rows(chunk_tokens: int, in_graph: bool) -> int:
+    """The number of rows of a chunk to evaluate at once, so that what is alive stays below two thirds of its logits.
+
+    In closed form and on buckets that is up to 5 tensors of a block, in a graph up to 14 (js); one more with a soft-capped
+    student, and another one for each side in bfloat16. Fewer rows would fit a CPU's cache better, but threads meet after
+    every operation, and where they share the cores with other processes each meeting may cost a time slice: with 8 rows
+    of 32,000 ids a loss took 15 s that took 0.7 s on idle cores, with 64 rows 2 s.
+    """
+    return max(1, chunk_tokens // (32 if in_graph else 8))
 
 
 def _at(logits: Tensor, labels: Tensor | None) -> Tensor | None:

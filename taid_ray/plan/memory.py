@@ -7,6 +7,7 @@ Letters in the code: p trained parameters, w bytes per element of the student's 
 from dataclasses import dataclass, field
 
 from taid_ray.losses.chunked import chunk_tokens_for
+from taid_ray.losses.objective import block_rows
 from taid_ray.plan.sizes import Activations, LossShape, ModelShape, ZeroOptions
 from taid_ray.teacher.payload import CHUNK_BYTES
 
@@ -14,10 +15,8 @@ ALLREDUCE_ELEMENTS = 500_000_000
 """deepspeed.runtime.engine.MEMORY_OPT_ALLREDUCE_SIZE: gradients that are reduced at a time without ZeRO's own buckets."""
 BFLOAT16, FLOAT32, FLOAT64 = 2.0, 4.0, 8.0
 """Bytes of an element."""
-BLOCKS = {True: 8, False: 32}
-"""Blocks that the loss cuts a chunk into, in closed form and in a graph (losses.objective.Objective.block_rows)."""
 BLOCK_TENSORS = {True: 5, False: 14}
-"""Float32 tensors [rows of a block, vocabulary] that are alive at a time, likewise."""
+"""Float32 tensors [rows of a block, vocabulary] that are alive at a time, in closed form and in a graph (losses.objective)."""
 LOGITS_COPIES = 5
 """Float32 chunks of logits that a teacher holds while it makes `topk` or `logits` of them."""
 Parts = dict[str, float]
@@ -189,7 +188,7 @@ def _loss_workspace(worker: Worker) -> float:
     loss, w = worker.loss, worker.dtype_bytes
     half_precision_sides = worker.in_bfloat16 + (loss.needs_head and loss.teacher_dtype_bytes == BFLOAT16)
     rows = min(chunk_tokens_for(loss.vocabulary, int(loss.memory_bytes)), loss.tokens)
-    block = max(1, rows // BLOCKS[loss.closed_form])
+    block = block_rows(rows, not loss.closed_form)
     tensors = BLOCK_TENSORS[loss.closed_form] + half_precision_sides  # whose logits are converted to float32
     logits = rows * loss.vocabulary * (w + (loss.teacher_dtype_bytes if loss.needs_head else 0))
     hidden = 0
