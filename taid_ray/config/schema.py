@@ -382,9 +382,9 @@ class CheckpointConfig(Section):
     """Times and place of checkpoints. A run that is stopped saves one in any case."""
 
     every_steps: Annotated[PositiveInt | None, RESUMABLE] = None
-    """Optimizer steps between checkpoints; null: the number of steps does not matter."""
+    """Number of optimizer steps between checkpoints; null: none are saved by the number of steps."""
     every_minutes: Annotated[Positive | None, RESUMABLE] = 10.0
-    """Minutes between checkpoints; null: time does not matter."""
+    """Minutes between checkpoints; null: none are saved by time."""
     keep: Annotated[PositiveInt, RESUMABLE] = 2
     """Number of checkpoints that are kept, the newest ones."""
     best: Annotated[Literal["cross_entropy", "kl"] | None, RESUMABLE] = None

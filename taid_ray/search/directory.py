@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml
 
+from taid_ray.config.fields import Range
 from taid_ray.config.paths import with_absolute_paths
-from taid_ray.config.schema import CacheConfig, DistillConfig, Range, stored_config
+from taid_ray.config.schema import CacheConfig, DistillConfig, stored_config
 from taid_ray.config.space import Space
 from taid_ray.config.text import read_tree
 from taid_ray.errors import ConfigError, TaidRayError

@@ -18,7 +18,7 @@ from typing import Any
 import ray
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from taid_ray.config.schema import Range
+from taid_ray.config.fields import Range
 
 UP_S, DOWN_S = 5.0, 30.0
 """Seconds for which requests must have queued up, or replicas have been idle, before their number changes."""

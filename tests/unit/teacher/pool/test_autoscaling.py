@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from taid_ray.cli import app as cli
-from taid_ray.config.schema import Range
+from taid_ray.config.fields import Range
 from taid_ray.run.layout import CONFIG_FILE, LIVE_FILE, SUMMARY_FILE
 from taid_ray.teacher.pool import autoscaling
 from taid_ray.teacher.pool.autoscaling import DOWN_S, UP_S, Autoscaler, LoadMeter
