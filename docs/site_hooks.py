@@ -10,7 +10,8 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 TOP_PAGES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
-PLACE = "<!-- keys -->"
+PLACE = re.compile("<!-- keys -->.*<!-- /keys -->", re.DOTALL)
+"""What `docs/configuration.md` says in the repository, where the reference stands on the site."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -26,4 +27,4 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     for name, source in TOP_PAGES.items():
         markdown = markdown.replace(f"](../{source}", f"]({name}")
     markdown = re.sub(r"\[[^\]]+\]\((?:\.\./)+([^)#\s]+)[^)]*\)", r"`\1`", markdown)
-    return markdown.replace(PLACE, key_reference()) if PLACE in markdown else markdown
+    return PLACE.sub(lambda _: key_reference(), markdown)
