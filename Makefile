@@ -82,7 +82,7 @@ lint: install
 	$(BIN)/deptry . --ignore DEP004
 
 docs: $(DOCS_STAMP)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "The site is in site/; to read it: $(BIN)/mkdocs serve"
 
 $(DOCS_STAMP): $(STAMP)
