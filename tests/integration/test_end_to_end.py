@@ -101,7 +101,8 @@ def check_plan_from(result: RunResult) -> None:
     found = run_figures(history, inputs)
     assert (found.inputs.workers, found.steps) == (2, 13)  # not the first 3, the last 2, fastest and slowest
     assert all(found.rates[name] > 0 for name in ("teacher_s", "loss_s", "data_s"))
-    assert 0.3 < found.replayed_s(assumed_rates(inputs, 0.4)) / found.step_s < 2
+    replayed_s = found.replayed_s(assumed_rates(inputs, 0.4))
+    assert 0.1 < replayed_s / found.step_s < 2  # what a busy machine's steps wait for is not in it
 
 
 def nothing_left_behind(name: str) -> None:
