@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,18 @@ def replace_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        _sync_directory(path.parent)
     except OSError as error:
         raise RunError(
             f"{path} cannot be written ({error}); make room there, and give the same command again"
         ) from error
+
+
+def _sync_directory(directory: Path) -> None:
+    """Makes a rename in it survive a crash of the machine, where the file system knows how to."""
+    number = os.open(directory, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            os.fsync(number)
+    finally:
+        os.close(number)

@@ -72,7 +72,7 @@ def options(
 def train(
     config: Annotated[Path, typer.Argument(help="YAML configuration.")], overrides: Overrides = None, out: Out = None
 ) -> None:
-    """Distil as a configuration says. The run directory then holds the model, metrics and plots.
+    """Distil as a configuration says. The run directory then holds the model, its metrics and report.html.
 
     The same command goes on with a run that was stopped or has failed, from its last checkpoint."""
     run(load_config(config, overrides or [], {} if out is None else {"out": out}))

@@ -7,7 +7,7 @@ from taid_ray.driver.progress import ProgressView
 
 
 class Unbroken:
-    """Repeated work: each kind of failure is said once, and the work is tried again."""
+    """Repeated work: each kind of failure is reported once, and the work is tried again."""
 
     def __init__(self, what: str, view: ProgressView, expected: type[Exception] | tuple[type[Exception], ...] = ()):
         """expected: failures that pass by themselves, and that nobody needs to hear of."""
@@ -15,7 +15,7 @@ class Unbroken:
         self._said: set[str] = set()
 
     def attempt(self, work: Callable[[], None]) -> bool:
-        """Does the work. Returns whether it succeeded."""
+        """Tries the work. Returns whether it succeeded."""
         try:
             work()
         except self._expected:

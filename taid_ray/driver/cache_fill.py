@@ -68,14 +68,14 @@ def fill_cache(config: DistillConfig) -> FillResult:
     config = fill_config(with_absolute_paths(config))
     with restoring_hub_mode(), ProgressView() as view:
         view.say("checking models and data")
-        plan = prepare(config)
+        spec = prepare(config)
         tokenizer = run_tokenizer(config)
         view.wait_for("reading all data")
-        rows = check_fits(config, plan, tokenizer)
-        with running_teacher(config, plan, view) as inner:
+        rows = check_fits(config, spec, tokenizer)
+        with running_teacher(config, spec, view) as inner:
             teacher = CachedTeacher(inner, CacheStore(config.cache, view.say), NoClaims(), torch.device("cpu"))
             try:
-                request_rows(config, teacher, all_rows(config, plan, tokenizer), rows, view)
+                request_rows(config, teacher, all_rows(config, spec, tokenizer), rows, view)
                 held_out = collate(validation_rows(config.data, tokenizer)[: config.train.micro_batch_size])
                 save_record(config, inner, inner.payload_error(held_out))
                 return FillResult(
@@ -96,26 +96,26 @@ def fill_config(config: DistillConfig) -> DistillConfig:
     return config.model_copy(update={"teacher": config.teacher.model_copy(update={"mode": mode})})
 
 
-def all_rows(config: DistillConfig, plan: RunSpec, tokenizer: Any) -> Iterator[Row]:
+def all_rows(config: DistillConfig, spec: RunSpec, tokenizer: Any) -> Iterator[Row]:
     """Yields rows that hold every sample a run may ask for. Raises a TaidRayError for a row with ids that are not shared."""
     held_out = validation_rows(config.data, tokenizer)
     data = TrainingData(config.data, tokenizer, config.train.seed, batch_size=1)
     training: Iterator[tuple[list[Row], Cursor]]
     if config.data.streaming:
-        training = islice(data.batches(), plan.total_steps * config.train.batch_size)
+        training = islice(data.batches(), spec.total_steps * config.train.batch_size)
     else:
         training = takewhile(lambda batch: batch[1].epoch == 0, data.batches())
     tokens = tokenizer.get_vocab()
     for rows in (held_out, *(batch for batch, _ in training)):
-        check_ids(rows, plan.vocabulary.num_shared, tokens)
+        check_ids(rows, spec.vocabulary.num_shared, tokens)
         yield from rows
 
 
-def check_fits(config: DistillConfig, plan: RunSpec, tokenizer: Any) -> int:
+def check_fits(config: DistillConfig, spec: RunSpec, tokenizer: Any) -> int:
     """Counts the rows. Raises ConfigError if the cache is too small for the outputs of all of them."""
-    per_token = payload_bytes_per_token(config, model_configs(config)[0], plan.vocabulary)
+    per_token = payload_bytes_per_token(config, model_configs(config)[0], spec.vocabulary)
     rows = tokens = samples = 0
-    for row in all_rows(config, plan, tokenizer):
+    for row in all_rows(config, spec, tokenizer):
         rows, tokens, samples = rows + 1, tokens + row.num_loss_tokens, samples + row.position_ids.count(0)
     needed = (tokens * per_token + samples * (BLOCK + HEADER_BYTES)) / FULL / 2**30
     if needed > config.cache.disk_gib:
@@ -129,9 +129,9 @@ def check_fits(config: DistillConfig, plan: RunSpec, tokenizer: Any) -> int:
 
 
 @contextmanager
-def running_teacher(config: DistillConfig, plan: RunSpec, view: ProgressView) -> Iterator[TeacherClient]:
+def running_teacher(config: DistillConfig, spec: RunSpec, view: ProgressView) -> Iterator[TeacherClient]:
     """Loads the teacher into this process, or starts a pool of its own for it that is removed at the end."""
-    num_shared = plan.vocabulary.num_shared
+    num_shared = spec.vocabulary.num_shared
     if config.teacher.mode == "local":
         view.say("loading the teacher")
         yield LocalTeacher(config.teacher, num_shared, torch_device(resolve(config.device, torch.cuda.is_available())))

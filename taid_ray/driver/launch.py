@@ -194,11 +194,15 @@ class TrainLauncher:
 
 def leave_report(config: DistillConfig, summary: dict[str, Any], notify: Callable[[str], None]) -> None:
     """Writes the model card and the report of a finished run. What fails is told, and the run stays finished."""
-    from taid_ray.report.run_page import write_run_report  # matplotlib takes a second to import
+
+    def write_page() -> None:
+        from taid_ray.report.run_page import write_run_report  # matplotlib takes a second to import
+
+        write_run_report(config.run_dir)
 
     for name, write in (
         (CARD_FILE, lambda: write_model_card(config.run_dir, config, summary)),
-        (REPORT_FILE, lambda: write_run_report(config.run_dir)),
+        (REPORT_FILE, write_page),
     ):
         try:
             write()

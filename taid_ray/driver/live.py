@@ -26,8 +26,7 @@ def liveness_file(run_dir: Path) -> Iterator[None]:
     An end that is not the run's own, by a signal or an error, is left in ended.json.
     """
     (run_dir / ENDED_FILE).unlink(missing_ok=True)
-    submission = job_metadata().get(SUBMISSION_ID)
-    here = Live(socket.gethostname(), os.getpid(), time.time(), submission, os.environ.get(AUTH_MODE))
+    here = _this_driver()
     write_json(run_dir / LIVE_FILE, asdict(here))
     over = threading.Event()
 
@@ -40,7 +39,7 @@ def liveness_file(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        with suppress(RunError):  # the error itself matters more
+        with suppress(RunError, OSError):  # the error itself matters more
             write_json(run_dir / ENDED_FILE, _end(read_live(run_dir) or here, error))
         raise
     finally:
@@ -51,10 +50,8 @@ def liveness_file(run_dir: Path) -> Iterator[None]:
 def announce_cluster(run_dir: Path, pool: str | None, total_steps: int | None = None) -> None:
     """Adds to live.json what is known once the driver is connected to Ray. pool, total_steps: see Live."""
     dashboard = dashboard_address()
-    live = read_live(run_dir)
-    assert live is not None  # `liveness_file` has written it
     live = replace(
-        live,
+        read_live(run_dir) or _this_driver(),
         auth_mode=os.environ.get(AUTH_MODE),
         address=ray.get_runtime_context().gcs_address,
         pool=pool,
@@ -62,6 +59,12 @@ def announce_cluster(run_dir: Path, pool: str | None, total_steps: int | None = 
         total_steps=total_steps,
     )
     write_json(run_dir / LIVE_FILE, asdict(live))
+
+
+def _this_driver() -> Live:
+    """Facts about this driver before it has joined a cluster."""
+    submission = job_metadata().get(SUBMISSION_ID)
+    return Live(socket.gethostname(), os.getpid(), time.time(), submission, os.environ.get(AUTH_MODE))
 
 
 def _end(live: Live, error: BaseException) -> dict[str, Any]:

@@ -23,12 +23,13 @@ class StopRequest:
     """How often somebody wished it."""
 
     def request(self, cause: int) -> None:
-        """Wishes it, or wishes it once more. cause: SIGINT or SIGTERM."""
+        """Records a request; the second one means at once. cause: SIGINT or SIGTERM."""
         self.cause = self.cause or cause
         self.times += 1
 
     @property
     def requested(self) -> bool:
+        """True if somebody wants the run to stop."""
         return self.times > 0
 
     @property

@@ -98,21 +98,32 @@ def metrics_log(path: Path, last_step: int) -> LineLog:
     The kept lines, one per step from 1 on, go into a new file: a rank 0 that everybody thinks dead, and that writes once
     more, then writes to the old one. Only the last of them is parsed. Raises RunError if that is not the line of `last_step`.
     """
-    temporary, last = path.with_suffix(".tmp"), b""
-    with temporary.open("wb") as new:
-        if last_step and path.exists():
+    try:
+        last = _copy_first_lines(path, last_step)
+    except OSError as error:
+        raise RunError(
+            f"out: {path} cannot be written ({error}); make room there, and give the same command again"
+        ) from error
+    if last_step and not _is_step(last, last_step):
+        raise RunError(
+            f"{path} lacks a line of step {last_step} or before, and the newest checkpoint is of step {last_step}: the file was "
+            "changed; restore it, or start again in another directory with --out"
+        )
+    path.with_suffix(".tmp").replace(path)
+    return LineLog(path)
+
+
+def _copy_first_lines(path: Path, count: int) -> bytes:
+    """Copies the first lines of `path` into a file beside it with the suffix .tmp. Returns the last of them."""
+    last = b""
+    with path.with_suffix(".tmp").open("wb") as new:
+        if count and path.exists():
             with path.open("rb") as old:
-                for last in islice(old, last_step):
+                for last in islice(old, count):
                     new.write(last)
-        if last_step and not _is_step(last, last_step):
-            raise RunError(
-                f"{path} lacks a line of step {last_step} or before, and the newest checkpoint is of step {last_step}: the file "
-                "was changed; restore it, or start again in another directory with --out"
-            )
         new.flush()
         os.fsync(new.fileno())
-    temporary.replace(path)
-    return LineLog(path)
+    return last
 
 
 def _is_step(line: bytes, step: int) -> bool:

@@ -17,6 +17,7 @@ class Board:
         """The reason why the pool could not be started."""
 
     def note(self, message: str) -> None:
+        """Adds a worker's note."""
         self._notes.append(message)
 
     def notes_after(self, seen: int) -> list[str]:
@@ -29,4 +30,5 @@ class Board:
         return self._notes[max(0, seen - self._first) :]
 
     def set_pool(self, error: Exception | None) -> None:
+        """Records that the teacher pool is up (None), or why it is not."""
         self.pool_known, self.pool_error = True, error

@@ -76,9 +76,7 @@ def run_trial(params: dict[str, Any], job: SearchJob) -> None:
 def distil_trial(tree: dict[str, Any], params: dict[str, Any], job: SearchJob) -> None:
     """Runs a trial to its end, or until the search is asked to stop."""
     config = trial_config(tree, params, job.total_steps)
-    if inspect_run_dir(config) == "finished":
-        report_all(config.run_dir)
-        return
+    finished_before = inspect_run_dir(config) == "finished"
 
     def shared(own: DistillConfig, spec: RunSpec) -> str | None:
         return job.pool if job.pool and pool_spec(own, spec) == job.pool_spec else None
@@ -93,6 +91,9 @@ def distil_trial(tree: dict[str, Any], params: dict[str, Any], job: SearchJob) -
             result = run_distillation(config, RunContext(console, shared, stop, report))
         except (KeyboardInterrupt, SystemExit):
             return  # the search was asked to stop, and the run has a checkpoint
+    if finished_before:
+        report_all(config.run_dir)
+        return
     # Not before the summary is there: a scheduler ends a trial that has reported its last step.
     report(result.summary["validations"][-1])
 
@@ -115,7 +116,7 @@ def report_all(run_dir: Path) -> None:
 
 @contextmanager
 def stop_file_watch(directory: Path) -> Iterator[StopRequest]:
-    """The wish to stop with a checkpoint, which the search's driver leaves as a file."""
+    """Watches for the request to stop with a checkpoint, which the search's driver leaves as a file."""
     stop, over = StopRequest(), threading.Event()
 
     def watch() -> None:
@@ -124,7 +125,7 @@ def stop_file_watch(directory: Path) -> Iterator[StopRequest]:
                 stop.request(signal.SIGTERM)
                 return
 
-    threading.Thread(target=watch, name="taid-asked", daemon=True).start()
+    threading.Thread(target=watch, name="taid-stop-file", daemon=True).start()
     try:
         yield stop
     finally:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from taid_ray.checkpoint.store import CheckpointStore
 from taid_ray.config.schema import DistillConfig
 from taid_ray.distributed.device import torch_device
 from taid_ray.distributed.world import World
@@ -26,11 +27,13 @@ class WorkerContext:
     world: World
     device: torch.device
     scheduler: SchedulerClient
+    store: CheckpointStore
     preemption: PreemptionWatch | None
     """Kept by one worker per node."""
 
     @property
     def config(self) -> DistillConfig:
+        """The configuration of the run."""
         return self.worker.config
 
     def note(self, message: str) -> None:
@@ -40,7 +43,7 @@ class WorkerContext:
 
 
 def connect(worker: WorkerSpec, closing: ExitStack) -> WorkerContext:
-    """Finds this process's place, and begins the attempt: no worker of an earlier one gets any further after that."""
+    """Finds this process's place, and begins the attempt: no worker of an earlier one gets any further after that. Collective."""
     config, world, local_rank = worker.config, World.current(), int(os.environ["LOCAL_RANK"])
     scheduler = SchedulerClient(worker.scheduler, world.rank, config.peer_timeout_s)
     closing.callback(scheduler.close)
@@ -54,7 +57,8 @@ def connect(worker: WorkerSpec, closing: ExitStack) -> WorkerContext:
     if world.is_main:
         scheduler.begin(worker.attempt, world.size)
     world.barrier()  # nobody reads a checkpoint while an earlier attempt may still write one
-    return WorkerContext(worker, world, torch_device(worker.device, local_rank), scheduler, preemption)
+    device = torch_device(worker.device, local_rank)
+    return WorkerContext(worker, world, device, scheduler, CheckpointStore(worker.checkpoints), preemption)
 
 
 def check_run_dir_writable(run_dir: Path, rank: int) -> None:

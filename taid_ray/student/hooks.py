@@ -6,6 +6,7 @@ from taid_ray.scheduler.aggregate import GO_ON, STOP, StepResult
 from taid_ray.student.checkpoints import StudentCheckpoints
 from taid_ray.student.preemption import PreemptionWatch
 from taid_ray.student.telemetry import Telemetry
+from taid_ray.student.totals import RunTotals
 from taid_ray.student.validator import Validator
 
 
@@ -17,12 +18,13 @@ class StepHooks:
         validator: Validator,
         telemetry: Telemetry,
         checkpoints: StudentCheckpoints,
+        totals: RunTotals,
         preemption: PreemptionWatch | None,
         total_steps: int,
     ):
-        """preemption: that of this worker's node, on the one worker that keeps it."""
+        """totals: count every step. preemption: that of this worker's node, on the one worker that keeps it."""
         self._validator, self._telemetry, self._checkpoints = validator, telemetry, checkpoints
-        self._preemption, self._total_steps = preemption, total_steps
+        self._totals, self._preemption, self._total_steps = totals, preemption, total_steps
 
     def request(self, step: int) -> int:
         """This rank's request for after the step that is under way."""
@@ -32,7 +34,7 @@ class StepHooks:
 
     def after_step(self, metrics: StepMetrics, result: StepResult, cursor: Cursor) -> None:
         """Reports the step, validates if it is time, and obeys the request in `result`. Collective."""
-        self._validator.totals.add(metrics)
+        self._totals.add(metrics)
         self._telemetry.step(metrics, self._checkpoints.writer.newest)
         if self._is_validated(metrics.step):
             self._validator.validate(metrics.step)

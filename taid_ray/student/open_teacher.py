@@ -23,7 +23,7 @@ POOL_MARGIN_S = 300.0
 
 
 def open_teacher(context: WorkerContext, student: Student, closing: ExitStack) -> TeacherClient:
-    """The connection to the teacher, once it is up. Gives the student the teacher's head if its loss needs it."""
+    """Connects to the teacher, once it is up, and gives the student its head if the loss needs that. Collective."""
     context.note("student is ready; waiting for the teacher")
     teacher = connect_teacher(context)
     closing.callback(teacher.close)

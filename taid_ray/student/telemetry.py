@@ -15,10 +15,10 @@ USAGE_STEPS = 100
 
 
 class Telemetry:
-    """Reporting of every rank but 0, which is silence; rank 0 has MainTelemetry."""
+    """Reporting of a rank. This one stays silent, for every rank but 0; rank 0 has MainTelemetry."""
 
-    def note(self, message: str) -> None:
-        """Shows a line on the driver's terminal."""
+    def validating(self, step: int, rows: int) -> None:
+        """Reports that a validation on so many rows begins after `step`."""
 
     def step(self, metrics: StepMetrics, checkpoint: int) -> None:
         """Reports a step. checkpoint: step of the newest checkpoint."""
@@ -56,8 +56,8 @@ class MainTelemetry(Telemetry):
         self._gauges = StudentGauges(run, self._total_steps, worker.attempt - 1)
         self._notify, self._num_replicas, self._usage = notify, num_replicas, Usage()
 
-    def note(self, message: str) -> None:
-        self._notify(message)
+    def validating(self, step: int, rows: int) -> None:
+        self._notify(f"validating on {rows} rows after step {step}")
 
     def step(self, metrics: StepMetrics, checkpoint: int) -> None:
         self._metrics.write(asdict(metrics))
@@ -67,10 +67,11 @@ class MainTelemetry(Telemetry):
     def validation(self, step: int, evaluation: Evaluation) -> None:
         self._validations.write(validation_line(step, evaluation))
         self._gauges.validation(evaluation.cross_entropy, evaluation.kl)
-        self.note(f"validation: cross-entropy {evaluation.cross_entropy:.4f}, KL to the teacher {evaluation.kl:.4f}")
+        self._notify(f"validation: cross-entropy {evaluation.cross_entropy:.4f}, KL to the teacher {evaluation.kl:.4f}")
 
     def sync(self) -> None:
         self._metrics.sync()
+        self._validations.sync()
 
     def close(self) -> None:
         self._metrics.close()
@@ -84,5 +85,5 @@ class MainTelemetry(Telemetry):
         usage.add(metrics.step_s, metrics.teacher_wait_s, metrics.teacher_compute_s, metrics.payload_bytes)
         if usage.steps == USAGE_STEPS or metrics.step == self._total_steps:
             steps = f"steps {metrics.step - usage.steps + 1} to {metrics.step}"
-            self.note(f"{steps}: {verdict(usage, self._num_replicas())}")
+            self._notify(f"{steps}: {verdict(usage, self._num_replicas())}")
             self._usage = Usage()

@@ -10,8 +10,7 @@ class Validator:
     """Scores the student on the held-out rows."""
 
     def __init__(self, student: Student, batches: ValidationBatches, totals: RunTotals, telemetry: Telemetry):
-        self.totals = totals
-        self._student, self._batches, self._telemetry = student, batches, telemetry
+        self._student, self._batches, self._totals, self._telemetry = student, batches, totals, telemetry
 
     def is_due(self, step: int) -> bool:
         """Tests whether `train.eval_every` asks for a validation after `step`."""
@@ -20,7 +19,7 @@ class Validator:
 
     def validate(self, step: int) -> None:
         """Evaluates after `step` and keeps the result in the totals and in RUN/validation.jsonl. Collective."""
-        self._telemetry.note(f"validating on {self._batches.num_rows} rows after step {step}")
+        self._telemetry.validating(step, self._batches.num_rows)
         evaluation = evaluate(self._student, self._batches)
-        self.totals.validations[step] = evaluation
+        self._totals.validations[step] = evaluation
         self._telemetry.validation(step, evaluation)

@@ -6,7 +6,6 @@ from typing import Any
 
 from taid_ray.checkpoint.restore import Checkpoint, restore
 from taid_ray.checkpoint.save import CheckpointWriter
-from taid_ray.checkpoint.store import CheckpointStore
 from taid_ray.config.schema import DistillConfig
 from taid_ray.data.batch import Row
 from taid_ray.data.batching import num_micro_batches
@@ -58,7 +57,7 @@ def run_worker(worker: WorkerSpec) -> Outcome | None:
 def build(context: WorkerContext) -> tuple[Student, Checkpoint | None]:
     """The student in its DeepSpeed engine, and the checkpoint it continues from. Collective."""
     config, spec = context.config, context.worker.spec
-    checkpoint = restore(CheckpointStore(context.worker.checkpoints), context.world, context.scheduler.note)
+    checkpoint = restore(context.store, context.world, context.scheduler.note)
     context.note("student: building the model")
     model = build_student(config, spec.vocabulary).eval()
     tested_head(model, "student.model", config.data.pack)
@@ -100,8 +99,8 @@ class TrainingRun:
             self._totals = RunTotals(measured_payload_error(context, teacher, rows) if world.is_main else 0.0)
         self._telemetry = open_telemetry(context, teacher, self._start.step, self._totals)
         closing.callback(self._telemetry.close)
-        store = CheckpointStore(worker.checkpoints)
-        self._writer = CheckpointWriter(store, config, world, worker.attempt, checkpoint, context.scheduler.note)
+        notify = context.scheduler.note
+        self._writer = CheckpointWriter(context.store, config, world, worker.attempt, checkpoint, notify)
         batches = ValidationBatches(rows, world, config.train.micro_batch_size, teacher, *request_window(config))
         self._validator = Validator(student, batches, self._totals, self._telemetry)
         if not checkpoint:
@@ -116,7 +115,9 @@ class TrainingRun:
         steps = step_batches(read_ahead(batches, READ_AHEAD_STEPS), world, accumulation)
         stream = Prefetcher(steps, self._teacher, *request_window(config), student.clock)
         checkpoints = StudentCheckpoints(self._writer, student, self._teacher, self._totals)
-        hooks = StepHooks(self._validator, self._telemetry, checkpoints, context.preemption, spec.total_steps)
+        hooks = StepHooks(
+            self._validator, self._telemetry, checkpoints, self._totals, context.preemption, spec.total_steps
+        )
         context.note("training")
         with naming_suspect_documents(stream, context, self._writer):
             return train_loop(student, context.scheduler, stream, hooks, self._start, spec.total_steps)
@@ -143,6 +144,7 @@ class TrainingRun:
         )
         if not world.is_main:
             return None
+        self._telemetry.sync()
         write_results(context.config, summary, self._tokenizer)
         return Finished(summary)
 

@@ -21,7 +21,7 @@ from taid_ray.run.directory import RunManifest
 from taid_ray.run.layout import CONFIG_FILE, METRICS_FILE, SEARCH_FILE, SUMMARY_FILE
 from taid_ray.run.live import search_of
 from taid_ray.run.log import DRIVER, Speaker
-from taid_ray.tracking.sinks import TENSORBOARD, MLflow, Outcome, TensorBoard, Tracker, WeightsAndBiases, point
+from taid_ray.tracking.sinks import TENSORBOARD, MLflow, Outcome, TensorBoard, Tracker, WeightsAndBiases
 from taid_ray.tracking.tail import MetricsTail
 
 POLL_S = 2.0
@@ -79,7 +79,6 @@ class Follower:
                 self._failed(error)
             else:
                 self._arrived()
-        self._tail.close()
 
     def _send_new(self) -> None:
         restarted = self._tail.restarted()
@@ -91,7 +90,7 @@ class Follower:
         assert self._tracker is not None
         more = True
         while more:
-            points = [point(line, section) for section, line in self._tail.peek()]
+            points = self._tail.peek()
             if points:
                 self._tracker.send(points)
             more = self._tail.commit()

@@ -68,13 +68,53 @@ def monitor(actor: Any, progress: RunProgress, stop: StopRequest, view: Any = No
 def test_steps_are_shown_as_the_file_grows_and_those_of_earlier_drivers_are_not(tmp_path: Path) -> None:
     view: Any = View()
     write_steps(tmp_path, 1, 5)
-    with progress_relay(Actor(NOTHING), tmp_path, TOTAL_STEPS, view):  # type: ignore[arg-type]
+    actor: Any = Actor(NOTHING)
+    with progress_relay(actor, tmp_path, TOTAL_STEPS, view):
+        shown = [6, 7]
+        for step in shown:
+            write_steps(tmp_path, step, step)
+            view.until(lambda step=step: view.steps[-1:] == [step])
+        assert view.steps == shown
+
+
+def test_steps_that_are_made_again_are_shown_again(tmp_path: Path) -> None:
+    """Workers that died go on from a checkpoint; the terminal must not stand still until they have caught up."""
+    view: Any = View()
+    actor: Any = Actor(NOTHING)
+    with progress_relay(actor, tmp_path, TOTAL_STEPS, view):
+        write_steps(tmp_path, 1, 9)
+        view.until(lambda: view.steps[-1:] == [9])
         (tmp_path / "new").mkdir()
-        write_steps(tmp_path / "new", 1, 6)  # the workers begin again, from a checkpoint of step 3, say
+        write_steps(tmp_path / "new", 1, 5)
         (tmp_path / "new" / "metrics.jsonl").replace(tmp_path / "metrics.jsonl")
-        view.until(lambda: view.steps == [6])
-        write_steps(tmp_path, 7, 7)
-        view.until(lambda: view.steps == [6, 7])
+        view.until(lambda: view.steps[-1:] == [5])
+        write_steps(tmp_path, 6, 6)
+        view.until(lambda: view.steps[-1:] == [6])
+
+
+def test_a_blocked_follower_of_validations_does_not_keep_the_driver_from_hearing(tmp_path: Path) -> None:
+    """Or a signal would find it believing that there is no step yet, and end the run without a checkpoint."""
+    entered, release = threading.Event(), threading.Event()
+
+    def blocks(figures: dict[str, Any]) -> None:
+        entered.set()
+        release.wait(WITHIN_S)
+
+    view: Any = View()
+    write_validations(tmp_path, 0)
+    actor: Any = Actor(NOTHING, NOTHING, News([], 57, 2))
+    with progress_relay(actor, tmp_path, TOTAL_STEPS, view, blocks) as progress:
+        assert entered.wait(WITHIN_S)
+        wait_until(lambda: progress.step == 57, "the step")
+        assert progress.may_have_steps(2)
+        release.set()
+
+
+def test_an_actor_that_does_not_answer_makes_the_driver_blind(monkeypatch: pytest.MonkeyPatch) -> None:
+    progress = RunProgress()
+    assert not progress.may_have_steps(2)
+    monkeypatch.setattr(module, "BLIND_S", -1.0)
+    assert progress.blind and progress.may_have_steps(2)
 
 
 def test_each_validation_is_told_once_but_for_the_last_one(tmp_path: Path) -> None:
@@ -124,8 +164,7 @@ def test_a_moment_of_blindness_does_not_keep_a_run_that_has_made_no_step(tmp_pat
     view: Any = View()
     actor: Any = Actor(ValueError("once"), NOTHING)
     with progress_relay(actor, tmp_path, TOTAL_STEPS, view) as progress:
-        wait_until(lambda: actor.asked > 2, "the driver to hear again")
-        wait_until(lambda: not progress.blind, "the driver to know it")
+        wait_until(lambda: actor.asked > 2 and not progress.blind, "the driver to hear again")
         with pytest.raises(SystemExit):
             monitor(actor, progress, StopRequest(15, 1)).poll()
 
