@@ -22,6 +22,8 @@ class Seen:
     """True if a run has made a step, and a search has joined its cluster, since that driver began."""
     ended: dict[str, Any] | None
     """Content of ended.json: an end by a signal or an error."""
+    locked: bool
+    """True if a process of this host holds the directory's lock."""
     complete: bool
     """True if a run has its summary.json, and all trials of a search have ended."""
     search: bool = False
@@ -39,6 +41,8 @@ def state_of(seen: Seen) -> tuple[State, str | None]:
     live.json, not yet begun             starting
     live.json                            training, searching
     ended.json                           stopped, failed: as it says
+    the lock, a complete search          finishing
+    the lock                             starting
     a search: all trials ended, or not   finished, stopped
     otherwise                            dead
     """
@@ -55,6 +59,8 @@ def state_of(seen: Seen) -> tuple[State, str | None]:
         return (working if seen.begun else "starting"), None
     if seen.ended:
         return ("stopped" if seen.ended["how"] == "stopped" else "failed"), seen.ended["error"]
+    if seen.locked:
+        return ("finishing" if seen.complete else "starting"), None
     if seen.search:
         return ("finished" if seen.complete else "stopped"), None
     return "dead", "its driver ended without saying why"

@@ -16,7 +16,7 @@ from taid_ray.control.state import Seen, State, state_of
 from taid_ray.errors import ConfigError
 from taid_ray.files import read_json, read_lines
 from taid_ray.report.search_results import Search, read_search
-from taid_ray.run.directory import read_manifest
+from taid_ray.run.directory import is_locked, read_manifest
 from taid_ray.run.layout import (
     CONFIG_FILE,
     ENDED_FILE,
@@ -128,6 +128,7 @@ def _search_status(path: Path, search: Search) -> Status:
             begun=live is not None and live.address is not None,
             death=death(path, live) if live else None,
             ended=ended,
+            locked=is_locked(path),
         )
     )
     best = search.best()
@@ -156,6 +157,7 @@ def _run_status(path: Path, config: DistillConfig, run: dict[str, Any]) -> Statu
             begun=live is not None and written > live.began,
             death=death(path, live) if live else None,
             ended=ended,
+            locked=is_locked(path),
         )
     )
     storage = config.checkpoint.storage

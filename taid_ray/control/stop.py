@@ -10,18 +10,20 @@ from pathlib import Path
 from taid_ray.control.state import POLL_S, WORKING
 from taid_ray.control.status import read_status
 from taid_ray.errors import ClusterError, ConfigError
-from taid_ray.run.directory import has_open
-from taid_ray.run.layout import LOCK_FILE
-from taid_ray.run.live import Live, read_live, search_of
+from taid_ray.run.directory import has_open, is_locked
+from taid_ray.run.layout import LIVE_FILE, LOCK_FILE
+from taid_ray.run.live import Live, death, read_live, search_of
 
+JOIN_S = 120.0
+"""Limit for a driver that is starting to join its cluster."""
 NOTIFY_S = 5.0
 
 
 def stop(directory: Path, address: str | None, notify: Callable[[str], None]) -> None:
-    """Asks the driver to save and end, and returns when it has ended. notify: told of the progress.
+    """Asks the driver to save and end, and returns when its job has ended, or its process has let go of the directory.
 
-    address: of the Jobs API, if not what the driver knows. Raises ConfigError if the driver is out of reach, ClusterError
-    if it died instead of saving.
+    address: of the Jobs API, if not what the driver knows. notify: told of the progress. Raises ConfigError if the driver is
+    out of reach, ClusterError if it died instead of saving.
     """
     if search := search_of(directory):
         raise ConfigError(
@@ -31,14 +33,37 @@ def stop(directory: Path, address: str | None, notify: Callable[[str], None]) ->
     if status.state not in WORKING:
         notify(f"nothing to stop: {status.headline}")
         return
-    live = status.driver
-    assert live is not None  # these are the states of a driver that works
-    ended = _ask_job(live, address, notify) if live.submission else _ask_process(directory, live, notify)
-    _wait_for_end(directory, live, ended, notify)
+    live = _joined(directory, notify)
+    if live is not None:
+        ended = _ask_job(live, address, notify) if live.submission else _ask_process(directory, live, notify)
+        _wait_for_end(directory, live, ended, notify)
     if not directory.exists():
         notify("ended before the first step, so there is nothing to resume")
         return
     notify(read_status(directory).headline)
+
+
+def _joined(directory: Path, notify: Callable[[str], None]) -> Live | None:
+    """The driver once it has joined its cluster: from then on it saves before it ends. None if it ended before.
+
+    Raises ClusterError if it does not get that far within JOIN_S.
+    """
+    start, said = time.monotonic(), False
+    while True:
+        live = read_live(directory)
+        if (death(directory, live) is not None) if live else not is_locked(directory):
+            return None
+        if live is not None and live.address is not None:
+            return live
+        if time.monotonic() - start > JOIN_S:
+            where = f"process {live.pid} on {live.host}" if live else f"the process that holds {directory / LOCK_FILE}"
+            raise ClusterError(
+                f"{directory}: its driver has not joined a cluster within {JOIN_S:.0f} s; end {where} if it hangs"
+            )
+        if not said:
+            notify("it is being started; waiting until it can be asked")
+            said = True
+        time.sleep(POLL_S)
 
 
 def _ask_job(live: Live, address: str | None, notify: Callable[[str], None]) -> Callable[[], bool]:
@@ -85,14 +110,21 @@ def _ask_process(directory: Path, live: Live, notify: Callable[[str], None]) -> 
     except PermissionError:
         raise ClusterError(f"{directory}: its driver, process {live.pid}, belongs to another user; ask them") from None
     notify(f"asked process {live.pid} to stop; it saves a checkpoint after its step")
-    return lambda: not has_open(live.pid, lock)
+
+    def ended() -> bool:
+        try:
+            return not has_open(live.pid, lock)
+        except PermissionError:
+            return True  # a zombie, whose files are closed: only root may look at it, and we could a moment ago
+
+    return ended
 
 
 def _wait_for_end(directory: Path, live: Live, ended: Callable[[], bool], notify: Callable[[str], None]) -> None:
     start = said = time.monotonic()
     while not ended():
         now = time.monotonic()
-        if now - said >= NOTIFY_S and directory.exists():
+        if now - said >= NOTIFY_S and (directory / LIVE_FILE).exists():
             said = now
             status = read_status(directory)
             place = f", at step {status.step}" if status.trials is None else ""

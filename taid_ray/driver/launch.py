@@ -132,10 +132,10 @@ def run_on_cluster(
     shared = context.pool(config, spec) if context.pool else None
     own_pool = None if shared or config.teacher.mode != "pool" else POOL_PREFIX + run.id
     schedule, most = config.effective_schedule, config.student.workers.max
-    announce_cluster(config.run_dir, own_pool, spec.total_steps)
     with ExitStack() as parts:
-        # First, so that taking everything down is not interrupted halfway.
+        # First, so that taking everything down is not interrupted halfway; and nobody asks for a stop before it is told of.
         stop = context.stop or parts.enter_context(stop_signals())
+        announce_cluster(config.run_dir, own_pool, spec.total_steps)
         parts.enter_context(ending_orphaned_cleaners(run.jobs))
         scheduler = SchedulerOwner(f"taid-scheduler-{run.id}", schedule, spec.total_steps, most)
         parts.enter_context(scheduler)

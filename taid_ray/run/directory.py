@@ -22,7 +22,15 @@ from taid_ray.config.schema import DistillConfig, marks_of, stored_config
 from taid_ray.config.text import read_tree
 from taid_ray.errors import ConfigError, TaidRayError
 from taid_ray.files import damaged, read_json, replace_text, write_json
-from taid_ray.run.layout import CONFIG_FILE, LOCK_FILE, METRICS_FILE, RAY_TRAIN_PREFIX, RUN_FILE, SUMMARY_FILE
+from taid_ray.run.layout import (
+    CONFIG_FILE,
+    LIVE_FILE,
+    LOCK_FILE,
+    METRICS_FILE,
+    RAY_TRAIN_PREFIX,
+    RUN_FILE,
+    SUMMARY_FILE,
+)
 
 LOCK_S = 1.0
 """Time for which a lock is tried: `is_locked` has one for a moment, only a driver has it for longer."""
@@ -187,7 +195,8 @@ def run_directory(config: DistillConfig) -> Iterator[RunManifest]:
 def locked(run_dir: Path) -> Iterator[None]:
     """Keeps other drivers out of a directory. The lock ends with the process, however that ends.
 
-    Raises ConfigError if another driver has it.
+    What a driver that was killed left in live.json goes first: nobody may take it for this one's. Raises ConfigError if
+    another driver has the directory.
     """
     path = run_dir / LOCK_FILE
     deadline = time.monotonic() + LOCK_S
@@ -199,6 +208,7 @@ def locked(run_dir: Path) -> Iterator[None]:
             )
         time.sleep(LOCK_S / 10)
     with file:
+        (run_dir / LIVE_FILE).unlink(missing_ok=True)
         try:
             yield
         finally:

@@ -22,12 +22,12 @@ from taid_ray.run.layout import CONFIG_FILE, LIVE_FILE, SEARCH_FILE, SUMMARY_FIL
 AUTH_MODE, JOB_CONFIG, SUBMISSION_ID = "RAY_AUTH_MODE", "RAY_JOB_CONFIG_JSON_ENV_VAR", "job_submission_id"
 """Names that Ray gave: environment variables, the second one of the entry points of jobs, and a key of what that holds."""
 BEAT_S, SILENT_S = 5.0, 60.0
-"""Period in which a driver touches its live.json, and the age of that from which the driver counts as dead."""
+"""Period in which a driver touches its live.json, and the age of that from which a driver of another host counts as dead."""
 
 
 @dataclass(frozen=True)
 class Live:
-    """Content of DIR/live.json, which is there as long as a driver has the directory."""
+    """Content of DIR/live.json: written when a driver takes the directory, removed when it ends by itself."""
 
     host: str
     pid: int

@@ -26,7 +26,7 @@ from taid_ray.driver.pool import PoolKeeper
 from taid_ray.driver.preflight import preflight_notes, prepare
 from taid_ray.driver.progress import ProgressView
 from taid_ray.driver.signals import StopRequest, run_in_thread, stop_signals
-from taid_ray.errors import ClusterError
+from taid_ray.errors import ClusterError, RunError
 from taid_ray.models.hub import restoring_hub_mode
 from taid_ray.names import POOL_PREFIX
 from taid_ray.report.search_page import write_report
@@ -98,9 +98,14 @@ def run_search(
 
 
 def leave_report(search: Search, view: ProgressView) -> None:
-    """Writes the report of a search. A failure is told: the search has ended, and its trials are there."""
+    """Writes best.yaml and the report of a search. That a report could not be drawn is told only: the trials are there.
+
+    Raises RunError if best.yaml cannot be written, for `taid-ray train` would then take an older one.
+    """
     try:
         write_report(search)
+    except RunError:
+        raise
     except Exception as error:
         told = f"{type(error).__name__}: {error}"
         view.say(f"warning: {REPORT_FILE} could not be written ({told}); the same command tries again")
@@ -157,13 +162,13 @@ class SearchDriver:
             if not up.done():
                 up.set_exception(error) if error else up.set_result(None)
 
-        announce_cluster(config.run_dir, pool)
         together = replace(demand, max_workers=demand.max_workers * (self.max_concurrent or self.space.num_trials))
         with (
             stop_signals() as stop,
             ending_orphaned_cleaners(former_jobs(config.run_dir)),
             PoolKeeper(config, self.spec, together, pool, tell, self.view) if pool else nullcontext(),
         ):
+            announce_cluster(config.run_dir, pool)  # now that a request to stop is heard
             if pool:
                 wait_for_pool(up, stop)
             concurrent = self._concurrent(demand)

@@ -12,7 +12,9 @@ from tests.support.waiting import wait_until
 @pytest.mark.more
 @pytest.mark.timeout(600)
 def test_a_cleaner_that_nobody_told_to_watch_is_ended(ray_cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(orphans, "QUERY_S", 60)  # a orphans that takes longer gives up, as nothing depends on it
+    monkeypatch.setattr(
+        orphans, "QUERY_S", 60
+    )  # a search for orphans that takes longer gives up, as nothing depends on it
     monkeypatch.setattr(orphans, "END_S", 60.0)
     cleaner = ray.remote(num_cpus=0)(PlacementGroupCleaner).options(lifetime="detached")
     cleaner.remote(controller_actor_id="gone", check_interval_s=1.0, get_actor_timeout_s=1.0, stop_timeout=1.0)

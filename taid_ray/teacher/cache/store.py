@@ -185,6 +185,7 @@ class CacheStore:
         path.touch()
         with path.open("r+") as file:
             file.write(f"{used:020d}")
+            file.truncate()  # what is longer is damaged
 
     def _write(self, key: str, content: bytes) -> None:
         path, temporary = self._path(key), self._root / "new" / uuid.uuid4().hex

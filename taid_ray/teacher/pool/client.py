@@ -59,8 +59,8 @@ class PoolTeacher:
         """
         self._app_name, self._config, self._world = app_name, config, world
         self._lease = require_lease(app_name)
-        self._stop_renewing = keep_lease(app_name) if world.is_main else _nothing
         self._handle = serve.get_app_handle(app_name)
+        self._stop_renewing = keep_lease(app_name) if world.is_main else _nothing
         self.tokens = 0
         self._info: TeacherInfo | None = None
         self._waiter = ResponseWaiter(app_name, config, notify)

@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 
 from taid_ray.cli import app as cli
+from taid_ray.control import stop as stopping
 from taid_ray.control.state import Seen, state_of
 from taid_ray.control.status import RECENT_STEPS, read_status
 from taid_ray.control.stop import stop
 from taid_ray.driver import live as driver_side
-from taid_ray.errors import ConfigError, RunError
+from taid_ray.errors import ClusterError, ConfigError, RunError
 from taid_ray.files import TAIL
 from taid_ray.run.directory import locked
 from taid_ray.run.layout import (
@@ -56,7 +57,7 @@ def test_states_of_a_run(tmp_path: Path) -> None:
     assert state("h", steps=4, live=HERE) == ("dead", f"its driver, process {HERE.pid}, died")
 
 
-SEEN = Seen(live=True, death=None, begun=True, ended=None, complete=False)
+SEEN = Seen(live=True, death=None, begun=True, ended=None, locked=False, complete=False)
 FAILED = {"how": "failed", "error": "no room"}
 
 
@@ -73,6 +74,9 @@ FAILED = {"how": "failed", "error": "no room"}
         ({"live": False, "ended": {"how": "stopped", "error": None}}, "stopped", "stopped"),
         ({"live": False, "ended": FAILED, "complete": True}, "finished", "failed"),
         ({"live": False}, "dead", "stopped"),
+        ({"live": False, "locked": True}, "starting", "starting"),
+        ({"live": False, "locked": True, "complete": True}, "finished", "finishing"),
+        ({"live": False, "locked": True, "ended": FAILED}, "failed", "failed"),
         ({"live": False, "complete": True}, "finished", "finished"),
         ({"given_up": True, "death": "gone"}, "stopped", "stopped"),
     ],
@@ -80,6 +84,28 @@ FAILED = {"how": "failed", "error": "no room"}
 def test_the_table_of_states(changes: dict[str, Any], run: str, search: str) -> None:
     assert state_of(replace(SEEN, **changes))[0] == run
     assert state_of(replace(SEEN, search=True, **changes))[0] == search
+
+
+def test_a_driver_that_has_just_taken_the_directory(tmp_path: Path) -> None:
+    """The one before was killed; what it left must not be taken for this one's."""
+    run = run_dir(tmp_path, steps=4, live=HERE)
+    assert read_status(run).state == "dead"
+    with locked(run):
+        assert read_status(run).state == "starting" and read_status(run).driver is None
+    assert read_status(run).state == "dead"
+
+
+def test_a_driver_that_closes_down(tmp_path: Path) -> None:
+    """Trackers and Ray may take minutes, after live.json has gone."""
+    run = run_dir(tmp_path / "run", steps=4)
+    for how, error in (("stopped", None), ("failed", "no room")):
+        with locked(run):
+            (run / ENDED_FILE).write_text(json.dumps(ended(how, error)))
+            assert (read_status(run).state, read_status(run).why) == (how, error)
+    search = search_dir(tmp_path / "S", "finished", "stopped")
+    with locked(search):
+        assert read_status(search).state == "finishing"
+    assert read_status(search).state == "finished"
 
 
 def test_a_driver_elsewhere_is_believed_as_long_as_it_gives_signs(tmp_path: Path) -> None:
@@ -95,8 +121,9 @@ def test_a_driver_elsewhere_is_believed_as_long_as_it_gives_signs(tmp_path: Path
 
 
 def test_a_driver_that_holds_its_lock_is_not_dead(tmp_path: Path) -> None:
-    run = run_dir(tmp_path / "run", steps=4, live=HERE)
+    run = run_dir(tmp_path / "run", steps=4)
     with locked(run):
+        run_dir(run, steps=4, live=HERE)
         age(run / LIVE_FILE, SILENT_S + 10)  # its disk may hang
         assert read_status(run).state == "training"
     age(run / LIVE_FILE, 0)
@@ -249,12 +276,12 @@ with locked(pathlib.Path(sys.argv[1])):
 
 @pytest.fixture
 def driver(tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    """A driver that starts: it has the lock of the run directory RUN, and ends itself at SIGTERM."""
+    """A driver that has the lock of the run directory RUN, and ends itself at SIGTERM."""
     run = run_dir(tmp_path / "RUN", steps=4)
     command = [sys.executable, "-c", DRIVER, str(run)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-        (run / LIVE_FILE).write_text(json.dumps(asdict(replace(HERE, pid=process.pid, address=None, pool=None))))
+        (run / LIVE_FILE).write_text(json.dumps(asdict(replace(HERE, pid=process.pid))))
         try:
             yield process
         finally:
@@ -267,6 +294,59 @@ def test_stop_ends_a_driver_of_this_host(tmp_path: Path, driver: "subprocess.Pop
     stop(run, None, said.append)
     assert driver.wait(WITHIN_S) == 143
     assert said[0] == f"asked process {driver.pid} to stop; it saves a checkpoint after its step"
+    assert said[-1] == "stopped after step 4 of 50; the same command goes on with it"
+
+
+def test_stop_waits_for_a_driver_that_is_starting(
+    tmp_path: Path, driver: "subprocess.Popen[bytes]", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it has joined its cluster, a signal would end it where it stands."""
+    run, said = tmp_path / "RUN", list[str]()
+    monkeypatch.setattr(stopping, "POLL_S", 0.01)
+    joined = json.loads((run / LIVE_FILE).read_text())
+    (run / LIVE_FILE).write_text(json.dumps(joined | {"address": None}))
+    (run / ENDED_FILE).write_text(json.dumps(ended("stopped")))
+
+    def notify(message: str) -> None:
+        if not said:
+            assert driver.poll() is None
+            (run / LIVE_FILE).write_text(json.dumps(joined))
+        said.append(message)
+
+    stop(run, None, notify)
+    assert driver.wait(WITHIN_S) == 143
+    assert said[0] == "it is being started; waiting until it can be asked" and said[1].startswith("asked process")
+
+
+def test_stop_gives_up_a_driver_that_never_joins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "JOIN_S", 0.0)
+    monkeypatch.setattr(stopping, "POLL_S", 0.01)
+    run = run_dir(tmp_path, live=replace(ELSEWHERE, address=None))
+    with pytest.raises(
+        ClusterError, match=rf"has not joined a cluster within 0 s; end process {NOBODY} on another-host"
+    ):
+        stop(run, None, print)
+    (run / LIVE_FILE).unlink()
+    with locked(run), pytest.raises(ClusterError, match="has not joined a cluster"):
+        stop(run, None, print)
+
+
+def test_stop_of_a_zombie_returns(
+    tmp_path: Path, driver: "subprocess.Popen[bytes]", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has waited for the dead driver; only root may look at what it has open."""
+    run, said, looks = tmp_path / "RUN", list[str](), []
+    (run / ENDED_FILE).write_text(json.dumps(ended("stopped")))
+
+    def has_open(pid: int, file: Any) -> bool:
+        looks.append(pid)
+        if len(looks) > 1:
+            driver.wait(WITHIN_S)
+            raise PermissionError
+        return True
+
+    monkeypatch.setattr(stopping, "has_open", has_open)
+    stop(run, None, said.append)
     assert said[-1] == "stopped after step 4 of 50; the same command goes on with it"
 
 

@@ -178,7 +178,7 @@ def test_processes_keep_to_the_limit_and_seldom_count_the_files(tmp_path: Path) 
     assert most.value <= 16 * MIB
 
 
-@pytest.mark.parametrize("content", ["", "x", "\0\0\0", None])
+@pytest.mark.parametrize("content", ["", "x", "\0\0\0", "text that is longer than a counter", "9" * 30, None])
 def test_where_nobody_knows_how_much_is_used_the_files_are_counted(tmp_path: Path, content: str | None) -> None:
     store, used = open_store(tmp_path), tmp_path / "samples" / "used"
     store.put(KEYS[0], tensors(0))
