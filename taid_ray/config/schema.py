@@ -252,7 +252,7 @@ class DataConfig(Section):
     """Split of `valid` to read, if it is a dataset on the hub."""
     valid_documents: PositiveInt = 200
     """Largest number of documents that validation uses."""
-    format: Literal["text", "chat", "prompt_response"] = "text"
+    format: Annotated[Literal["text", "chat", "prompt_response"], SETS_RATES] = "text"
     """What a row of the data holds. `text`: a document. `chat`: a list of messages. `prompt_response`: a prompt and a
     response, in columns of their own."""
     text_column: str = "text"
@@ -266,14 +266,14 @@ class DataConfig(Section):
     chat_template: str | None = None
     """Jinja chat template, or the path of a file that holds one, for `format: chat` and `prompt_response`. By default the
     tokenizer's own."""
-    loss_on: Literal["response", "all"] = "response"
+    loss_on: Annotated[Literal["response", "all"], SETS_RATES] = "response"
     """Which tokens carry loss with `format: chat` and `prompt_response`: those of the responses only, or all, as the published
     TAID code does. With `format: text` all tokens carry loss."""
     sequence_length: Annotated[Int, Field(ge=2), SETS_RATES] = 2048
     """Largest number of tokens in a row."""
     pack: Annotated[bool, SETS_RATES] = True
     """Put several documents into one row. They do not attend to one another."""
-    overlong: Literal["error", "drop", "truncate"] = "error"
+    overlong: Annotated[Literal["error", "drop", "truncate"], SETS_RATES] = "error"
     """What happens to a document that is longer than `sequence_length`, with `format: chat` and `prompt_response`: the run stops
     with an error, the document is left out, or its end is cut off. With `format: text` it is cut into pieces."""
     streaming: bool = False

@@ -1,5 +1,6 @@
 """Reads from a run's directory what its steps took, for `taid-ray plan CONFIG --from RUN`."""
 
+import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,12 +12,14 @@ from taid_ray.config.fields import SETS_RATES
 from taid_ray.config.paths import flat, with_absolute_paths
 from taid_ray.config.schema import DistillConfig, build_config, marks_of
 from taid_ray.errors import ConfigError
-from taid_ray.plan.inputs import PlanInputs, check_device
+from taid_ray.plan.hardware import Hardware
+from taid_ray.plan.inputs import PlanInputs
 from taid_ray.plan.rates import Rates, collectives, simulated_times
 from taid_ray.report.history import History
 
 WARM_UP, FEWEST, LATEST = 3, 5, 100
-"""Steps that are left out at the begin of a run, those that are needed, and the most that count: the latest."""
+"""Steps that are left out at the begin of a run and when it was resumed, those that are needed, and the most that count, the
+latest."""
 OUTLIERS = 0.1
 """Share of these that are left out at either end, the fastest and the slowest."""
 LARGEST_NOISE = 0.2
@@ -35,6 +38,8 @@ class RunFigures:
     teacher_wait_s: float
     """The longest that any worker waited for the teacher in a step."""
     schedule_wait_s: float
+    mixed_starts: int
+    """Number of times that the workers were started, if `steps` may be of several of them with other settings; else 0."""
     rates: dict[str, float]
     """Those fields of Rates that the run knows, in its own layout; assumed collectives are subtracted."""
 
@@ -64,28 +69,25 @@ def run_figures(history: History, inputs: PlanInputs) -> RunFigures:
     """Takes the rates out of a run's metrics. inputs: of the plan.
 
     Raises ConfigError if the run has other models or settings that change its rates, ran on other hardware, changed its
-    number of workers, or has made too few steps.
+    number of workers, or has made too few steps since it was last resumed.
     """
     _check_same(history, inputs.config)
-    workers = {attempt["workers"] for attempt in history.attempts}
-    if len(workers) > 1:
-        numbers = ", ".join(str(attempt["workers"]) for attempt in history.attempts)
-        raise ConfigError(
-            f"--from {history.path}: its attempts had {numbers} workers, and its metrics do not say which steps are whose; "
-            "name a run whose number of workers did not change"
-        )
+    _check_hardware(history, inputs.hardware)
+    before, workers = _last_start(history)
     run = PlanInputs(
-        build_config(history.config.model_dump(mode="json"), values={"student.workers": workers.pop()}),
+        build_config(history.config.model_dump(mode="json"), values={"student.workers": workers}),
         inputs.models,
         inputs.hardware,
     )
-    check_device(run.config, inputs.hardware)
     idle = math.ceil(run.config.teacher.window / run.accumulation) if history.summary is not None else 0
-    kept = slice(WARM_UP, history.steps - idle)  # in the last steps of a finished run the teacher has no more to do
+    kept = slice(
+        (before or 0) + WARM_UP, max(0, history.steps - idle)
+    )  # in the last steps of a finished run the teacher has no more to do
     step_s = history["step_s"][kept][-LATEST:]
     if len(step_s) < FEWEST:
         raise ConfigError(
-            f"--from {history.path}: of its {history.steps} steps, {len(step_s)} are left without the first {WARM_UP}"
+            f"--from {history.path}: of its {history.steps} steps, {len(step_s)} are left without the first {kept.start}"
+            + (f" (it was resumed after step {before}, maybe with other settings)" if before else "")
             + (f" and the last {idle}" if idle else "")
             + f", and at least {FEWEST} are needed; name a longer run"
         )
@@ -100,6 +102,7 @@ def run_figures(history: History, inputs: PlanInputs) -> RunFigures:
         step_s=mean["step_s"],
         teacher_wait_s=mean["teacher_wait_s"],
         schedule_wait_s=mean["schedule_wait_s"],
+        mixed_starts=len(history.attempts) if before is None and len(history.attempts) > 1 else 0,
         rates=_rates(columns, mean, run),
     )
 
@@ -123,7 +126,7 @@ def _rates(columns: dict[str, np.ndarray], mean: dict[str, float], run: PlanInpu
         "backward_s": max(0.0, mean["backward_s"] / micro - (between.reduce_s or 0.0)),
         "optimizer_s": max(0.0, mean["optimizer_s"] - (between.update_s or 0.0)),
         "data_s": mean["data_s"] / micro,
-        "noise": min(float(np.std(np.log(own_s))), LARGEST_NOISE),
+        "noise": min(float(np.std(np.log(own_s))), LARGEST_NOISE) if np.all(own_s) else 0.0,
     }
     if mean["teacher_compute_s"] and not run.config.cache.on:  # a cache leaves only some requests to the teacher
         rates["teacher_s"] = mean["teacher_compute_s"] / run.workload.requests
@@ -131,15 +134,49 @@ def _rates(columns: dict[str, np.ndarray], mean: dict[str, float], run: PlanInpu
 
 
 def _check_same(history: History, config: DistillConfig) -> None:
-    """Raises ConfigError if the run differs from `config` in a key that sets its rates."""
+    """Raises ConfigError if the run differs from `config` in a key that sets its rates, or in the kind of device."""
     before, now = (flat(each.model_dump(mode="json")) for each in (history.config, with_absolute_paths(config)))
     changed = [
-        f"{key} (there {before.get(key)}, here {now.get(key)})"
+        f"{key} (there {json.dumps(before.get(key))}, here {json.dumps(now.get(key))})"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and SETS_RATES in marks_of(key)
+        if before.get(key) != now.get(key)
+        and (SETS_RATES in marks_of(key) or (key == "device" and "auto" not in (before[key], now[key])))
     ]
     if changed:
         raise ConfigError(
             f"--from {history.path}: its steps say nothing about this configuration, because they differ in "
             f"{'; '.join(changed)}. Name a run with the same values, or plan without --from"
         )
+
+
+def _check_hardware(history: History, hardware: Hardware) -> None:
+    """Raises ConfigError where the run's key `device` names the other kind of hardware than --gpu."""
+    device = history.config.device
+    if device != "auto" and (device == "cpu") != hardware.is_cpu:
+        right = "--gpu cpu" if device == "cpu" else "the GPU that it ran on"
+        raise ConfigError(
+            f"--from {history.path}: its device: {device} contradicts --gpu {hardware.name}; plan with {right}, or without "
+            "--from"
+        )
+
+
+def _last_start(history: History) -> tuple[int | None, int]:
+    """Returns how many steps the run had when its last driver took it up, and the student workers since then.
+
+    The settings may have changed at that moment. The first value is None, and the second that of all starts, if run.json is
+    of an older version, which does not have it. Raises ConfigError if the number of workers changed, or is not known.
+    """
+    if not history.attempts:
+        raise ConfigError(
+            f"--from {history.path}: its run.json names no start of workers, so their number is not known; name another run"
+        )
+    before = history.attempts[-1].get("steps_before")
+    workers = [
+        attempt["workers"] for attempt in history.attempts if before is None or attempt.get("steps_before") == before
+    ]
+    if len(set(workers)) > 1:
+        raise ConfigError(
+            f"--from {history.path}: its attempts had {', '.join(map(str, workers))} workers, and its metrics do not say which "
+            "steps are whose; name a run whose number of workers did not change"
+        )
+    return before, workers[0]

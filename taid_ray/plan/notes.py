@@ -21,6 +21,11 @@ RATE_NAMES = {
 """Fields of Rates that are seconds, in words."""
 
 
+def planned_rates(found: "Forecast") -> list[str]:
+    """Lists those names in RATE_NAMES that the planned teacher.mode has; the others are 0."""
+    return [name for name in RATE_NAMES if getattr(found.assumed, name) or getattr(found.rates, name)]
+
+
 def plan_notes(found: "Forecast") -> list[str]:
     """Returns all notes, one line of text each."""
     return [
@@ -117,13 +122,18 @@ def _run_notes(found: "Forecast") -> list[str]:
     if found.run is None:
         return []
     run, hardware = found.run, found.inputs.hardware
-    known, unknown = ([name for name in RATE_NAMES if (name in run.rates) == side] for side in (True, False))
+    known, unknown = ([name for name in planned_rates(found) if (name in run.rates) == side] for side in (True, False))
     lines = [
         f"from {run.path} ({run.inputs.workers} worker(s), teacher: {replicas_of(run.inputs)}, means of {run.steps} steps): "
         f"{_named(known)}",
         f"still assumed: {_named(unknown)}; memory, links and collectives",
         f"a run does not record its hardware: that of {run.path.name} is taken to be {hardware.name}",
     ]
+    if run.mixed_starts:
+        lines.append(
+            f"the workers of {run.path.name} were started {run.mixed_starts} times, and an older version did not record at "
+            "which steps: if settings changed in between, these rates are mixed"
+        )
     if hardware.is_cpu:
         lines.append(
             "on CPU cores, rates of processes that had to share cores contain that: more processes on the same cores will be "

@@ -20,9 +20,11 @@ REPORT_S, BEAT_S = 0.6e-3, 1e-3
 """CPU time of the scheduler actor's process for one report, of 512 that arrive together, and for one heartbeat, which comes
 alone (benchmarks/control_plane.py)."""
 POLLS_SHARE = 0.01
-"""Share of its time for what does not depend on the number of workers: the driver's polls, rank 0's metrics, Ray's own."""
+"""Share of the scheduler actor's time for what does not depend on the number of workers: the driver's polls, rank 0's metrics,
+Ray's own."""
 REQUESTS_SIMULATED, REQUESTS_OF_MANY_STEPS = 60_000, 6_000
-"""More would take longer than some seconds; so many may be spent on more steps than MIN_STEPS, for a better mean."""
+"""Most requests that one simulation follows, so that it takes seconds; and those it may spend on more steps than MIN_STEPS, for
+a better mean."""
 MIN_STEPS, MAX_STEPS = 10, 100
 WORKERS = (1, 4, 16, 64, 256, 1024, 4096)
 
@@ -32,15 +34,15 @@ class Rates:
     """Seconds, of one processor (GPU, or cores of one process) that does nothing else."""
 
     teacher_s: float
-    """One request, that is one micro-batch, on one replica."""
+    """The teacher's pass over one request, that is one micro-batch, on one replica."""
     forward_s: float
-    """One micro-batch through the student's body."""
+    """Forward pass of one micro-batch through the student's body."""
     loss_s: float
-    """One micro-batch."""
+    """The loss of one micro-batch."""
     backward_s: float
-    """One micro-batch, recomputation included."""
+    """Backward pass of one micro-batch, recomputation included."""
     optimizer_s: float
-    """One worker's share of the parameters."""
+    """Update of one worker's share of the parameters."""
     read_s: float
     """Reading and encoding one row; every worker reads all rows of a step, in a thread of its own."""
     data_s: float

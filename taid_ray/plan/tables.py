@@ -6,7 +6,7 @@ from rich.table import Table
 
 from taid_ray.plan.forecast import Forecast
 from taid_ray.plan.from_run import replicas_of
-from taid_ray.plan.notes import RATE_NAMES
+from taid_ray.plan.notes import RATE_NAMES, planned_rates
 from taid_ray.plan.process_memory import WorkerMemory
 from taid_ray.plan.time import CostEstimate
 from taid_ray.report.format import print_line
@@ -161,11 +161,12 @@ def rates_table(found: Forecast) -> Table | None:
     table = Table(title="rates: assumed, and from the run", title_justify="left", box=SIMPLE_HEAD)
     for column in ("", "assumed", "from the run", "run / assumed"):
         table.add_column(column, justify="left" if not column else "right")
-    for name, words in RATE_NAMES.items():
+    for name in planned_rates(found):
+        words = RATE_NAMES[name]
         before, after = getattr(found.assumed, name), getattr(found.rates, name)
         if name not in run.rates:
             table.add_row(words, _seconds(before), "-", "stays assumed")
-        elif before or after:
+        else:
             table.add_row(words, _seconds(before), _seconds(after), f"{after / before:.2f}" if before else "-")
     table.add_row("scatter of a worker's steps", f"{found.assumed.noise:.0%}", f"{found.rates.noise:.0%}", "")
     table.caption = (

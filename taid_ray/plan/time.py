@@ -124,7 +124,8 @@ class Speed:
 
     @classmethod
     def of(cls, hardware: Hardware, processors: float, dtype_bytes: int, use: float) -> "Speed":
-        """processors: GPUs or CPU cores of the process. use: share of the peak that matmuls reach."""
+        """Computes the speed from a data sheet. processors: GPUs or CPU cores of the process. use: share of the peak that
+        matmuls reach."""
         return cls(hardware.flops(dtype_bytes) * processors * use, hardware.bandwidth * processors * BANDWIDTH_SHARE)
 
 

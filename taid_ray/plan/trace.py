@@ -30,7 +30,7 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all tensors that operations under it have made and that are still alive."""
 
     def __init__(self, known: Iterable[Tensor] = ()):
-        """known: tensors not to count."""
+        """Starts at 0 bytes. known: tensors that are not counted, such as parameters."""
         super().__init__()
         self.now = self.peak = 0
         self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}

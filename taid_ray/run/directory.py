@@ -93,7 +93,7 @@ def changed_keys(before: DistillConfig, now: DistillConfig) -> list[str]:
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """Reads a run.json: `id`, and `attempts` with `began`, `workers` and `host` each.
+    """Reads a run.json: `id`, and `attempts` with what `RunManifest.begin_attempt` records of each.
 
     None if there is none, or no longer: a run that ends before its first step removes its directory. Raises RunError if it is
     damaged.
@@ -122,6 +122,7 @@ class RunManifest:
         new: dict[str, Any] = {"id": f"{config.name}-{uuid.uuid4().hex[:8]}", "attempts": []}
         self._content = read_manifest(self._path) or new
         self.id: str = self._content["id"]
+        self._steps_before = _count_lines(config.run_dir / METRICS_FILE)
         storage = config.checkpoint.storage
         self.checkpoints = f"{storage.rstrip('/')}/{self.id}" if storage else str(config.run_dir / "checkpoints")
         """Directory or URI of the run's checkpoints."""
@@ -137,15 +138,33 @@ class RunManifest:
         return jobs_of(self._content)
 
     def begin_attempt(self, workers: int, job: str) -> int:
-        """Records that a driver, the Ray job `job`, starts workers. Returns the attempt's number, from 1 over all drivers."""
-        began = datetime.now(UTC).isoformat(timespec="seconds")
-        self._content["attempts"].append({"began": began, "workers": workers, "host": socket.gethostname(), "job": job})
+        """Records that a driver, the Ray job `job`, starts workers. Returns the attempt's number, from 1 over all drivers.
+
+        In run.json it has `began` (UTC, ISO 8601), `workers`, `host`, `job`, and `steps_before`: the number of steps in
+        metrics.jsonl when this driver took the run up. Later steps were all made with its configuration. Older versions did
+        not record this.
+        """
+        attempt = {
+            "began": datetime.now(UTC).isoformat(timespec="seconds"),
+            "workers": workers,
+            "host": socket.gethostname(),
+            "job": job,
+            "steps_before": self._steps_before,
+        }
+        self._content["attempts"].append(attempt)
         self.write()
         return self.attempts
 
     def write(self) -> None:
         """Writes run.json."""
         write_json(self._path, self._content)
+
+
+def _count_lines(path: Path) -> int:
+    """Counts without parsing: after a crash of the machine, the last lines may be damaged."""
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        return sum(1 for _ in file)
+    return 0
 
 
 def write_config(config: DistillConfig) -> None:

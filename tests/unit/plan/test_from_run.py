@@ -1,7 +1,8 @@
 """`taid-ray plan --from RUN`: run directories as a run's own code writes them, and numbers worked out by hand."""
 
 import json
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from taid_ray.plan.from_run import LARGEST_NOISE, LATEST, OUTLIERS, WARM_UP, Run
 from taid_ray.plan.hardware import hardware_named
 from taid_ray.plan.inputs import PlanInputs, read_models
 from taid_ray.plan.rates import assumed_rates, collectives
+from taid_ray.plan.tables import rates_table
 from taid_ray.report.history import read_history
 from taid_ray.run.directory import RunManifest, write_config
-from taid_ray.run.layout import METRICS_FILE, SUMMARY_FILE
+from taid_ray.run.layout import METRICS_FILE, RUN_FILE, SUMMARY_FILE
 from taid_ray.run.metrics import StepMetrics, metrics_log
 
 CPU = hardware_named("cpu")
@@ -139,8 +141,13 @@ def test_a_teacher_in_the_worker_is_known_and_one_behind_a_cache_is_not(tmp_path
     ("overrides", "message"),
     [
         (("student.layers=[0, 1, 4]",), r"they differ in student.layers \(there \[0, 4\], here \[0, 1, 4\]\)"),
-        (("student.lora.rank=4",), r"student.lora.rank \(there None, here 4\)"),
+        (("student.lora.rank=4",), r"student.lora.rank \(there null, here 4\)"),
         (("data.sequence_length=128", "teacher.payload=topk"), "data.sequence_length .*; teacher.payload"),
+        (("loss.name=forward_kl",), r'loss.name \(there "taid", here "forward_kl"\)'),
+        (
+            ("data.format=prompt_response", "data.loss_on=all", "data.overlong=drop"),
+            "data.format .*data.loss_on .*data.over",
+        ),
         (("teacher.shards=2",), "teacher.shards .*Name a run with the same values, or plan without --from"),
     ],
 )
@@ -174,6 +181,117 @@ def test_too_short_a_run_is_refused(tmp_path: Path) -> None:
     assert figures(tmp_path / "enough", steps=8).steps == 5
     with pytest.raises(ConfigError, match=r"of its 7 steps, 4 are left without the first 3, and at least 5 are needed"):
         figures(tmp_path / "short", steps=7)
+
+
+def test_too_short_a_run_with_a_long_idle_end_is_refused(tmp_path: Path) -> None:
+    """10 steps of one micro-batch each, the last 12 of which the teacher may have been idle in."""
+    layout = (*LAYOUT, "train.micro_batch_size=16", "teacher.window=12")
+    config = quickstart_config(layout, str(tmp_path / "run"))
+    run = make_run(config, [line(step + 1) for step in range(10)])
+    write_json(run / SUMMARY_FILE, {"steps": 10})
+    with pytest.raises(
+        ConfigError, match="of its 10 steps, 0 are left without the first 3 and the last 12, and at least 5"
+    ):
+        run_figures(read_history(run), inputs(*layout))
+
+
+def resume(config: DistillConfig, lines: list[StepMetrics], workers: int = 2) -> Path:
+    """Leaves in its directory what a run leaves that is resumed from its newest step."""
+    write_config(with_absolute_paths(config))
+    RunManifest(config).begin_attempt(workers, "another job")
+    log = metrics_log(config.run_dir / METRICS_FILE, lines[0].step - 1)
+    for metrics in lines:
+        log.write(asdict(metrics))
+    log.close()
+    return config.run_dir
+
+
+def test_only_steps_since_a_run_was_resumed_count(tmp_path: Path) -> None:
+    """With the settings that it has since then: here four micro-batches of each worker, where there were two of two workers."""
+    halves = (*LAYOUT, "train.micro_batch_size=4", "student.workers=1")
+    out = str(tmp_path / "run")
+    make_run(quickstart_config(LAYOUT, out), [line(step, forward_s=16.0) for step in range(1, 51)])
+    run = resume(quickstart_config(halves, out), [line(step) for step in range(51, 58)], workers=1)
+    with pytest.raises(
+        ConfigError, match=r"of its 57 steps, 4 are left without the first 53 \(it was resumed after step 50"
+    ):
+        run_figures(read_history(run), inputs(*halves))
+    run = resume(quickstart_config(halves, out), [line(step) for step in range(58, 68)], workers=1)
+    found = run_figures(read_history(run), inputs(*halves))
+    assert (found.steps, found.inputs.workers, found.mixed_starts) == (7, 1, 0)
+    assert found.rates["forward_s"] == 2.0 / 8
+
+
+def test_a_run_of_an_older_version_that_was_resumed_may_be_mixed(tmp_path: Path) -> None:
+    config = quickstart_config(LAYOUT, str(tmp_path / "run"))
+    run = make_run(config, [line(step + 1) for step in range(60)], workers=(2, 2, 2))
+    assert (
+        run_figures(read_history(run), inputs(*LAYOUT)).mixed_starts == 0
+    )  # all of one driver, whose settings are the same
+    change_attempts(run, lambda attempts: [{"began": "then", "workers": 2, "host": "h"} for _ in attempts])
+    here = inputs(*LAYOUT)
+    found = run_figures(read_history(run), here)
+    assert (found.steps, found.mixed_starts) == (60 - WARM_UP - 2 * int(OUTLIERS * 57), 3)
+    note = "the workers of run were started 3 times, and an older version did not record at which steps"
+    assert any(text.startswith(note) for text in forecast(here, utilisation=0.4, run=found).notes)
+    change_attempts(run, lambda attempts: attempts[:1])
+    assert run_figures(read_history(run), here).mixed_starts == 0
+
+
+def test_a_manifest_without_attempts_is_refused(tmp_path: Path) -> None:
+    run = make_run(quickstart_config(LAYOUT, str(tmp_path / "run")), [line(step + 1) for step in range(60)])
+    change_attempts(run, lambda attempts: [])
+    with pytest.raises(ConfigError, match=r"run: its run.json names no start of workers, so their number is not known"):
+        run_figures(read_history(run), inputs(*LAYOUT))
+
+
+def change_attempts(run: Path, change: Callable[[list[Any]], list[Any]]) -> None:
+    content = json.loads((run / RUN_FILE).read_text())
+    write_json(run / RUN_FILE, content | {"attempts": change(content["attempts"])})
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "gpu", "message"),
+    [
+        ("cpu", "cuda", "cpu", r'they differ in device \(there "cpu", here "cuda"\)'),
+        ("cuda", "cpu", "l4-24g", r'they differ in device \(there "cuda", here "cpu"\)'),
+        ("cpu", "auto", "l4-24g", "its device: cpu contradicts --gpu l4-24g; plan with --gpu cpu, or without --from"),
+        (
+            "cuda",
+            "auto",
+            "cpu",
+            "its device: cuda contradicts --gpu cpu; plan with the GPU that it ran on, or without --from",
+        ),
+    ],
+)
+def test_contradicting_devices_are_refused(tmp_path: Path, there: str, here: str, gpu: str, message: str) -> None:
+    """The message says whose key `device` it is."""
+    plan = replace(inputs(*LAYOUT, f"device={here}"), hardware=hardware_named(gpu))
+    with pytest.raises(ConfigError, match=rf"--from {tmp_path / 'run'}: .*{message}"):
+        figures(tmp_path / "run", f"device={there}", plan=plan)
+
+
+def test_steps_that_took_no_time_have_no_scatter(tmp_path: Path) -> None:
+    config = quickstart_config(LAYOUT, str(tmp_path / "run"))
+    nothing = dict.fromkeys(("forward_s", "loss_s", "backward_s", "optimizer_s"), 0.0)
+    run = make_run(config, [line(step + 1, **nothing) for step in range(60)])
+    assert run_figures(read_history(run), inputs(*LAYOUT)).rates["noise"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("mode", "missing"), [("cache", "teacher, one request"), ("local", "a request's way, there and back")]
+)
+def test_rates_that_the_mode_does_not_have_are_not_named(tmp_path: Path, mode: str, missing: str) -> None:
+    here = inputs(*LAYOUT, f"teacher.mode={mode}", f"cache.directory={tmp_path / 'cache'}")
+    for run in ("pool", mode):
+        found = forecast(
+            here,
+            utilisation=0.4,
+            run=figures(tmp_path / run, f"teacher.mode={run}", f"cache.directory={tmp_path / 'cache'}", plan=here),
+        )
+        shown = rates_table(found)
+        assert shown is not None
+        assert missing not in "\n".join([*found.notes, *map(str, shown.columns[0].cells)])
 
 
 @pytest.fixture

@@ -1,12 +1,14 @@
 """Rates and what arithmetic and simulation make of them."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
 from taid_ray.cli.quickstart import quickstart_config
 from taid_ray.plan import rates as plan_rates
 from taid_ray.plan.forecast import forecast
+from taid_ray.plan.from_run import RunFigures
 from taid_ray.plan.hardware import hardware_named
 from taid_ray.plan.inputs import PlanInputs, read_models
 from taid_ray.plan.rates import (
@@ -117,3 +119,19 @@ def test_what_the_students_send_each_other(stage: int, expected: tuple[float | N
     once = here.student.parameters * 4 * 3 / 4 / CPU.collective
     found = collectives(here, 4)
     assert [None if seconds is None else seconds / once for seconds in found] == pytest.approx(list(expected))
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_rates_adapted_to_their_own_layout_stay_the_same(stage: int) -> None:
+    here = inputs(f"student.zero_stage={stage}", "student.workers=2", "train.micro_batch_size=3")
+    run = RunFigures(
+        Path("run"),
+        here,
+        steps=9,
+        step_s=1.0,
+        teacher_wait_s=0.0,
+        schedule_wait_s=0.0,
+        mixed_starts=0,
+        rates=asdict(RATES),
+    )
+    assert run.applied(assumed_rates(here, 0.4), here) == RATES

@@ -50,6 +50,7 @@ def test_an_unfinished_run_is_taken_up_again_under_its_id(tmp_path: Path) -> Non
         assert run.jobs == {"session_1/01000000", "session_2/01000000"}
     attempts = json.loads((found.run_dir / "run.json").read_text())["attempts"]
     assert [attempt["workers"] for attempt in attempts] == [2, 1]
+    assert [attempt["steps_before"] for attempt in attempts] == [0, 1]
     assert {path.name for path in found.run_dir.iterdir()} == {"config.yaml", "run.json", METRICS_FILE}
 
 
