@@ -79,10 +79,9 @@ def run_figures(history: History, inputs: PlanInputs) -> RunFigures:
         inputs.models,
         inputs.hardware,
     )
+    # in the last steps of a finished run the teacher has no more to do
     idle = math.ceil(run.config.teacher.window / run.accumulation) if history.summary is not None else 0
-    kept = slice(
-        (before or 0) + WARM_UP, max(0, history.steps - idle)
-    )  # in the last steps of a finished run the teacher has no more to do
+    kept = slice((before or 0) + WARM_UP, max(0, history.steps - idle))
     step_s = history["step_s"][kept][-LATEST:]
     if len(step_s) < FEWEST:
         raise ConfigError(
