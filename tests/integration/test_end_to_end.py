@@ -35,7 +35,7 @@ def check_run(result: RunResult, steps: int) -> list[dict[str, Any]]:
     assert json.loads((result.path / "summary.json").read_text()) == result.summary
     assert result.summary["steps"] == steps
     assert result.summary["tokens"] == sum(line["tokens"] for line in lines)
-    assert (result.path / "report" / "t.png").stat().st_size > 10_000
+    assert (result.path / "report" / "loss.png").stat().st_size > 10_000
     assert (result.model / "README.md").exists()
     model, tokenizer = AutoModelForCausalLM.from_pretrained(result.model), AutoTokenizer.from_pretrained(result.model)
     logits = model(**tokenizer("Once upon a time", return_tensors="pt")).logits
