@@ -539,8 +539,10 @@ def build_config(
 ) -> DistillConfig:
     """Validates a nested mapping, changed by overrides and values as in `load_config`.
 
-    Raises ConfigError with one line per problem.
+    Raises ConfigError with one line per problem, also if `tree` is no mapping.
     """
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"expected a mapping of sections (teacher, student, data, ...), found {tree!r:.80}")
     merged = copy.deepcopy(dict(tree))
     for override in overrides:
         apply_override(merged, override)
@@ -557,9 +559,8 @@ def stored_config(tree: Mapping[str, Any]) -> DistillConfig:
 
     Raises ConfigError. What a removed key said is ignored: cache.memory_gib.
     """
-    tree = dict(tree)
-    if isinstance(cache := tree.get("cache"), dict):
-        tree["cache"] = {key: value for key, value in cache.items() if key != "memory_gib"}
+    if isinstance(tree, Mapping) and isinstance(cache := tree.get("cache"), dict):
+        tree = {**tree, "cache": {key: value for key, value in cache.items() if key != "memory_gib"}}
     return build_config(tree)
 
 

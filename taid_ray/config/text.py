@@ -32,7 +32,8 @@ MAX_DEPTH = 32
 
 
 class StrictLoader(yaml.SafeLoader):
-    """Loads YAML as JSON could hold it. Refuses repeated keys, numbers that are not finite, dates, and keys that are no text.
+    """Loads YAML as JSON could hold it. Refuses repeated keys, numbers that are not finite, dates, keys that are no text, and
+    text that no file can hold.
 
     An alias stands for a copy, so that an override of one place changes no other.
     """
@@ -47,6 +48,14 @@ class StrictLoader(yaml.SafeLoader):
                 problem=f"the alias *{alias.anchor} refers to a value that contains it", problem_mark=alias.start_mark
             )
         return copy.deepcopy(node)
+
+    def compose_scalar_node(self, anchor: Any) -> Any:
+        node = super().compose_scalar_node(anchor)
+        try:
+            node.value = whole_text(node.value)
+        except ValueError as error:
+            raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from None
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
@@ -101,6 +110,17 @@ for _name, _construct in {
     StrictLoader.add_constructor(f"tag:yaml.org,2002:{_name}", _construct)
 
 
+def whole_text(text: str) -> str:
+    """Joins the halves of characters that JSON writes as two escapes. Raises ValueError for a lone half or a NUL."""
+    try:
+        whole = text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        whole = "\0"
+    if "\0" in whole:
+        raise ValueError(f"{_shown(text)} holds half a character or a NUL, which no text file can; remove it")
+    return whole
+
+
 def parse_yaml(text: str) -> Any:
     """Returns the plain Python value of a YAML text. Raises YAMLError."""
     try:
@@ -135,7 +155,10 @@ def read_tree(path: str | Path) -> dict[str, Any]:
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
     """Sets what a dotted `key=value` says, its value read as YAML. Raises ConfigError if it cannot be read."""
-    key, equals, text = override.partition("=")
+    try:  # bytes of a command line that are not UTF-8 arrive as halves of characters
+        key, equals, text = whole_text(override).partition("=")
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     parts = key.split(".")
     if not equals or not all(parts) or len(parts) > MAX_DEPTH:
         raise ConfigError(f"{_shown(override)} is not of the form key=value, for example schedule.t_start=0.3")

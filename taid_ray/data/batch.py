@@ -44,7 +44,7 @@ class Batch:
 
     @property
     def num_loss_tokens(self) -> int:
-        """N."""
+        """Number of loss positions, N."""
         return self.loss_positions.numel()
 
 

@@ -50,7 +50,10 @@ class Encoder:
     """Turns documents into samples of at most `config.sequence_length` tokens, each with at least one loss position."""
 
     def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
-        """`source` (key and name of the data) begins every error. Raises DataError if the tokenizer cannot serve."""
+        """Prepares for one source of data, by whose key and name (`source`) every error begins.
+
+        Raises DataError if the tokenizer cannot serve.
+        """
         self.counts = Counts()
         self._config, self._tokenizer, self._source = config, tokenizer, source
         self._template = None if config.format == "text" else chat.chat_template(config.chat_template, tokenizer)

@@ -129,7 +129,7 @@ class _Work:
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """(hidden, head, bias) -> (loss sum, detached sums). The backward pass only scales what the forward pass formed."""
+    """Function (hidden, head, bias) -> (loss sum, detached sums). Its backward pass only scales what its forward pass formed."""
 
     @staticmethod
     def forward(
@@ -163,8 +163,8 @@ def chunked_loss(
     The student's hidden states, head and bias receive gradients, if they require them and gradients are enabled; the
     teacher never does. labels: [N] int64. N = 0 gives 0 and keeps its graph.
 
-    Returns a scalar, float32 (float64 for float64 hidden states), and the parts. Raises ValueError for an unknown
-    objective, and for shapes that do not fit together.
+    Returns a scalar, float32 (float64 for float64 hidden states), and the parts. Raises ValueError for an
+    objective that its `check` refuses, and for shapes that do not fit together.
     """
     work = _work(student, teacher, labels, objective, chunk_tokens)
     trained = (student.hidden, student.head, student.bias)

@@ -1,7 +1,7 @@
 """The quantity to minimise, on a block of loss positions: values, and the gradient with respect to the student's logits."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,15 +32,21 @@ class Objective:
     name: str
     """The divergence, as registry.divergence knows it."""
     t: Tensor
-    """TAID's interpolation, within [0, 1]: a 0-dim tensor, whose value the host never looks at. Other losses ignore it."""
+    """TAID's interpolation, within [0, 1]: a 0-dim tensor, whose value is checked on the CPU only. Other losses ignore it."""
     sft_weight: float = 0.0
     """Share of the cross-entropy, within [0, 1]; above 0 it needs labels."""
     weight: float | None = None
     """Mixing weight of the divergence, see registry.divergence."""
 
     def check(self, labels: Tensor | None) -> None:
-        """Raises ValueError for an unknown loss, a weight that it does not have, or a share of cross-entropy that cannot be."""
+        """Raises ValueError for an unknown loss, a weight that it cannot have, t or a share of cross-entropy outside [0, 1], or
+        missing labels."""
         divergence(self.name, self.weight)
+        t: Any = (
+            self.t.tolist() if self.t.device.type == "cpu" else 0.0
+        )  # for another device the host would have to wait
+        if not 0 <= t <= 1:
+            raise ValueError(f"t must lie within [0, 1], found {t}")
         if not 0 <= self.sft_weight <= 1 or (self.sft_weight > 0 and labels is None):
             raise ValueError(f"sft_weight must lie within [0, 1] and needs labels above 0; found {self.sft_weight}")
 

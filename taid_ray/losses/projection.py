@@ -50,7 +50,7 @@ class Projection:
 
     @property
     def vocabulary(self) -> int:
-        """V."""
+        """Size of the vocabulary, V."""
         return self.hidden.shape[1] if self.head is None else self.head.shape[0]
 
     def prepared(self) -> "Projection":

@@ -11,17 +11,32 @@ PER_LAYER = {
     "activation_sparsity_pattern",
     "attention_layers",
     "attn_layers",
+    "block_configs",
     "indexer_types",
     "intermediate_size",
     "layer_rope_theta",
     "layer_types",
     "layers_block_type",
     "mlp_layer_types",
+    "moe_intermediate_size",
+    "moe_topk",
     "no_rope_layers",
     "num_attention_heads_per_layer",
+    "num_experts",
+    "num_shared_expert",
+    "swiglu_limits",
+    "swiglu_limits_shared",
 }
 """Fields of transformers configs that hold, where they are lists, one entry per layer."""
-NUMBERING = {"cross_attention_layers", "full_attn_idxs", "hybrid_layer_ids", "mlp_only_layers", "moe_layers"}
+NUMBERING = {
+    "attn_layer_indices",
+    "cross_attention_layers",
+    "full_attn_idxs",
+    "hybrid_layer_ids",
+    "kv_source_layers",
+    "mlp_only_layers",
+    "moe_layers",
+}
 """Fields of transformers configs that list layers by their numbers."""
 
 
@@ -55,19 +70,27 @@ def _cut_lists(model_config: Any, layers: list[int], depth: int) -> dict[str, An
     """The lists of a config that are about its layers, cut down to `layers`. Raises ModelError for one that is not known."""
     changed: dict[str, Any] = {}
     for key, value in vars(model_config).items():
-        if not isinstance(value, list | tuple) or not value or key.startswith("_") or key == "architectures":
+        if not isinstance(value, list | tuple) or not value or key.startswith("_"):
             continue
-        if key in NUMBERING:
+        if "token" in key or key in ("architectures", "bad_words_ids"):
+            continue
+        if key in NUMBERING or (len(value) < depth and _may_number(key, list(value), depth)):
             if list(value) != list(range(depth)):
                 raise _not_cuttable(model_config, f"its {key} numbers layers ({list(value)})")
             changed[key] = type(value)(range(len(layers)))
         elif len(value) == depth and key in PER_LAYER:
             changed[key] = type(value)(value[layer] for layer in layers)
-        elif len(value) == depth and "token" not in key:
+        elif len(value) == depth:
             raise _not_cuttable(
                 model_config, f"its {key} has as many entries as there are layers, and may be about them"
             )
     return changed
+
+
+def _may_number(key: str, value: list[Any], depth: int) -> bool:
+    """Whether a list of a config is called, and looks, like one of numbers of layers."""
+    named = "layer" in key or key.endswith(("idxs", "indices", "indexes"))
+    return named and all(type(x) is int and 0 <= x < depth for x in value) and value == sorted(set(value))
 
 
 def _not_cuttable(model_config: Any, why: str) -> ModelError:

@@ -18,7 +18,7 @@ Source = TeacherConfig | StudentConfig
 
 
 def section_name(source: Source) -> str:
-    """teacher or student."""
+    """Returns the name of a model's section: teacher or student."""
     return "teacher" if isinstance(source, TeacherConfig) else "student"
 
 
@@ -115,7 +115,7 @@ def load_causal_lm(source: Source, *, dtype: str | None = None, device: torch.de
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # taid-ray reports progress itself, and actors' bars would mix with it
-    section = section_name(source)
+    section, placement = section_name(source), _placement(source, device)
     with _explained(source, "model") as name, explained_attention(source.attention, section):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
@@ -125,7 +125,7 @@ def load_causal_lm(source: Source, *, dtype: str | None = None, device: torch.de
             attn_implementation=source.attention,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, with a message of our own
-            **_placement(source, device),
+            **placement,
         )
     model, loading = loaded
     if loading["missing_keys"] or loading["mismatched_keys"]:

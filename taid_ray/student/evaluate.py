@@ -133,7 +133,7 @@ def _config(model: str, teacher: str, data: str, overrides: Sequence[str]) -> Di
 
 
 def check_used(overrides: Sequence[str]) -> None:
-    """Raises ConfigError for a key that would change nothing."""
+    """Raises ConfigError for a key that would change nothing, or a whole section, which would replace what eval was given."""
     for override in overrides:
         key = override.partition("=")[0]
         if not _used(key):
@@ -144,7 +144,7 @@ def check_used(overrides: Sequence[str]) -> None:
 
 
 def _used(key: str) -> bool:
-    marks = marks_of(key)
+    marks = marks_of(key) if "." in key or key == "device" else []
     return EVALUATED in marks and TRAINING_ONLY not in marks
 
 

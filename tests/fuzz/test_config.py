@@ -27,7 +27,8 @@ ODD_VALUES = [
     "[" * 500, "{a: " * 400, "!!python/object/apply:os.abort []", "!!python/name:os.abort", "!x y", "!!str 3", "!!int _",
     "!!int ''", "!!int x", "!!float x", "!!float '1:60e400'", "!!bool maybe", "!!null x", "!!timestamp x", "!!binary '='",
     "!!binary aGVsbG8=", "!!binary /w==", "!!set {a, b}", "!!omap [a: b]", "!!pairs [a: b]", "!!map [a]", "!!seq {a: b}",
-    '"\\0"', '"a\\nb"', '"\\x1b[2J"', "  ", "{{ messages }}", "{% if", "--- x", "...", "%YAML 9.9", "<<", "=",
+    '"\\0"', '"\\ud800"', '"\\ud83d\\ude00"', '"~\\ud83d"',
+    '"a\\nb"', '"\\x1b[2J"', "  ", "{{ messages }}", "{% if", "--- x", "...", "%YAML 9.9", "<<", "=",
     "s3://a:b@c/d", "~no-such-user/x", "/", "..", "a/b", "x" * 20000, "all-linear", "auto", "cut", "topk", "local", "float16",
 ]  # fmt: skip
 OWN_FRAGMENTS = [*FRAGMENTS, *(value.encode() for value in ODD_VALUES)]
@@ -46,14 +47,7 @@ GOOD = [
     "data.prompt_columns=[a, b]", "student.deepspeed={zero_optimization: {a: [1, x, 2.5, null]}}", "teacher.quantization.bits=4",
     "data.chat_template={{ messages }}", "name=a-b", "train.betas=[0.8, 0.9]", "teacher.payload=topk", "data.valid=~",
 ]  # fmt: skip
-
-
-def as_yaml(value: Any) -> str:
-    """JSON, which YAML reads; characters stand for themselves, because JSON's escapes would become two halves of one."""
-    return json.dumps(value, ensure_ascii=False)
-
-
-odd_overrides = st.builds("{}={}".format, keys, st.sampled_from(ODD_VALUES) | plain_values.map(as_yaml))
+odd_overrides = st.builds("{}={}".format, keys, st.sampled_from(ODD_VALUES) | plain_values.map(json.dumps))
 overrides = st.lists(st.sampled_from(GOOD) | odd_overrides | st.text(max_size=12), max_size=3)
 
 
@@ -115,6 +109,8 @@ def test_an_override_changes_one_place_only(tmp_path: Path) -> None:
     [
         (".nan", "nan is not a finite number"), ("-.inf", "-inf is not"),
         ("2025-01-01", "read as a date; put it into quotes"), ("'\\0'", None),
+        ('"\\0"', "half a character or a NUL"), ('"\\ud800"', "half a character or a NUL"),
+        ('"~\\ud83d"', "half a character or a NUL"), ('{"a\\0": 1}', "half a character or a NUL"),
         ("{1: 2}", "the key 1 is not text"), ("{on: 2}", "the key True is not text"),
         ("!!binary aGk=", "could not determine a constructor"), ("9999999999999999999", "more than 64 bits"),
         ("!!bool maybe", "KeyError"), ("!!int ''", "IndexError"), ("!!timestamp x", "AttributeError"),
@@ -127,6 +123,29 @@ def test_what_run_config_yaml_could_not_hold_is_refused(value: str, said: str | 
         return
     with pytest.raises(ConfigError, match=r"teacher\.quantization\.key: the value .* is not valid YAML .*" + said):
         load_config(SHIPPED[0], overrides)
+
+
+@pytest.mark.parametrize(
+    "override", ["data.chat_template={{ '\udce9' }}", "data.chat_template={{\0}}", "teacher.x\udce9=1"]
+)
+def test_an_override_that_no_text_file_can_hold_is_refused(override: str) -> None:
+    """Also where no YAML is read, and for a command line whose bytes are not UTF-8."""
+    with pytest.raises(ConfigError, match="half a character or a NUL"):
+        load_config(SHIPPED[0], [override])
+
+
+def test_a_half_character_in_a_file_is_refused_by_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text('name: a\nteacher: {model: "\\ud83d"}\n')
+    with pytest.raises(ConfigError, match=r"run\.yaml: not valid YAML: line 2, column 18: .* half a character"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("text", ["\U0001f600", "\ufeffé", "\U0001f600\U0001f601é"])
+def test_the_escapes_of_json_are_whole_characters(text: str) -> None:
+    assert parse_yaml(json.dumps({text: [text]})) == {text: [text]}
+    override = f"teacher.quantization.key={json.dumps(text)}"
+    assert load_config(SHIPPED[0], [override]).teacher.quantization == {"key": text}
 
 
 @pytest.mark.parametrize("value", ["&x {k: *x}", "[&x [a, *x]]", "[" * 500, "{a: " * 400 + "}" * 400])

@@ -130,7 +130,10 @@ def changed(draw: st.DrawFn, packed: tuple[Any, Any, Any], how: str) -> Any:
 
 
 def check_received(expected: PayloadFormat, positions: int, received: dict[str, Any]) -> bool:
-    """Whether it was accepted; then it is what the format says, finite, and its bytes are those that came."""
+    """Whether what was received is accepted; then it is what the format says, finite, and its bytes are those that came.
+
+    What is refused raises MessageError in `unpack` (no tensor) or TeacherError in `check_output` (not the expected tensors).
+    """
     try:
         tensors = {name: unpack(packed) for name, packed in received.items()}
         check_output(tensors, expected, positions)

@@ -204,6 +204,13 @@ def test_a_stored_configuration_of_an_older_version_is_read(memory_gib: float) -
         stored_config(tree_with(cache__memory=1))
 
 
+@pytest.mark.parametrize("tree", [None, 3, "text", ["a"]])
+def test_a_configuration_that_is_no_mapping_is_refused(tree: Any) -> None:
+    for build in (stored_config, build_config):
+        with pytest.raises(ConfigError, match="expected a mapping of sections"):
+            build(tree)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

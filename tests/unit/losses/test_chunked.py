@@ -1,4 +1,5 @@
 import json
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -459,6 +460,8 @@ def test_bad_arguments() -> None:
         {"sft_weight": 0.5},
         {"sft_weight": 1.5, "labels": case.labels},
         {"chunk_tokens": 0},
+        {"t": 2.0},
+        {"t": math.nan},
         {"weight": 0.1},
     ):
         with pytest.raises(ValueError):

@@ -93,8 +93,12 @@ def test_the_registry_has_the_losses_of_the_configuration() -> None:
         assert target_entropy(name)(student, teacher, 0.3).shape == (3,)
         if name in WEIGHTED_LOSSES:
             assert (losses.divergence(name, 0.5)(student, teacher, 0.3) != values).all()
-    with pytest.raises(ValueError, match="kld"):
-        losses.divergence("kld")
+    for function in (losses.divergence, losses.log_target):
+        with pytest.raises(ValueError, match="kld"):
+            function("kld")
+    for weight in (-0.1, 1.5, math.nan):
+        with pytest.raises(ValueError, match="weight"):
+            losses.divergence("js", weight)
     for name in set(NAMES) - set(WEIGHTED_LOSSES):
         with pytest.raises(ValueError, match="weight"):
             losses.divergence(name, 0.1)

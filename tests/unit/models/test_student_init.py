@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from taid_ray.config.schema import DistillConfig, build_config
 from taid_ray.errors import ConfigError, ModelError
+from taid_ray.models.cut import keep_layers
 from taid_ray.models.student_init import (
     add_lora,
     build_student,
@@ -197,6 +198,48 @@ def test_a_list_that_may_be_about_layers_is_refused(saved: Callable[[str], Path]
     model.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"its windows has as many entries as there are layers.*set student\.init"):
         student_model_config(config(tmp_path, init="cut", layers=[1]))
+
+
+@pytest.mark.parametrize(
+    "field, before, after",
+    [
+        ("moe_topk", [1, 2, 3, 4], [2, 4]),
+        ("moe_intermediate_size", [8, 8, 16, 32], [8, 32]),
+        ("num_shared_expert", [1, 2, 3, 4], [2, 4]),
+        ("num_experts", [1, 2, 3, 4], [2, 4]),
+        ("swiglu_limits", [0.0, 7.0, 0.0, 16.0], [7.0, 16.0]),
+        ("swiglu_limits_shared", [None, None, None, 16.0], [None, 16.0]),
+        ("block_configs", ["a", "b", "c", "d"], ["b", "d"]),
+        ("kv_source_layers", [0, 1, 2, 3], [0, 1]),
+        ("attn_layer_indices", [0, 1, 2, 3], [0, 1]),
+        ("bad_words_ids", [[1], [2], [3], [4]], [[1], [2], [3], [4]]),
+        ("vision_feature_layer", [-2, -1], [-2, -1]),
+        ("windows", [0, 2], [0, 2]),
+    ],
+)
+def test_lists_of_other_architectures(field: str, before: list[Any], after: list[Any]) -> None:
+    from transformers import LlamaConfig
+
+    found = LlamaConfig(**SIZES)
+    setattr(found, field, before)
+    keep_layers(found, [1, 3])
+    assert getattr(found, field) == after
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("global_attn_layers", [0, 2]),
+        ("sparse_idxs", [3]),
+        ("attn_layer_indices", [1, 3]),
+        ("kv_source_layers", [0, 0, 2, 2]),
+    ],
+)
+def test_a_list_that_numbers_layers_is_refused(field: str, value: list[int]) -> None:
+    from transformers import LlamaConfig
+
+    with pytest.raises(ModelError, match=rf"its {field} numbers layers .*set student\.init"):
+        keep_layers(LlamaConfig(**SIZES, **{field: value}), [1, 3])
 
 
 def test_cut_of_a_text_model_beside_an_image_encoder(saved: Callable[[str], Path]) -> None:

@@ -127,7 +127,7 @@ def test_a_teacher_that_cannot_pack_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    "key", ["teacher.payload=logits", "student.lora={}", "data.split=test", "loss.name=js", "out=a"]
+    "key", ["teacher.payload=logits", "student.lora={}", "data.split=test", "loss.name=js", "out=a", "data={train: a}"]
 )
 def test_keys_without_a_use_are_refused(key: str) -> None:
     with pytest.raises(ConfigError, match="makes no use"):

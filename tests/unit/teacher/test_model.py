@@ -12,6 +12,7 @@ from taid_ray.distributed import device
 from taid_ray.errors import ClusterError, ConfigError, ModelError, TeacherError
 from taid_ray.losses.projection import LogitTransform
 from taid_ray.models import head as heads
+from taid_ray.models import loading
 from taid_ray.models.head import Head, check_packing, head_of, hidden_states, self_test
 from taid_ray.models.loading import explained_attention, load_causal_lm, load_tokenizer
 from taid_ray.teacher.local import LocalTeacher
@@ -422,6 +423,17 @@ def test_flash_attention_that_is_not_installed_is_explained(attention: Any, save
         load_causal_lm(StudentConfig(model=str(saved("llama")), attention=attention))
     with pytest.raises(ImportError, match="flash"), explained_attention("sdpa", "student"):
         raise ImportError("another package lacks flash-attn")
+
+
+def test_what_sharding_lacks_is_not_taken_for_the_attention(
+    saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacking(source: TeacherConfig, device: Any) -> Any:
+        raise ImportError("no DistributedConfig beside this flash-attn")
+
+    monkeypatch.setattr(loading, "_placement", lacking)
+    with pytest.raises(ImportError, match="DistributedConfig"):
+        load_causal_lm(config(saved("llama"), attention="flash_attention_2"))
 
 
 @pytest.fixture
