@@ -42,9 +42,8 @@ class Objective:
         """Raises ValueError for an unknown loss, a weight that it cannot have, t or a share of cross-entropy outside [0, 1], or
         missing labels."""
         divergence(self.name, self.weight)
-        t: Any = (
-            self.t.tolist() if self.t.device.type == "cpu" else 0.0
-        )  # for another device the host would have to wait
+        # For a value on another device the host would have to wait.
+        t: Any = self.t.tolist() if self.t.device.type == "cpu" else 0.0
         if not 0 <= t <= 1:
             raise ValueError(f"t must lie within [0, 1], found {t}")
         if not 0 <= self.sft_weight <= 1 or (self.sft_weight > 0 and labels is None):
