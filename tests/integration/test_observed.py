@@ -44,18 +44,18 @@ def live_run(ray_cluster: str, tmp_path: Path) -> Iterator[Path]:
             "checkpoint": {"every_steps": 10},
         }
     )
-    signals, ended = StopRequest(), []
+    stop, ended = StopRequest(), []
 
     def run() -> None:
         try:
-            run_distillation(config, RunContext(signals=signals))
+            run_distillation(config, RunContext(stop=stop))
         except BaseException as error:  # looked at below
             ended.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     yield tmp_path / "run"
-    signals.first, signals.count = signal.SIGTERM, 1
+    stop.request(signal.SIGTERM)
     thread.join(60)
     assert [type(error) for error in ended] == [SystemExit]
     check_tensorboard(tmp_path / "run")
