@@ -7,7 +7,7 @@ import pytest
 
 from taid_ray.errors import RunError
 from taid_ray.files import read_lines
-from taid_ray.run.metrics import StepMetrics, metrics_log
+from taid_ray.run.metrics import StepMetrics, metrics_log, validation_log
 
 
 def metrics(step: int) -> StepMetrics:
@@ -49,3 +49,37 @@ def test_metrics_that_do_not_reach_the_checkpoint_are_damaged(tmp_path: Path) ->
     metrics_log(tmp_path / "metrics.jsonl", 0).close()
     with pytest.raises(RunError, match="lacks a line of step 2 or before, and the newest checkpoint is of step 2"):
         metrics_log(tmp_path / "metrics.jsonl", 2)
+
+
+def test_a_restart_keeps_the_first_lines_in_a_new_file_and_parses_the_last_of_them(tmp_path: Path) -> None:
+    """A week has a million lines, and parsing them all would hold every restart up."""
+    path = tmp_path / "metrics.jsonl"
+    kept = [b"not looked at\n", b'{"step": 2}\n']
+    path.write_bytes(b"".join([*kept, b'{"step": 3}\n']))
+    with path.open("rb") as old:
+        metrics_log(path, 2).close()
+        assert path.read_bytes() == b"".join(kept)
+        assert old.read().endswith(b'{"step": 3}\n'), "who still writes to the old file harms nobody"
+    path.write_bytes(b'{"step": 1}\n{"step": 3}\n')
+    with pytest.raises(RunError, match="lacks a line of step 2 or before"):
+        metrics_log(path, 2)
+    path.write_bytes(b'{"step": 1}\n{"step": 2}')
+    with pytest.raises(RunError, match="lacks a line of step 2 or before"):
+        metrics_log(path, 2)
+
+
+def test_validations_are_appended(tmp_path: Path) -> None:
+    path = tmp_path / "validation.jsonl"
+    log = validation_log(path, [{"step": 0}])
+    file = path.stat().st_ino
+    log.write({"step": 10})
+    log.close()
+    assert [line["step"] for line in read_lines(path)] == [0, 10] and path.stat().st_ino == file
+
+
+def test_no_room_for_the_kept_lines_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n')
+    path.with_suffix(".tmp").mkdir()
+    with pytest.raises(RunError, match=r"metrics\.jsonl cannot be written .*; make room there"):
+        metrics_log(path, 1)
