@@ -15,7 +15,7 @@ from taid_ray.errors import ClusterError
 from taid_ray.models.hub import offline_if_unreachable
 from taid_ray.run.layout import CONFIG_FILE
 from taid_ray.scheduler.client import SchedulerClient
-from taid_ray.student.preemption import PreemptionWatch
+from taid_ray.student.preemption import PreemptionWatch, watch_node
 from taid_ray.student.spec import WorkerSpec
 
 
@@ -47,16 +47,16 @@ def connect(worker: WorkerSpec, closing: ExitStack) -> WorkerContext:
     config, world, local_rank = worker.config, World.current(), int(os.environ["LOCAL_RANK"])
     scheduler = SchedulerClient(worker.scheduler, world.rank, config.peer_timeout_s)
     closing.callback(scheduler.close)
-    preemption = None
-    if local_rank == 0:  # one worker speaks for its node
+    if local_rank == 0:  # one worker speaks for its host
         check_run_dir_writable(config.run_dir, world.rank)
-        preemption = PreemptionWatch()
-        closing.callback(preemption.close)
     offline_if_unreachable([config.teacher.model, config.student.model, config.data.train, config.data.valid])
     torch.manual_seed(config.train.seed + world.rank)
     if world.is_main:
         scheduler.begin(worker.attempt, world.size)
     world.barrier()  # nobody reads a checkpoint while an earlier attempt may still write one
+    preemption = watch_node(world)
+    if preemption is not None:
+        closing.callback(preemption.close)
     device = torch_device(worker.device, local_rank)
     return WorkerContext(worker, world, device, scheduler, CheckpointStore(worker.checkpoints), preemption)
 

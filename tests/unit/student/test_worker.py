@@ -37,27 +37,16 @@ def test_one_worker_of_a_node_tries_to_write_to_the_run_directory(
         def barrier(self) -> None:
             raise Reached
 
-    class Watch:
-        kept = closed = 0
-
-        def __init__(self) -> None:
-            Watch.kept += 1
-
-        def close(self) -> None:
-            Watch.closed += 1
-
     tried: list[int] = []
     closed: list[str] = []
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     monkeypatch.setattr(context, "World", SimpleNamespace(current=lambda: Elsewhere(rank, 16)))
     monkeypatch.setattr(context, "SchedulerClient", SchedulerClient)
     monkeypatch.setattr(context, "check_run_dir_writable", lambda run_dir, rank: tried.append(rank))
-    monkeypatch.setattr(context, "PreemptionWatch", Watch)
     spec: Any = SimpleNamespace(config=config_for(TIED), spec=None, device="cpu", scheduler=None, attempt=1)
     with pytest.raises(Reached):
         run_worker(spec)
     assert tried == probes and closed == ["scheduler"]
-    assert Watch.kept == Watch.closed == len(probes), "and one asks whether the node is about to go"
 
 
 def test_a_teacher_that_is_refused_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
