@@ -122,7 +122,8 @@ class RunManifest:
         new: dict[str, Any] = {"id": f"{config.name}-{uuid.uuid4().hex[:8]}", "attempts": []}
         self._content = read_manifest(self._path) or new
         self.id: str = self._content["id"]
-        self._steps_before = _count_lines(config.run_dir / METRICS_FILE)
+        self._metrics = config.run_dir / METRICS_FILE
+        self._steps_before: int | None = None
         storage = config.checkpoint.storage
         self.checkpoints = f"{storage.rstrip('/')}/{self.id}" if storage else str(config.run_dir / "checkpoints")
         """Directory or URI of the run's checkpoints."""
@@ -144,6 +145,8 @@ class RunManifest:
         metrics.jsonl when this driver took the run up. Later steps were all made with its configuration. Older versions did
         not record this.
         """
+        if self._steps_before is None:  # the first attempt of this driver, none of whose workers has written yet
+            self._steps_before = _count_lines(self._metrics)
         attempt = {
             "began": datetime.now(UTC).isoformat(timespec="seconds"),
             "workers": workers,
