@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from taid_ray.data.batch import Batch, Row, collate
 from taid_ray.data.batching import split_evenly
@@ -14,6 +14,7 @@ from taid_ray.data.dataset import Cursor
 from taid_ray.distributed.world import World
 from taid_ray.errors import DataError
 from taid_ray.student.clock import PhaseClock
+from taid_ray.student.window import RequestWindow
 from taid_ray.teacher.payload import TeacherOutput
 from taid_ray.teacher.protocol import TeacherClient
 
@@ -86,12 +87,10 @@ class Prefetcher:
     def __init__(
         self, steps: Iterator[StepBatches], teacher: TeacherClient, window: int, window_bytes: int, clock: PhaseClock
     ):
-        self._steps, self._teacher, self._clock = steps, teacher, clock
-        self._window, self._window_tokens = window, window_bytes // teacher.info().bytes_per_token
+        self._steps, self._clock = steps, clock
+        self._window = RequestWindow(teacher, window, window_bytes)
         self._announced: deque[StepBatches] = deque()
         self._unsent: deque[Batch] = deque()
-        self._in_flight: deque[tuple[Batch, Any]] = deque()
-        self._tokens_in_flight = 0
         self.documents: list[int] = []
         """Documents of this rank's rows in the step handed out last."""
         self.wait_s = 0.0
@@ -109,12 +108,10 @@ class Prefetcher:
 
     def collect(self) -> tuple[Batch, TeacherOutput]:
         """The next micro-batch of the step handed out last. Sends the requests that now find room before it returns."""
-        batch, request = self._in_flight.popleft()
         start = perf_counter()
         with self._clock.phase("teacher_wait"):
-            output = self._teacher.collect(request)
+            batch, output = self._window.collect()
         self.wait_s += perf_counter() - start
-        self._tokens_in_flight -= batch.num_loss_tokens
         self._fill()
         return batch, output
 
@@ -125,15 +122,12 @@ class Prefetcher:
 
     def _fill(self) -> None:
         with self._clock.phase("data"):
-            while len(self._in_flight) < self._window:
+            while not self._window.is_full:
                 if not self._unsent:
                     try:
                         self._read()
                     except StopIteration:
                         return
-                tokens = self._unsent[0].num_loss_tokens
-                if self._in_flight and self._tokens_in_flight + tokens > self._window_tokens:
+                if not self._window.has_room(self._unsent[0]):
                     return
-                batch = self._unsent.popleft()
-                self._in_flight.append((batch, self._teacher.submit(batch)))
-                self._tokens_in_flight += tokens
+                self._window.submit(self._unsent.popleft())

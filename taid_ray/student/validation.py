@@ -3,13 +3,13 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 from taid_ray.data.batch import Batch, Row, collate
 from taid_ray.data.batching import num_micro_batches, split_evenly
 from taid_ray.distributed.world import World
 from taid_ray.student.engine import Student
 from taid_ray.student.totals import Evaluation
+from taid_ray.student.window import RequestWindow
 from taid_ray.teacher.payload import TeacherOutput
 from taid_ray.teacher.protocol import TeacherClient
 
@@ -36,8 +36,7 @@ class ValidationBatches:
         """window, window_bytes: requests and bytes of answers that may be under way, as for the Prefetcher; one always may."""
         parts = num_micro_batches(len(rows), micro_batch_size, world.size)
         self._batches = [collate(part) for part in split_evenly(split_evenly(rows, world.size)[world.rank], parts)]
-        self._teacher, self._window = teacher, window
-        self._window_tokens = window_bytes // teacher.info().bytes_per_token
+        self._teacher, self._limits = teacher, (window, window_bytes)
         self._kept: dict[int, TeacherOutput] = {}
         self._room = KEPT_BYTES
         self.num_rows = len(rows)
@@ -46,21 +45,14 @@ class ValidationBatches:
     def __iter__(self) -> Iterator[tuple[Batch, TeacherOutput]]:
         """Batches, the same number on every rank, and the teacher's outputs for them."""
         to_ask = deque(number for number in range(len(self._batches)) if number not in self._kept)
-        requests: deque[Any] = deque()
-        tokens = 0
+        window = RequestWindow(self._teacher, *self._limits)
         for number, batch in enumerate(self._batches):
-            while to_ask and len(requests) < self._window:
-                following = self._batches[to_ask[0]]
-                if requests and tokens + following.num_loss_tokens > self._window_tokens:
-                    break
-                to_ask.popleft()
-                requests.append(self._teacher.submit(following))
-                tokens += following.num_loss_tokens
+            while to_ask and window.has_room(self._batches[to_ask[0]]):
+                window.submit(self._batches[to_ask.popleft()])
             if number in self._kept:
                 output = self._kept[number]
             else:
-                output = self._teacher.collect(requests.popleft())
-                tokens -= batch.num_loss_tokens
+                _, output = window.collect()
                 self._keep(number, output)
             yield batch, output
 

@@ -1,0 +1,41 @@
+"""The window of a student worker's requests to the teacher: how many may be under way at a time."""
+
+from collections import deque
+from typing import Any
+
+from taid_ray.data.batch import Batch
+from taid_ray.teacher.payload import TeacherOutput
+from taid_ray.teacher.protocol import TeacherClient
+
+
+class RequestWindow:
+    """Requests that are at the teacher or whose answers wait here, in their order; one always finds room."""
+
+    def __init__(self, teacher: TeacherClient, most: int, most_bytes: int):
+        """most, most_bytes: limits for the requests, and for the bytes of their answers together."""
+        self._teacher, self._most = teacher, most
+        self._most_tokens = most_bytes // teacher.info().bytes_per_token
+        self._requests: deque[tuple[Batch, Any]] = deque()
+        self._tokens = 0
+
+    @property
+    def is_full(self) -> bool:
+        """True if no further request finds room, however small."""
+        return len(self._requests) >= self._most
+
+    def has_room(self, batch: Batch) -> bool:
+        """Tests whether the request for `batch` finds room now."""
+        fits = not self._requests or self._tokens + batch.num_loss_tokens <= self._most_tokens
+        return fits and not self.is_full
+
+    def submit(self, batch: Batch) -> None:
+        """Sends the request for `batch`."""
+        self._requests.append((batch, self._teacher.submit(batch)))
+        self._tokens += batch.num_loss_tokens
+
+    def collect(self) -> tuple[Batch, TeacherOutput]:
+        """Waits for the oldest request. Returns its batch and the teacher's output for it."""
+        batch, request = self._requests.popleft()
+        output = self._teacher.collect(request)
+        self._tokens -= batch.num_loss_tokens
+        return batch, output
