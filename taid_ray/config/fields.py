@@ -118,5 +118,5 @@ class Range(Section):
 
     @property
     def fixed(self) -> bool:
-        """Whether the range holds one number only."""
+        """True if the range holds one number only."""
         return self.min == self.max

@@ -405,7 +405,7 @@ class CacheConfig(Section):
 
     @property
     def on(self) -> bool:
-        """Whether outputs are kept."""
+        """True if outputs are kept."""
         return self.directory is not None
 
     @model_validator(mode="before")

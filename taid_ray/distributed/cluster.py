@@ -77,5 +77,5 @@ def join_cluster(address: str) -> None:
 
 
 def cluster_has_gpus() -> bool:
-    """Whether some node of the connected cluster offers a GPU."""
+    """Tests whether some node of the connected cluster offers a GPU."""
     return ray.cluster_resources().get("GPU", 0) > 0

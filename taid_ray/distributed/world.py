@@ -19,12 +19,12 @@ class World:
 
     @classmethod
     def current(cls) -> "World":
-        """This process's place in the initialised process group."""
+        """Place of this process in the initialised process group."""
         return cls(dist.get_rank(), dist.get_world_size())
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0."""
+        """True on rank 0."""
         return self.rank == 0
 
     def sum(self, values: Sequence[float]) -> list[float]:

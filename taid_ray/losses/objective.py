@@ -62,7 +62,7 @@ class Objective:
         return self._in_closed_form(logits, teacher, labels, learn)
 
     def in_graph(self, teacher: object) -> bool:
-        """Whether the gradient against this teacher (logits, or a TopK) takes an autograd graph over the vocabulary."""
+        """Tests whether the gradient against this teacher (logits, or a TopK) takes an autograd graph over the vocabulary."""
         return self.name not in CLOSED_FORM and not isinstance(teacher, TopK)
 
     def total(self, kl: Tensor, ce: Tensor) -> Tensor:

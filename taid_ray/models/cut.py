@@ -88,7 +88,7 @@ def _cut_lists(model_config: Any, layers: list[int], depth: int) -> dict[str, An
 
 
 def _may_number(key: str, value: list[Any], depth: int) -> bool:
-    """Whether a list of a config is called, and looks, like one of numbers of layers."""
+    """Tests whether a list of a config is called, and looks, like one of numbers of layers."""
     named = "layer" in key or key.endswith(("idxs", "indices", "indexes"))
     return named and all(type(x) is int and 0 <= x < depth for x in value) and value == sorted(set(value))
 

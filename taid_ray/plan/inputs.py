@@ -70,7 +70,7 @@ class PlanInputs:
 
     @property
     def mode(self) -> str:
-        """Where the teacher computes: the value of teacher.mode."""
+        """Place where the teacher computes: the value of teacher.mode."""
         return self.config.teacher.mode
 
     @property

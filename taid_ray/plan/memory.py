@@ -41,7 +41,7 @@ class Worker:
 
     @property
     def in_bfloat16(self) -> bool:
-        """Whether the student computes in bfloat16; else in float32."""
+        """True if the student computes in bfloat16, else it does in float32."""
         return self.dtype_bytes == BFLOAT16
 
 

@@ -92,5 +92,5 @@ class LossShape:
 
     @property
     def needs_head(self) -> bool:
-        """Whether the student rebuilds the teacher's logits with a copy of its head."""
+        """True if the student rebuilds the teacher's logits with a copy of its head."""
         return self.payload not in ("topk", "logits")
