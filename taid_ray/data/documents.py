@@ -10,7 +10,8 @@ import datasets
 from datasets import Dataset, IterableDataset
 
 from taid_ray.config.schema import DataConfig
-from taid_ray.data.encoding import Columns, columns_of
+from taid_ray.data.columns import columns_of
+from taid_ray.data.encoding import Columns
 from taid_ray.errors import DataError
 
 Documents: TypeAlias = Dataset | IterableDataset
@@ -28,12 +29,12 @@ def open_documents(config: DataConfig, which: Literal["train", "valid"]) -> Docu
         name, split = config.train, config.split
     documents = load_documents(name, config.subset, split, config.streaming, f"data.{which}")
     present = documents.column_names or list(next(iter(documents)))
-    for column, key in columns_of(config).items():
-        if column not in present:
+    for column in columns_of(config):
+        if column.required and column.name not in present:
             found = " ".join(", ".join(present).split())[:300]
             raise DataError(
-                f"data.{which}: {name} has no column {column!r} (it has: {found}). "
-                f"Set {key}, or data.format if {config.format!r} is not what the data are."
+                f"data.{which}: {name} has no column {column.name!r} (it has: {found}). "
+                f"Set {column.key}, or data.format if {config.format!r} is not what the data are."
             )
     return documents
 
@@ -94,7 +95,7 @@ def read_blocks(
         if not block:
             raise DataError(f"{source}: the rows after row {skip} have no columns. Remove them.")
         count = len(next(iter(block.values())))
-        yield skip + 1, {column: block.get(column) or [None] * count for column in columns_of(config)}
+        yield skip + 1, {column.name: block.get(column.name) or [None] * count for column in columns_of(config)}
         skip += count
 
 

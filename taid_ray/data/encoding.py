@@ -35,17 +35,6 @@ class _Text:
     """Ranges of characters of its responses."""
 
 
-def columns_of(config: DataConfig) -> dict[str, str]:
-    """Lists the columns that `config.format` reads, each with the key that names it."""
-    if config.format == "text":
-        return {config.text_column: "data.text_column"}
-    if config.format == "chat":
-        return {config.messages_column: "data.messages_column"}
-    return dict.fromkeys(config.prompt_columns, "data.prompt_columns") | {
-        config.response_column: "data.response_column"
-    }
-
-
 class Encoder:
     """Turns documents into samples of at most `config.sequence_length` tokens, each with at least one loss position."""
 

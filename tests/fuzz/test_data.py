@@ -15,9 +15,10 @@ from transformers import AutoTokenizer
 
 from taid_ray.config.schema import DataConfig
 from taid_ray.data.batch import NO_LABEL, Row
+from taid_ray.data.columns import columns_of
 from taid_ray.data.dataset import TrainingData, validation_rows
 from taid_ray.data.documents import read_blocks
-from taid_ray.data.encoding import Encoder, columns_of
+from taid_ray.data.encoding import Encoder
 from taid_ray.data.packing import to_rows
 from taid_ray.errors import DataError
 from tests.support.feeding import FRAGMENTS, feed, mutated
@@ -165,12 +166,13 @@ def test_mutated_files(tmp_path: Path) -> None:
 def test_documents_of_any_type() -> None:
     """What a reader may hand over, value by value, straight to the encoder."""
     kinds = {"text": texts, "prompt": texts | st.none(), "response": texts, "messages": conversations}
+    kinds |= {"tools": st.none(), "system": st.none()}
     mixed = {name: good | good | good | anything for name, good in kinds.items()}
 
     @st.composite
     def inputs(draw: st.DrawFn) -> tuple[dict[str, list[Any]], dict[str, Any]]:
         chosen, count = draw(settings), draw(st.integers(1, 3))
-        names = columns_of(config_of("memory", chosen))
+        names = [column.name for column in columns_of(config_of("memory", chosen))]
         values = draw(st.sampled_from([kinds, mixed]))
         return {name: [draw(values[name]) for _ in range(count)] for name in names}, chosen
 
