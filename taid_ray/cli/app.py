@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 
 from taid_ray.cli import cache as cache_commands
+from taid_ray.cli import data as data_commands
 from taid_ray.cli.control import JobEnd, scale, status, stop, submit
 from taid_ray.cli.plan import plan
 from taid_ray.cli.report import report
@@ -51,6 +52,7 @@ app.command()(report)
 for command in (submit, status, scale, stop):
     app.command()(command)
 app.add_typer(cache_commands.app, name="cache")
+app.add_typer(data_commands.app, name="data")
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Dotted key=value pairs, for example schedule.t_start=0.3.")
 ]
@@ -133,7 +135,7 @@ def evaluate(
 @app.command()
 def check(config: Annotated[Path, typer.Argument(help="YAML configuration.")], overrides: Overrides = None) -> None:
     """Check a configuration, its models and its data, without starting anything."""
-    from taid_ray.driver.preflight import preflight_notes, prepare
+    from taid_ray.driver.preflight import first_samples, preflight_notes, prepare
     from taid_ray.tracking.follow import check_installed
 
     loaded = load_config(config, overrides or [])
@@ -143,6 +145,10 @@ def check(config: Annotated[Path, typer.Argument(help="YAML configuration.")], o
     console.print(f"ok: {plan.total_steps} optimizer steps, {plan.vocabulary.num_shared} shared token ids")
     for note in preflight_notes(loaded, plan):
         print_line(console, f"note: {note}")
+    description, samples = first_samples(loaded, 2)
+    for line in description:
+        print_line(console, line)
+    data_commands.print_samples(console, samples, shorten=True)
 
 
 def run(config: DistillConfig) -> None:

@@ -16,7 +16,7 @@ from taid_ray.config.schema import DataConfig
 from taid_ray.data.batch import Row
 from taid_ray.data.documents import num_documents, open_documents, read_blocks
 from taid_ray.data.encoding import Columns, Counts, Encoder
-from taid_ray.data.packing import to_rows
+from taid_ray.data.packing import Sample, to_rows
 from taid_ray.errors import DataError
 
 T = TypeVar("T")
@@ -67,6 +67,14 @@ class TrainingData:
         """Number of documents in the training data, those for validation included; None for a stream."""
         return num_documents(self._documents)
 
+    def description(self) -> list[str]:
+        """Says in sentences how the data were understood, and what is kept for validation."""
+        said = []
+        if self._num_validation:
+            kept = "document is" if self._num_validation == 1 else f"{self._num_validation} documents are"
+            said.append(f"{self._source}: the first {kept} kept for validation")
+        return said
+
     @property
     def counts(self) -> Counts:
         """Counts of the documents that this process has read since it started (it reads ahead of the training)."""
@@ -88,6 +96,19 @@ class TrainingData:
     def first_block(self) -> list[Row]:
         """Reads the rows of the first block of epoch 0. Raises DataError for a bad row."""
         return self._block_rows(self._encoder, 0, 0, *next(self._blocks(0)))
+
+    def samples(self) -> Iterator[Sample]:
+        """Yields the samples of one pass in the order of the data, before they are shuffled and packed.
+
+        Raises DataError for a bad row, and if there are none.
+        """
+        found = False
+        for first_row, columns in self._blocks(0):
+            for sample in self._encoder.encode(columns, first_row):
+                found = True
+                yield sample
+        if not found:
+            raise _nothing_to_learn(self._source, self.counts)
 
     def rows_per_epoch(self) -> int:
         """Counts the rows in one pass over the data, the same in every epoch. Reads and encodes all of it."""

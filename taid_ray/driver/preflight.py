@@ -1,11 +1,14 @@
 """Preflight: finds what is wrong with models and data before a cluster is touched, and what all processes must agree on."""
 
+from itertools import islice
 from typing import Any
 
 from taid_ray.config.schema import DataConfig, DistillConfig
 from taid_ray.data.dataset import TrainingData, validation_rows
+from taid_ray.data.preview import SamplePreview, preview
 from taid_ray.data.shared_ids import check_ids
 from taid_ray.errors import ConfigError
+from taid_ray.models.hub import offline_if_unreachable
 from taid_ray.models.pair import check_models, model_configs, run_tokenizer, shared_vocabulary
 from taid_ray.models.vocabulary import Vocabulary
 from taid_ray.scheduler.schedule import adaptive_is_linear, sigmoid
@@ -29,7 +32,7 @@ def prepare(config: DistillConfig) -> RunSpec:
     check_directory(config.cache)
     if config.teacher.mode == "cache":
         find_record(config, vocabulary.num_shared)
-    data = TrainingData(config.data, tokenizer, config.train.seed, config.train.batch_size)
+    data = training_data(config, tokenizer)
     checked = check_data(config.data, data, tokenizer, vocabulary.num_shared)
     return RunSpec(
         total_steps=config.train.steps or steps_of_epochs(config, data),
@@ -37,6 +40,23 @@ def prepare(config: DistillConfig) -> RunSpec:
         payload_bytes=largest_payload(config, teacher_config, vocabulary),
         data=checked,
     )
+
+
+def training_data(config: DistillConfig, tokenizer: Any) -> TrainingData:
+    """Opens the data of a run. Raises DataError."""
+    return TrainingData(config.data, tokenizer, config.train.seed, config.train.batch_size)
+
+
+def first_samples(config: DistillConfig, count: int) -> tuple[list[str], list[SamplePreview]]:
+    """Reads the first samples of the training data with nothing but the tokenizer, before they are shuffled and packed.
+
+    Returns sentences that say how the data were understood, and the samples. Raises ModelError or DataError.
+    """
+    offline_if_unreachable([config.teacher.model, config.student.model, config.data.train, config.data.valid])
+    tokenizer = run_tokenizer(config)
+    data = training_data(config, tokenizer)
+    samples = [preview(sample, tokenizer) for sample in islice(data.samples(), count)]
+    return data.description(), samples
 
 
 def preflight_notes(config: DistillConfig, spec: RunSpec) -> list[str]:

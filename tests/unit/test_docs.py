@@ -39,9 +39,10 @@ def test_everything_that_is_named_exists(document: Path) -> None:
 def test_every_option_and_every_key_that_is_named_exists(document: Path) -> None:
     text = re.sub(r"\\\n\s*", "", document.read_text(encoding="utf-8"))
     commands = {name: options_of(command) for name, command in get_command(app).commands.items()}
-    commands["cache"] |= {
-        o for command in get_command(app).commands["cache"].commands.values() for o in options_of(command)
-    }
+    for group in ("cache", "data"):
+        commands[group] |= {
+            o for command in get_command(app).commands[group].commands.values() for o in options_of(command)
+        }
     missing = [
         f"{command} {option}"
         for command, rest in re.findall(r"taid-ray ([a-z]+)\b([^`\n#]*)", text)
