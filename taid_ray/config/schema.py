@@ -239,17 +239,17 @@ class DataConfig(Section):
     """The documents to train and to validate on, and how they become rows of tokens."""
 
     train: Annotated[Name, TRAINING_ONLY]
-    """Training data: the name of a dataset on the Hugging Face hub, a local file (json, jsonl, parquet, csv or txt), or a
-    directory of such files."""
+    """Training data: the name of a dataset on the Hugging Face hub, a local file (jsonl, json, parquet, csv, tsv, txt or arrow;
+    text also compressed as gz, zst or bz2), a directory of such files, or what `save_to_disk` of the library datasets wrote."""
     valid: Name | None = None
     """Validation data, given like `train`. Without it the first `valid_documents` documents of `train` are kept for
     validation, and not trained on."""
     subset: str | None = None
-    """Configuration name of a dataset on the hub, where it has several."""
+    """Configuration name of a dataset on the hub, or of a local clone of one, where it has several."""
     split: Annotated[str, TRAINING_ONLY] = "train"
-    """Split of `train` to read, if it is a dataset on the hub."""
+    """Split of `train` to read, if it has several. In a local directory the names of files and folders tell their split."""
     valid_split: str = "validation"
-    """Split of `valid` to read, if it is a dataset on the hub."""
+    """Split of `valid` to read, if it has several."""
     valid_documents: PositiveInt = 200
     """Largest number of documents that validation uses."""
     format: Annotated[Literal["text", "chat", "prompt_response"], SETS_RATES] = "text"
@@ -277,8 +277,8 @@ class DataConfig(Section):
     """What happens to a document that is longer than `sequence_length`, with `format: chat` and `prompt_response`: the run stops
     with an error, the document is left out, or its end is cut off. With `format: text` it is cut into pieces."""
     streaming: bool = False
-    """Read the data as a stream, instead of first preparing all of it on disk. For very large data sets; needs
-    `train.steps`."""
+    """Read the data as a stream, instead of reading all of them once at the start, which counts the rows and finds damage. A
+    dataset on the hub is not prepared on disk then. For very large data sets; needs `train.steps`."""
     block_documents: Annotated[PositiveInt, TRAINING_ONLY] = 1024
     """Documents are read, shuffled and packed in blocks of this many. Larger blocks shuffle better and need more memory."""
 

@@ -1,9 +1,11 @@
 """Training data, from documents to batches: reading, chat templates, tokens, packed rows, global batches. Free of Ray.
 
 Others use `dataset` (TrainingData, Cursor, validation_rows), `batch` (Batch, Row, collate), `batching` (split_evenly,
-num_micro_batches), `encoding.Encoder`, `documents.open_documents` and `shared_ids.check_ids`.
+num_micro_batches), `encoding.Encoder`, `documents.open_documents` and `shared_ids.check_ids`. `reading/` has the readers of
+files, below `documents`.
 
 Traps:
+- Local files never go through the library datasets: it guesses types from the first rows, and keeps old files in a cache.
 - Global batch n is a function of (seed, n) alone. Every rank reads the whole of it, so that the number of loss tokens is
   known everywhere without a collective.
 - Padding uses id 0 and continues position_ids; packed documents restart them. No attention mask is ever passed.

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from taid_ray.config.schema import DataConfig
 from taid_ray.data.batch import Row
-from taid_ray.data.documents import num_documents, open_documents, read_blocks
+from taid_ray.data.documents import Documents, open_documents
 from taid_ray.data.encoding import Columns, Counts, Encoder
 from taid_ray.data.packing import Sample, to_rows
 from taid_ray.errors import DataError
@@ -52,7 +52,7 @@ class TrainingData:
         """Opens `config.train`. Raises DataError if it cannot be read, or if validation takes all of it."""
         self._source = f"data.train: {config.train}"
         self._config, self._tokenizer, self._seed, self._batch_size = config, tokenizer, seed, batch_size
-        self._documents = open_documents(config, "train")
+        self.documents = open_documents(config, "train")
         self._num_validation = config.valid_documents if config.valid is None else 0
         self._encoder = Encoder(config, tokenizer, self._source)
         if next(self._blocks(0), None) is None:
@@ -64,12 +64,15 @@ class TrainingData:
 
     @property
     def num_documents(self) -> int | None:
-        """Number of documents in the training data, those for validation included; None for a stream."""
-        return num_documents(self._documents)
+        """Number of documents in the training data, those for validation included; None for a stream.
+
+        Reads all of them, the first time. Raises DataError for what cannot be read.
+        """
+        return self.documents.count()
 
     def description(self) -> list[str]:
         """Says in sentences how the data were understood, and what is kept for validation."""
-        said = []
+        said = self.documents.description()
         if self._num_validation:
             kept = "document is" if self._num_validation == 1 else f"{self._num_validation} documents are"
             said.append(f"{self._source}: the first {kept} kept for validation")
@@ -133,7 +136,7 @@ class TrainingData:
 
     def _blocks(self, first: int) -> Iterator[tuple[int, Columns]]:
         size = self._config.block_documents
-        return read_blocks(self._documents, self._config, self._source, self._num_validation + first * size, size)
+        return self.documents.blocks(self._num_validation + first * size, size)
 
     def _block_rows(self, encoder: Encoder, epoch: int, block: int, first_row: int, columns: Columns) -> list[Row]:
         samples = self._shuffled(encoder.encode(columns, first_row), epoch, block, "samples")
@@ -146,15 +149,23 @@ class TrainingData:
         return items
 
 
-def validation_rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+def open_validation(config: DataConfig) -> Documents:
+    """Opens the documents that validation begins with: `data.valid` or, without it, `data.train`. Raises DataError."""
+    return open_documents(config, "train" if config.valid is None else "valid")
+
+
+def validation_rows(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, documents: Documents | None = None
+) -> list[Row]:
     """Reads the rows of the first `valid_documents` documents of `data.valid` or, without it, of `data.train`; never shuffled.
 
-    Raises DataError if they cannot be read or hold nothing to predict.
+    documents: those of `open_validation`, where they are open already. Raises DataError if they cannot be read or hold
+    nothing to predict.
     """
     source = f"data.train: {config.train}" if config.valid is None else f"data.valid: {config.valid}"
     encoder = Encoder(config, tokenizer, source)
-    documents = open_documents(config, "train" if config.valid is None else "valid")
-    first_row, columns = next(read_blocks(documents, config, source, 0, config.valid_documents))
+    documents = documents or open_validation(config)
+    first_row, columns = next(documents.blocks(0, config.valid_documents))
     samples = encoder.encode(columns, first_row)
     if not samples:
         raise _nothing_to_learn(source, encoder.counts)

@@ -1,169 +1,144 @@
-"""Opening datasets and reading them block by block, with errors that say what is wrong with a file."""
+"""Documents: the rows of `data.train` or `data.valid`, in blocks of the columns that a format reads, and what was read."""
 
-import glob
 from collections.abc import Iterator
-from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
-
-import datasets
-from datasets import Dataset, IterableDataset
+from typing import Any, Literal, Protocol
 
 from taid_ray.config.schema import DataConfig
-from taid_ray.data.columns import columns_of
+from taid_ray.data.columns import Column, columns_of
 from taid_ray.data.encoding import Columns
+from taid_ray.data.reading.complaints import empty, explained, no_column
+from taid_ray.data.reading.files import is_local, select_files
+from taid_ray.data.reading.hub import HubDocuments, load_from_hub
+from taid_ray.data.reading.kinds import DataFile
+from taid_ray.data.reading.rows import Row, columns_found, read_rows
+from taid_ray.data.reading.splits import Choice, listed
 from taid_ray.errors import DataError
 
-Documents: TypeAlias = Dataset | IterableDataset
 
-READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
-BLANK_BYTES = 1 << 10
-LARGE_FILES = 50 << 20  # bytes; preparing less takes no time worth a progress bar
+class Documents(Protocol):
+    """Rows that can be read again and again, in the same order."""
+
+    def count(self) -> int | None:
+        """Counts the rows; None for a stream. The first time all of them are read and parsed, so that damage shows."""
+
+    def blocks(self, skip: int, size: int) -> Iterator[tuple[int, Columns]]:
+        """Yields the rows after the first `skip`, in blocks of `size` (the last may be shorter) with the first row's number.
+
+        Rows are numbered from 1. Only the columns that the format reads, each under its preferred name; None where a row
+        lacks one. Raises DataError for what cannot be read.
+        """
+
+    def description(self) -> list[str]:
+        """Says in sentences how the data were understood."""
 
 
 def open_documents(config: DataConfig, which: Literal["train", "valid"]) -> Documents:
-    """Opens `config.train` or `config.valid` and checks that the columns which the format reads are there."""
-    if which == "valid" and config.valid is not None:
-        name, split = config.valid, config.valid_split
-    else:
-        name, split = config.train, config.split
-    documents = load_documents(name, config.subset, split, config.streaming, f"data.{which}")
-    present = documents.column_names or list(next(iter(documents)))
-    for column in columns_of(config):
-        if column.required and column.name not in present:
-            found = " ".join(", ".join(present).split())[:300]
-            raise DataError(
-                f"data.{which}: {name} has no column {column.name!r} (it has: {found}). "
-                f"Set {column.key}, or data.format if {config.format!r} is not what the data are."
-            )
-    return documents
+    """Opens `config.train` or `config.valid`: a local file, a directory, or a data set of the hub.
 
-
-def load_documents(name: str, subset: str | None, split: str, streaming: bool, key: str) -> Documents:
-    """Opens a local file, a directory of such files (`subset` and `split` do not apply), or a dataset of the hub.
-
-    A name is local if it exists, begins with '.', '/' or '~', or ends like a data file. Text files give one document
-    per line that is not blank. Raises DataError, naming `key` (`data.train` or `data.valid`).
+    Raises DataError, naming `data.train` or `data.valid`, if it cannot be read, is empty, or if its first file lacks a column
+    that the format needs. Damage further on shows when it is read, or in `count`.
     """
-    source = f"{key}: {name}"
+    of_valid = which == "valid" and config.valid is not None
+    name = config.valid if of_valid and config.valid is not None else config.train
+    source, key = f"data.{which}: {name}", "data.valid_split" if of_valid else "data.split"
+    choice = Choice(source, key, config.valid_split if of_valid else config.split, config.subset)
     try:
-        path = Path(name).expanduser()
-        exists = path.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # too long, of an unknown user, or with a NUL
-        raise DataError(f"{source}: this cannot be the name of a file ({error}). Name an existing one.") from None
-    if exists or name.startswith((".", "/", "~")) or path.suffix.lower() in READERS:
-        with _explained(source, "cannot be read. Check its permissions"):
-            files = _local_files(path, source)
-            size = sum(file.stat().st_size for file in files)
-            if not size or (size < BLANK_BYTES and not any(file.read_bytes().strip() for file in files)):
-                raise _empty(source)
-        reader = READERS[files[0].suffix.lower()]
-        names = [glob.escape(str(file)) for file in files]  # `datasets` takes them for patterns
-        arguments: dict[str, Any] = {"path": reader, "data_files": {"train": names}, "split": "train"}
-        what, progress = f"cannot be read as {reader}. Repair or convert the file", size > LARGE_FILES
-    else:
-        reader, arguments = None, {"path": name, "name": subset, "split": split}
-        what, progress = "cannot be loaded from the hub. Check the name, data.subset and split, or name a file", True
-    with _explained(source, what), _quiet(progress):
-        documents: Documents = datasets.load_dataset(streaming=streaming, **arguments)
-        if reader == "text":
-            documents = documents.filter(_has_text, input_columns="text", batched=True)
-        first = next(iter(documents), None)
-    if first is None:
-        raise _empty(source)
-    return documents
+        local = is_local(name)
+    except ValueError as error:
+        raise DataError(f"{source}: {error}. Name an existing one.") from None
+    if not local:
+        return HubDocuments(load_from_hub(name, choice, config.streaming), source, config)
+    with explained(source, "cannot be read. Check its permissions"):
+        files, said = select_files(Path(name).expanduser(), choice)
+    return FileDocuments(files, said, choice.source, config)
 
 
-def num_documents(documents: Documents) -> int | None:
-    """The number of documents; None for a stream."""
-    return len(documents) if isinstance(documents, Dataset) else None
+class FileDocuments:
+    """The rows of local files, one file after another."""
+
+    def __init__(self, files: list[DataFile], said: list[str], source: str, config: DataConfig):
+        """said: sentences on the choice of the files. source: begins every message, the key of the data and their name.
+
+        Raises DataError if there is no row, or if the first file with rows lacks a required column.
+        """
+        self._files, self._said, self._source, self._config = files, said, source, config
+        self._columns = columns_of(config)
+        self._names = [name for column in self._columns for name in column.names]
+        self._counts: dict[str, int] = {}
+        self._check_first_rows()
+
+    def count(self) -> int | None:
+        """Counts the rows; None with `data.streaming`. The first time all of them are read and parsed. Raises DataError."""
+        if self._config.streaming:
+            return None
+        for file in self._files:
+            if file.name not in self._counts:
+                self._counts[file.name] = sum(1 for _ in self._file_rows(file, 0))
+        return sum(self._counts.values())
+
+    def blocks(self, skip: int, size: int) -> Iterator[tuple[int, Columns]]:
+        """Yields the rows after the first `skip`; see `Documents`."""
+        rows = self._rows(skip)
+        while block := list(islice(rows, size)):
+            yield skip + 1, {column.name: [_value(row, column) for row in block] for column in self._columns}
+            skip += len(block)
+
+    def description(self) -> list[str]:
+        """Says in sentences which files are read, what was left out, and what columns are taken for others."""
+        kinds = " and ".join(sorted({file.kind for file in self._files}))
+        names = listed([file.name for file in self._files])
+        rows = f", {self.count():,} rows" if len(self._counts) == len(self._files) else ""
+        files = "1 file" if len(self._files) == 1 else f"{len(self._files)} files"
+        said = [f"{self._source}: {files} of the kind {kinds}{rows} ({names})", *self._said]
+        for column in self._columns:
+            if column.required and column.name not in self._first_names:
+                taken = next(name for name in column.names if name in self._first_names)
+                said.append(f"{self._source}: column {taken!r} is read as {column.name!r} ({column.key})")
+        return said
+
+    def _check_first_rows(self) -> None:
+        """Reads on until every required column was there."""
+        self._first_names: set[str] = set()
+        for file in self._files:
+            for row in self._file_rows(file, 0):
+                self._first_names |= row.keys() if row else set()
+                if not self._missing(self._first_names):
+                    return
+        raise empty(self._source)
+
+    def _missing(self, names: set[str]) -> list[Column]:
+        return [column for column in self._columns if column.required and names.isdisjoint(column.names)]
+
+    def _rows(self, skip: int) -> Iterator[Row]:
+        for file in self._files:
+            if self._counts.get(file.name, skip + 1) <= skip:
+                skip -= self._counts[file.name]
+                continue
+            for row in self._file_rows(file, skip):
+                if row is None:
+                    skip -= 1
+                else:
+                    yield row
+
+    def _file_rows(self, file: DataFile, skip: int) -> Iterator[Row | None]:
+        """Yields the rows of a file, None in place of the first `skip`.
+
+        Raises DataError at the end if none of the rows had a required column.
+        """
+        source = f"{self._source.partition(': ')[0]}: {file.path}"
+        missing, found = self._missing(set()), False
+        with explained(source, f"cannot be read as {file.kind}. Repair or convert the file"):
+            for row in read_rows(file, self._names, skip):
+                if row is not None and missing:
+                    missing = [column for column in missing if row.keys().isdisjoint(column.names)]
+                found = True
+                yield row
+            if found and missing and not skip:
+                raise no_column(source, missing[0], columns_found(file), self._config.format)
 
 
-def read_blocks(
-    documents: Documents, config: DataConfig, source: str, skip: int, size: int
-) -> Iterator[tuple[int, Columns]]:
-    """Yields the documents after the first `skip`, in blocks of `size` (the last may be shorter) with the first row's number.
-
-    Rows are numbered from 1. Only the columns that `config.format` reads; None where a row lacks one.
-    """
-    blocks = _slices(documents, skip, size) if isinstance(documents, Dataset) else documents.skip(skip).iter(size)
-    while True:
-        with _explained(source, f"cannot be read after row {skip}. Repair the data"):
-            block = next(blocks, None)
-        if block is None:
-            return
-        if not block:
-            raise DataError(f"{source}: the rows after row {skip} have no columns. Remove them.")
-        count = len(next(iter(block.values())))
-        yield skip + 1, {column.name: block.get(column.name) or [None] * count for column in columns_of(config)}
-        skip += count
-
-
-def _slices(documents: Dataset, skip: int, size: int) -> Iterator[Columns]:
-    for start in range(skip, len(documents), size):
-        yield documents[start : start + size]
-
-
-def _local_files(path: Path, source: str) -> list[Path]:
-    """Lists the file itself, or all data files below the directory, sorted. Raises DataError unless they are of one kind."""
-    supported = ", ".join(READERS)
-    if not path.exists():
-        raise DataError(f"{source}: no such file or directory. Name an existing one ({supported}) or a hub dataset.")
-    if path.is_file():
-        if path.suffix.lower() not in READERS:
-            raise DataError(
-                f"{source}: files of the kind {path.suffix!r} cannot be read. Convert it to one of: {supported}."
-            )
-        return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in READERS and file.is_file())
-    kinds = sorted({READERS[file.suffix.lower()] for file in files})
-    if not files:
-        raise DataError(f"{source}: the directory holds no data files. Put files of one kind there ({supported}).")
-    if len(kinds) > 1:
-        raise DataError(
-            f"{source}: the directory mixes {' and '.join(kinds)} files. Keep those of one kind, or name a file."
-        )
-    return files
-
-
-def _has_text(lines: list[str]) -> list[bool]:
-    return [bool(line.strip()) for line in lines]
-
-
-def _empty(source: str) -> DataError:
-    return DataError(f"{source} is empty. Name data that hold at least one document.")
-
-
-@contextmanager
-def _explained(source: str, what: str) -> Iterator[None]:
-    """Turns whatever `datasets` raises while reading into one line that ends in the root cause."""
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:
-        if datasets.config.HF_HUB_OFFLINE and isinstance(error, ConnectionError):
-            raise DataError(
-                f"{source} cannot be loaded from the hub, which does not answer, and is not in the cache. "
-                f"Name a local file or directory ({', '.join(READERS)})."
-            ) from None
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        reason = " ".join(str(cause).split()) or type(cause).__name__
-        raise DataError(f"{source} {what} ({reason[:300]}).") from None
-
-
-@contextmanager
-def _quiet(progress: bool) -> Iterator[None]:
-    """Silences the log of `datasets`, whose errors we report ourselves, and its progress bars unless wanted."""
-    verbosity, had_bars = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    if not progress:
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-        if had_bars and not progress:
-            datasets.enable_progress_bars()
+def _value(row: Row, column: Column) -> Any:
+    """The first value that the row has under one of the column's names; None without any."""
+    return next((row[name] for name in column.names if row.get(name) is not None), None)

@@ -4,7 +4,7 @@ from itertools import islice
 from typing import Any
 
 from taid_ray.config.schema import DataConfig, DistillConfig
-from taid_ray.data.dataset import TrainingData, validation_rows
+from taid_ray.data.dataset import TrainingData, open_validation, validation_rows
 from taid_ray.data.preview import SamplePreview, preview
 from taid_ray.data.shared_ids import check_ids
 from taid_ray.errors import ConfigError
@@ -81,12 +81,18 @@ def preflight_notes(config: DistillConfig, spec: RunSpec) -> list[str]:
 
 
 def check_data(config: DataConfig, data: TrainingData, tokenizer: Any, num_shared: int) -> DataCheck:
-    """Encodes the first block and the validation rows, so that almost every DataError comes early."""
+    """Reads all documents, unless they are a stream, and encodes the first block and the validation rows.
+
+    So almost every DataError comes early.
+    """
+    held_out = open_validation(config)
+    for documents in (data.documents, *([] if config.valid is None else [held_out])):
+        documents.count()
     tokens = tokenizer.get_vocab()
     rows = data.first_block()
     dropped, truncated = data.counts.dropped, data.counts.truncated
     check_ids(rows, num_shared, tokens)
-    valid_rows = validation_rows(config, tokenizer)
+    valid_rows = validation_rows(config, tokenizer, held_out)
     check_ids(valid_rows, num_shared, tokens)
     if not rows:
         next(data.batches())  # raises unless a later block has some

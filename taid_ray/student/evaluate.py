@@ -12,7 +12,7 @@ from taid_ray.config.fields import EVALUATED, TRAINING_ONLY
 from taid_ray.config.schema import DistillConfig, build_config, known_keys, marks_of
 from taid_ray.data.batch import Batch, collate
 from taid_ray.data.dataset import validation_rows
-from taid_ray.data.documents import open_documents, read_blocks
+from taid_ray.data.documents import open_documents
 from taid_ray.data.encoding import Encoder
 from taid_ray.data.packing import Sample
 from taid_ray.data.shared_ids import check_ids
@@ -178,7 +178,7 @@ def _conversations(config: DistillConfig, tokenizer: Any) -> list[Sample]:
     data = config.data.model_copy(update={"loss_on": "response"})
     source = f"data.valid: {data.valid}"
     size = min(ROUGE_ROWS, data.valid_documents)
-    first_row, columns = next(read_blocks(open_documents(data, "valid"), data, source, 0, size))
+    first_row, columns = next(open_documents(data, "valid").blocks(0, size))
     samples = Encoder(data, tokenizer, source).encode(columns, first_row)
     if not samples:
         raise DataError(f"{source}: none of the first {size} rows fits into data.sequence_length; make it larger")

@@ -17,9 +17,9 @@ from taid_ray.config.schema import DataConfig
 from taid_ray.data.batch import NO_LABEL, Row
 from taid_ray.data.columns import columns_of
 from taid_ray.data.dataset import TrainingData, validation_rows
-from taid_ray.data.documents import read_blocks
 from taid_ray.data.encoding import Encoder
 from taid_ray.data.packing import to_rows
+from taid_ray.data.reading.hub import HubDocuments
 from taid_ray.errors import DataError
 from tests.support.feeding import FRAGMENTS, feed, mutated
 from tests.support.paths import BUNDLE
@@ -224,7 +224,7 @@ def test_streams_of_rows_of_any_shape() -> None:
 
         def encoded() -> list[Row]:
             encoder = Encoder(config, TOKENIZER, "data.train: memory")
-            blocks = read_blocks(documents, config, "data.train: memory", skip, config.block_documents)
+            blocks = HubDocuments(documents, "data.train: memory", config).blocks(skip, config.block_documents)
             return to_rows(
                 [s for first, columns in blocks for s in encoder.encode(columns, first)], LENGTH, config.pack
             )

@@ -356,7 +356,8 @@ def test_the_console_entry() -> None:
     assert re.fullmatch(r"\[ +\d+\.\ds\] checking models and data", checking)
     assert found.stderr == (
         "error: data.train: absent.jsonl: no such file or directory. "
-        "Name an existing one (.json, .jsonl, .parquet, .csv, .txt) or a hub dataset.\n"
+        "Name an existing one (.json, .jsonl, .parquet, .csv, .txt, .ndjson, .tsv, .arrow; text also as .gz, .zst, .bz2) or a "
+        "hub dataset.\n"
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)  # not the clock's time, which depends on what else works here
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 40  # 5 s of imports on an idle machine

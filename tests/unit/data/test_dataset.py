@@ -325,7 +325,7 @@ BAD_FILES = [
     ("d.jsonl", b"", {}, "is empty"),
     ("d.txt", b"\n  \n\n", {}, "is empty"),
     ("d.json", b"[]", {}, "is empty|cannot be read"),
-    ("d.jsonl", b'{"text": "a"\n', {}, "cannot be read as json.*JSON parse error"),
+    ("d.jsonl", b'{"text": "a"\n', {}, "cannot be read as json.*line 1, column 13: Expecting"),
     ("d.parquet", b"not parquet", {}, "cannot be read as parquet"),
     ("d.txt", b"\xff\xfebad\n", {}, "cannot be read as text.*utf-8"),
     ("d.csv", b"a,b\n1,2\n", {}, r"no column 'text' \(it has: a, b\)\. Set data.text_column"),

@@ -1,0 +1,100 @@
+"""Rows of parquet and Arrow files by pyarrow, of the wanted columns only."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+BATCH_ROWS = 1024
+
+
+def read_parquet(path: Path, names: Sequence[str], skip: int) -> Iterator[dict[str, Any] | None]:
+    """Yields the rows of a parquet file. See `rows.read_rows`. Whole row groups are passed over unread."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        columns = _present(file.schema_arrow.names, names)
+        groups = list(range(file.metadata.num_row_groups))
+        while groups and skip and file.metadata.row_group(groups[0]).num_rows <= skip:
+            for _ in range(file.metadata.row_group(groups.pop(0)).num_rows):
+                skip -= 1
+                yield None
+        for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns):
+            yield from _rows(batch, columns, skip)
+            skip = max(0, skip - batch.num_rows)
+
+
+def parquet_columns(path: Path) -> list[str]:
+    """Lists the columns of a parquet file."""
+    import pyarrow.parquet as pq
+
+    return list(pq.read_schema(path).names)
+
+
+def read_arrow(path: Path, names: Sequence[str], skip: int) -> Iterator[dict[str, Any] | None]:
+    """Yields the rows of a file of Arrow record batches (a stream, as `datasets` writes, or a file). See `rows.read_rows`."""
+    with _batches(path) as (found, batches):
+        columns = _present(found, names)
+        for batch in batches:
+            yield from _rows(batch, columns, skip)
+            skip = max(0, skip - batch.num_rows)
+
+
+def arrow_columns(path: Path) -> list[str]:
+    """Lists the columns of a file of Arrow record batches."""
+    with _batches(path) as (found, _):
+        return found
+
+
+@contextmanager
+def _batches(path: Path) -> Iterator[tuple[list[str], Iterator[Any]]]:
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as source:
+        try:
+            stream = pa.ipc.open_stream(source)
+        except pa.ArrowInvalid:
+            file = pa.ipc.open_file(source)
+            names, batches = file.schema.names, map(file.get_batch, range(file.num_record_batches))
+        else:
+            names, batches = stream.schema.names, iter(stream)
+        yield names, batches
+
+
+def _present(found: list[str], names: Sequence[str]) -> list[str]:
+    """The wanted columns that are there. Raises ValueError if one of them is there twice."""
+    for name in names:
+        if found.count(name) > 1:
+            raise ValueError(f"it has {found.count(name)} columns of the name {name!r}")
+    return [name for name in names if name in found]
+
+
+def _rows(batch: Any, columns: list[str], skip: int) -> Iterator[dict[str, Any] | None]:
+    """The rows of a record batch, None in place of the first `skip`."""
+    for _ in range(min(skip, batch.num_rows)):
+        yield None
+    batch = batch.slice(min(skip, batch.num_rows))
+    values = [_python(batch.column(name)) for name in columns]
+    for number in range(batch.num_rows):
+        yield {name: column[number] for name, column in zip(columns, values, strict=True)}
+
+
+def _python(array: Any) -> list[Any]:
+    values = array.to_pylist()
+    return [_decoded(value, array.type) for value in values] if "extension<arrow.json>" in str(array.type) else values
+
+
+def _decoded(value: Any, kind: Any) -> Any:
+    """A value with the JSON in it parsed, as which `datasets` stores what has another type in every row."""
+    import pyarrow as pa
+
+    if value is None:
+        return None
+    if str(kind) == "extension<arrow.json>":
+        return json.loads(value)
+    if pa.types.is_struct(kind):
+        return {field.name: _decoded(value[field.name], field.type) for field in kind}
+    if hasattr(kind, "value_type") and isinstance(value, list):
+        return [_decoded(each, kind.value_type) for each in value]
+    return value

@@ -1,0 +1,37 @@
+"""How errors of reading are told: whatever a parser raises becomes one DataError that ends in the root cause."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from taid_ray.data.columns import Column
+from taid_ray.errors import DataError
+
+
+@contextmanager
+def explained(source: str, what: str) -> Iterator[None]:
+    """Raises whatever the block raises as a DataError: `source`, `what`, and the root cause in brackets. DataErrors pass."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = " ".join(str(cause).split()) or type(cause).__name__
+        raise DataError(f"{source} {what} ({reason[:300]}).") from None
+
+
+def empty(source: str) -> DataError:
+    """Makes the error for data without a row."""
+    return DataError(f"{source} is empty. Name data that hold at least one document.")
+
+
+def no_column(source: str, column: Column, found: Sequence[str], data_format: str) -> DataError:
+    """Makes the error for data that lack a required column. found: the names of those that they have."""
+    names = " or ".join(repr(name) for name in column.names)
+    has = " ".join(", ".join(found).split())[:300]
+    return DataError(
+        f"{source} has no column {names} (it has: {has}). "
+        f"Set {column.key}, or data.format if {data_format!r} is not what the data are."
+    )

@@ -1,0 +1,73 @@
+"""Kinds of data files, by their names; opening one, decompressed; what is said of text that is not UTF-8."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal, TypeAlias, cast
+
+Kind: TypeAlias = Literal["json", "parquet", "csv", "text", "tsv", "arrow"]
+
+KINDS: dict[str, Kind] = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".txt": "text",
+    ".ndjson": "json",
+    ".tsv": "tsv",
+    ".arrow": "arrow",
+}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+COMPRESSIBLE = ("json", "csv", "text", "tsv")
+SUPPORTED = f"{', '.join(KINDS)}; text also as {', '.join(COMPRESSIONS)}"
+"""The kinds of files that can be read, in words."""
+BUFFER_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One file of the data."""
+
+    path: Path
+    name: str
+    """Its path below the directory that was named, with slashes, or its own name."""
+    kind: Kind
+
+
+def kind_of(path: Path) -> Kind | None:
+    """Tells a file's kind by its name; None if it is not a data file."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        kind = KINDS.get(suffixes[0]) if len(suffixes) == 2 else None
+        return kind if kind in COMPRESSIBLE else None
+    return KINDS.get(path.suffix.lower())
+
+
+def stem_of(name: str) -> str:
+    """Returns the name of a data file without the endings that tell its kind."""
+    path = Path(name)
+    return Path(path.stem).stem if path.suffix.lower() in COMPRESSIONS else path.stem
+
+
+def open_bytes(path: Path) -> BinaryIO:
+    """Opens a file for reading, decompressed if its name says that it is compressed. Raises OSError, also while reading."""
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    if compression is None:
+        return path.open("rb", buffering=BUFFER_BYTES)
+    import pyarrow
+
+    stream = pyarrow.input_stream(str(path), compression=compression, buffer_size=BUFFER_BYTES)
+    return cast(BinaryIO, io.BufferedReader(stream, BUFFER_BYTES))
+
+
+def not_utf8(path: Path) -> ValueError:
+    """Makes the error for a file that is not UTF-8 text; it names the first line (from 1, ended by a newline) that is not."""
+    with open_bytes(path) as file:
+        for number, line in enumerate(file, 1):
+            if number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
+                return ValueError("it is UTF-16 instead of utf-8 text; save it as utf-8")
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return ValueError(f"line {number} is not utf-8 text: {error}")
+    return ValueError("it is not utf-8 text")
