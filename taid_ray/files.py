@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -76,6 +77,17 @@ def replace_text(path: Path, text: str) -> None:
         raise RunError(
             f"{path} cannot be written ({error}); make room there, and give the same command again"
         ) from error
+
+
+def give_usual_mode(path: Path) -> None:
+    """Gives a file the permissions that the umask, or the directory's default ACL, gives a new one.
+
+    For files that a library makes readable by their owner alone.
+    """
+    usual = path.with_name(f"{path.name}.mode")
+    usual.touch()
+    shutil.copymode(usual, path)
+    usual.unlink()
 
 
 def _sync_directory(directory: Path) -> None:

@@ -100,6 +100,12 @@ class CheckpointWriter:
                 "the run resumes from an older one"
             )
 
+    def discard(self, step: int, best: str | None) -> None:
+        """Removes the newest checkpoint, if it is of `step` and not the best one: the finished run has no use for it."""
+        if self._world.is_main and self.newest == step and self._kept[-1] != best:
+            with suppress(*STORAGE_ERRORS):  # it only takes room
+                self._store.delete(self._kept.pop())
+
     def describe_newest(self) -> str:
         """A sentence that says where the run could go on from."""
         if not self._kept:

@@ -1,7 +1,7 @@
 """Hugging Face models: loading them, taking them apart, the student's first weights, the vocabulary that a pair shares.
 
 Others use `loading` (load_causal_lm, load_tokenizer), `head` (Head, head_of, hidden_states, tested_head), `student_init`
-(build_student, merged_model, add_lora), `vocabulary.Vocabulary`, `pair` (checks of teacher and student together) and `hub`.
+(build_student), `saving` (check_saving, save_model), `adapters` (add_lora), `vocabulary.Vocabulary`, `pair` (checks of teacher and student together) and `hub`.
 Free of Ray and of DeepSpeed.
 
 Traps:

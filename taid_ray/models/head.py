@@ -157,7 +157,7 @@ def tested_head(model: Any, key: str, packed: bool) -> Head:
     """
     try:
         head = head_of(model)
-        with _attention_that_runs(model, head.weight.device):
+        with attention_that_runs(model, head.weight.device):
             self_test(model, head)
             if packed:
                 check_packing(model)
@@ -167,7 +167,7 @@ def tested_head(model: Any, key: str, packed: bool) -> Head:
 
 
 @contextmanager
-def _attention_that_runs(model: Any, device: torch.device) -> Iterator[None]:
+def attention_that_runs(model: Any, device: torch.device) -> Iterator[None]:
     """Replaces flash attention by sdpa, meanwhile, for a model that is not on a GPU yet."""
     chosen = getattr(model.config, "_attn_implementation", None)
     replaced = _is_flash(model) and device.type == "cpu"

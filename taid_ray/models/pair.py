@@ -7,6 +7,7 @@ from taid_ray.config.schema import DistillConfig
 from taid_ray.errors import ConfigError
 from taid_ray.models.hub import offline_if_unreachable
 from taid_ray.models.loading import check_causal_lm, check_divisible, check_weights, load_model_config, load_tokenizer
+from taid_ray.models.saving import check_architecture
 from taid_ray.models.student_init import check_student, has_teacher_tokenizer, student_model_config
 from taid_ray.models.vocabulary import Vocabulary, align
 
@@ -29,6 +30,7 @@ def check_models(config: DistillConfig, teacher_config: Any, student_config: Any
         if student.init == "pretrained":
             check_weights(student)
     check_student(config, student_config)
+    check_architecture(config, student_config)
     length = config.data.sequence_length
     for name, longest in (("teacher", context_length(teacher_config)), ("student", context_length(student_config))):
         if length > longest:

@@ -1,20 +1,18 @@
-"""Building the student (loaded, new, or cut out of the teacher), and the merged model that a run leaves."""
+"""Building the student: loaded, new, or cut out of the teacher."""
 
-import copy
 import warnings
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor
 
-from taid_ray.config.schema import DistillConfig, LoraConfig, StudentConfig, TeacherConfig
-from taid_ray.errors import ConfigError, ModelError
+from taid_ray.config.schema import DistillConfig, StudentConfig, TeacherConfig
+from taid_ray.errors import ConfigError
+from taid_ray.models.adapters import add_lora
 from taid_ray.models.cut import keep_layers, kept_state
 from taid_ray.models.loading import explained_attention, load_causal_lm, load_generation_config, load_model_config
 from taid_ray.models.vocabulary import Vocabulary
 
-SAMPLING_VALUES = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -106,14 +104,16 @@ def check_student(config: DistillConfig, model_config: Any) -> None:
             add_lora(model, student.lora, 0)
 
 
-def from_architecture(model_config: Any, attention: str, seed: int, trust_remote_code: bool = False) -> Any:
-    """Makes a model with new weights, float32 on CPU, the same on every rank."""
+def from_architecture(
+    model_config: Any, attention: str, seed: int, trust_remote_code: bool = False, dtype: torch.dtype = torch.float32
+) -> Any:
+    """Makes a model with new weights, on CPU unless a device is set, the same on every rank."""
     from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(
-            model_config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=trust_remote_code
+            model_config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
         )
 
 
@@ -166,69 +166,3 @@ def take_token_ids(model: Any, config: DistillConfig) -> None:
             setattr(each, key, value)
         if model.generation_config is not None:
             setattr(model.generation_config, key, value if generated is None else generated)
-
-
-def add_lora(model: Any, lora: LoraConfig, seed: int) -> Any:
-    """Wraps `model` with adapters (in place, through peft); only they train. The same on every rank.
-
-    Raises ConfigError if there are no such modules, ModelError if peft is not installed, or for an adapter on a head that
-    is tied to the embedding (merging it would change the embedding too).
-    """
-    try:
-        from peft import LoraConfig as PeftConfig
-        from peft import get_peft_model
-    except ImportError:
-        raise ModelError(
-            "student.lora: the package peft is not installed; run `pip install 'taid-ray[lora]'`"
-        ) from None
-    settings = PeftConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        task_type="CAUSAL_LM",
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            adapted = get_peft_model(model, settings)
-        except ValueError as error:
-            raise ConfigError(
-                f"student.lora.target_modules: {type(model).__name__} takes no adapters there (found "
-                f"{lora.target_modules!r}): {' '.join(str(error).split())[:200]}"
-            ) from None
-    head = model.get_output_embeddings()
-    if hasattr(head, "lora_A") and head.base_layer.weight is model.get_input_embeddings().weight:
-        raise ModelError(
-            "student.lora.target_modules names the head, which this student ties to its embedding, so that the adapter could "
-            "not be merged; leave the head out of student.lora.target_modules"
-        )
-    return adapted
-
-
-def without_idle_sampling(generation_config: Any) -> Any:
-    """Returns a copy without the sampling values that greedy decoding ignores, with which transformers refuses to save it."""
-    result = copy.deepcopy(generation_config)
-    if result is not None and not result.do_sample:
-        for key in SAMPLING_VALUES:
-            setattr(result, key, None)
-    return result
-
-
-def merged_model(config: DistillConfig, source: Any, state: dict[str, Tensor]) -> Any:
-    """Makes a plain transformers model on CPU with the trained weights `state`, adapters merged, in the student's dtype.
-
-    source: the model that was trained, for its config; its own weights may be partitioned.
-    """
-    model = from_architecture(
-        copy.deepcopy(source.config), "eager", config.train.seed, origin(config).trust_remote_code
-    )
-    model.generation_config = without_idle_sampling(source.generation_config)
-    lora = config.student.lora
-    trained = add_lora(model, lora, config.train.seed) if lora else model
-    missing, unexpected = trained.load_state_dict(state, strict=False)
-    keys = (model._tied_weights_keys or ()) if model.config.get_text_config().tie_word_embeddings else ()
-    tied = {f"{prefix}{key}" for prefix in ("", "base_model.model.") for key in keys}
-    assert not unexpected and not set(missing) - tied, (missing, unexpected)
-    merged = trained.merge_and_unload() if lora else model
-    return merged.to(getattr(torch, config.student.dtype))

@@ -21,8 +21,9 @@ from torch.utils._pytree import tree_leaves
 
 from taid_ray.config.schema import LoraConfig
 from taid_ray.errors import ModelError
+from taid_ray.models.adapters import add_lora
 from taid_ray.models.head import hidden_states
-from taid_ray.models.student_init import add_lora, from_architecture
+from taid_ray.models.student_init import from_architecture
 from taid_ray.plan.sizes import Activations, ModelShape
 
 

@@ -23,9 +23,12 @@ from taid_ray.errors import NonFiniteLossError
 from taid_ray.losses.chunked import LossParts, Scores, Target, chunk_tokens_for, chunked_loss, chunked_scores
 from taid_ray.losses.objective import Objective
 from taid_ray.losses.projection import LogitTransform, Projection
+from taid_ray.models.adapters import add_lora, check_adapters
 from taid_ray.models.head import Head, head_of, hidden_states
-from taid_ray.models.student_init import add_lora, merged_model
+from taid_ray.models.precision import train_as_reloaded
+from taid_ray.models.saving import check_saving, dtypes_when_reloaded, save_model, saved_tensors
 from taid_ray.student.clock import PhaseClock
+from taid_ray.student.decay import decay_groups
 from taid_ray.student.state import load_optimizer, load_weights, training_state
 from taid_ray.teacher.payload import TeacherOutput
 
@@ -94,12 +97,18 @@ class Student:
         self.num_parameters = int(model.num_parameters())
         if config.student.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        dtypes = dtypes_when_reloaded(config, model)
         self.trained = add_lora(model, config.student.lora, config.train.seed) if config.student.lora else model
+        if config.student.lora:
+            check_adapters(model)
         self.trained.train()
+        check_saving(config, model, self.trained)
+        if config.student.dtype != "float32":
+            train_as_reloaded(self.trained, dtypes)
         if checkpoint is not None:
             load_weights(self.trained, checkpoint.tensor)
         optimizer = torch.optim.AdamW(
-            _decay_groups(self.trained, config.train.weight_decay),
+            decay_groups(self.trained, config.train.weight_decay),
             lr=config.train.learning_rate,
             betas=config.train.betas,
             eps=config.train.epsilon,
@@ -172,11 +181,10 @@ class Student:
         return training_state(self.engine, self.trained, self.world)
 
     def save(self, directory: Path) -> None:
-        """Writes a Hugging Face model directory on rank 0 (adapters merged). Collective under ZeRO-3."""
+        """Writes a Hugging Face model directory on rank 0 (adapters merged); the others do not wait. Collective under ZeRO-3."""
         state = self._gathered_state()
         if self.world.is_main:
-            merged_model(self.config, self.causal_lm, state).save_pretrained(directory)
-        self.world.barrier()
+            save_model(self.config, self.causal_lm, state, directory)
 
     def _run(self, batch: Batch, function: HeadFunction) -> Any:
         inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.inputs.items()}
@@ -201,14 +209,13 @@ class Student:
 
     def _gathered_state(self) -> dict[str, Tensor]:
         """Parameters and saved buffers of the trained model, whole, on rank 0's CPU; {} elsewhere."""
-        saved = self.trained.state_dict().keys()  # leaves out buffers that are computed anew, such as rotary tables
-        state = {name: buffer.detach().cpu() for name, buffer in self.trained.named_buffers() if name in saved}
-        partitioned = self.config.student.zero_stage == 3
-        for name, parameter in self.trained.named_parameters():
-            with deepspeed.zero.GatheredParameters([parameter], enabled=partitioned):
+        state = {}
+        for name, tensor in saved_tensors(self.trained).items():
+            partitioned = self.config.student.zero_stage == 3 and isinstance(tensor, nn.Parameter)
+            with deepspeed.zero.GatheredParameters([tensor], enabled=partitioned):
                 if self.world.is_main:
-                    state[name] = parameter.detach().cpu().clone()
-        return state if self.world.is_main else {}
+                    state[name] = tensor.detach().cpu().clone()
+        return state
 
 
 def finite_norm(grad_norm: float) -> float:
@@ -242,12 +249,3 @@ def deepspeed_config(config: DistillConfig) -> dict[str, Any]:
         # Summing micro-batches in bfloat16 would make the trajectory depend on their number.
         owned["data_types"] = {"grad_accum_dtype": "fp32"}
     return passed | owned
-
-
-def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW groups: matrices decay, vectors (biases, norms) do not."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trainable if p.dim() >= 2]
-    vectors = [p for p in trainable if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]

@@ -1,6 +1,9 @@
 """The work between two optimizer steps, on every rank: the line of metrics, validations, checkpoints."""
 
+from contextlib import suppress
+
 from taid_ray.data.dataset import Cursor
+from taid_ray.errors import CheckpointError
 from taid_ray.run.metrics import StepMetrics
 from taid_ray.scheduler.aggregate import GO_ON, STOP, StepResult
 from taid_ray.student.checkpoints import StudentCheckpoints
@@ -38,10 +41,13 @@ class StepHooks:
         self._telemetry.step(metrics, self._checkpoints.writer.newest)
         if self._is_validated(metrics.step):
             self._validator.validate(metrics.step)
-        if result.request != GO_ON and metrics.step < self._total_steps:
+        if metrics.step == self._total_steps:
+            # With this one a run that cannot save its model saves it later, without training again.
+            with suppress(CheckpointError):  # after several that failed, which was said; the model may still be saved
+                self._checkpoints.save(result, cursor)
+        elif result.request != GO_ON:
             self._telemetry.sync()
             self._checkpoints.save(result, cursor)
 
     def _is_validated(self, step: int) -> bool:
-        """The validation after the last step is not made here: it belongs to the end of the run."""
-        return self._validator.is_due(step) and step < self._total_steps
+        return self._validator.is_due(step) or step == self._total_steps

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 from taid_ray.checkpoint.restore import Checkpoint, restore
@@ -12,7 +13,7 @@ from taid_ray.data.batching import num_micro_batches
 from taid_ray.data.chat import chat_template
 from taid_ray.data.dataset import START, Cursor, TrainingData, validation_rows
 from taid_ray.data.shared_ids import check_ids
-from taid_ray.errors import NonFiniteLossError
+from taid_ray.errors import NonFiniteLossError, RunError
 from taid_ray.files import write_json
 from taid_ray.models.head import tested_head
 from taid_ray.models.pair import run_tokenizer
@@ -123,16 +124,19 @@ class TrainingRun:
             return train_loop(student, context.scheduler, stream, hooks, self._start, spec.total_steps)
 
     def finish(self, last: StepResult) -> Outcome | None:
-        """Leaves the results of a finished run, or waits for the checkpoint of a stopped one. Collective."""
+        """Leaves the results of a finished run, or waits for the checkpoint of a stopped one. Collective.
+
+        Raises RunError, which ends the run, if the results cannot be written.
+        """
         context, world = self._context, self._context.world
         if last.step < context.worker.spec.total_steps:
             context.note(f"stopping after step {last.step}; the checkpoint is being written")
             self._writer.close()
             return Stopped(last.step) if world.is_main else None
-        self._validator.validate(last.step)
         context.note("saving the model")
         self._writer.wait()
-        self._student.save(context.config.run_dir / "model")
+        with results_written(context.config.run_dir, self._writer):
+            self._student.save(context.config.run_dir / "model")
         (teacher_tokens,) = world.sum([self._teacher.tokens])
         summary = self._totals.summary(
             last.step,
@@ -145,7 +149,9 @@ class TrainingRun:
         if not world.is_main:
             return None
         self._telemetry.sync()
-        write_results(context.config, summary, self._tokenizer)
+        with results_written(context.config.run_dir, self._writer):
+            write_results(context.config, summary, self._tokenizer)
+        self._writer.discard(last.step, self._totals.best)
         return Finished(summary)
 
 
@@ -162,6 +168,19 @@ def open_telemetry(context: WorkerContext, teacher: TeacherClient, last_step: in
     num_replicas = pool.num_replicas if isinstance(pool, PoolTeacher) else None
     run = RunManifest(context.config).id
     return MainTelemetry(context.worker, run, last_step, totals, context.scheduler.note, num_replicas)
+
+
+@contextmanager
+def results_written(run_dir: Path, writer: CheckpointWriter) -> Iterator[None]:
+    """Turns whatever keeps the results from being written into RunError: that a worker crashed is no reason to train again."""
+    try:
+        yield
+    except Exception as error:  # of transformers, safetensors, tokenizers or the file system
+        raise RunError(
+            f"the run is trained, but its model could not be written to {run_dir / 'model'} ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}). {writer.describe_newest()} Make room there, or put right what is wrong, "
+            "and give the same command again: it goes on after that step"
+        ) from error
 
 
 def write_results(config: DistillConfig, summary: dict[str, Any], tokenizer: Any) -> None:

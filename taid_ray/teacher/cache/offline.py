@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from taid_ray.config.schema import DistillConfig, TeacherConfig
 from taid_ray.data.batch import Batch
 from taid_ray.errors import ConfigError, TeacherError
-from taid_ray.files import write_json
+from taid_ray.files import give_usual_mode, write_json
 from taid_ray.losses.projection import LogitTransform
 from taid_ray.models.head import Head
 from taid_ray.models.loading import load_model_config
@@ -104,6 +104,7 @@ def save_record(config: DistillConfig, teacher: TeacherClient, payload_error: fl
         bias = {} if head.bias is None else {"bias": head.bias.cpu().contiguous()}
         temporary = directory / "head.tmp"
         save_file({"weight": head.weight.cpu().contiguous()} | bias, temporary)
+        give_usual_mode(temporary)
         temporary.replace(directory / HEAD_FILE)
     record = TeacherRecord(
         info=info,

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from taid_ray.config.schema import DistillConfig, build_config
 from taid_ray.errors import ConfigError, ModelError
+from taid_ray.models.adapters import add_lora
 from taid_ray.models.cut import keep_layers
+from taid_ray.models.saving import merged_model
 from taid_ray.models.student_init import (
-    add_lora,
     build_student,
     check_student,
-    merged_model,
     resize_with_mean,
     student_model_config,
 )
@@ -507,7 +507,6 @@ def test_merging_adapters_changes_no_logits(
     assert (adapted - plain).abs().max() > 0.1
     merged = merged_model(chosen, base, gathered(trained))
     assert not [key for key in merged.state_dict() if "lora" in key]
-    torch.testing.assert_close(logits(merged), adapted, atol=2e-5, rtol=1e-5)
     merged.save_pretrained(tmp_path / "model")
     torch.testing.assert_close(logits(load(tmp_path / "model")), adapted, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(logits(trained), adapted)  # the trained model itself is left alone
@@ -570,7 +569,7 @@ def test_an_incomplete_state_is_not_saved(saved: Callable[[str], Path]) -> None:
     trained = build_student(chosen, None)
     state = gathered(trained)
     del state["model.norm.weight"]
-    with pytest.raises(AssertionError, match=r"model\.norm\.weight"):
+    with pytest.raises(ModelError, match=r"model\.norm\.weight"):
         merged_model(chosen, trained, state)
 
 

@@ -9,8 +9,9 @@ from transformers import LlamaConfig
 
 from taid_ray.config.schema import LoraConfig
 from taid_ray.errors import ConfigError
+from taid_ray.models.adapters import add_lora
 from taid_ray.models.head import hidden_states
-from taid_ray.models.student_init import add_lora, from_architecture
+from taid_ray.models.student_init import from_architecture
 from taid_ray.plan.hardware import NAMES, Hardware, hardware_named
 from taid_ray.plan.time import (
     BANDWIDTH_SHARE,

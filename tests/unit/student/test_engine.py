@@ -155,7 +155,7 @@ def test_lora_is_the_same_under_every_stage_and_merges(lora: dict[str, Any], tmp
 
 
 def test_an_adapter_on_a_tied_head_is_refused() -> None:
-    with pytest.raises(ModelError, match="leave the head out"):
+    with pytest.raises(ModelError, match="leave lm_head out"):
         train(config_for(TIED | {"zero_stage": 0, "lora": LORA_HEAD}))
 
 

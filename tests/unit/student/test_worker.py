@@ -1,14 +1,22 @@
-"""A student worker's start, as far as it can be seen without a cluster."""
+"""A student worker's start and end, as far as they can be seen without a cluster."""
 
+import json
 from contextlib import ExitStack
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from taid_ray.config.schema import DistillConfig, build_config
 from taid_ray.distributed.world import World
-from taid_ray.errors import ModelError
+from taid_ray.driver.preflight import prepare
+from taid_ray.errors import ModelError, RunError
+from taid_ray.run.directory import run_directory
+from taid_ray.scheduler.aggregate import LossAggregator, LossSums, StepResult
+from taid_ray.scheduler.schedule import TAIDSchedule
 from taid_ray.student import context, open_teacher
+from taid_ray.student.spec import Finished, Outcome, WorkerSpec
 from taid_ray.student.worker import run_worker
 from tests.support.students import TIED, config_for
 
@@ -67,3 +75,71 @@ def test_a_teacher_that_is_refused_is_closed(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ModelError), ExitStack() as closing:
         open_teacher.open_teacher(place, SimpleNamespace(), closing)  # type: ignore[arg-type]
     assert teacher.closed
+
+
+class LocalScheduler:
+    """What the scheduler actor and its client do, for one rank in the same process."""
+
+    def __init__(self, aggregator: LossAggregator, *_: Any):
+        self.aggregator = aggregator
+        self.sums_are_finite = True
+
+    def begin(self, attempt: int, world_size: int) -> None:
+        self.attempt = attempt
+
+    def join(self, attempt: int, world_size: int, start: StepResult | None) -> StepResult:
+        self.aggregator.begin(attempt, world_size, start)
+        return self.aggregator.result
+
+    def submit(self, step: int, sums: LossSums) -> None:
+        steps.append(step)
+        self.answer = self.aggregator.report(self.attempt, step, 0, sums)
+
+    def collect(self, step: int) -> Any:
+        return self.answer
+
+    def note(self, message: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+steps: list[int] = []
+
+
+def worked(config: DistillConfig, attempt: int) -> Outcome | None:
+    """Runs the only worker of an attempt in this process."""
+    spec = prepare(config)
+    aggregator = LossAggregator(TAIDSchedule(config.schedule, spec.total_steps), config.schedule.signal)
+    with run_directory(config) as run:
+        run.begin_attempt(1, "")
+        return run_worker(WorkerSpec(config, spec, "cpu", aggregator, "", run.checkpoints, attempt))
+
+
+@pytest.mark.usefixtures("one_process_group")
+def test_a_run_that_could_not_save_its_model_saves_it_later_without_training(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(context, "World", SimpleNamespace(current=World))
+    monkeypatch.setattr(context, "SchedulerClient", LocalScheduler)
+    monkeypatch.setattr(context, "watch_node", lambda world: None)
+    steps.clear()
+    config = build_config(config_for(TIED).model_dump() | {"out": str(tmp_path / "run")})
+    (tmp_path / "run").mkdir()
+    refused = pytest.raises(
+        RunError, match=r"could not be written to .*/model \(FileExistsError.*checkpoint is of step 4"
+    )
+    with refused, monkeypatch.context() as broken:
+        broken.setattr("taid_ray.student.engine.save_model", lambda *_: (tmp_path / "run").mkdir())
+        worked(config, 1)
+    assert steps == [1, 2, 3, 4]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert [path.name[:14] for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000000004"]
+
+    outcome = worked(config, 2)
+    assert steps == [1, 2, 3, 4] and (tmp_path / "run" / "metrics.jsonl").read_bytes() == lines
+    assert isinstance(outcome, Finished) and [found["step"] for found in outcome.summary["validations"]] == [0, 4]
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == outcome.summary
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())  # a finished run has no use for it

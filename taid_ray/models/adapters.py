@@ -1,0 +1,90 @@
+"""Adapters (LoRA, through peft) on a student, and the checks that they train, and can be merged in the end."""
+
+from typing import Any
+
+import torch
+
+from taid_ray.config.schema import LoraConfig
+from taid_ray.errors import ConfigError, ModelError
+from taid_ray.models.head import attention_that_runs, hidden_states, probe_inputs
+
+
+def add_lora(model: Any, lora: LoraConfig, seed: int) -> Any:
+    """Wraps `model` with adapters (in place, through peft); only they train. The same on every rank.
+
+    Raises ConfigError if there are no such modules, ModelError if peft is not installed, or for an adapter on weights that
+    are tied to others.
+    """
+    try:
+        from peft import LoraConfig as PeftConfig
+        from peft import get_peft_model
+    except ImportError:
+        raise ModelError(
+            "student.lora: the package peft is not installed; run `pip install 'taid-ray[lora]'`"
+        ) from None
+    settings = PeftConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            adapted = get_peft_model(model, settings)
+        except ValueError as error:
+            raise ConfigError(
+                f"student.lora.target_modules: {type(model).__name__} takes no adapters there (found "
+                f"{lora.target_modules!r}): {' '.join(str(error).split())[:200]}"
+            ) from None
+    _refuse_tied(model)
+    return adapted
+
+
+def _refuse_tied(adapted: Any) -> None:
+    """Raises ModelError if an adapter is on weights that another module has, too: merging it would change that as well."""
+    owners: dict[int, list[str]] = {}
+    for name, module in adapted.named_modules():
+        for parameter in module._parameters.values():
+            owners.setdefault(id(parameter), []).append(name.removesuffix(".base_layer"))
+    for name, module in adapted.named_modules():
+        weight = getattr(getattr(module, "base_layer", None), "weight", None)
+        if hasattr(module, "lora_A") and weight is not None and len(owners[id(weight)]) > 1:
+            others = [other for other in owners[id(weight)] if other != name]
+            raise ModelError(
+                f"student.lora.target_modules names {name}, which this student ties to {others[0]}, so that the adapter could "
+                f"not be merged; leave {name.rpartition('.')[2]} out of student.lora.target_modules"
+            )
+
+
+@torch.no_grad()
+def check_adapters(model: Any) -> None:
+    """Runs a student with adapters on a fixed probe, and checks that its computation goes through every adapter.
+
+    Some architectures read a layer's weight themselves, past the adapter: it would not be trained as it is merged. Experts
+    that no token of the probe is sent to are let pass. Raises ModelError.
+    """
+    adapted = {
+        name: module for name, module in model.named_modules() if hasattr(module, "lora_A") and "expert" not in name
+    }
+    called: set[str] = set()
+    hooks = [module.register_forward_hook(lambda *_, name=name: called.add(name)) for name, module in adapted.items()]
+    embedding = model.get_input_embeddings().weight
+    try:
+        with attention_that_runs(model, embedding.device):
+            hidden = hidden_states(model, probe_inputs(embedding.shape[0], embedding.device))
+            model.get_output_embeddings()(hidden)
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        raise ModelError(
+            f"student.lora.target_modules: {type(model).__name__} does not compute with adapters there "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); name other modules"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if past := sorted(adapted.keys() - called):
+        raise ModelError(
+            f"student.lora.target_modules: {type(model).__name__} computes past {len(past)} of its adapters, for example "
+            f"that of {past[0]}, which would not be trained; leave those modules out"
+        )
