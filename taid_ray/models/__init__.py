@@ -1,11 +1,14 @@
 """Hugging Face models: loading them, taking them apart, the student's first weights, the vocabulary that a pair shares.
 
 Others use `loading` (load_causal_lm, load_tokenizer), `head` (Head, head_of, hidden_states, tested_head), `student_init`
-(build_student), `saving` (check_saving, save_model), `adapters` (add_lora), `vocabulary.Vocabulary`, `pair` (checks of teacher and student together) and `hub`.
+(build_student), `adapters` (add_lora), `precision`, `saving` (check_saving, save_model), `vocabulary.Vocabulary`, `pair` (checks
+of teacher and student together) and `hub`.
 Free of Ray and of DeepSpeed.
 
 Traps:
 - Some architectures let documents of a packed row see each other; `head.check_packing` tests that before one is trusted.
+- What is trained must be what a reload of the saved model computes: `precision` gives each tensor its dtype before DeepSpeed
+  casts all of them.
 - An unreachable model hub costs minutes unless `hub.offline_if_unreachable` notices; it sets environment variables and
   constants of other libraries, for the whole process.
 """
