@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic.fields import FieldInfo
 
-from taid_ray.config.fields import RESUMABLE, Range, Section, SharedByTrials
+from taid_ray.config.fields import MOVABLE, RESUMABLE, Range, Section, SharedByTrials
 from taid_ray.config.schema import DistillConfig, marks_of, section_of
 
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "min_length": "length at least"}
@@ -47,6 +47,7 @@ def _key(key: str, field: FieldInfo) -> str:
     facts = [_type(field.annotation, field.metadata), default]
     marks = marks_of(key)
     facts += ["may change on resume"] if RESUMABLE in marks else []
+    facts += ["the path may change on resume"] if MOVABLE in marks else []
     facts += [] if any(isinstance(mark, SharedByTrials) for mark in marks) else ["may be searched"]
     return (
         f"### {key} {{ #{key} }}\n\n{' '.join((field.description or '').split())}\n\n{' · '.join(facts)}\n{{ .facts }}"

@@ -51,12 +51,14 @@ class TrainingState:
     """The place in the data. Learning rate and random numbers are not kept: they follow from the number of the step."""
     totals: dict[str, Any]
     """Figures for the summary, see `student.totals.RunTotals`."""
+    data: dict[str, Any] | None = None
+    """What the run is trained on, see `data.fingerprint`; None in checkpoints of older versions."""
 
     def to_json(self) -> bytes:
         """The content of state.json."""
         result = asdict(self.result) | {"schedule": self.result.schedule._asdict()}
         content = {"format": FORMAT, "result": result, "cursor": asdict(self.cursor), "record": self.totals}
-        return json.dumps(content).encode()
+        return json.dumps(content | ({} if self.data is None else {"data": self.data})).encode()
 
     @classmethod
     def from_json(cls, text: bytes) -> "TrainingState":
@@ -70,9 +72,10 @@ class TrainingState:
                 )
             schedule = ScheduleState.from_dict(content["result"].pop("schedule"))
             result, cursor = StepResult(schedule=schedule, **content["result"]), Cursor(**content["cursor"])
-            if not isinstance(content["record"], dict):
-                raise TypeError("record")
-            return cls(result, cursor, content["record"])
+            data = content.get("data")
+            if not isinstance(content["record"], dict) or not isinstance(data, dict | None):
+                raise TypeError("record or data")
+            return cls(result, cursor, content["record"], data)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DamagedCheckpointError(
                 f"{STATE_FILE} is no state of a run ({type(error).__name__}: {error})"

@@ -36,6 +36,9 @@ class SharedByTrials(Mark):
 
 
 RESUMABLE = Mark("A run may be resumed with another value: it changes where or how the run is computed, not what.")
+MOVABLE = Mark(
+    "A run may be resumed with another path to the same data: their contents are compared with the checkpoint's."
+)
 SETS_STEPS = Mark("Sets the number of optimizer steps.")
 SETS_ROWS = Mark("Changes the number of rows or batches in the data, and so the number of steps of `train.epochs`.")
 SETS_RATES = Mark("Decides how long so many rows take, so that `taid-ray plan --from` needs a run with the same value.")

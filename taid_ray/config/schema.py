@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from taid_ray.config.fields import (
     EVALUATED,
+    MOVABLE,
     RESUMABLE,
     SETS_RATES,
     SETS_ROWS,
@@ -238,10 +239,10 @@ class StudentConfig(Section):
 class DataConfig(Section):
     """The documents to train and to validate on, and how they become rows of tokens."""
 
-    train: Annotated[Name, TRAINING_ONLY]
+    train: Annotated[Name, MOVABLE, TRAINING_ONLY]
     """Training data: the name of a dataset on the Hugging Face hub, a local file (jsonl, json, parquet, csv, tsv, txt or arrow;
     text also compressed as gz, zst or bz2), a directory of such files, or what `save_to_disk` of the library datasets wrote."""
-    valid: Name | None = None
+    valid: Annotated[Name | None, MOVABLE] = None
     """Validation data, given like `train`. Without it the first `valid_documents` documents of `train` are kept for
     validation, and not trained on."""
     subset: str | None = None

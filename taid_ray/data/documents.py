@@ -11,7 +11,7 @@ from taid_ray.data.encoding import Columns
 from taid_ray.data.reading.complaints import empty, explained, no_column
 from taid_ray.data.reading.files import is_local, select_files
 from taid_ray.data.reading.hub import HubDocuments, load_from_hub
-from taid_ray.data.reading.kinds import DataFile
+from taid_ray.data.reading.kinds import DataFile, digest_of
 from taid_ray.data.reading.rows import Row, columns_found, read_rows
 from taid_ray.data.reading.splits import Choice, listed
 from taid_ray.errors import DataError
@@ -29,6 +29,9 @@ class Documents(Protocol):
         Rows are numbered from 1. Only the columns that the format reads, each under its preferred name; None where a row
         lacks one. Raises DataError for what cannot be read.
         """
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns what tells these data from others, see `data/fingerprint.py`. Reads all of them, unless they are a stream."""
 
     def description(self) -> list[str]:
         """Says in sentences how the data were understood."""
@@ -85,6 +88,18 @@ class FileDocuments:
             yield skip + 1, {column.name: [_value(row, column) for row in block] for column in self._columns}
             skip += len(block)
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns `files`: name, kind and bytes of each; without `data.streaming` digest (xxh3) and rows, too."""
+        self.count()
+        with explained(self._source, "cannot be read. Check its permissions"):
+            return {"files": [self._fingerprint_of(file) for file in self._files]}
+
+    def _fingerprint_of(self, file: DataFile) -> dict[str, Any]:
+        found = {"name": file.name, "kind": file.kind, "bytes": file.path.stat().st_size}
+        if not self._config.streaming:
+            found |= {"digest": digest_of(file.path), "rows": self._counts[file.name]}
+        return found
+
     def description(self) -> list[str]:
         """Says in sentences which files are read, what was left out, and what columns are taken for others."""
         kinds = " and ".join(sorted({file.kind for file in self._files}))
@@ -92,6 +107,10 @@ class FileDocuments:
         rows = f", {self.count():,} rows" if len(self._counts) == len(self._files) else ""
         files = "1 file" if len(self._files) == 1 else f"{len(self._files)} files"
         said = [f"{self._source}: {files} of the kind {kinds}{rows} ({names})", *self._said]
+        if self._config.streaming:
+            said.append(
+                f"{self._source}: a stream; when the run is resumed, names and sizes of files are compared only"
+            )
         for column in self._columns:
             if column.required and column.name not in self._first_names:
                 taken = next(name for name in column.names if name in self._first_names)
@@ -141,4 +160,7 @@ class FileDocuments:
 
 def _value(row: Row, column: Column) -> Any:
     """The first value that the row has under one of the column's names; None without any."""
-    return next((row[name] for name in column.names if row.get(name) is not None), None)
+    for name in column.names:  # a plain loop, because it runs for every row of every epoch
+        if (value := row.get(name)) is not None:
+            return value
+    return None

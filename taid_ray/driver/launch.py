@@ -27,6 +27,7 @@ from taid_ray.driver.pool import PoolKeeper, SharedPool
 from taid_ray.driver.preflight import preflight_notes, prepare
 from taid_ray.driver.progress import ProgressView
 from taid_ray.driver.progress_relay import progress_relay
+from taid_ray.driver.same_data import check_same_data
 from taid_ray.driver.signals import StopRequest, stop_signals
 from taid_ray.models.hub import restoring_hub_mode
 from taid_ray.names import POOL_PREFIX
@@ -89,7 +90,8 @@ def distill(config: DistillConfig) -> RunResult:
 def run_distillation(config: DistillConfig, context: RunContext) -> RunResult:
     """Distils as `distill` does, in a run that may be one of many."""
     config = with_absolute_paths(config)
-    if inspect_run_dir(config) == "finished":
+    state = inspect_run_dir(config)
+    if state == "finished":
         summary = read_summary(config.run_dir)
         if not all((config.run_dir / name).exists() for name in (CARD_FILE, REPORT_FILE)):
             leave_report(config, summary, partial(print_line, context.console or Console()))
@@ -98,7 +100,8 @@ def run_distillation(config: DistillConfig, context: RunContext) -> RunResult:
     with restoring_hub_mode(), ProgressView(context.console) as view:
         view.say("checking models and data")
         spec = prepare(config)
-        for note in preflight_notes(config, spec):
+        unchecked = check_same_data(config, spec.fingerprint) if state == "unfinished" and spec.fingerprint else None
+        for note in [*preflight_notes(config, spec), *([unchecked] if unchecked else [])]:
             view.say(f"note: {note}")
         view.say("connecting to Ray" if ray.is_initialized() or os.environ.get("RAY_ADDRESS") else "starting Ray here")
         with (

@@ -5,6 +5,8 @@ from typing import Any
 
 from taid_ray.config.schema import DataConfig, DistillConfig
 from taid_ray.data.dataset import TrainingData, open_validation, validation_rows
+from taid_ray.data.documents import Documents
+from taid_ray.data.fingerprint import fingerprint
 from taid_ray.data.preview import SamplePreview, preview
 from taid_ray.data.shared_ids import check_ids
 from taid_ray.errors import ConfigError
@@ -33,12 +35,15 @@ def prepare(config: DistillConfig) -> RunSpec:
     if config.teacher.mode == "cache":
         find_record(config, vocabulary.num_shared)
     data = training_data(config, tokenizer)
-    checked = check_data(config.data, data, tokenizer, vocabulary.num_shared)
+    held_out = open_validation(config.data)
+    found = fingerprint(data.documents, held_out if config.data.valid is not None else None)
+    checked = check_data(config.data, data, tokenizer, vocabulary.num_shared, held_out)
     return RunSpec(
         total_steps=config.train.steps or steps_of_epochs(config, data),
         vocabulary=vocabulary,
         payload_bytes=largest_payload(config, teacher_config, vocabulary),
         data=checked,
+        fingerprint=found,
     )
 
 
@@ -80,14 +85,13 @@ def preflight_notes(config: DistillConfig, spec: RunSpec) -> list[str]:
     return found
 
 
-def check_data(config: DataConfig, data: TrainingData, tokenizer: Any, num_shared: int) -> DataCheck:
-    """Reads all documents, unless they are a stream, and encodes the first block and the validation rows.
+def check_data(
+    config: DataConfig, data: TrainingData, tokenizer: Any, num_shared: int, held_out: Documents | None = None
+) -> DataCheck:
+    """Encodes the first block and the validation rows, so that almost every DataError comes early.
 
-    So almost every DataError comes early.
+    held_out: the documents of validation, where they are open already.
     """
-    held_out = open_validation(config)
-    for documents in (data.documents, *([] if config.valid is None else [held_out])):
-        documents.count()
     tokens = tokenizer.get_vocab()
     rows = data.first_block()
     dropped, truncated = data.counts.dropped, data.counts.truncated

@@ -16,7 +16,7 @@ from typing import IO, Any, Literal
 
 import yaml
 
-from taid_ray.config.fields import RESUMABLE
+from taid_ray.config.fields import MOVABLE, RESUMABLE
 from taid_ray.config.paths import flat, with_absolute_paths
 from taid_ray.config.schema import DistillConfig, marks_of, stored_config
 from taid_ray.config.text import read_tree
@@ -37,7 +37,10 @@ LOCK_S = 1.0
 
 
 def inspect_run_dir(config: DistillConfig) -> Literal["new", "unfinished", "finished"]:
-    """State of this run in `config.run_dir`. Raises ConfigError if that holds anything else, or cannot be made."""
+    """State of this run in `config.run_dir`. Raises ConfigError if that holds anything else, or cannot be made.
+
+    Whether an unfinished run's data are the same, under whatever path, is not asked here; see `driver.same_data`.
+    """
     run_dir = config.run_dir
     try:
         run_dir.exists()
@@ -52,8 +55,9 @@ def inspect_run_dir(config: DistillConfig) -> Literal["new", "unfinished", "fini
             raise ConfigError(
                 f"out: {run_dir} already holds other files than a run's; choose another directory with --out, or remove it"
             )
-        _check_same(config)
-        return "finished" if (run_dir / SUMMARY_FILE).exists() else "unfinished"
+        finished = (run_dir / SUMMARY_FILE).exists()
+        _check_same(config, may_move=not finished)
+        return "finished" if finished else "unfinished"
     existing = next(path for path in (run_dir, *run_dir.parents) if path.exists())
     try:
         with tempfile.TemporaryDirectory(prefix=".taid-probe-", dir=existing):
@@ -72,9 +76,16 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     return summary
 
 
-def _check_same(config: DistillConfig) -> None:
+def moved_data(config: DistillConfig) -> list[str]:
+    """Keys of data that have another path than in the directory's config.yaml, each with both values."""
+    before, now = stored_config(read_tree(config.run_dir / CONFIG_FILE)), with_absolute_paths(config)
+    return sorted(set(changed_keys(before, now)) - set(changed_keys(before, now, may_move=True)))
+
+
+def _check_same(config: DistillConfig, may_move: bool) -> None:
     """Raises ConfigError if the directory's run was begun with something else that its trajectory depends on."""
-    changed = changed_keys(stored_config(read_tree(config.run_dir / CONFIG_FILE)), with_absolute_paths(config))
+    stored = stored_config(read_tree(config.run_dir / CONFIG_FILE))
+    changed = changed_keys(stored, with_absolute_paths(config), may_move)
     if changed:
         raise ConfigError(
             f"out: {config.run_dir} holds a run that was begun with other values of keys that may not change: "
@@ -82,13 +93,14 @@ def _check_same(config: DistillConfig) -> None:
         )
 
 
-def changed_keys(before: DistillConfig, now: DistillConfig) -> list[str]:
-    """Keys that a trajectory depends on and that differ, each with both values."""
+def changed_keys(before: DistillConfig, now: DistillConfig, may_move: bool = False) -> list[str]:
+    """Keys that a trajectory depends on and that differ, each with both values. may_move: without paths of data."""
+    free = {RESUMABLE, MOVABLE} if may_move else {RESUMABLE}
     old, new = (flat(each.model_dump(mode="json")) for each in (before, now))
     return [
         f"{key} (was {json.dumps(old.get(key))}, now {json.dumps(new.get(key))})"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and RESUMABLE not in marks_of(key)
+        if old.get(key) != new.get(key) and free.isdisjoint(marks_of(key))
     ]
 
 

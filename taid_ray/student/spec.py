@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from taid_ray.config.schema import DistillConfig
+from taid_ray.data.fingerprint import Fingerprint
 from taid_ray.models.vocabulary import Vocabulary
 
 
@@ -28,6 +29,8 @@ class RunSpec:
     payload_bytes: int
     """Of one request to the teacher, at most."""
     data: DataCheck
+    fingerprint: Fingerprint | None = None
+    """Of the data, as the driver has read them."""
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ class TrainingRun:
         batches = training_batches(self._data, spec, self._tokenizer, self._start.step, self._cursor)
         steps = step_batches(read_ahead(batches, READ_AHEAD_STEPS), world, accumulation)
         stream = Prefetcher(steps, self._teacher, *request_window(config), student.clock)
-        checkpoints = StudentCheckpoints(self._writer, student, self._teacher, self._totals)
+        checkpoints = StudentCheckpoints(self._writer, student, self._teacher, self._totals, spec.fingerprint)
         hooks = StepHooks(
             self._validator, self._telemetry, checkpoints, self._totals, context.preemption, spec.total_steps
         )

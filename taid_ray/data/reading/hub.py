@@ -46,6 +46,7 @@ class HubDocuments:
         import datasets
 
         self._rows, self._source, self._columns = rows, source, columns_of(config)
+        self._name, self._fingerprint = source.partition(": ")[2], getattr(rows, "_fingerprint", None)
         self._is_stream = not isinstance(rows, datasets.Dataset)
         with explained(source, "cannot be read. Repair the data"):
             first = next(iter(rows), None)
@@ -76,6 +77,12 @@ class HubDocuments:
             count = len(next(iter(block.values())))
             yield skip + 1, {column.name: _values(block, column.names, count) for column in self._columns}
             skip += count
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns what `datasets` tells one version of the data from another by; of a stream, only the split."""
+        if self._is_stream:
+            return {"hub": self._name, "split": str(self._rows.split)}
+        return {"hub": self._name, "fingerprint": self._fingerprint, "rows": len(self._rows)}
 
     def description(self) -> list[str]:
         """Says in sentences what is read."""

@@ -1,9 +1,11 @@
-"""Kinds of data files, by their names; opening one, decompressed; what is said of text that is not UTF-8."""
+"""Kinds of data files, by their names; opening one, decompressed; its digest; what is said of text that is not UTF-8."""
 
 import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, TypeAlias, cast
+
+import xxhash
 
 Kind: TypeAlias = Literal["json", "parquet", "csv", "text", "tsv", "arrow"]
 
@@ -58,6 +60,15 @@ def open_bytes(path: Path) -> BinaryIO:
 
     stream = pyarrow.input_stream(str(path), compression=compression, buffer_size=BUFFER_BYTES)
     return cast(BinaryIO, io.BufferedReader(stream, BUFFER_BYTES))
+
+
+def digest_of(path: Path) -> str:
+    """Hashes the content of a file (xxh3, 128 bits), as it lies there. Raises OSError."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while part := file.read(BUFFER_BYTES):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def not_utf8(path: Path) -> ValueError:

@@ -7,6 +7,7 @@ import pytest
 
 from taid_ray.config.fields import (
     EVALUATED,
+    MOVABLE,
     RESUMABLE,
     SETS_RATES,
     SETS_ROWS,
@@ -29,6 +30,7 @@ EXPECTED: dict[Mark, str] = {
         checkpoint.every_steps checkpoint.every_minutes checkpoint.keep checkpoint.best
         cache.directory cache.disk_gib tracking.wandb tracking.mlflow
     """,
+    MOVABLE: "data.train data.valid",
     SETS_STEPS: "train.steps train.epochs",
     SETS_ROWS: """
         student.model student.revision student.resize_to_teacher teacher.model teacher.revision train.batch_size

@@ -17,7 +17,14 @@ from taid_ray.config.schema import DistillConfig, build_config
 from taid_ray.control.status import read_status
 from taid_ray.errors import CheckpointError, ClusterError, ConfigError, RunError
 from taid_ray.report.history import read_history
-from taid_ray.run.directory import RunManifest, inspect_run_dir, read_summary, run_directory, scratch_directory
+from taid_ray.run.directory import (
+    RunManifest,
+    inspect_run_dir,
+    moved_data,
+    read_summary,
+    run_directory,
+    scratch_directory,
+)
 from taid_ray.run.layout import METRICS_FILE, SUMMARY_FILE
 from tests.support.paths import ROOT
 
@@ -81,6 +88,17 @@ def test_keys_that_may_change_on_resume_may(tmp_path: Path) -> None:
         "student.deepspeed={zero_optimization: {reduce_bucket_size: 1000}}", "checkpoint.keep=7", "name=other",
     ]  # fmt: skip
     assert inspect_run_dir(config(tmp_path / "run", *free)) == "unfinished"
+
+
+def test_data_may_lie_elsewhere_until_a_run_is_finished(tmp_path: Path) -> None:
+    """Whether they are the same is asked by `driver.same_data`."""
+    begin(config(tmp_path / "run"))
+    moved = config(tmp_path / "run", "data.train=elsewhere")
+    assert inspect_run_dir(moved) == "unfinished"
+    assert [line.partition(" ")[0] for line in moved_data(moved)] == ["data.train"]
+    (moved.run_dir / SUMMARY_FILE).write_text("{}")
+    with pytest.raises(ConfigError, match=r'data\.train \(was .*, now "elsewhere"\)'):
+        inspect_run_dir(moved)
 
 
 @pytest.mark.parametrize(

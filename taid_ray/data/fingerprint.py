@@ -1,0 +1,68 @@
+"""Fingerprint of a run's data: what a resumed run must find again, whatever the path is, and what has changed if it does not.
+
+Of local files it holds name, size, a hash of the content and the number of rows; of a stream, which is not read at once,
+name and size. Two fingerprints are the same if the files hold the same, in the same order, under whatever names.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from taid_ray.data.documents import Documents
+
+Fingerprint: TypeAlias = dict[str, Any]
+"""`train` and `valid` (None without `data.valid`), each as `Documents.fingerprint` gives it; as JSON can hold it."""
+
+MOST_SHOWN = 3
+
+
+def fingerprint(train: Documents, valid: Documents | None) -> Fingerprint:
+    """Takes the fingerprint of a run's data. Reads all of them once, unless they are streams. Raises DataError."""
+    return {"train": train.fingerprint(), "valid": None if valid is None else valid.fingerprint()}
+
+
+def changes(before: Fingerprint, now: Fingerprint) -> list[str]:
+    """Says what has changed, key by key; nothing if the data are the same."""
+    found = []
+    for which in ("train", "valid"):
+        old, new = before.get(which), now.get(which)
+        if _contents(old) != _contents(new):
+            found.append(f"data.{which}: {_difference(old, new)}")
+    return found
+
+
+def _contents(data: Mapping[str, Any] | None) -> Any:
+    """What must be the same."""
+    if data is None or "files" not in data:
+        return data
+    return [(file["kind"], file.get("digest") or (file["name"], file["bytes"])) for file in data["files"]]
+
+
+def _difference(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> str:
+    if old is None or new is None:
+        return "it was not set then" if old is None else "it is not set any more"
+    if "files" not in old or "files" not in new:
+        return f"then {_named(old)}, now {_named(new)}"
+    before, now = ({file["name"]: file for file in data["files"]} for data in (old, new))
+    if len(before) == len(now) == 1:
+        ((name, one),), (other,) = before.items(), now.values()
+        return _change(name, one, other)
+    said = [
+        *(_change(name, before[name], now[name]) for name in before if name in now and before[name] != now[name]),
+        *(f"{name} is gone" for name in before if name not in now),
+        *(f"{name} is new" for name in now if name not in before),
+    ]
+    return _shown(said or ["its files are in another order"])
+
+
+def _change(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    sizes = [f"{file['rows']:,} rows" if "rows" in file else f"{file['bytes']:,} bytes" for file in (old, new)]
+    return f"{name} has changed" + (f" ({sizes[0]} then, {sizes[1]} now)" if sizes[0] != sizes[1] else "")
+
+
+def _named(data: Mapping[str, Any]) -> str:
+    return "local files" if "files" in data else ", ".join(f"{key} {value}" for key, value in data.items())
+
+
+def _shown(said: Sequence[str]) -> str:
+    rest = len(said) - MOST_SHOWN
+    return ", ".join(said[:MOST_SHOWN]) + (f", and {rest} more changes" if rest > 0 else "")

@@ -1,0 +1,91 @@
+"""The fingerprint of data: what counts as the same, and what is said of what does not."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pytest
+
+from taid_ray.config.schema import DataConfig
+from taid_ray.data.documents import open_documents
+from taid_ray.data.fingerprint import Fingerprint, changes, fingerprint
+from taid_ray.data.reading.hub import HubDocuments
+
+
+def lines(*words: str) -> str:
+    return "".join(json.dumps({"text": word}) + "\n" for word in words)
+
+
+def taken(path: Path, valid: Path | None = None, streaming: bool = False) -> Fingerprint:
+    config = DataConfig(train=str(path), valid=valid and str(valid), streaming=streaming)
+    found = fingerprint(open_documents(config, "train"), valid and open_documents(config, "valid"))
+    assert json.loads(json.dumps(found)) == found
+    return found
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/a.jsonl").write_text(lines("one", "two"))
+    (tmp_path / "data/b.jsonl").write_text(lines("three"))
+    return tmp_path / "data"
+
+
+def test_moved_and_renamed_data_are_the_same(root: Path, tmp_path: Path) -> None:
+    before = taken(root, root / "b.jsonl")
+    assert before["train"]["files"][0] | {"digest": ""} == {
+        "name": "a.jsonl", "kind": "json", "bytes": 32, "digest": "", "rows": 2,
+    }  # fmt: skip
+    moved = root.rename(tmp_path / "elsewhere")
+    (moved / "b.jsonl").rename(moved / "c.jsonl")
+    assert changes(before, taken(moved, moved / "c.jsonl")) == []
+
+
+CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a row more": (
+        lambda d: (d / "a.jsonl").write_text(lines("one", "two", "x")),
+        "a.jsonl has changed (2 rows then, 3 rows now)",
+    ),
+    "another word": (lambda d: (d / "a.jsonl").write_text(lines("one", "twx")), "a.jsonl has changed"),
+    "a file less": (lambda d: (d / "b.jsonl").unlink(), "b.jsonl is gone"),
+    "a file more": (lambda d: (d / "c.jsonl").write_text(lines("x")), "c.jsonl is new"),
+    "order": (lambda d: (d / "a.jsonl").rename(d / "c.jsonl"), "a.jsonl is gone, c.jsonl is new"),
+    "the other way round": (
+        lambda d: ((d / "a.jsonl").rename(d / "x"), (d / "b.jsonl").rename(d / "a.jsonl"), (d / "x").rename(d / "b.jsonl")),
+        "a.jsonl has changed (2 rows then, 1 rows now), b.jsonl has changed",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_what_has_changed_is_said(root: Path, case: str) -> None:
+    change, said = CHANGES[case]
+    before = taken(root)
+    change(root)
+    (found,) = changes(before, taken(root))
+    assert found.startswith(f"data.train: {said}")
+    assert len(changes(taken(root, next(root.iterdir())), before)) == 2  # data.valid is gone, too
+
+
+def test_of_a_stream_only_names_and_sizes_are_known(root: Path) -> None:
+    before = taken(root, streaming=True)
+    (root / "a.jsonl").write_text(lines("one", "twx"))
+    assert changes(before, taken(root, streaming=True)) == []
+    (root / "a.jsonl").write_text(lines("one", "twox"))
+    assert changes(before, taken(root, streaming=True)) == [
+        "data.train: a.jsonl has changed (32 bytes then, 33 bytes now)"
+    ]
+
+
+def test_data_of_the_hub_are_known_by_what_datasets_says() -> None:
+    one, other = (datasets.Dataset.from_dict({"text": [word]}) for word in ("one", "other"))
+    config = DataConfig(train="some/data")
+    found = [
+        fingerprint(HubDocuments(rows, "data.train: some/data", config), None)
+        for rows in (one, one, other, one.to_iterable_dataset())
+    ]
+    assert changes(found[0], found[1]) == []
+    for changed in found[2:]:
+        (said,) = changes(found[0], changed)
+        assert said.startswith("data.train: then hub some/data, fingerprint ")

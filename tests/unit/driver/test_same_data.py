@@ -1,0 +1,84 @@
+"""A run that is resumed on other data is refused before anything starts (fault 6)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from taid_ray.checkpoint.store import STATE_FILE, CheckpointStore, TrainingState, checkpoint_name
+from taid_ray.config.schema import DistillConfig, build_config
+from taid_ray.data.dataset import Cursor
+from taid_ray.driver import launch
+from taid_ray.driver.preflight import prepare
+from taid_ray.driver.same_data import check_same_data
+from taid_ray.errors import DataError
+from taid_ray.run.directory import RunManifest, run_directory
+from taid_ray.scheduler.aggregate import StepResult
+from taid_ray.scheduler.schedule import ScheduleState
+from tests.support.paths import BUNDLE
+
+
+def stories(path: Path, count: int) -> None:
+    path.write_text("".join(json.dumps({"text": f"Tom has {n} dogs."}) + "\n" for n in range(count)))
+
+
+def config_of(root: Path, **data: Any) -> DistillConfig:
+    tree = {
+        "teacher": {"model": str(BUNDLE / "stories260k"), "mode": "local"},
+        "student": {"init": "cut", "layers": [0, 4], "dtype": "float32"},
+        "data": {"train": str(root / "d.jsonl"), "valid_documents": 2, "sequence_length": 32} | data,
+        "train": {"steps": 2, "batch_size": 2},
+        "out": str(root / "run"),
+    }
+    return build_config(tree)
+
+
+def checkpoint(config: DistillConfig, step: int, data: Any, whole: bool = True) -> None:
+    """What is left of a run that was stopped after `step`."""
+    state = TrainingState(StepResult(step, ScheduleState(0.4)), Cursor(), {}, data)
+    store, name = CheckpointStore(RunManifest(config).checkpoints), checkpoint_name(step, 1)
+    files = {STATE_FILE: store.write(name, STATE_FILE, state.to_json(), [])}
+    if whole:
+        store.finish(name, 0, 1, files)
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> DistillConfig:
+    stories(tmp_path / "d.jsonl", 20)
+    config = config_of(tmp_path)
+    with run_directory(config):
+        return config
+
+
+def test_other_data_are_refused_and_the_same_are_not(begun: DistillConfig, tmp_path: Path) -> None:
+    found = prepare(begun).fingerprint
+    assert found is not None
+    assert check_same_data(begun, found) is None  # no checkpoint, so that it begins at step 1
+    checkpoint(begun, 4, {"train": {"files": []}, "valid": None})
+    checkpoint(begun, 6, found)
+    checkpoint(begun, 8, {"train": {"files": []}, "valid": None}, whole=False)
+    assert check_same_data(begun, found) is None
+    (tmp_path / "d.jsonl").rename(tmp_path / "e.jsonl")
+    moved = config_of(tmp_path, train=str(tmp_path / "e.jsonl"))
+    assert check_same_data(moved, prepare(moved).fingerprint or {}) is None
+    stories(tmp_path / "e.jsonl", 21)
+    with pytest.raises(DataError) as refused:  # through the entry that a user has; no Ray is started
+        launch.distill(moved)
+    said = f"the data are not those that the run in {tmp_path / 'run'} was trained on up to step 6: data.train: "
+    assert str(refused.value).startswith(
+        said + "d.jsonl has changed (20 rows then, 21 rows now). Bring the old data back"
+    )
+    assert (tmp_path / "run/run.json").exists()
+
+
+def test_a_checkpoint_of_before_resumes_with_a_note_from_the_same_path_only(
+    begun: DistillConfig, tmp_path: Path
+) -> None:
+    found = prepare(begun).fingerprint or {}
+    checkpoint(begun, 6, None)
+    assert "data" not in json.loads((tmp_path / "run/checkpoints" / checkpoint_name(6, 1) / STATE_FILE).read_text())
+    assert "step 6, of an older version of taid-ray, holds no fingerprint" in (check_same_data(begun, found) or "")
+    moved = config_of(tmp_path, train=str(tmp_path / "e.jsonl"))
+    with pytest.raises(DataError, match=r"data\.train \(was .*d\.jsonl.*holds no fingerprint.*Give the old path"):
+        check_same_data(moved, found)
