@@ -153,7 +153,7 @@ class StudentConfig(Section):
     """With `init: scratch`: values that replace those in the model's config.json, for example `{num_hidden_layers: 4}`."""
     resize_to_teacher: Annotated[bool, SETS_ROWS, SETS_RATES] = False
     """Give the student the teacher's tokenizer, and embedding rows for the token ids that only the teacher has. A new row
-    starts as the mean of the others."""
+    starts as the mean of the others. Special tokens may have other names in the student's own tokenizer."""
     dtype: Annotated[Literal["float32", "bfloat16"], EVALUATED, SETS_RATES] = "bfloat16"
     """Precision of the student's computation. With bfloat16 DeepSpeed keeps master weights in float32."""
     attention: Annotated[Attention, EVALUATED, SETS_RATES] = "sdpa"

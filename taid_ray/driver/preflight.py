@@ -19,6 +19,8 @@ from taid_ray.teacher.cache.offline import find_record
 from taid_ray.teacher.cache.store import check_directory
 from taid_ray.teacher.payload import check_topk, payload_bytes_per_token
 
+SHOWN_TOKENS = 20
+
 
 def prepare(config: DistillConfig) -> RunSpec:
     """Checks teacher, student and data against each other. Downloads from the hub what is not there yet.
@@ -67,6 +69,15 @@ def first_samples(config: DistillConfig, count: int) -> tuple[list[str], list[Sa
 def preflight_notes(config: DistillConfig, spec: RunSpec) -> list[str]:
     """Notes on what is allowed but perhaps not meant: documents lost, a schedule whose adaptive part does nothing."""
     found, schedule = [], config.schedule
+    if renamed := spec.vocabulary.renamed:
+        names = ", ".join(
+            f"{index} {student!r} becomes {teacher!r}" for index, student, teacher in renamed[:SHOWN_TOKENS]
+        )
+        found.append(
+            f"{len(renamed)} special token(s) have another name in the student's tokenizer than in the teacher's, which it takes "
+            f"(student.resize_to_teacher), and begin as what the student knew under that id: {names}"
+            + (", ..." if len(renamed) > SHOWN_TOKENS else "")
+        )
     if spec.data.dropped or spec.data.truncated:
         found.append(
             f"of the first {config.data.block_documents} documents, {spec.data.dropped} are left out (empty, too long, or "

@@ -45,7 +45,9 @@ def keep_layers(model_config: Any, layers: list[int]) -> None:
 
     Raises ConfigError for a layer that is not there, ModelError if the config cannot describe these layers alone.
     """
-    depth = model_config.num_hidden_layers
+    depth = getattr(model_config, "num_hidden_layers", None)
+    if depth is None:
+        raise _not_cuttable(model_config, "it names no num_hidden_layers")
     wrong = [layer for layer in layers if layer >= depth]
     if wrong:
         raise ConfigError(f"student.layers: the teacher has layers 0 to {depth - 1} (found {wrong}); leave those out")

@@ -54,12 +54,18 @@ def run_tokenizer(config: DistillConfig) -> Any:
 def shared_vocabulary(config: DistillConfig, teacher_config: Any, student_config: Any) -> Vocabulary:
     """Aligns the tokenizers of both models. Raises ModelError if they disagree."""
     student = config.student
-    teacher_tokens = load_tokenizer(config.teacher).get_vocab()
-    student_tokens = teacher_tokens if student.model is None else load_tokenizer(student).get_vocab()
+    teacher_tokenizer = load_tokenizer(config.teacher)
+    student_tokenizer = teacher_tokenizer if student.model is None else load_tokenizer(student)
     return align(
-        teacher_tokens,
-        student_tokens,
+        teacher_tokenizer.get_vocab(),
+        student_tokenizer.get_vocab(),
         teacher_config.get_text_config().vocab_size,
         student_config.get_text_config().vocab_size,
         student.resize_to_teacher,
+        (added_ids(teacher_tokenizer), added_ids(student_tokenizer)),
     )
+
+
+def added_ids(tokenizer: Any) -> set[int]:
+    """The ids of special tokens, and of others that were added to the vocabulary of a transformers tokenizer."""
+    return {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}

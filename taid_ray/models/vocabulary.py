@@ -5,10 +5,14 @@ real ids 151665), and tokenizers of one family differ in the tokens added at the
 heads cut to ids that mean the same.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 
 from taid_ray.errors import ModelError
+
+Added = tuple[Set[int], Set[int]]
+"""Ids of special tokens, and of others that were added to a vocabulary, in the teacher's tokenizer and in the student's."""
+NONE_ADDED: Added = (frozenset(), frozenset())
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,8 @@ class Vocabulary:
     """Ids below num_shared that not both tokenizers name, ascending: gaps, and with `resize_to_teacher` the new ids."""
     student_rows: int
     """Rows that the student's embedding and head need: more than they have only with `resize_to_teacher`."""
+    renamed: tuple[tuple[int, str, str], ...] = ()
+    """Added tokens whose id both have under different names, ascending: the id, the student's name, the teacher's name."""
 
     def known_ids(self) -> list[int]:
         """Lists the ids that both models have, ascending."""
@@ -36,40 +42,52 @@ def align(
     teacher_rows: int,
     student_rows: int,
     resize_to_teacher: bool,
+    added: Added = NONE_ADDED,
 ) -> Vocabulary:
     """Compares two token-to-id maps (`tokenizer.get_vocab()`); `*_rows` are the rows of the models' heads.
 
     An id counts as real if its tokenizer names it and its model has a row for it. One map may have ids that the other
     lacks, above all shared ones. Ids that neither names but that lie between shared ones stay in (no text holds them).
     With `resize_to_teacher` the student takes the teacher's tokenizer: every real id of the teacher is shared, wherever
-    the student lacks it.
+    the student lacks it, and an added token may have another name, or another id, in the student's tokenizer.
 
     Raises ModelError if a token has two ids, an id two tokens, or an id of one map only lies among the shared ones.
     """
     teacher = {index: token for token, index in teacher_tokens.items() if index < teacher_rows}
     student = {index: token for token, index in student_tokens.items() if index < student_rows}
     shared = teacher.keys() & student.keys()
-    _refuse_conflicts(teacher, student)
+    _refuse_conflicts(teacher, student, resize_to_teacher, added)
     if not shared:
         raise ModelError("teacher and student share no token ids. Choose a student of the teacher's family.")
     num_shared = 1 + (max(teacher) if resize_to_teacher else max(shared))
     if not resize_to_teacher:
         _refuse_holes(teacher, student, num_shared)
-    unshared = (index for index in range(num_shared) if index not in shared)
     return Vocabulary(
-        num_shared, tuple(sorted(teacher.keys() - shared)), tuple(unshared), max(student_rows, num_shared)
+        num_shared,
+        tuple(sorted(teacher.keys() - shared)),
+        tuple(index for index in range(num_shared) if index not in shared),
+        max(student_rows, num_shared),
+        tuple((index, student[index], teacher[index]) for index in sorted(shared) if student[index] != teacher[index]),
     )
 
 
-def _refuse_conflicts(teacher: Mapping[int, str], student: Mapping[int, str]) -> None:
-    student_ids = {token: index for index, token in student.items()}
-    wrong = {index for index in teacher.keys() & student.keys() if teacher[index] != student[index]}
-    wrong |= {index for index, token in teacher.items() if student_ids.get(token, index) != index}
-    if wrong:
-        raise ModelError(
-            f"the tokenizers of teacher and student disagree on {len(wrong)} of {len(teacher.keys() | student.keys())} "
-            f"ids, for example {_examples(wrong, teacher, student)}. Choose a student with the teacher's tokenizer."
-        )
+def _refuse_conflicts(teacher: Mapping[int, str], student: Mapping[int, str], resize: bool, added: Added) -> None:
+    ids = {token: index for index, token in student.items()}
+    renamed = {index for index in teacher.keys() & student.keys() if teacher[index] != student[index]}
+    moved = {index for index, token in teacher.items() if ids.get(token, index) != index}
+    of_teacher, of_student = added
+    ordinary = {i for i in renamed if i not in of_teacher or i not in of_student}
+    ordinary |= {i for i in moved if i not in of_teacher or ids[teacher[i]] not in of_student}
+    wrong = ordinary if resize else renamed | moved
+    if not wrong:
+        return
+    remedy = "Choose a student with the teacher's tokenizer."
+    if not ordinary:
+        remedy = "Set student.resize_to_teacher: true to give the student the teacher's names of these special tokens."
+    raise ModelError(
+        f"the tokenizers of teacher and student disagree on {len(wrong)} of {len(teacher.keys() | student.keys())} "
+        f"ids, for example {_examples(wrong, teacher, student)}. {remedy}"
+    )
 
 
 def _refuse_holes(teacher: Mapping[int, str], student: Mapping[int, str], num_shared: int) -> None:

@@ -1,16 +1,19 @@
 """What is said before a run whose adaptive part cannot do anything."""
 
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from taid_ray.config.schema import ScheduleConfig, build_config
 from taid_ray.driver.preflight import preflight_notes
+from taid_ray.models.vocabulary import Vocabulary
 from taid_ray.scheduler.schedule import TAIDSchedule
 from taid_ray.student.spec import DataCheck, RunSpec
 
+SAME = Vocabulary(8, (), (), 8)
 
-def said(steps: int = 250, loss: str = "taid", **schedule: Any) -> list[str]:
+
+def said(steps: int = 250, loss: str = "taid", vocabulary: Vocabulary = SAME, **schedule: Any) -> list[str]:
     tree = {
         "teacher": {"model": "big"},
         "student": {"model": "small"},
@@ -19,7 +22,7 @@ def said(steps: int = 250, loss: str = "taid", **schedule: Any) -> list[str]:
         "schedule": schedule,
         "train": {"steps": steps},
     }
-    return preflight_notes(build_config(tree), RunSpec(steps, cast(Any, None), 0, DataCheck(10, 0, 0, 10)))
+    return preflight_notes(build_config(tree), RunSpec(steps, vocabulary, 0, DataCheck(10, 0, 0, 10)))
 
 
 @pytest.mark.parametrize("mode", ["adaptive", "normalised"])
@@ -50,3 +53,11 @@ def test_the_alpha_named_is_where_t_leaves_the_floor(mode: Any) -> None:
 def test_nothing_is_said_otherwise(schedule: dict[str, Any]) -> None:
     assert not said(**schedule)
     assert not said(loss="forward_kl")
+
+
+def test_renamed_special_tokens_are_listed() -> None:
+    renamed = ((6, "<end>", "<eos>"), (7, "<user>", "<User>"))
+    (note,) = said(loss="forward_kl", vocabulary=Vocabulary(8, (), (), 8, renamed))
+    assert note.startswith("2 special token(s)") and note.endswith(
+        ": 6 '<end>' becomes '<eos>', 7 '<user>' becomes '<User>'"
+    )

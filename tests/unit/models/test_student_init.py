@@ -287,6 +287,13 @@ def test_configs_that_cannot_describe_a_cut_model(name: str, message: str, tmp_p
         student_model_config(config(tmp_path, init="cut", layers=[2, 1, 0]))
 
 
+def test_a_config_without_a_depth_cannot_be_cut() -> None:
+    import transformers as hf
+
+    with pytest.raises(ModelError, match=r"BltConfig cannot describe .*no num_hidden_layers; set student.init"):
+        keep_layers(hf.BltConfig(), [0])
+
+
 def test_a_config_that_derives_its_lists_is_saved_cut(saved: Callable[[str], Path], tmp_path: Path) -> None:
     chosen = config(saved("gpt_neo"), init="cut", layers=[3, 0, 1], attention="eager")
     check_student(chosen, student_model_config(chosen))

@@ -88,6 +88,33 @@ def test_the_same_token_under_two_ids_is_a_disagreement() -> None:
         align(BASE | {"<end>": 6}, BASE | {"<end>": 7}, 8, 8, False)
 
 
+RENAMED: Any = (BASE | {"<eos>": 6, "<User>": 7}, BASE | {"<end>": 6, "<user>": 7}, 8, 8)
+
+
+def test_special_tokens_may_be_renamed_where_the_student_takes_the_teachers_tokenizer() -> None:
+    """R1-Distill writes other special tokens on the ids that Qwen2.5 has."""
+    found = align(*RENAMED, True, ({6, 7}, {6, 7}))
+    assert found.renamed == ((6, "<end>", "<eos>"), (7, "<user>", "<User>"))
+    assert (found.num_shared, found.new_ids, found.known_ids()) == (8, (), [*range(8)])  # they keep the student's rows
+    assert align(BASE, BASE, 6, 6, True).renamed == ()
+    with pytest.raises(ModelError, match=r"disagree on 2 of 8 .*Set student.resize_to_teacher: true"):
+        align(*RENAMED, False, ({6, 7}, {6, 7}))
+
+
+def test_special_tokens_may_be_moved_where_the_student_takes_the_teachers_tokenizer() -> None:
+    swapped = BASE | {"<user>": 6, "<end>": 7}
+    found = align(BASE | {"<end>": 6, "<user>": 9}, swapped, 10, 8, True, ({6, 9}, {6, 7}))
+    assert (found.renamed, found.new_ids, found.num_shared) == (((6, "<user>", "<end>"),), (9,), 10)
+    with pytest.raises(ModelError, match=r"id 6: teacher 'x', student '<user>'.*Choose a student"):
+        align(BASE | {"x": 6}, swapped, 8, 8, True, ({6}, {7}))
+
+
+def test_a_renamed_ordinary_token_is_a_disagreement() -> None:
+    for added in (({6, 7}, {6}), ({6}, {6, 7})):
+        with pytest.raises(ModelError, match=r"disagree on 1 of 8 ids, for example id 7: .*Choose a student"):
+            align(*RENAMED, True, added)
+
+
 def test_nothing_in_common() -> None:
     with pytest.raises(ModelError, match="share no token ids"):
         align({"a": 0}, {"b": 1}, 2, 2, False)
