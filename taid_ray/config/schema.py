@@ -38,7 +38,7 @@ from taid_ray.config.text import apply_override, explain, read_tree, set_key
 from taid_ray.errors import ConfigError
 
 LossName = Literal["taid", "forward_kl", "reverse_kl", "js", "tvd", "skew_forward_kl", "skew_reverse_kl"]
-Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"]
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"]
 Payload = Literal["hidden", "hidden_int8", "hidden_fp8", "topk", "logits"]
 WEIGHTED_LOSSES = ("js", "skew_forward_kl", "skew_reverse_kl")
 
@@ -75,8 +75,9 @@ class TeacherConfig(Section):
     quantization: Annotated[dict[str, Any], EVALUATED, SETS_RATES] = {}
     """Settings that transformers takes as `quantization_config`, for example
     `{quant_method: bitsandbytes, load_in_4bit: true}`. Empty: the teacher is not quantized."""
-    attention: Annotated[Attention, EVALUATED, SETS_RATES] = "sdpa"
-    """Attention implementation of the teacher. The flash ones need the package flash-attn and a GPU."""
+    attention: Annotated[Attention, EVALUATED, SETS_RATES] = "auto"
+    """Attention implementation of the teacher. `auto` chooses as transformers does: `sdpa`, or `eager` for a model that has no
+    `sdpa`. The flash ones need the package flash-attn and a GPU."""
     trust_remote_code: Annotated[bool, EVALUATED] = False
     """Allow Python code that comes with the teacher's checkpoint to run."""
     mode: Annotated[Literal["pool", "local", "cache"], RESUMABLE] = "pool"
@@ -156,8 +157,9 @@ class StudentConfig(Section):
     starts as the mean of the others. Special tokens may have other names in the student's own tokenizer."""
     dtype: Annotated[Literal["float32", "bfloat16"], EVALUATED, SETS_RATES] = "bfloat16"
     """Precision of the student's computation. With bfloat16 DeepSpeed keeps master weights in float32."""
-    attention: Annotated[Attention, EVALUATED, SETS_RATES] = "sdpa"
-    """Attention implementation of the student. The flash ones need the package flash-attn and a GPU."""
+    attention: Annotated[Attention, EVALUATED, SETS_RATES] = "auto"
+    """Attention implementation of the student. `auto` chooses as transformers does: `sdpa`, or `eager` for a model that has no
+    `sdpa`. The flash ones need the package flash-attn and a GPU."""
     trust_remote_code: Annotated[bool, EVALUATED] = False
     """Allow Python code that comes with the student's checkpoint to run."""
     workers: Annotated[Range, RESUMABLE] = Range(min=1, max=1)
@@ -581,6 +583,15 @@ def known_keys(section: type[Section] = DistillConfig, prefix: str = "") -> dict
         if inner is not None:
             keys |= known_keys(inner, f"{key}.")
     return keys
+
+
+def same_meaning(key: str, before: Any, now: Any) -> bool:
+    """Tells whether two values of a dotted key mean the same. `attention: auto` is `sdpa` for every model that has both.
+
+    `sdpa` was the default before there was `auto`, and is in the config.yaml of older runs.
+    """
+    alike = key.endswith(".attention") and {before, now} == {"auto", "sdpa"}
+    return bool(before == now or alike)
 
 
 def marks_of(key: str) -> list[Mark]:

@@ -6,7 +6,8 @@ import torch
 
 from taid_ray.config.schema import LoraConfig
 from taid_ray.errors import ConfigError, ModelError
-from taid_ray.models.head import attention_that_runs, hidden_states, probe_inputs
+from taid_ray.models.head import hidden_states
+from taid_ray.models.probes import attention_that_runs, probe_inputs
 
 
 def add_lora(model: Any, lora: LoraConfig, seed: int) -> Any:

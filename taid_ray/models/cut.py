@@ -6,6 +6,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from taid_ray.errors import ConfigError, ModelError
+from taid_ray.models.loading import shortened
 
 PER_LAYER = {
     "activation_sparsity_pattern",
@@ -63,7 +64,7 @@ def keep_layers(model_config: Any, layers: list[int]) -> None:
         again = type(model_config).from_dict(model_config.to_dict())
         lost = [key for key, value in changed.items() if getattr(again, key) != value]
     except (TypeError, ValueError, LookupError, RuntimeError, StrictDataclassError) as error:
-        raise _not_cuttable(model_config, " ".join(str(error).split())[:200]) from None
+        raise _not_cuttable(model_config, shortened(str(error))) from None
     if lost:
         raise _not_cuttable(model_config, f"its {lost[0]} is derived from other fields")
 

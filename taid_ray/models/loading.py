@@ -4,6 +4,7 @@
 """
 
 import json
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,6 +61,12 @@ def check_causal_lm(model_config: Any, key: str) -> None:
         raise ModelError(
             f"{key}: a model of type {model_config.model_type} is not a causal language model. Choose another one."
         )
+    try:
+        model_config.get_text_config()
+    except ValueError:  # MusicGen: several models that read text
+        raise ModelError(
+            f"{key}: a model of type {model_config.model_type} holds several text models. Choose another one."
+        ) from None
 
 
 def check_divisible(teacher_config: Any, shards: int) -> None:
@@ -97,7 +104,7 @@ def check_weights(source: Source) -> None:
             with safe_open(file, framework="pt"):
                 pass
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ModelError(f"{key}: {file} is damaged or incomplete ({_one_line(error)}). {again}") from None
+        raise ModelError(f"{key}: {file} is damaged or incomplete ({shortened(error)}). {again}") from None
     if missing:
         raise ModelError(
             f"{key}: {source.model} lacks {len(missing)} of {len(wanted)} weight files, for example {missing[0]}. {again}"
@@ -122,7 +129,7 @@ def load_causal_lm(source: Source, *, dtype: str | None = None, device: torch.de
             revision=source.revision,
             trust_remote_code=source.trust_remote_code,
             dtype=dtype or source.dtype,
-            attn_implementation=source.attention,
+            attn_implementation=implementation(source.attention),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, with a message of our own
             **placement,
@@ -181,33 +188,57 @@ def _explained(source: Source, what: str) -> Iterator[str]:
         logging.set_verbosity(verbosity)
 
 
+def implementation(attention: str) -> str | None:
+    """What transformers takes as `attn_implementation` for a value of the key `attention`; None lets it choose."""
+    return None if attention == "auto" else attention
+
+
+def check_attention(source: Source, model_config: Any) -> None:
+    """Raises ModelError if the key `attention` asks for sdpa, and transformers has none for this model."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if source.attention != "sdpa" or type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
+    classes = found if isinstance(found, tuple) else (found,)
+    if not any(each._supports_sdpa for each in classes):
+        raise _no_sdpa(section_name(source), classes[0].__name__)
+
+
+def _no_sdpa(section: str, name: str) -> ModelError:
+    return ModelError(f"{section}.attention = sdpa: transformers has none for {name}; set {section}.attention: auto")
+
+
 @contextmanager
 def explained_attention(attention: str, section: str) -> Iterator[None]:
-    """Turns what transformers raises where a flash attention cannot be had into a ModelError.
+    """Turns what transformers raises where an attention cannot be had into a ModelError.
 
     section: teacher or student, whose configuration asks for this attention.
     """
     try:
         yield
     except (ImportError, ValueError) as error:
+        if attention == "sdpa" and "scaled_dot_product_attention" in str(error):
+            raise _no_sdpa(section, str(error).split()[0]) from error
         if "flash" not in attention or "flash" not in str(error).lower():
             raise
         raise ModelError(
             f"{section}.attention = {attention} cannot be used on this machine; set {section}.attention: sdpa, or install "
-            f"flash attention on all machines of the {section} ({_one_line(error)})"
+            f"flash attention on all machines of the {section} ({shortened(error)})"
         ) from error
 
 
-def _one_line(error: Exception) -> str:
-    """Type and beginning of an error, in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+def shortened(error: BaseException | str, width: int = 300) -> str:
+    """An error in one line of at most `width` characters, cut behind a word, its type in front."""
+    kind = "" if isinstance(error, str) else f"{type(error).__name__}: "
+    return textwrap.shorten(f"{kind}{error}", width, placeholder=" ...")
 
 
 def _remedy(section: str, error: Exception, is_local: bool, what: str) -> str:
     """Guesses from an error what the user can do."""
     from huggingface_hub import is_offline_mode
 
-    shown = f"({_one_line(error)})"
+    shown = f"({shortened(error)})"
     lower = " ".join(str(error).split()).lower()
     if not is_local and is_offline_mode() and isinstance(error, OSError):
         return "The hub cannot be reached from here, and it is not in the cache. Give the directory of a model."
@@ -223,8 +254,6 @@ def _remedy(section: str, error: Exception, is_local: bool, what: str) -> str:
         return f"If you trust its authors, set {section}.trust_remote_code: true. {shown}"
     if "tensor parallel" in lower or "tp_plan" in lower or "parallel plan" in lower:
         return f"This architecture cannot be split in transformers; set {section}.shards: 1. {shown}"
-    if "sdpa" in lower or "scaled_dot_product" in lower:
-        return f"Set {section}.attention: eager. {shown}"
     if "unrecognized configuration class" in lower or "does not recognize this architecture" in lower:
         return f"It is not a causal language model that the installed transformers knows. {shown}"
     return shown

@@ -1,12 +1,18 @@
 """Checks that teacher and student fit each other and the data; their tokenizer; their shared vocabulary."""
 
-import sys
 from typing import Any
 
 from taid_ray.config.schema import DistillConfig
-from taid_ray.errors import ConfigError
 from taid_ray.models.hub import offline_if_unreachable
-from taid_ray.models.loading import check_causal_lm, check_divisible, check_weights, load_model_config, load_tokenizer
+from taid_ray.models.lengths import check_lengths
+from taid_ray.models.loading import (
+    check_attention,
+    check_causal_lm,
+    check_divisible,
+    check_weights,
+    load_model_config,
+    load_tokenizer,
+)
 from taid_ray.models.saving import check_architecture
 from taid_ray.models.student_init import check_student, has_teacher_tokenizer, student_model_config
 from taid_ray.models.vocabulary import Vocabulary, align
@@ -25,25 +31,16 @@ def check_models(config: DistillConfig, teacher_config: Any, student_config: Any
     check_divisible(teacher_config, teacher.shards)
     if teacher.mode != "cache" or student.init == "cut":
         check_weights(teacher)
+    if teacher.mode != "cache":
+        check_attention(teacher, teacher_config)
     if student.model is not None:
         check_causal_lm(student_config, "student.model")
         if student.init == "pretrained":
             check_weights(student)
+    check_attention(student, student_config)
     check_student(config, student_config)
     check_architecture(config, student_config)
-    length = config.data.sequence_length
-    for name, longest in (("teacher", context_length(teacher_config)), ("student", context_length(student_config))):
-        if length > longest:
-            raise ConfigError(
-                f"data.sequence_length: {length} is longer than the {name}'s context of {longest} tokens; "
-                f"set it to at most {context_length(teacher_config, student_config)}"
-            )
-
-
-def context_length(*model_configs: Any) -> int:
-    """The longest row that every one of these models holds; unbounded where a config names no limit."""
-    texts = [model_config.get_text_config() for model_config in model_configs]
-    return min(getattr(text, "max_position_embeddings", None) or sys.maxsize for text in texts)
+    check_lengths(config, teacher_config, student_config)
 
 
 def run_tokenizer(config: DistillConfig) -> Any:

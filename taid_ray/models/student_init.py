@@ -7,10 +7,17 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from taid_ray.config.schema import DistillConfig, StudentConfig, TeacherConfig
-from taid_ray.errors import ConfigError
+from taid_ray.errors import ConfigError, ModelError
 from taid_ray.models.adapters import add_lora
 from taid_ray.models.cut import keep_layers, kept_state
-from taid_ray.models.loading import explained_attention, load_causal_lm, load_generation_config, load_model_config
+from taid_ray.models.loading import (
+    explained_attention,
+    implementation,
+    load_causal_lm,
+    load_generation_config,
+    load_model_config,
+    shortened,
+)
 from taid_ray.models.vocabulary import Vocabulary
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -91,11 +98,13 @@ def check_student(config: DistillConfig, model_config: Any) -> None:
                 model_config.validate()
             # Flash attention need not be installed where nothing is computed, for example on the driver.
             attention = "eager" if "flash" in student.attention else student.attention
-            model = from_architecture(model_config, attention, 0, remote_code)
+            with explained_attention(attention, "student"):
+                model = from_architecture(model_config, attention, 0, remote_code)
+        except ModelError:
+            raise
         except (TypeError, ValueError, LookupError, RuntimeError, ArithmeticError, StrictDataclassError) as error:
             raise ConfigError(
-                f"{key}: no {type(model_config).__name__} model can be built with {value} "
-                f"({' '.join(str(error).split())[:200]})"
+                f"{key}: no {type(model_config).__name__} model can be built with {value} ({shortened(str(error))})"
             ) from None
         if student.init == "cut":
             teacher = from_architecture(load_model_config(origin(config)), attention, 0, remote_code)
@@ -113,7 +122,10 @@ def from_architecture(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(
-            model_config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
+            model_config,
+            dtype=dtype,
+            attn_implementation=implementation(attention),
+            trust_remote_code=trust_remote_code,
         )
 
 

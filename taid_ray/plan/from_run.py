@@ -10,7 +10,7 @@ import numpy as np
 
 from taid_ray.config.fields import SETS_RATES
 from taid_ray.config.paths import flat, with_absolute_paths
-from taid_ray.config.schema import DistillConfig, build_config, marks_of
+from taid_ray.config.schema import DistillConfig, build_config, marks_of, same_meaning
 from taid_ray.errors import ConfigError
 from taid_ray.plan.hardware import Hardware
 from taid_ray.plan.inputs import PlanInputs
@@ -138,7 +138,7 @@ def _check_same(history: History, config: DistillConfig) -> None:
     changed = [
         f"{key} (there {json.dumps(before.get(key))}, here {json.dumps(now.get(key))})"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
+        if not same_meaning(key, before.get(key), now.get(key))
         and (SETS_RATES in marks_of(key) or (key == "device" and "auto" not in (before[key], now[key])))
     ]
     if changed:

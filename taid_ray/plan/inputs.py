@@ -12,8 +12,9 @@ from taid_ray.data.batching import num_micro_batches
 from taid_ray.distributed.device import loss_memory_mib
 from taid_ray.errors import ConfigError
 from taid_ray.losses.objective import CLOSED_FORM
+from taid_ray.models.lengths import check_lengths
 from taid_ray.models.loading import check_causal_lm, check_divisible
-from taid_ray.models.pair import context_length, model_configs, shared_vocabulary
+from taid_ray.models.pair import model_configs, shared_vocabulary
 from taid_ray.models.student_init import check_student, origin
 from taid_ray.plan.hardware import Hardware
 from taid_ray.plan.sizes import Activations, LossShape, ModelShape
@@ -39,12 +40,7 @@ def read_models(config: DistillConfig) -> Models:
     check_divisible(teacher, config.teacher.shards)
     check_causal_lm(student, "student.model")
     check_student(config, student)
-    longest = context_length(teacher, student)
-    if config.data.sequence_length > longest:
-        raise ConfigError(
-            f"data.sequence_length: {config.data.sequence_length} is longer than the models' context; set it to at most "
-            f"{longest}"
-        )
+    check_lengths(config, teacher, student)
     vocabulary = shared_vocabulary(config, teacher, student)
     if vocabulary.student_rows > student.get_text_config().vocab_size:
         student.get_text_config().vocab_size = vocabulary.student_rows

@@ -18,7 +18,7 @@ import yaml
 
 from taid_ray.config.fields import MOVABLE, RESUMABLE
 from taid_ray.config.paths import flat, with_absolute_paths
-from taid_ray.config.schema import DistillConfig, marks_of, stored_config
+from taid_ray.config.schema import DistillConfig, marks_of, same_meaning, stored_config
 from taid_ray.config.text import read_tree
 from taid_ray.errors import ConfigError, TaidRayError
 from taid_ray.files import damaged, read_json, replace_text, write_json
@@ -100,7 +100,7 @@ def changed_keys(before: DistillConfig, now: DistillConfig, may_move: bool = Fal
     return [
         f"{key} (was {json.dumps(old.get(key))}, now {json.dumps(new.get(key))})"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and free.isdisjoint(marks_of(key))
+        if not same_meaning(key, old.get(key), new.get(key)) and free.isdisjoint(marks_of(key))
     ]
 
 

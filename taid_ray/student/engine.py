@@ -162,6 +162,16 @@ class Student:
         self.engine.train()
         return scores
 
+    @torch.no_grad()
+    def hidden(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Hidden states [B, T, H] of inputs [B, T], without dropout. Collective under ZeRO-3."""
+        rows, length = inputs["input_ids"].shape
+        everywhere = torch.arange(rows * length, device=self.device)
+        self.engine.eval()
+        hidden: Tensor = self.engine(inputs, everywhere, lambda hidden, weight, bias: hidden)
+        self.engine.train()
+        return hidden.view(rows, length, -1)
+
     def backward(self, loss: Tensor) -> None:
         """Adds this rank's share of a loss that is SUMMED over ranks (DeepSpeed averages, so undo its 1 / size)."""
         self.engine.backward(loss * self.world.size, scale_wrt_gas=False)

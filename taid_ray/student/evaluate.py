@@ -20,10 +20,13 @@ from taid_ray.distributed.device import loss_memory_mib, resolve, torch_device
 from taid_ray.errors import ConfigError, DataError
 from taid_ray.losses.chunked import chunk_tokens_for, chunked_scores
 from taid_ray.losses.projection import Projection
-from taid_ray.models.head import Head, hidden_states, tested_head
+from taid_ray.models.head import Head, hidden_states
 from taid_ray.models.hub import restoring_hub_mode
+from taid_ray.models.lengths import context_length
 from taid_ray.models.loading import load_causal_lm
-from taid_ray.models.pair import check_models, context_length, model_configs, run_tokenizer, shared_vocabulary
+from taid_ray.models.pair import check_models, model_configs, run_tokenizer, shared_vocabulary
+from taid_ray.models.probes import long_probe
+from taid_ray.models.self_test import tested_head
 from taid_ray.run.metrics import perplexity
 from taid_ray.teacher.model import TeacherModel
 from taid_ray.teacher.payload import TeacherOutput
@@ -90,7 +93,8 @@ def load_student(config: DistillConfig, device: torch.device) -> tuple[Any, Head
     student = config.student
     dtype = None if "dtype" in student.model_fields_set else "auto"
     model = load_causal_lm(student, dtype=dtype, device=device).to(device)
-    return model, tested_head(model, "student.model", config.data.pack)
+    length = long_probe(device, config.data.sequence_length)
+    return model, tested_head(model, "student.model", config.data.pack, length)
 
 
 def load_teacher(config: DistillConfig, num_shared: int, device: torch.device) -> TeacherModel:

@@ -15,8 +15,8 @@ from taid_ray.data.dataset import START, Cursor, TrainingData, validation_rows
 from taid_ray.data.shared_ids import check_ids
 from taid_ray.errors import NonFiniteLossError, RunError
 from taid_ray.files import write_json
-from taid_ray.models.head import tested_head
 from taid_ray.models.pair import run_tokenizer
+from taid_ray.models.self_test import tested_head
 from taid_ray.models.student_init import build_student
 from taid_ray.run.directory import RunManifest
 from taid_ray.run.layout import SUMMARY_FILE
@@ -24,6 +24,7 @@ from taid_ray.scheduler.aggregate import StepResult
 from taid_ray.student.checkpoints import StudentCheckpoints
 from taid_ray.student.context import WorkerContext, connect
 from taid_ray.student.engine import Student
+from taid_ray.student.engine_check import check_engine
 from taid_ray.student.hooks import StepHooks
 from taid_ray.student.loop import train_loop
 from taid_ray.student.open_teacher import measured_payload_error, open_teacher
@@ -61,7 +62,7 @@ def build(context: WorkerContext) -> tuple[Student, Checkpoint | None]:
     checkpoint = restore(context.store, context.world, context.scheduler.note)
     context.note("student: building the model")
     model = build_student(config, spec.vocabulary).eval()
-    tested_head(model, "student.model", config.data.pack)
+    head = tested_head(model, "student.model", config.data.pack)
     if uses_dropout(model, config):
         context.note(
             "note: the student uses dropout, so its trajectory depends on the number of workers and micro-batches"
@@ -70,6 +71,7 @@ def build(context: WorkerContext) -> tuple[Student, Checkpoint | None]:
     student = Student(config, model, spec.vocabulary.num_shared, context.world, context.device, checkpoint)
     if checkpoint:
         checkpoint.release()  # the student has its tensors now
+    check_engine(student, len(head.weight))
     return student, checkpoint
 
 
@@ -221,9 +223,12 @@ def naming_suspect_documents(stream: Prefetcher, context: WorkerContext, writer:
 
 
 def uses_dropout(model: Any, config: DistillConfig) -> bool:
-    """Tests whether training draws random numbers, by the dropout of the model's config and of the adapters."""
+    """Tests whether training draws random numbers, by the rates in the model's config and in that of the adapters.
+
+    Those are dropout of values and of whole layers (layerdrop), and the noise of routers (jitter).
+    """
     values = model.config.get_text_config().to_dict()
-    rates = [value for key, value in values.items() if ("dropout" in key or "pdrop" in key)]
+    rates = [value for key, value in values.items() if any(name in key for name in ("drop", "jitter"))]
     return any(isinstance(rate, float) and rate > 0 for rate in rates) or bool(
         config.student.lora and config.student.lora.dropout
     )

@@ -10,8 +10,12 @@ from torch import Tensor
 
 from taid_ray.config.schema import TeacherConfig
 from taid_ray.errors import ModelError, TeacherError
-from taid_ray.models.head import Head, check_packing, head_of, hidden_states, probe_inputs, self_test
+from taid_ray.models.head import Head, head_of, hidden_states
+from taid_ray.models.isolation import check_neighbours, check_packing, check_rows
+from taid_ray.models.lengths import chunk_length, context_length, uniform_length
 from taid_ray.models.loading import load_causal_lm
+from taid_ray.models.probes import PROBE_LENGTH, Probe, long_probe, probe_inputs, probe_of
+from taid_ray.models.self_test import explained_tests, self_test
 from taid_ray.teacher.payload import bytes_per_token, check_topk, encode, measured_error, needs_head
 from taid_ray.teacher.protocol import TeacherInfo
 from taid_ray.teacher.wire import pack
@@ -44,12 +48,19 @@ class TeacherModel:
                 "it is to share with the student; choose a teacher that was trained with this tokenizer"
             )
         self._hidden_size = whole.weight.shape[1]
-        logits = self_test(self._model, whole)
+        with explained_tests(self._model, "teacher.model", config.shards > 1):
+            logits = self_test(self._model, whole, "teacher")
+            probe = probe_of(self._model, whole, "teacher")
+            lengths = (PROBE_LENGTH, self._longest_probe())
+            for length in lengths:
+                check_rows(probe, length)
+                check_neighbours(probe, length)
         self._head: Head | None = whole.rows(num_shared) if leader else None
         if self._head is not None and config.shards > 1 and needs_head(config.payload):
             self._head = self._head.to(torch.device("cpu"))  # a gathered copy that is only sent away
         answer = self._check_deterministic()
-        packing_error, fingerprint = _packing_error(self._model), _fingerprint(self._model, num_shared, config)
+        packing_error = _packing_error(probe, lengths)
+        fingerprint = _fingerprint(self._model, num_shared, config)
         if leader:
             self._info = self._describe(fingerprint, answer, logits, packing_error)
 
@@ -120,6 +131,12 @@ class TeacherModel:
                 raise TeacherError(
                     f"labels must lie in 0 to {self._num_shared - 1} (found {low} to {high}); check the tokenizer"
                 )
+
+    def _longest_probe(self) -> int:
+        """Length of the longest rows to try, in positions; two of them are computed at once."""
+        model = self._model.config
+        # No longer row is packed where chunks are shorter than rows, see lengths.check_lengths.
+        return long_probe(self._device, context_length(model), chunk_length(model), self._config.max_tokens // 2)
 
     @torch.no_grad()  # not inference_mode: its tensors may not be saved for a student's backward pass
     def _hidden(self, inputs: dict[str, Tensor], loss_positions: Tensor) -> Tensor:
@@ -208,9 +225,10 @@ def _digest(*tensors: Tensor) -> str:
     return result.hexdigest()
 
 
-def _packing_error(model: Any) -> str | None:
+def _packing_error(probe: Probe, lengths: Sequence[int]) -> str | None:
     try:
-        check_packing(model)
+        for length in lengths:
+            check_packing(probe, length)
     except ModelError as error:
         return str(error)
     return None
@@ -222,6 +240,9 @@ def _fingerprint(model: Any, num_shared: int, teacher: TeacherConfig) -> str:
     The same however the model is split. Collective for a tensor-parallel teacher, which gathers one parameter at a time.
     """
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "distributed_config")}
+    if uniform_length(model.config) is not None:
+        # Before rows were kept that short, what a cache holds may depend on the rows that were computed with a sample.
+        config["longest_row"] = uniform_length(model.config)
     sent = [num_shared, teacher.payload, teacher.topk if teacher.payload == "topk" else None]
     result = hashlib.sha256(json.dumps([config, *sent], sort_keys=True, default=str).encode())
     for name, parameter in model.named_parameters():

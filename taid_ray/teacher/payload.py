@@ -26,6 +26,7 @@ from taid_ray.losses.chunked import Target
 from taid_ray.losses.projection import Projection
 from taid_ray.losses.topk import TopK
 from taid_ray.models.head import Head
+from taid_ray.models.probes import not_finite
 from taid_ray.models.vocabulary import Vocabulary
 
 EXACT: tuple[Payload, ...] = ("hidden", "logits")
@@ -137,8 +138,8 @@ def check_output(tensors: Mapping[str, Tensor], expected: PayloadFormat, num_pos
         if not bool(fine.all()):
             wrong = int((~fine.reshape(num_positions, -1)).any(-1).sum())
             raise TeacherError(
-                f"the teacher's {name} (payload {expected.kind}) are not finite at {wrong} of {num_positions} positions; "
-                "set teacher.dtype to bfloat16 or float32, or check the checkpoint"
+                f"the teacher's {name} (payload {expected.kind}) are not finite at {wrong} of {num_positions} positions: "
+                f"{not_finite(expected.dtype, 'teacher')}"
             )
     if expected.kind == "topk":
         _check_ids(tensors["ids"], expected.vocabulary)

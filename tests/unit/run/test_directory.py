@@ -74,6 +74,17 @@ def test_a_run_that_was_begun_when_the_cache_had_memory_is_taken_up_again(tmp_pa
     assert read_status(found.run_dir)
 
 
+@pytest.mark.parametrize(("began", "now"), [("sdpa", "auto"), ("auto", "sdpa")])
+def test_a_run_that_was_begun_before_attention_could_be_auto_is_taken_up_again(
+    tmp_path: Path, began: str, now: str
+) -> None:
+    """Its config.yaml says sdpa, which was the default."""
+    begin(config(tmp_path / "run", f"teacher.attention={began}", f"student.attention={began}"))
+    assert inspect_run_dir(config(tmp_path / "run", f"teacher.attention={now}")) == "unfinished"
+    with pytest.raises(ConfigError, match=r"student\.attention \(was"):
+        inspect_run_dir(config(tmp_path / "run", "student.attention=eager"))
+
+
 def test_a_finished_run_is_known(tmp_path: Path) -> None:
     found = config(tmp_path / "run")
     begin(found)

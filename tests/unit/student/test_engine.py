@@ -14,11 +14,13 @@ from taid_ray.data.dataset import Cursor
 from taid_ray.driver.preflight import prepare
 from taid_ray.errors import AttemptError, ModelError, NonFiniteLossError
 from taid_ray.losses.projection import LogitTransform
-from taid_ray.models.head import Head
+from taid_ray.models.head import Head, hidden_states
 from taid_ray.models.pair import run_tokenizer
 from taid_ray.run.metrics import StepMetrics
 from taid_ray.scheduler.aggregate import GO_ON, LossAggregator, LossSums, StepResult
 from taid_ray.scheduler.schedule import TAIDSchedule
+from taid_ray.student import engine
+from taid_ray.student.engine_check import check_engine
 from taid_ray.teacher.payload import TeacherOutput, needs_head
 from tests.support.reference import reference_run
 from tests.support.students import TIED, config_for
@@ -58,8 +60,8 @@ class StepLines:
         self.metrics.append(metrics)
 
 
-def train(config: DistillConfig) -> tuple[list[StepMetrics], Any]:
-    """Runs the product's loop in this process. Returns its metrics and the student."""
+def train(config: DistillConfig, checked: bool = False) -> tuple[list[StepMetrics], Any]:
+    """Runs the product's loop in this process. Returns its metrics and the student. checked: its engine, before."""
     from taid_ray.data.batching import num_micro_batches
     from taid_ray.data.dataset import TrainingData
     from taid_ray.distributed.world import World
@@ -72,6 +74,8 @@ def train(config: DistillConfig) -> tuple[list[StepMetrics], Any]:
 
     spec, world, device = prepare(config), World(), torch.device("cpu")
     student = Student(config, build_student(config, spec.vocabulary), spec.vocabulary.num_shared, world, device)
+    if checked:
+        check_engine(student, spec.vocabulary.student_rows)
     teacher = LocalTeacher(config.teacher, spec.vocabulary.num_shared, device)
     scheduler = LocalScheduler(config, spec.total_steps)
     accumulation = num_micro_batches(config.train.batch_size, config.train.micro_batch_size, 1)
@@ -108,6 +112,28 @@ def expected() -> dict[str, list[dict[str, float]]]:
 def test_every_stage_follows_the_reference(head: str, stage: int, expected: dict[str, Any]) -> None:
     lines, _ = train(config_for((TIED if head == "tied" else UNTIED) | {"zero_stage": stage}))
     assert_follows(lines, expected[head])
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (2, "bfloat16"), (3, "bfloat16")])
+def test_the_check_of_the_engine_changes_no_bit(stage: int, dtype: str) -> None:
+    config = config_for(TIED | {"zero_stage": stage, "dtype": dtype}, steps=2)
+    plain, checked = (
+        [(line.loss, line.kl, line.grad_norm) for line in train(config, each)[0]] for each in (False, True)
+    )
+    assert plain == checked
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_student_that_mixes_documents_in_its_engine_is_refused(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16, where the leak is much smaller than what is rounded in a model's own logits."""
+
+    def leaking(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        hidden = hidden_states(model, inputs)
+        return hidden + 1e-3 * torch.cat([torch.zeros_like(hidden[:, :1]), hidden[:, :-1]], 1)
+
+    monkeypatch.setattr(engine, "hidden_states", leaking)
+    with pytest.raises(ModelError, match=r"^student\.model: .* see each other .* data\.pack: false"):
+        train(config_for(TIED | {"zero_stage": stage, "dtype": "bfloat16"}), checked=True)
 
 
 @pytest.mark.parametrize("stage", [0, 2])

@@ -119,7 +119,7 @@ def test_rouge_loads_no_model_again(pairs: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_teacher_that_cannot_pack_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teacher_model, "_packing_error", lambda model: "documents see each other")
+    monkeypatch.setattr(teacher_model, "_packing_error", lambda *_: "documents see each other")
     documents = f"data.valid_documents={DOCUMENTS}"
     with pytest.raises(ModelError, match=r"teacher\.model: documents see each other"):
         evaluate_model(STORIES, STORIES, VALID, [documents], rouge=False)

@@ -11,10 +11,11 @@ from taid_ray.data.batch import NO_LABEL, Batch, Row, collate
 from taid_ray.distributed import device
 from taid_ray.errors import ClusterError, ConfigError, ModelError, TeacherError
 from taid_ray.losses.projection import LogitTransform
-from taid_ray.models import head as heads
-from taid_ray.models import loading
-from taid_ray.models.head import Head, check_packing, head_of, hidden_states, self_test
+from taid_ray.models import loading, self_test
+from taid_ray.models.head import Head, head_of, hidden_states
+from taid_ray.models.isolation import check_packing
 from taid_ray.models.loading import explained_attention, load_causal_lm, load_tokenizer
+from taid_ray.models.probes import probe_of
 from taid_ray.teacher.local import LocalTeacher
 from taid_ray.teacher.model import PADDING_LIMIT, TeacherModel, bit_sums, head_digest, micro_batches
 from taid_ray.teacher.payload import TeacherOutput, measured_error
@@ -276,7 +277,7 @@ def test_info_identifies_the_teacher(saved: Callable[..., Path], tmp_path: Path)
     assert info.num_parameters == sum(p.numel() for p in first._model.parameters())
     assert info.head_digest == head_digest(first.head()) and first.head().weight.shape == (SHARED, 32)
     model = load_causal_lm(config(saved("llama")))
-    probabilities = self_test(model, head_of(model)).softmax(-1)
+    probabilities = self_test.self_test(model, head_of(model), "teacher").softmax(-1)
     assert info.dropped_mass == pytest.approx(float(probabilities[..., SHARED:].sum(-1).mean()), rel=1e-5)
     assert TeacherModel(config(saved("llama")), VOCAB, CPU).info().dropped_mass == 0
 
@@ -321,7 +322,7 @@ def test_info_identifies_the_payload(saved: Callable[..., Path]) -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma2"])
 def test_packed_documents_do_not_see_each_other(name: str, saved: Callable[..., Path]) -> None:
     model = load_causal_lm(config(saved(name), attention="eager" if name == "gemma2" else "sdpa"))
-    check_packing(model)
+    check_packing(probe_of(model, head_of(model), "teacher"))
     ids = torch.arange(10)[None]
     packed = {"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])}
     alone = {"input_ids": ids[:, 4:], "position_ids": torch.arange(6)[None]}
@@ -334,14 +335,13 @@ def test_packed_documents_do_not_see_each_other(name: str, saved: Callable[..., 
 def test_a_model_that_mixes_packed_documents_is_reported(saved: Callable[..., Path], monkeypatch: Any) -> None:
     model = load_causal_lm(config(saved("llama")))
     forward = model.base_model.forward
-    mixes = {"attention_mask": torch.ones(2, 16)}
 
     def mixing(**inputs: Any) -> Any:
-        return forward(**inputs, attention_mask=mixes["attention_mask"][:, : inputs["input_ids"].shape[1]])
+        return forward(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]))
 
     monkeypatch.setattr(model.base_model, "forward", mixing)
     with pytest.raises(ModelError, match=r"data\.pack: false"):
-        check_packing(model)
+        check_packing(probe_of(model, head_of(model), "teacher"))
 
 
 def test_a_head_that_misses_a_transform_is_refused(saved: Callable[..., Path]) -> None:
@@ -349,7 +349,7 @@ def test_a_head_that_misses_a_transform_is_refused(saved: Callable[..., Path]) -
     head = head_of(model)
     assert head.transform == LogitTransform(softcap=2.0)
     with pytest.raises(ModelError, match="cannot distil"):
-        self_test(model, Head(head.weight, head.bias, LogitTransform()))
+        self_test.self_test(model, Head(head.weight, head.bias, LogitTransform()), "teacher")
 
 
 @pytest.mark.parametrize(
@@ -394,7 +394,8 @@ def test_values_that_are_not_finite_are_refused(saved: Callable[..., Path]) -> N
         next(teacher._model.model.parameters())[3] = float("nan")  # the embedding of id 3
     row = Row([1, 2, 3, 4], [0, 1, 2, 3], [2, 3, 4, NO_LABEL])
     with pytest.raises(
-        TeacherError, match=r"hidden \(payload hidden\) are not finite at . of 3 positions; set teacher\.dtype"
+        TeacherError,
+        match=r"hidden \(payload hidden\) are not finite at . of 3 positions: .* float32; check .* teacher\.model",
     ):
         teacher.collect(teacher.submit(collate([row])))
 
@@ -455,9 +456,9 @@ def flash_like(saved: Callable[..., Path]) -> Any:
 
 
 def test_flash_attention_keeps_packed_rows_apart(flash_like: Any) -> None:
-    check_packing(flash_like)
     head = head_of(flash_like)
-    self_test(flash_like, head)
+    check_packing(probe_of(flash_like, head, "teacher"))
+    self_test.self_test(flash_like, head, "teacher")
     inputs = ragged().inputs
     with torch.no_grad():
         found = hidden_states(flash_like, inputs)
@@ -470,8 +471,8 @@ def test_flash_attention_keeps_packed_rows_apart(flash_like: Any) -> None:
 
 def test_a_model_on_its_way_to_a_gpu_is_tested_with_an_attention_that_runs(flash_like: Any) -> None:
     with pytest.raises(ModelError, match="bfloat16 or float16 only"):
-        self_test(flash_like.float(), head_of(flash_like))
-    assert heads.tested_head(flash_like, "student.model", packed=True).weight.shape == (VOCAB, 32)
+        self_test.self_test(flash_like.float(), head_of(flash_like), "student")
+    assert self_test.tested_head(flash_like, "student.model", packed=True).weight.shape == (VOCAB, 32)
     assert flash_like.config._attn_implementation == "flash_like"
 
 

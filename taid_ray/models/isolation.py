@@ -1,0 +1,129 @@
+"""Tests that no position sees what it must not see: what follows it, other rows of the batch, other documents of its row.
+
+Documents change places, and the hidden states of all that must not notice have to keep their bits. Nothing is trained, no
+random number is drawn, and models are expected in eval mode.
+"""
+
+import torch
+from torch import Tensor
+
+from taid_ray.errors import ModelError
+from taid_ray.models.probes import PROBE_LENGTH, TOLERANCE, Probe, not_finite, probe_inputs, relative_difference
+
+LONG_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1.5e-1}
+"""Largest difference of hidden states computed in two shapes, relative to their norm. In rows of many positions some take other
+experts of a mixture because something was rounded otherwise, so single values say little."""
+OTHER_ENDS, OTHER_STARTS = [0, 3, 2, 1], [2, 1, 0, 3]
+"""Orders of the documents of `_documents`. They change places, so that all the same are computed and a router sends each expert
+as many: the bits of a product of matrices depend on its number of rows."""
+
+
+def check_probe(probe: Probe, packed: bool, length: int = PROBE_LENGTH) -> None:
+    """Makes all checks of this module that take a Probe. packed: whether rows will be packed. Errors as they raise."""
+    check_rows(probe, length)
+    check_neighbours(probe, length)
+    if packed:
+        check_packing(probe, length)
+
+
+@torch.no_grad()
+def check_rows(probe: Probe, length: int = PROBE_LENGTH) -> None:
+    """Checks that no position sees the tokens that follow it, and no row another row of its batch.
+
+    length: of the rows, in positions, about. Raises ModelError if they do, or if hidden states are not finite. Collective for a
+    tensor-parallel model.
+    """
+    ids = _documents(probe, length)
+    before = probe.of_documents(ids, packed=False)
+    if not bool(torch.isfinite(before).all()):
+        raise ModelError(f"the hidden states of {probe.name} are {not_finite(before.dtype, probe.section)}")
+    if _changes(probe, ids, before, OTHER_STARTS, packed=False):
+        remedy = "choose another model"
+        if probe.one_row:
+            remedy = f"flash attention needs them joined to one row; set {probe.section}.attention: sdpa"
+        raise ModelError(f"{probe.name} lets the rows of a batch see each other; {remedy}")
+    if _changes(probe, ids, before, OTHER_ENDS, packed=False):
+        raise ModelError(
+            f"{probe.name} lets a position see the tokens that follow it (with other last tokens the hidden states before "
+            "them change), so it is no causal language model; choose another model"
+        )
+
+
+@torch.no_grad()
+def check_packing(probe: Probe, length: int = PROBE_LENGTH) -> None:
+    """Checks that documents packed into one row (position_ids restart) do not see each other, and are as they are alone.
+
+    length: of the row, in positions, about. Raises ModelError if they do. Collective for a tensor-parallel model.
+    """
+    ids = _documents(probe, length)
+    packed = probe.of_documents(ids, packed=True)
+    if _changes(probe, ids, packed, OTHER_STARTS, packed=True):
+        raise ModelError(
+            f"{probe.name} lets documents packed into one row see each other (hidden states change with the document in "
+            "front of theirs); set data.pack: false"
+        )
+    difference, allowed = _difference(packed, probe.of_documents(ids, packed=False), length)
+    if not difference <= allowed:
+        raise ModelError(
+            f"{probe.name} gives documents packed into one row other hidden states than alone (they differ by "
+            f"{difference:.1e}, allowed {allowed:.0e}); set data.pack: false"
+        )
+
+
+@torch.no_grad()
+def check_neighbours(probe: Probe, length: int = PROBE_LENGTH) -> None:
+    """Checks that a short row has the same hidden states alone and beside a longer row.
+
+    length: of that row, in positions. Raises ModelError if not. Collective for a tensor-parallel model.
+    """
+    rows, short = _tokens(probe, 2 * length).view(2, length), max(2, length // 4)
+    positions = torch.arange(length, device=probe.device).expand(2, -1)
+    alone = probe.compute({"input_ids": rows[:1, :short], "position_ids": positions[:1, :short]})
+    beside = probe.compute({"input_ids": rows, "position_ids": positions})[:1, :short]
+    difference, allowed = _difference(beside, alone, length)
+    if not difference <= allowed:
+        raise ModelError(
+            f"the hidden states of {probe.name} for a row of {short} tokens depend on the longest row of the batch (beside "
+            f"{length} tokens they differ by {difference:.1e}, allowed {allowed:.0e}), so that nothing could be distilled "
+            f"exactly; set data.sequence_length below {length}, or choose another model"
+        )
+
+
+def _documents(probe: Probe, length: int) -> Tensor:
+    """Token ids [4, T] of two pairs of documents, the second ones different in their last token only; 2 T is about `length`.
+
+    T is odd, so that no document ends where layers cut rows into chunks.
+    """
+    size = max(3, (length // 2 - 1) | 1)
+    first, second = _tokens(probe, 2 * size).view(2, size)
+    changed = second.clone()
+    changed[-1] += 1
+    return torch.stack([first, second, first + 1, changed]) % probe.vocab_rows
+
+
+def _tokens(probe: Probe, count: int) -> Tensor:
+    """Pseudo-random token ids [count] out of those of `probe_inputs`: some of the others may stand for images."""
+    known = probe_inputs(probe.vocab_rows, probe.device)["input_ids"].flatten()
+    place = torch.arange(count, device=probe.device)
+    return known[(place * 7 + place // 5) % len(known)]
+
+
+def _changes(probe: Probe, ids: Tensor, before: Tensor, order: list[int], packed: bool) -> bool:
+    """Tells whether hidden states change that must not, where the documents stand in another order.
+
+    before: those of `ids` as they are. Of a model that gives other bits for the same, only more than rounding counts.
+    """
+    after = probe.of_documents(ids[order], packed)
+    kept = (slice(None), slice(-1)) if order == OTHER_ENDS else (slice(1, None, 2),)
+    if torch.equal(before[kept], after[kept]):
+        return False
+    again = probe.of_documents(ids, packed)
+    return torch.equal(before, again) or not relative_difference(after[kept], before[kept]) <= TOLERANCE[before.dtype]
+
+
+def _difference(found: Tensor, expected: Tensor, length: int) -> tuple[float, float]:
+    """The difference of hidden states computed in two shapes, and how large it may be. length: of the longest row."""
+    if length <= PROBE_LENGTH:
+        return relative_difference(found, expected), TOLERANCE[found.dtype]
+    found, expected, allowed = found.float(), expected.float(), LONG_TOLERANCE[found.dtype]
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-30)), allowed

@@ -1,0 +1,26 @@
+"""The tests of `models.isolation` as the student is trained: in its engine, on its device, in its dtype, with long rows."""
+
+from torch import Tensor
+
+from taid_ray.models.head import computes_one_row
+from taid_ray.models.isolation import check_probe
+from taid_ray.models.probes import PROBE_LENGTH, Probe, long_probe
+from taid_ray.models.self_test import explained_tests
+from taid_ray.student.engine import Student
+
+
+def check_engine(student: Student, vocab_rows: int) -> None:
+    """Checks that no position of the student sees what it must not see. Collective; changes nothing of the training.
+
+    vocab_rows: of the whole head, which under ZeRO-3 does not know them. Rows are probed as long as data.sequence_length, up
+    to probes.LONG_PROBE. Raises ModelError.
+    """
+    model, data = student.causal_lm, student.config.data
+
+    def compute(inputs: dict[str, Tensor]) -> Tensor:
+        return student.hidden(inputs)
+
+    probe = Probe(type(model).__name__, "student", compute, vocab_rows, student.device, computes_one_row(model))
+    with explained_tests(model, "student.model", shared=True):
+        for length in sorted({PROBE_LENGTH, long_probe(student.device, data.sequence_length)}):
+            check_probe(probe, data.pack, length)
