@@ -5,21 +5,27 @@ that another hash, and so relative paths another place, whenever a key changes.
 """
 
 import json
+import sys
 
-from taid_ray.cli import app as cli
-from taid_ray.config.schema import build_config
 from taid_ray.control.job_spec import METADATA_KEY, JobSpec, own_version
 from taid_ray.errors import ConfigError
-from taid_ray.run.live import job_metadata
 
 
 def main() -> None:
     """Runs the job as the entry point of a command."""
+    try:
+        from taid_ray.cli import app as cli
+    except ModuleNotFoundError as error:  # taid-ray came in the working directory, say, and typer did not
+        sys.exit(f"{sys.executable}: No module named {error.name!r}, which taid-ray needs")
     cli.guarded(run_job)
 
 
 def run_job() -> None:
     """Runs what the job's metadata describe. Raises ConfigError if the cluster has another taid-ray than submitted the job."""
+    from taid_ray.cli import app as cli
+    from taid_ray.config.schema import build_config
+    from taid_ray.run.live import job_metadata
+
     job_spec = JobSpec(**json.loads(job_metadata().get(METADATA_KEY, "{}")))
     if None not in (job_spec.version, own_version()) and job_spec.version != own_version():
         raise ConfigError(

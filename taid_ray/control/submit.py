@@ -17,10 +17,22 @@ from taid_ray.control import jobs
 from taid_ray.control.job_spec import JobSpec, own_version
 from taid_ray.errors import ClusterError, ConfigError
 
-ENTRYPOINT = "python -m taid_ray.cli.job"
+RUN_JOB = "-m taid_ray.cli.job"
+IN_RAYS_PYTHON = (
+    "raylet=$(sed -n 's/^PPid:[[:space:]]*//p' /proc/$PPID/status 2>/dev/null); "
+    "python=$(tr '\\0' '\\n' < /proc/$raylet/cmdline 2>/dev/null | "
+    "sed -n 's/^--python_worker_command=\\([^ ]*\\).*/\\1/p'); "
+    f'exec "${{python:-python}}" {RUN_JOB}'
+)
+"""Runs the job in the interpreter that Ray starts its workers in, which need not be on the PATH: Ray may have been started by
+the path of a virtual environment. Ray tells a job nothing of it, but the shell's parent is Ray's supervisor of the job, whose
+parent is the node's raylet, and that has the command of its workers among its arguments."""
+OWN_PYTHON = ("pip", "uv", "conda", "container", "image_uri")
+"""Keys of a runtime_env that bring an interpreter of their own, which Ray puts on the job's PATH."""
 STOP_WAIT = {"RAY_JOB_STOP_WAIT_TIME_S": "300"}
 """Time that Ray gives the job's driver to save a checkpoint when it is stopped; by default it kills it after 3 s."""
-ABSENT = "No module named"
+ABSENT = re.compile(r"^(/\S+): .*No module named '?(\w+)", re.MULTILINE)
+"""What Python, or `taid_ray.cli.job`, says: the interpreter and the module."""
 TRIES = 10
 
 
@@ -152,7 +164,7 @@ def begin(
             wanted = name if not number else f"{name}-{number + 1}"
             try:
                 client.submit_job(
-                    entrypoint=ENTRYPOINT,
+                    entrypoint=entrypoint(environment),
                     submission_id=wanted,
                     runtime_env=dict(environment),
                     metadata=job_spec.to_metadata(),
@@ -165,6 +177,13 @@ def begin(
     raise ClusterError(f"{client.get_address()}: no job of the name {name} could be begun in {TRIES} tries; try again")
 
 
+def entrypoint(environment: Mapping[str, Any]) -> str:
+    """The shell command of a job with this runtime_env, in the interpreter of the workers."""
+    if "py_executable" in environment:
+        return f"{environment['py_executable']} {RUN_JOB}"
+    return f"python {RUN_JOB}" if environment.keys() & set(OWN_PYTHON) else IN_RAYS_PYTHON
+
+
 def _given_by_ray(job: JobDetails) -> dict[str, str]:
     return {key: value for key, value in (job.metadata or {}).items() if key.startswith("job_")}
 
@@ -174,8 +193,11 @@ def check_end(job: JobDetails) -> None:
     message = job.message or ""
     if job.driver_exit_code is None and message and jobs.exit_code(job) == jobs.FAILED_CODE:
         raise ClusterError(f"Ray could not run the job {job.submission_id}: {message.strip()[-2000:]}")
-    if job.driver_exit_code == 1 and re.search(rf"{ABSENT} '?taid_ray\b", message):
+    absent = ABSENT.search(message)
+    if job.driver_exit_code == 1 and absent:
+        python, module = absent.groups()
+        what = "no taid-ray" if module == "taid_ray" else f"not all that taid-ray needs, for example {module}"
         raise ClusterError(
-            f"the cluster's Python has no taid-ray, or one that does not know `{ENTRYPOINT}`; use an image with this version "
-            "of it (cluster/Dockerfile)"
+            f"{python}, the Python that the cluster runs this job in, has {what}; install taid-ray there, on all nodes, or "
+            "use an image with this version of it (cluster/Dockerfile)"
         )

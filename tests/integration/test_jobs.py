@@ -98,7 +98,8 @@ class Terminal:
 def terminal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Terminal]:
     """With a cluster of a head that trains nothing, two nodes for the teacher and one for the student."""
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # jobs begin with `python`
+    own = str(Path(sys.executable).parent)  # not on the PATH: a job finds the Python of its Ray without it
+    environment["PATH"] = ":".join(each for each in environment["PATH"].split(":") if each != own)
     home = tmp_path_factory.mktemp("jobs")
     with (home / "nodes.log").open("w") as log:
         nodes = subprocess.Popen(

@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import os
 import socket
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -21,9 +23,18 @@ from taid_ray.cli.job import run_job
 from taid_ray.config.schema import DistillConfig, build_config
 from taid_ray.control import jobs
 from taid_ray.control.job_spec import METADATA_KEY, JobSpec
-from taid_ray.control.submit import STOP_WAIT, begin, check_end, check_travels, job_name, runtime_environment
+from taid_ray.control.submit import (
+    STOP_WAIT,
+    begin,
+    check_end,
+    check_travels,
+    entrypoint,
+    job_name,
+    runtime_environment,
+)
 from taid_ray.errors import ClusterError, ConfigError
 from taid_ray.run.live import JOB_CONFIG
+from tests.support.paths import ROOT
 
 TREE: dict[str, Any] = {
     "out": "/shared/RUN",
@@ -165,10 +176,70 @@ def test_exit_codes(status: JobStatus, driver: int | None, code: int) -> None:
     assert jobs.exit_code(details(1, status, driver_exit_code=driver)) == code
 
 
-def test_a_cluster_without_taid_ray() -> None:
-    told = "Job entrypoint command failed with exit code 1, last logs:\npython: No module named taid_ray"
-    with pytest.raises(ClusterError, match="the cluster's Python has no taid-ray"):
-        check_end(details(1, JobStatus.FAILED, driver_exit_code=1, message=told))
+PROCESSES = """
+import subprocess, sys
+command = "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1], shell=True).returncode)"  # Ray's supervisor of the job
+sys.exit(subprocess.run([sys.executable, "-c", command, sys.argv[1]]).returncode)
+"""
+
+
+def test_a_job_runs_in_the_python_of_its_ray(tmp_path: Path) -> None:
+    """A process that has a raylet's arguments stands for one. The other Python is the one on the PATH."""
+    pythons = {}
+    for name in ("ray", "path"):
+        pythons[name] = tmp_path / name / "python"
+        pythons[name].parent.mkdir()
+        pythons[name].write_text(f'#!/bin/sh\necho {name} "$@"\nexit 7\n')
+        pythons[name].chmod(0o755)
+
+    def said(environment: dict[str, Any], *arguments: str) -> str:
+        raylet = [sys.executable, "-c", PROCESSES, entrypoint(environment), *arguments]
+        path = f"{pythons['path'].parent}:{os.environ['PATH']}"
+        found = subprocess.run(raylet, capture_output=True, text=True, env=os.environ | {"PATH": path}, check=False)
+        assert found.returncode == 7 and not found.stderr
+        return found.stdout
+
+    worker = f"--python_worker_command={pythons['ray']} setup_worker.py --node-ip-address=1.2.3.4"
+    assert said({}, "--head", worker, "--x=y") == "ray -m taid_ray.cli.job\n"
+    assert said({}) == "path -m taid_ray.cli.job\n"  # another Ray than we know
+    assert said({"pip": ["taid-ray"]}, worker) == "path -m taid_ray.cli.job\n"
+    assert said({"py_executable": f"{pythons['ray']} -s"}, worker) == "ray -s -m taid_ray.cli.job\n"
+
+
+@pytest.mark.parametrize(
+    ("told", "found"),
+    [
+        ("/usr/bin/python: No module named taid_ray", "no taid-ray;"),
+        (
+            "/usr/bin/python: Error while finding module specification for 'taid_ray.cli.job' (ModuleNotFoundError: No module "
+            "named 'taid_ray')",
+            "no taid-ray;",
+        ),
+        (
+            "/usr/bin/python: No module named 'typer', which taid-ray needs",
+            "not all that taid-ray needs, for example typer;",
+        ),
+    ],
+)
+def test_a_cluster_without_taid_ray(told: str, found: str) -> None:
+    message = f"Job entrypoint command failed with exit code 1, last logs:\nRunning entrypoint for job x: y\n{told}\n"
+    with pytest.raises(
+        ClusterError, match=rf"^/usr/bin/python, the Python that the cluster runs this job in, has {found}"
+    ):
+        check_end(details(1, JobStatus.FAILED, driver_exit_code=1, message=message))
+
+
+def test_a_job_without_typer_names_its_python(tmp_path: Path) -> None:
+    """As in the system's Python, where taid-ray is found by PYTHONPATH alone."""
+    (tmp_path / "typer.py").write_text("raise ModuleNotFoundError(\"No module named 'typer'\", name='typer')")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    run = subprocess.run(
+        [sys.executable, "-m", "taid_ray.cli.job"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (run.returncode, run.stderr) == (1, f"{sys.executable}: No module named 'typer', which taid-ray needs\n")
+
+
+def test_a_job_that_ray_could_not_run() -> None:
     with pytest.raises(ClusterError, match="Ray could not run the job taid-RUN: no such package"):
         check_end(details(1, JobStatus.FAILED, message="no such package"))
     check_end(details(1, JobStatus.FAILED, driver_exit_code=2, message="error: loss.name"))
