@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 STOPPED = (130, 143)
 """Exit codes after Ctrl-C and SIGTERM."""
+SAMPLES_SHOWN = 2
+"""Samples of the training data at the end of `check`."""
 
 
 def show_version(wanted: bool) -> None:
@@ -135,20 +138,17 @@ def evaluate(
 @app.command()
 def check(config: Annotated[Path, typer.Argument(help="YAML configuration.")], overrides: Overrides = None) -> None:
     """Check a configuration, its models and its data, without starting anything."""
-    from taid_ray.driver.preflight import first_samples, preflight_notes, prepare
+    from taid_ray.driver.notes import say_notes
+    from taid_ray.driver.preflight import first_samples, prepare
     from taid_ray.tracking.follow import check_installed
 
     loaded = load_config(config, overrides or [])
     check_installed(loaded)
-    plan = prepare(loaded)
+    spec = prepare(loaded)
     console = Console()
-    console.print(f"ok: {plan.total_steps} optimizer steps, {plan.vocabulary.num_shared} shared token ids")
-    for note in preflight_notes(loaded, plan):
-        print_line(console, f"note: {note}")
-    description, samples = first_samples(loaded, 2)
-    for line in description:
-        print_line(console, line)
-    data_commands.print_samples(console, samples, shorten=True)
+    console.print(f"ok: {spec.total_steps} optimizer steps, {spec.vocabulary.num_shared} shared token ids")
+    say_notes(loaded, spec, partial(print_line, console))
+    data_commands.print_samples(console, first_samples(loaded, SAMPLES_SHOWN)[1], shorten=True)
 
 
 def run(config: DistillConfig) -> None:

@@ -22,9 +22,10 @@ from taid_ray.distributed.device import collective_backend, resolve
 from taid_ray.distributed.network import RayNetworkConfig
 from taid_ray.driver.attempts import AttemptContext, AttemptLoop
 from taid_ray.driver.live import announce_cluster, liveness_file
+from taid_ray.driver.notes import say_notes
 from taid_ray.driver.orphans import ending_orphaned_cleaners, own_job
 from taid_ray.driver.pool import PoolKeeper, SharedPool
-from taid_ray.driver.preflight import preflight_notes, prepare
+from taid_ray.driver.preflight import prepare
 from taid_ray.driver.progress import ProgressView
 from taid_ray.driver.progress_relay import progress_relay
 from taid_ray.driver.same_data import check_same_data
@@ -101,8 +102,9 @@ def run_distillation(config: DistillConfig, context: RunContext) -> RunResult:
         view.say("checking models and data")
         spec = prepare(config)
         unchecked = check_same_data(config, spec.fingerprint) if state == "unfinished" and spec.fingerprint else None
-        for note in [*preflight_notes(config, spec), *([unchecked] if unchecked else [])]:
-            view.say(f"note: {note}")
+        say_notes(config, spec, view.say)
+        if unchecked:
+            view.say(f"note: {unchecked}")
         view.say("connecting to Ray" if ray.is_initialized() or os.environ.get("RAY_ADDRESS") else "starting Ray here")
         with (
             run_directory(config) as run,

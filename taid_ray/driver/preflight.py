@@ -13,13 +13,10 @@ from taid_ray.errors import ConfigError
 from taid_ray.models.hub import offline_if_unreachable
 from taid_ray.models.pair import check_models, model_configs, run_tokenizer, shared_vocabulary
 from taid_ray.models.vocabulary import Vocabulary
-from taid_ray.scheduler.schedule import adaptive_is_linear, sigmoid
 from taid_ray.student.spec import DataCheck, RunSpec
 from taid_ray.teacher.cache.offline import find_record
 from taid_ray.teacher.cache.store import check_directory
 from taid_ray.teacher.payload import check_topk, payload_bytes_per_token
-
-SHOWN_TOKENS = 20
 
 
 def prepare(config: DistillConfig) -> RunSpec:
@@ -66,36 +63,6 @@ def first_samples(config: DistillConfig, count: int) -> tuple[list[str], list[Sa
     return data.description(), samples
 
 
-def preflight_notes(config: DistillConfig, spec: RunSpec) -> list[str]:
-    """Notes on what is allowed but perhaps not meant: documents lost, a schedule whose adaptive part does nothing."""
-    found, schedule = [], config.schedule
-    if renamed := spec.vocabulary.renamed:
-        names = ", ".join(
-            f"{index} {student!r} becomes {teacher!r}" for index, student, teacher in renamed[:SHOWN_TOKENS]
-        )
-        found.append(
-            f"{len(renamed)} special token(s) have another name in the student's tokenizer than in the teacher's, which it takes "
-            f"(student.resize_to_teacher), and begin as what the student knew under that id: {names}"
-            + (", ..." if len(renamed) > SHOWN_TOKENS else "")
-        )
-    if spec.data.dropped or spec.data.truncated:
-        found.append(
-            f"of the first {config.data.block_documents} documents, {spec.data.dropped} are left out (empty, too long, or "
-            f"nothing left of the response) and {spec.data.truncated} are cut short (data.overlong: {config.data.overlong}); "
-            "a larger data.sequence_length keeps more"
-        )
-    t_start, t_end, steps = schedule.t_start, schedule.t_end, spec.total_steps
-    adaptive = config.loss.name == "taid" and schedule.mode in ("adaptive", "normalised") and t_start < t_end
-    gain = schedule.gain if schedule.mode == "normalised" else 0.0
-    if adaptive and adaptive_is_linear(t_start, t_end, schedule.alpha, steps, gain):
-        enough = (t_end - t_start) / ((1 - t_start) * steps * sigmoid(gain))
-        found.append(
-            f"with schedule.alpha {schedule.alpha:g} and {steps} steps, {schedule.mode} t stays on its linear floor; "
-            f"from about {enough:.2g} on it can leave it"
-        )
-    return found
-
-
 def check_data(
     config: DataConfig, data: TrainingData, tokenizer: Any, num_shared: int, held_out: Documents | None = None
 ) -> DataCheck:
@@ -111,7 +78,7 @@ def check_data(
     check_ids(valid_rows, num_shared, tokens)
     if not rows:
         next(data.batches())  # raises unless a later block has some
-    return DataCheck(len(rows), dropped, truncated, len(valid_rows))
+    return DataCheck(len(rows), dropped, truncated, len(valid_rows), data.description())
 
 
 def largest_payload(config: DistillConfig, teacher_config: Any, vocabulary: Vocabulary) -> int:

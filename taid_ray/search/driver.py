@@ -21,9 +21,10 @@ from taid_ray.distributed.capacity import Demand, check_capacity, check_object_s
 from taid_ray.distributed.cluster import cluster_has_gpus, ray_cluster
 from taid_ray.distributed.device import resolve
 from taid_ray.driver.live import announce_cluster, liveness_file
+from taid_ray.driver.notes import say_notes
 from taid_ray.driver.orphans import ending_orphaned_cleaners
 from taid_ray.driver.pool import PoolKeeper
-from taid_ray.driver.preflight import preflight_notes, prepare
+from taid_ray.driver.preflight import prepare
 from taid_ray.driver.progress import ProgressView
 from taid_ray.driver.signals import StopRequest, run_in_thread, stop_signals
 from taid_ray.errors import ClusterError, RunError
@@ -82,9 +83,7 @@ def run_search(
         view.say("checking models, data and the search space")
         spec = prepare(config)
         space.check(config.model_dump(mode="json"), spec.total_steps)
-        if not any(key.startswith("schedule.") for key in space.space):
-            for note in preflight_notes(config, spec):
-                view.say(f"note: {note}")
+        say_notes(config, spec, view.say, not any(key.startswith("schedule.") for key in space.space))
         with (
             search_directory(config, space) as (book, name),
             run_logging(config.run_dir, name, view),

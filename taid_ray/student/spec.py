@@ -1,5 +1,6 @@
 """Messages between the driver and a student worker: the task with its configuration, and the outcome."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from taid_ray.models.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class DataCheck:
-    """Counts from the first block of training documents, and from the validation documents."""
+    """What the first block of training documents and the validation documents show of the data."""
 
     rows: int
     dropped: int
@@ -18,6 +19,8 @@ class DataCheck:
     truncated: int
     """Documents of the first block that were shortened."""
     valid_rows: int
+    description: Sequence[str] = ()
+    """Sentences that say how the data were understood."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Vocabulary alignment: what counts as shared, and what is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,9 @@ def test_the_plan_says_what_became_of_the_data(tmp_path: Path, monkeypatch: pyte
         return plain(*arguments)
 
     monkeypatch.setattr(data, "open_documents", open_documents)
-    assert prepared(tmp_path, [SHORT, LONG, SHORT, SHORT], [SHORT, LONG]).data == DataCheck(3, 1, 0, 1)
+    found = prepared(tmp_path, [SHORT, LONG, SHORT, SHORT], [SHORT, LONG]).data
+    assert replace(found, description=[]) == DataCheck(3, 1, 0, 1, [])
+    assert "1 file of the kind json, 4 rows (train.jsonl)" in found.description[0]
     assert opened == ["train", "valid"]
 
 

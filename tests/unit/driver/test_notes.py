@@ -1,11 +1,11 @@
-"""What is said before a run whose adaptive part cannot do anything."""
+"""What is said before a run: how its data were understood, and a schedule whose adaptive part cannot do anything."""
 
 from typing import Any
 
 import pytest
 
 from taid_ray.config.schema import ScheduleConfig, build_config
-from taid_ray.driver.preflight import preflight_notes
+from taid_ray.driver.notes import say_notes
 from taid_ray.models.vocabulary import Vocabulary
 from taid_ray.scheduler.schedule import TAIDSchedule
 from taid_ray.student.spec import DataCheck, RunSpec
@@ -13,16 +13,14 @@ from taid_ray.student.spec import DataCheck, RunSpec
 SAME = Vocabulary(8, (), (), 8)
 
 
+TREE = {"teacher": {"model": "big"}, "student": {"model": "small"}, "data": {"train": "corpus.jsonl"}}
+
+
 def said(steps: int = 250, loss: str = "taid", vocabulary: Vocabulary = SAME, **schedule: Any) -> list[str]:
-    tree = {
-        "teacher": {"model": "big"},
-        "student": {"model": "small"},
-        "data": {"train": "corpus.jsonl"},
-        "loss": {"name": loss},
-        "schedule": schedule,
-        "train": {"steps": steps},
-    }
-    return preflight_notes(build_config(tree), RunSpec(steps, vocabulary, 0, DataCheck(10, 0, 0, 10)))
+    config = build_config(TREE | {"loss": {"name": loss}, "schedule": schedule, "train": {"steps": steps}})
+    lines: list[str] = []
+    say_notes(config, RunSpec(steps, vocabulary, 0, DataCheck(10, 0, 0, 10)), lines.append)
+    return lines
 
 
 @pytest.mark.parametrize("mode", ["adaptive", "normalised"])
@@ -58,6 +56,16 @@ def test_nothing_is_said_otherwise(schedule: dict[str, Any]) -> None:
 def test_renamed_special_tokens_are_listed() -> None:
     renamed = ((6, "<end>", "<eos>"), (7, "<user>", "<User>"))
     (note,) = said(loss="forward_kl", vocabulary=Vocabulary(8, (), (), 8, renamed))
-    assert note.startswith("2 special token(s)") and note.endswith(
+    assert note.startswith("note: 2 special token(s)") and note.endswith(
         ": 6 '<end>' becomes '<eos>', 7 '<user>' becomes '<User>'"
     )
+
+
+@pytest.mark.parametrize("with_schedule", [True, False])
+def test_the_data_are_described_first_and_what_is_lost_of_them_is_said_to_a_search_too(with_schedule: bool) -> None:
+    spec = RunSpec(250, SAME, 0, DataCheck(10, 3, 0, 10, ["data.train: corpus.jsonl: 1 file"]))
+    lines: list[str] = []
+    say_notes(build_config(TREE | {"train": {"steps": 250}}), spec, lines.append, with_schedule)
+    assert lines[0] == "data.train: corpus.jsonl: 1 file"
+    assert lines[1].startswith("note: of the first 1024 documents, 3 are left out")
+    assert [line for line in lines[2:] if "linear floor" in line] == lines[2:] and len(lines[2:]) == with_schedule

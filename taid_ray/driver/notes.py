@@ -1,0 +1,56 @@
+"""What is said before a run starts: how the data were understood, and what is allowed but perhaps not meant."""
+
+from collections.abc import Callable
+
+from taid_ray.config.schema import DistillConfig
+from taid_ray.scheduler.schedule import adaptive_is_linear, sigmoid
+from taid_ray.student.spec import RunSpec
+
+SHOWN_TOKENS = 20
+
+
+def say_notes(config: DistillConfig, spec: RunSpec, say: Callable[[str], None], with_schedule: bool = True) -> None:
+    """Says how the data were understood, then all notes. with_schedule: also those on the schedule's values."""
+    for line in spec.data.description:
+        say(line)
+    schedule = schedule_notes(config, spec.total_steps) if with_schedule else []
+    for note in [*model_notes(spec), *data_notes(config, spec), *schedule]:
+        say(f"note: {note}")
+
+
+def model_notes(spec: RunSpec) -> list[str]:
+    """Names the special tokens that the student takes from its teacher under another name."""
+    renamed = spec.vocabulary.renamed
+    if not renamed:
+        return []
+    names = ", ".join(f"{index} {student!r} becomes {teacher!r}" for index, student, teacher in renamed[:SHOWN_TOKENS])
+    return [
+        f"{len(renamed)} special token(s) have another name in the student's tokenizer than in the teacher's, which it takes "
+        f"(student.resize_to_teacher), and begin as what the student knew under that id: {names}"
+        + (", ..." if len(renamed) > SHOWN_TOKENS else "")
+    ]
+
+
+def data_notes(config: DistillConfig, spec: RunSpec) -> list[str]:
+    """Counts the documents that are lost or cut short."""
+    if not spec.data.dropped and not spec.data.truncated:
+        return []
+    return [
+        f"of the first {config.data.block_documents} documents, {spec.data.dropped} are left out (empty, too long, or "
+        f"nothing left of the response) and {spec.data.truncated} are cut short (data.overlong: {config.data.overlong}); "
+        "a larger data.sequence_length keeps more"
+    ]
+
+
+def schedule_notes(config: DistillConfig, total_steps: int) -> list[str]:
+    """Names a schedule whose adaptive part does nothing."""
+    schedule, t_start, t_end = config.schedule, config.schedule.t_start, config.schedule.t_end
+    adaptive = config.loss.name == "taid" and schedule.mode in ("adaptive", "normalised") and t_start < t_end
+    gain = schedule.gain if schedule.mode == "normalised" else 0.0
+    if not adaptive or not adaptive_is_linear(t_start, t_end, schedule.alpha, total_steps, gain):
+        return []
+    enough = (t_end - t_start) / ((1 - t_start) * total_steps * sigmoid(gain))
+    return [
+        f"with schedule.alpha {schedule.alpha:g} and {total_steps} steps, {schedule.mode} t stays on its linear floor; "
+        f"from about {enough:.2g} on it can leave it"
+    ]
