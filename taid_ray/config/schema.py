@@ -5,6 +5,7 @@ model or a cluster is refused here, with the dotted key, the value found and the
 """
 
 import copy
+import datetime
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -261,17 +262,27 @@ class DataConfig(Section):
     text_column: str = "text"
     """With `format: text`: the column of the documents."""
     messages_column: str = "messages"
-    """With `format: chat`: the column of the message lists. Each message has a `role` and a `content`."""
+    """With `format: chat`: the column of the message lists. Each message has a `role` and a `content`, or a `from` and a
+    `value`. Where it is left at the default, `conversations` and `conversation` are looked for, too. A column `tools` holds the
+    tools of each row, if there is one."""
     prompt_columns: Annotated[list[str], Field(min_length=1)] = ["prompt"]
     """With `format: prompt_response`: the columns that make the prompt, joined by a blank line. Empty ones are left out."""
     response_column: str = "response"
-    """With `format: prompt_response`: the column of the response."""
+    """With `format: prompt_response`: the column of the response. Where it is left at the default, `completion` is looked for,
+    too."""
     chat_template: str | None = None
     """Jinja chat template, or the path of a file that holds one, for `format: chat` and `prompt_response`. By default the
     tokenizer's own."""
     loss_on: Annotated[Literal["response", "all"], SETS_RATES] = "response"
     """Which tokens carry loss with `format: chat` and `prompt_response`: those of the responses only, or all, as the published
     TAID code does. With `format: text` all tokens carry loss."""
+    turns: Annotated[Literal["all", "last"], SETS_RATES] = "all"
+    """Which answers of a conversation carry loss with `format: chat` and `loss_on: response`: all, or the last one only. Where
+    the template renders earlier answers differently once more follows (without their reasoning, for example), every answer
+    is trained in the form in which it is generated, in a sample that ends with it."""
+    date: str | None = None
+    """The day that a chat template is told if it asks for today's, for example "2026-11-29" (in quotes). Default: the day
+    on which the run began."""
     sequence_length: Annotated[Int, Field(ge=2), SETS_RATES] = 2048
     """Largest number of tokens in a row."""
     pack: Annotated[bool, SETS_RATES] = True
@@ -284,6 +295,22 @@ class DataConfig(Section):
     dataset on the hub is not prepared on disk then. For very large data sets; needs `train.steps`."""
     block_documents: Annotated[PositiveInt, TRAINING_ONLY] = 1024
     """Documents are read, shuffled and packed in blocks of this many. Larger blocks shuffle better and need more memory."""
+
+    @field_validator("date")
+    @classmethod
+    def _day(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                return datetime.date.fromisoformat(value).isoformat()
+            except ValueError:
+                raise ValueError('must be a day such as "2026-11-29"') from None
+        return value
+
+    @model_validator(mode="after")
+    def _turns_fit(self) -> "DataConfig":
+        if self.turns == "last" and self.loss_on == "all":
+            raise ValueError("data.turns: last goes with data.loss_on: response (found data.loss_on: all)")
+        return self
 
 
 class LossConfig(Section):

@@ -1,29 +1,34 @@
-"""Conversations as text: rendering by a chat template, and where in that text the assistant speaks.
+"""Chat templates: which one the data are rendered with, and rendering by it, the same in every process and on every day."""
 
-Most templates do not mark the assistant's part (no `{% generation %}`), so it is found by rendering prefixes of the
-conversation: what the template adds for an assistant message, after the generation prompt, is the assistant's.
-"""
-
-import math
+import re
 from collections.abc import Sequence
+from datetime import date, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateSyntaxError
+from jinja2 import TemplateSyntaxError, nodes
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
+from taid_ray.data.messages import Message
 from taid_ray.errors import DataError
 
-Span = tuple[int, int]
-"""Half-open range of characters."""
-Message = dict[str, Any]
+Tools = list[dict[str, Any]] | None
 
 
-def chat_template(configured: str | None, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Returns the chat template's Jinja source: `data.chat_template` (source or file), else the tokenizer's own, else None."""
+class TemplateFailed(Exception):
+    """What a template raised while it rendered."""
+
+
+def chat_template(configured: str | None, tokenizer: PreTrainedTokenizerBase, tools: Tools = None) -> str | None:
+    """Returns the chat template's Jinja source: `data.chat_template` (source or file), else the tokenizer's own, else None.
+
+    A tokenizer may have a template of its own for conversations with `tools`.
+    """
     if configured is None:
         try:
-            return tokenizer.get_chat_template() if tokenizer.chat_template else None
+            return tokenizer.get_chat_template(None, tools) if tokenizer.chat_template else None
         except ValueError:  # several, none of which is the default
             raise DataError(
                 f"data.chat_template: missing, and the tokenizer {tokenizer.name_or_path!r} has several templates of its "
@@ -40,85 +45,80 @@ def chat_template(configured: str | None, tokenizer: PreTrainedTokenizerBase) ->
         ) from None
 
 
-def read_messages(value: Any, where: str) -> list[Message]:
-    """Checks one conversation: a list of mappings with text under `role` and `content`. Raises DataError."""
-    fix = "Every message needs a 'role' and a 'content', both text; fix the row or set data.messages_column."
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{where} holds {shown(value)} instead of a list of messages. {fix}")
-    for message in value:
-        if not isinstance(message, dict):
-            raise DataError(f"{where} holds the message {shown(message)} instead of a mapping. {fix}")
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                raise DataError(f"{where} holds a message without text under {key!r}: {shown(message)}. {fix}")
-    # `datasets` fills keys that only some messages have with None; templates take a present key for a used one.
-    return [{key: item for key, item in message.items() if item is not None} for message in value]
+class ChatTemplate:
+    """A chat template with its tokenizer, on a fixed day."""
 
-
-def render(
-    messages: Sequence[Message], template: str, tokenizer: PreTrainedTokenizerBase, where: str
-) -> tuple[str, list[Span]]:
-    """Renders the whole conversation as text, and locates the assistant's spans in it (what closes its turn included).
-
-    Raises DataError, beginning with `where`, if the template fails or if the rendering of the messages up to some point
-    is not how the whole rendering begins: then the assistant's part cannot be located.
-    """
-
-    def rendered(count: int, generation_prompt: bool) -> str:
+    def __init__(self, source: str, tokenizer: PreTrainedTokenizerBase, day: date) -> None:
+        """Compiles the template. Raises DataError if it is not valid Jinja, or draws random numbers."""
         try:
-            text = tokenizer.apply_chat_template(
-                list(messages[:count]), chat_template=template, tokenize=False, add_generation_prompt=generation_prompt
-            )
+            self._compiled = chat_template_utils._compile_jinja_template(source)
+            tree = self._compiled.environment.parse(source)
         except TemplateSyntaxError as error:
             raise DataError(
                 f"data.chat_template: not valid Jinja (line {error.lineno}: {_reason(error)}). Correct the template."
             ) from None
-        except Exception as error:  # a template computes, so it may divide by zero, call itself for ever, ...
+        except Exception as error:  # for example nested too deeply for the compiler
             raise DataError(
-                f"{where}: the chat template fails on the first {count} of {len(messages)} messages: "
-                f"{type(error).__name__}: {_reason(error)}. Fix the row, or set data.chat_template."
+                f"data.chat_template: cannot be compiled ({type(error).__name__}: {_reason(error)}). Correct the template."
             ) from None
+        names = {node.name for node in tree.find_all(nodes.Name)}
+        if "lipsum" in names or any(node.name == "random" for node in tree.find_all(nodes.Filter)):
+            raise DataError(
+                "data.chat_template: draws random numbers (`random` or `lipsum`), so that no two processes would render a row "
+                "alike. Remove that from the template."
+            )
+        self.uses_date = "strftime_now" in names
+        """Whether the template asks for today's date."""
+        self.literals = frozenset(node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str))
+        """The texts in quotes in the template, the roles that it knows among them."""
+        self.tokenizer = tokenizer
+        self._source, self._now = source, datetime(day.year, day.month, day.day)
+        added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
+        self.special = tuple({*tokenizer.all_special_tokens, *(token for token, special in added.items() if special)})
+        """Texts of the special tokens, one of which ends a turn in most templates."""
+        self.added = tuple(token for token in added if not token.isspace())
+        """Texts of all tokens that were added to the tokenizer's own."""
+        beginnings = {*self.special} - ({tokenizer.bos_token} - {tokenizer.eos_token})
+        self._beginning = re.compile(rf"\s*({'|'.join(map(re.escape, sorted(beginnings, key=len, reverse=True)))})")
+
+    def render(self, messages: Sequence[Message], tools: Tools = None, generation_prompt: bool = False) -> str:
+        """Renders as transformers does, but for the date. Raises TemplateFailed."""
+        # Compiled templates are shared by all who use the same source, maybe on another day.
+        self._compiled.globals["strftime_now"] = self._now.strftime
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages),
+                tools=None if tools is None else list(tools),
+                chat_template=self._source,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+            )
+        except Exception as error:  # a template computes, so it may divide by zero, call itself for ever, ...
+            raise TemplateFailed(f"{type(error).__name__}: {_reason(error)}") from None
         return str(text)
 
-    full = rendered(len(messages), False)
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = rendered(index, True)
-        after = full if index + 1 == len(messages) else rendered(index + 1, False)
-        if not full.startswith(after):  # Phi-3's template ends every rendering without a generation prompt in EOS
-            after = after.removesuffix(str(tokenizer.eos_token))
-        if not (full.startswith(after) and after.startswith(before)):
-            raise DataError(
-                f"{where}: the chat template renders the conversation up to message {index + 1} differently once more "
-                f"follows, so the response cannot be located. Set data.chat_template to one that renders turn by turn."
-            )
-        spans.append((len(before), len(after)))
-    return full, spans
+    @cached_property
+    def generation_prompt(self) -> str:
+        """What the template adds to ask for an answer, or the end of it; empty if that cannot be seen."""
+        question = [{"role": "user", "content": "0"}]
+        try:
+            without, prompted = self.render(question), self.render(question, generation_prompt=True)
+        except TemplateFailed:
+            return ""
+        return prompted[len(common_prefix([without, prompted])) :]
+
+    def first_special(self, text: str) -> tuple[str, str] | None:
+        """Returns the special token that `text` begins with, and the same with the white space before it."""
+        found = self._beginning.match(text)
+        return (found[1], found[0]) if found and found[1] else None
 
 
-def inside(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
-    """Tells for each token, given as its range of characters, whether some of its text is in one of the ascending spans.
-
-    Tokens without width count where they stand.
-    """
-    marks = []
-    remaining = list(reversed(spans))
-    for begin, end in offsets:
-        while remaining and remaining[-1][1] <= begin:
-            remaining.pop()
-        start = remaining[-1][0] if remaining else math.inf
-        marks.append(end > start or begin >= start)
-    return marks
+def common_prefix(texts: Sequence[str]) -> str:
+    """Returns the beginning that all texts have in common."""
+    first, last = min(texts), max(texts)
+    return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
 
 
 def _reason(error: Exception) -> str:
     """Returns an error's message in one line."""
     return " ".join(str(error).split())[:300]
-
-
-def shown(value: Any) -> str:
-    """Shows type and beginning of a value, for messages."""
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"

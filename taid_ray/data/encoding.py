@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from taid_ray.config.schema import DataConfig
-from taid_ray.data import chat
+from taid_ray.data.answers import AnswerRenderer
+from taid_ray.data.messages import shown
 from taid_ray.data.packing import Sample, cut
+from taid_ray.data.turns import Span, inside
 from taid_ray.errors import DataError
 
 Columns = dict[str, list[Any]]
@@ -24,14 +27,17 @@ class Counts:
     """Documents that gave no sample: overlong with `overlong: drop`, empty, or their response truncated away."""
     truncated: int = 0
     """Documents shortened by `overlong: truncate` that kept some of their loss positions."""
+    empty_answers: int = 0
+    """Answers without text or tool call."""
 
 
 @dataclass(frozen=True)
 class _Text:
-    """One document as text."""
+    """A document, or a part of it, as text."""
 
+    row: int
     text: str
-    spans: Sequence[chat.Span]
+    spans: Sequence[Span]
     """Ranges of characters of its responses."""
 
 
@@ -45,17 +51,14 @@ class Encoder:
         """
         self.counts = Counts()
         self._config, self._tokenizer, self._source = config, tokenizer, source
-        self._template = None if config.format == "text" else chat.chat_template(config.chat_template, tokenizer)
-        if config.format == "chat" and self._template is None:
-            raise DataError(
-                f"data.format: chat needs a chat template and the tokenizer {tokenizer.name_or_path!r} has none. "
-                f"Set data.chat_template to a Jinja template or to a file that holds one."
-            )
         if config.format != "text" and not tokenizer.is_fast:
             raise DataError(
                 f"data.format: {config.format} needs a fast tokenizer (tokenizer.json), to find the response among the "
                 f"tokens; {tokenizer.name_or_path!r} has none. Convert the tokenizer, or use data.format: text."
             )
+        templated = config.chat_template is not None or tokenizer.chat_template
+        plain = config.format == "text" or (config.format == "prompt_response" and not templated)
+        self._answers = None if plain else AnswerRenderer(config, tokenizer)
 
     def encode(self, columns: Columns, first_row: int) -> list[Sample]:
         """Encodes some consecutive documents as samples, in order. `first_row` is the first one's number, counted from 1.
@@ -68,10 +71,38 @@ class Encoder:
         if self._config.format == "text":
             return self._encode_plain(columns[self._config.text_column], first_row)
         texts = [
-            self._as_text({name: values[i] for name, values in columns.items()}, first_row + i) for i in range(count)
+            text
+            for i in range(count)
+            for text in self._as_texts({name: values[i] for name, values in columns.items()}, first_row + i)
         ]
-        samples = [self._fitting(sample) for sample in self._tokenize(texts, first_row)]
-        return [sample for sample in samples if sample is not None]
+        by_row = groupby(self._tokenize(texts), key=lambda sample: sample.document)
+        return [sample for _, samples in by_row for sample in self._fitting(list(samples))]
+
+    def stop_ids(self) -> list[int]:
+        """Lists the ids of the tokens that end what was encoded so far: answers, or documents of `format: text`."""
+        if self._answers is not None:
+            return self._answers.stop_ids()
+        eos = self._tokenizer.eos_token_id
+        return [] if eos is None else [eos]
+
+    def description(self) -> list[str]:
+        """Says in sentences how documents become tokens, and how those so far were understood."""
+        if self._answers is not None:
+            return self._answers.description()
+        end = self._tokenizer.eos_token
+        what = "document" if self._config.format == "text" else "response"
+        loss = "all tokens" if self._config.format == "text" or self._config.loss_on == "all" else "the responses"
+        said = [] if self._config.format == "text" else ["chat template: none; a line break stands before the response"]
+        return [*said, f"a {what} ends with: {end}" if end else f"no token ends a {what}", f"loss on {loss}"]
+
+    def notes(self) -> list[str]:
+        """Says in sentences what of the documents so far may not be meant."""
+        said = self._answers.notes() if self._answers is not None else []
+        if empty := self.counts.empty_answers:
+            said.append(
+                f"{empty} answers are empty, and the student learns to say nothing there; remove them if not meant"
+            )
+        return said
 
     def _encode_plain(self, texts: list[Any], first_row: int) -> list[Sample]:
         column = self._config.text_column
@@ -79,7 +110,7 @@ class Encoder:
             self._require_text(text, row, column, "data.text_column")
         eos = self._tokenizer.eos_token_id
         samples = []
-        encoded = self._tokenized(texts, first_row)
+        encoded = self._tokenized(texts, range(first_row, first_row + len(texts)))
         for row, tokens in enumerate(encoded["input_ids"], first_row):
             if eos is not None and tokens[-1:] != [eos]:  # some tokenizers append it themselves
                 tokens.append(eos)
@@ -88,20 +119,23 @@ class Encoder:
             samples.extend(pieces)
         return samples
 
-    def _as_text(self, document: dict[str, Any], row: int) -> _Text:
-        """Renders one chat or prompt/response document as text, and locates its responses."""
+    def _as_texts(self, document: dict[str, Any], row: int) -> list[_Text]:
+        """Renders one chat or prompt/response document as texts, and locates its responses in them."""
+        where = f"{self._source}: row {row}"
         if self._config.format == "chat":
-            where = f"{self._source}: row {row} of column {self._config.messages_column!r}"
-            messages = chat.read_messages(document[self._config.messages_column], where)
+            assert self._answers is not None
+            found = self._answers.conversation(document, where)
         else:
             prompt, response = self._prompt(document, row), document[self._config.response_column]
             self._require_text(response, row, self._config.response_column, "data.response_column")
-            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-            if self._template is None:
+            if self._answers is None:
                 text = f"{prompt}\n{response}"
-                return _Text(text, [(len(prompt) + 1, len(text))])
-        assert self._template is not None
-        return _Text(*chat.render(messages, self._template, self._tokenizer, f"{self._source}: row {row}"))
+                self.counts.empty_answers += not response.strip()
+                return [_Text(row, text, [(len(prompt) + 1, len(text))])]
+            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+            found = self._answers.render(messages, None, where)
+        self.counts.empty_answers = self._answers.counts.empty
+        return [_Text(row, each.text, [turn.span for turn in each.turns]) for each in found]
 
     def _prompt(self, document: dict[str, Any], row: int) -> str:
         parts = [(name, document[name]) for name in self._config.prompt_columns]
@@ -110,33 +144,33 @@ class Encoder:
                 self._require_text(value, row, name, "data.prompt_columns")
         return "\n\n".join(value for _, value in parts if value)
 
-    def _tokenize(self, texts: list[_Text], first_row: int) -> list[Sample]:
+    def _tokenize(self, texts: list[_Text]) -> list[Sample]:
         """Tokenises each text once, as a whole; spans become loss masks through the tokens' character offsets.
 
         A template writes its special tokens itself. Without one the tokenizer adds its own and EOS ends the response.
         """
+        plain = self._answers is None
         encoded = self._tokenized(
             [text.text for text in texts],
-            first_row,
-            add_special_tokens=self._template is None,
+            [text.row for text in texts],
+            add_special_tokens=plain,
             return_offsets_mapping=True,
         )
         samples = []
-        found = zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        for row, (text, tokens, offsets) in enumerate(found, first_row):
+        for text, tokens, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
             everything = self._config.loss_on == "all"
-            mask = [True] * len(tokens) if everything else chat.inside(offsets, text.spans)
-            if self._template is None and self._tokenizer.eos_token_id is not None:
+            mask = [True] * len(tokens) if everything else inside(offsets, text.spans)
+            if plain and self._tokenizer.eos_token_id is not None:
                 if tokens[-1:] == [self._tokenizer.eos_token_id]:
                     mask[-1] = True
                 else:
                     tokens.append(self._tokenizer.eos_token_id)
                     mask.append(True)
-            samples.append(Sample(tokens, [False, *mask[1:]], row))
+            samples.append(Sample(tokens, [False, *mask[1:]], text.row))
         return samples
 
-    def _tokenized(self, texts: list[str], first_row: int, **options: bool) -> BatchEncoding:
-        for row, text in enumerate(texts, first_row):
+    def _tokenized(self, texts: list[str], rows: Sequence[int], **options: bool) -> BatchEncoding:
+        for row, text in zip(rows, texts, strict=True):
             try:
                 text.isascii() or text.encode()
             except UnicodeEncodeError as error:
@@ -146,7 +180,14 @@ class Encoder:
                 ) from None
         return self._tokenizer(texts, return_attention_mask=False, verbose=False, **options)
 
-    def _fitting(self, sample: Sample) -> Sample | None:
+    def _fitting(self, samples: list[Sample]) -> list[Sample]:
+        """Returns what of the samples of one document fits, and counts what became of it."""
+        kept = [(sample, short) for sample in samples if (short := self._short(sample)) is not None]
+        self.counts.dropped += not kept
+        self.counts.truncated += any(short is not sample for sample, short in kept)
+        return [short for _, short in kept]
+
+    def _short(self, sample: Sample) -> Sample | None:
         """Returns the sample if it fits, else what `data.overlong` says; None where nothing is left to learn from."""
         config, row, length = self._config, sample.document, len(sample.input_ids)
         if not any(sample.loss_mask):
@@ -162,15 +203,11 @@ class Encoder:
                 f"{config.sequence_length}. Set data.overlong: drop or truncate, or a larger data.sequence_length."
             )
         short = Sample(sample.input_ids[: config.sequence_length], sample.loss_mask[: config.sequence_length], row)
-        if config.overlong == "drop" or not any(short.loss_mask):
-            self.counts.dropped += 1
-            return None
-        self.counts.truncated += 1
-        return short
+        return None if config.overlong == "drop" or not any(short.loss_mask) else short
 
     def _require_text(self, value: Any, row: int, column: str, key: str) -> None:
         if not isinstance(value, str):
             raise DataError(
-                f"{self._source}: row {row} of column {column!r} holds {chat.shown(value)} instead of text. "
+                f"{self._source}: row {row} of column {column!r} holds {shown(value)} instead of text. "
                 f"Fix the row, or set {key} to a column of text."
             )

@@ -42,7 +42,7 @@ EXPECTED: dict[Mark, str] = {
         student.model student.revision student.init student.layers student.architecture student.resize_to_teacher
         student.dtype student.attention student.cpus_per_worker student.deepspeed student.gradient_checkpointing
         student.lora.rank student.lora.alpha student.lora.dropout student.lora.target_modules
-        data.format data.loss_on data.sequence_length data.pack data.overlong loss.name loss.memory_mib
+        data.format data.loss_on data.turns data.sequence_length data.pack data.overlong loss.name loss.memory_mib
     """,
     TRAINING_ONLY: "data.train data.split data.block_documents",
     EVALUATED: """

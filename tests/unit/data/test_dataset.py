@@ -13,8 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from taid_ray.config.schema import DataConfig
 from taid_ray.data.batch import NO_LABEL, Row
-from taid_ray.data.chat import inside
 from taid_ray.data.dataset import Cursor, TrainingData, validation_rows
+from taid_ray.data.turns import inside
 from taid_ray.driver.preflight import check_data as check_opened_data
 from taid_ray.errors import DataError
 from taid_ray.student.spec import DataCheck
@@ -271,7 +271,7 @@ def test_a_template_that_renders_a_prefix_differently_is_refused(tmp_path: Path,
     path = write(tmp_path / "d.jsonl", [{"messages": CHAT}])
     config = config_of(path, format="chat", sequence_length=256, chat_template=FORGETFUL)
     with pytest.raises(
-        DataError, match="row 1: the chat template renders the conversation up to message 3 differently"
+        DataError, match="row 1: the chat template renders the conversation up to message 5 differently"
     ):
         validation_rows(config, tokenizer)
 
@@ -339,7 +339,8 @@ BAD_FILES = [
         {"format": "chat"},
         "row 1 of column 'messages' holds str 'hi' instead of a list",
     ),
-    ("d.jsonl", b'{"messages": [{"from": "a"}]}\n', {"format": "chat"}, "message without text under 'role'"),
+    ("d.jsonl", b'{"messages": [{"from": "a"}]}\n', {"format": "chat"}, "message without text under 'content'"),
+    ("d.jsonl", b'{"messages": [{"content": "a"}]}\n', {"format": "chat"}, "message without text under 'role'"),
     (
         "d.jsonl",
         b'{"messages": [{"role": "user", "content": "a"}]}\n',
