@@ -615,10 +615,12 @@ def known_keys(section: type[Section] = DistillConfig, prefix: str = "") -> dict
 def same_meaning(key: str, before: Any, now: Any) -> bool:
     """Tells whether two values of a dotted key mean the same. `attention: auto` is `sdpa` for every model that has both.
 
-    `sdpa` was the default before there was `auto`, and is in the config.yaml of older runs.
+    `sdpa` was the default before there was `auto`, and is in the config.yaml of older runs. `data.date: null` is whatever day
+    the run has.
     """
     alike = key.endswith(".attention") and {before, now} == {"auto", "sdpa"}
-    return bool(before == now or alike)
+    undated = key == "data.date" and None in (before, now)
+    return bool(before == now or alike or undated)
 
 
 def marks_of(key: str) -> list[Mark]:

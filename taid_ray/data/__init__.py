@@ -2,7 +2,8 @@
 
 Others use `dataset` (TrainingData, Cursor, validation_rows), `batch` (Batch, Row, collate), `batching` (split_evenly,
 num_micro_batches), `encoding.Encoder`, `documents.open_documents` and `shared_ids.check_ids`. `reading/` has the readers of
-files, below `documents`.
+files, below `documents`. Below `encoding`: `messages` reads conversations, `chat` renders, `turns` finds the answers in what
+was rendered, `visibility` whether anything is missing there, and `answers` puts these together.
 
 Traps:
 - Local files never go through the library datasets: it guesses types from the first rows, and keeps old files in a cache.

@@ -62,9 +62,7 @@ class AnswerRenderer:
 
     def render(self, messages: list[Message], tools: Tools, where: str) -> list[Rendered]:
         """Renders messages as the texts that train their answers. Raises DataError, beginning with `where`."""
-        given = Conversation(messages, tools, self._template(tools), where)
-        given.text(len(messages))
-        conversation = with_fitting_arguments(given)
+        conversation = with_fitting_arguments(Conversation(messages, tools, self._template(tools), where))
         whole = self._config.loss_on == "all"
         found = [conversation.whole()] if whole else conversation.trained(self._config.turns == "last")
         check_shown(conversation)

@@ -76,7 +76,15 @@ class TrainingData:
         if self._num_validation:
             kept = "document is" if self._num_validation == 1 else f"{self._num_validation} documents are"
             said.append(f"{self._source}: the first {kept} kept for validation")
-        return said
+        return said + self._encoder.description()
+
+    def notes(self) -> list[str]:
+        """Says in sentences what of the documents read so far may not be meant."""
+        return self._encoder.notes()
+
+    def stop_ids(self) -> list[int]:
+        """Lists the ids of the tokens that end answers, or documents of `format: text`, of those read so far."""
+        return self._encoder.stop_ids()
 
     @property
     def counts(self) -> Counts:

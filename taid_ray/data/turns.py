@@ -8,6 +8,7 @@ ones, for example), the others get texts of their own, which end with them.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +21,8 @@ Span = tuple[int, int]
 PROBES = "0", "1"
 """Two texts of which no two renderings have more in common than what stands before them."""
 THINK_END = "</think>"
+THOUGHTS = re.compile(r"(\s|[<\[][^<>\[\]]*think[^<>\[\]]*[>\]])*", re.IGNORECASE)
+"""What an answer may begin with that the generation prompt lacks: tags around no reasoning, but not another heading."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,8 @@ class Conversation:
         except TemplateFailed:
             return None
         header = common_prefix([before, *answers])
-        if not (header.startswith(question) and after.startswith(header)):
+        opened = common_prefix(answers)[len(header) :]
+        if not (THOUGHTS.fullmatch(opened) and header.startswith(question) and after.startswith(header)):
             return None
         return len(header), before[len(header) :]
 
@@ -170,9 +174,8 @@ class Conversation:
             rest, found = rest[: -len(token)].rstrip(), token
             if last_only:
                 break
-        if found is None and not rest.endswith(content or "\0"):
-            found = _last_token(rest, self.template.added)
-        return found
+        token = found or _last_token(rest, self.template.added)
+        return token if found or (token and not content.endswith(token)) else None
 
     def _next_turn(self, index: int, after: str, text: str) -> tuple[str, str] | None:
         """Returns the special token that the next turn begins with, and the same with the white space before it.

@@ -34,8 +34,15 @@ from taid_ray.models.hub import restoring_hub_mode
 from taid_ray.names import POOL_PREFIX
 from taid_ray.report.card import CARD_FILE, write_model_card
 from taid_ray.report.format import print_line
-from taid_ray.run.directory import RunManifest, inspect_run_dir, read_summary, run_directory, scratch_directory
-from taid_ray.run.layout import REPORT_FILE
+from taid_ray.run.directory import (
+    RunManifest,
+    inspect_run_dir,
+    on_its_day,
+    read_summary,
+    run_directory,
+    scratch_directory,
+)
+from taid_ray.run.layout import CONFIG_FILE, REPORT_FILE
 from taid_ray.run.log import run_logging
 from taid_ray.scheduler.owner import SchedulerOwner
 from taid_ray.student.deepspeed_internals import use_deepspeed_on
@@ -97,6 +104,7 @@ def run_distillation(config: DistillConfig, context: RunContext) -> RunResult:
         if not all((config.run_dir / name).exists() for name in (CARD_FILE, REPORT_FILE)):
             leave_report(config, summary, partial(print_line, context.console or Console()))
         return RunResult(config.run_dir, summary)
+    config = on_its_day(config, config.run_dir / CONFIG_FILE)
     check_installed(config)
     with restoring_hub_mode(), ProgressView(context.console) as view:
         view.say("checking models and data")

@@ -32,13 +32,14 @@ def model_notes(spec: RunSpec) -> list[str]:
 
 
 def data_notes(config: DistillConfig, spec: RunSpec) -> list[str]:
-    """Counts the documents that are lost or cut short."""
+    """Counts the documents that are lost or cut short, and says what else may not be meant."""
     if not spec.data.dropped and not spec.data.truncated:
-        return []
+        return [*spec.data.notes]
     return [
+        *spec.data.notes,
         f"of the first {config.data.block_documents} documents, {spec.data.dropped} are left out (empty, too long, or "
         f"nothing left of the response) and {spec.data.truncated} are cut short (data.overlong: {config.data.overlong}); "
-        "a larger data.sequence_length keeps more"
+        "a larger data.sequence_length keeps more",
     ]
 
 

@@ -43,6 +43,7 @@ def prepare(config: DistillConfig) -> RunSpec:
         payload_bytes=largest_payload(config, teacher_config, vocabulary),
         data=checked,
         fingerprint=found,
+        stop_ids=tuple(data.stop_ids()),
     )
 
 
@@ -78,7 +79,7 @@ def check_data(
     check_ids(valid_rows, num_shared, tokens)
     if not rows:
         next(data.batches())  # raises unless a later block has some
-    return DataCheck(len(rows), dropped, truncated, len(valid_rows), data.description())
+    return DataCheck(len(rows), dropped, truncated, len(valid_rows), data.description(), tuple(data.notes()))
 
 
 def largest_payload(config: DistillConfig, teacher_config: Any, vocabulary: Vocabulary) -> int:

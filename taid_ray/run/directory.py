@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -102,6 +102,19 @@ def changed_keys(before: DistillConfig, now: DistillConfig, may_move: bool = Fal
         for key in sorted(old.keys() | new.keys())
         if not same_meaning(key, old.get(key), new.get(key)) and free.isdisjoint(marks_of(key))
     ]
+
+
+def on_its_day(config: DistillConfig, path: Path) -> DistillConfig:
+    """Fills in data.date where it is null: from what a run or a search left at `path`, else with today's date.
+
+    Raises ConfigError if that cannot be read.
+    """
+    if config.data.date is not None:
+        return config
+    left = read_tree(path) if path.exists() else {}
+    begun = stored_config(left.get("config", left)).data.date if left else None
+    today = date.today().isoformat()
+    return config.model_copy(update={"data": config.data.model_copy(update={"date": begun or today})})
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:

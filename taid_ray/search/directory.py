@@ -16,7 +16,7 @@ from taid_ray.config.space import Space
 from taid_ray.config.text import read_tree
 from taid_ray.errors import ConfigError, TaidRayError
 from taid_ray.files import replace_text
-from taid_ray.run.directory import changed_keys, locked
+from taid_ray.run.directory import changed_keys, locked, on_its_day
 from taid_ray.run.layout import SEARCH_FILE
 from taid_ray.search.book import TrialBook
 
@@ -31,7 +31,8 @@ def base_config(config: DistillConfig, out: str | Path | None, share_outputs: bo
         cache = cache.model_copy(update={"directory": str(directory / "cache")})
     workers = Range(min=config.student.workers.min, max=config.student.workers.min)  # more would take room from trials
     student = config.student.model_copy(update={"workers": workers})
-    return with_absolute_paths(config.model_copy(update={"out": str(directory), "cache": cache, "student": student}))
+    config = with_absolute_paths(config.model_copy(update={"out": str(directory), "cache": cache, "student": student}))
+    return on_its_day(config, directory / SEARCH_FILE)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from taid_ray.models.loading import load_causal_lm
 from taid_ray.models.pair import check_models, model_configs, run_tokenizer, shared_vocabulary
 from taid_ray.models.probes import long_probe
 from taid_ray.models.self_test import tested_head
+from taid_ray.models.stopping import own_stop_ids
 from taid_ray.run.metrics import perplexity
 from taid_ray.teacher.model import TeacherModel
 from taid_ray.teacher.payload import TeacherOutput
@@ -81,8 +82,8 @@ def _measure(config: DistillConfig, rouge: bool) -> Measurement:
         sums += _score(student, head.rows(vocabulary.num_shared), teacher, batch, device)
     scores: list[float | None] = [None, None]
     if rouge:
-        samples = _conversations(config, tokenizer)
-        scores = [rouge_l(each, tokenizer, samples, device) for each in (student, teacher.model)]
+        samples, stop_ids = _conversations(config, tokenizer)
+        scores = [rouge_l(each, tokenizer, samples, device, stop_ids) for each in (student, teacher.model)]
     student_ce, teacher_ce, kl, tokens = sums.tolist()
     length = config.data.sequence_length
     return Measurement(student_ce / tokens, teacher_ce / tokens, kl / tokens, int(tokens), length, *scores)
@@ -177,24 +178,32 @@ def check_rouge(config: DistillConfig) -> None:
         raise ConfigError("--rouge needs the package rouge-score; run `pip install 'taid-ray[eval]'`")
 
 
-def _conversations(config: DistillConfig, tokenizer: Any) -> list[Sample]:
+def _conversations(config: DistillConfig, tokenizer: Any) -> tuple[list[Sample], list[int]]:
+    """Reads the conversations to answer, and the ids of the tokens that end their responses."""
     # Whatever carries loss, it is responses that are generated.
     data = config.data.model_copy(update={"loss_on": "response"})
     source = f"data.valid: {data.valid}"
     size = min(ROUGE_ROWS, data.valid_documents)
     first_row, columns = next(open_documents(data, "valid").blocks(0, size))
-    samples = Encoder(data, tokenizer, source).encode(columns, first_row)
+    encoder = Encoder(data, tokenizer, source)
+    samples = encoder.encode(columns, first_row)
     if not samples:
         raise DataError(f"{source}: none of the first {size} rows fits into data.sequence_length; make it larger")
-    return samples
+    return samples, encoder.stop_ids()
 
 
 @torch.no_grad()
-def rouge_l(model: Any, tokenizer: Any, samples: Sequence[Sample], device: torch.device) -> float:
-    """Mean ROUGE-L F1 of greedy generations against each sample's first response. Needs the package rouge-score."""
+def rouge_l(
+    model: Any, tokenizer: Any, samples: Sequence[Sample], device: torch.device, stop_ids: Sequence[int] = ()
+) -> float:
+    """Mean ROUGE-L F1 of greedy generations against each sample's first response. Needs the package rouge-score.
+
+    stop_ids: tokens at which a generation ends, beside the model's own.
+    """
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    stops = list(dict.fromkeys([*own_stop_ids(model), *stop_ids]))
     total = 0.0
     for sample in samples:
         start = sample.loss_mask.index(True)
@@ -205,6 +214,7 @@ def rouge_l(model: Any, tokenizer: Any, samples: Sequence[Sample], device: torch
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=ROUGE_NEW_TOKENS,
             do_sample=False,
+            eos_token_id=stops or None,
             pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
         )
         texts = [

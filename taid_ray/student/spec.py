@@ -21,6 +21,8 @@ class DataCheck:
     valid_rows: int
     description: Sequence[str] = ()
     """Sentences that say how the data were understood."""
+    notes: Sequence[str] = ()
+    """Sentences that say what of the first block may not be meant."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class RunSpec:
     data: DataCheck
     fingerprint: Fingerprint | None = None
     """Of the data, as the driver has read them."""
+    stop_ids: tuple[int, ...] = ()
+    """Ids of the tokens that end answers, or documents of `format: text`, in the first block of the training data."""
 
 
 @dataclass(frozen=True)

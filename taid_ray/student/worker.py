@@ -17,6 +17,7 @@ from taid_ray.errors import NonFiniteLossError, RunError
 from taid_ray.files import write_json
 from taid_ray.models.pair import run_tokenizer
 from taid_ray.models.self_test import tested_head
+from taid_ray.models.stopping import add_stop_ids
 from taid_ray.models.student_init import build_student
 from taid_ray.run.directory import RunManifest
 from taid_ray.run.layout import SUMMARY_FILE
@@ -135,6 +136,9 @@ class TrainingRun:
             context.note(f"stopping after step {last.step}; the checkpoint is being written")
             self._writer.close()
             return Stopped(last.step) if world.is_main else None
+        if new := add_stop_ids(self._student.causal_lm, context.worker.spec.stop_ids):
+            tokens = ", ".join(map(str, self._tokenizer.convert_ids_to_tokens(new)))
+            context.note(f"RUN/model stops generating at {tokens} too, which ends what it was trained on")
         context.note("saving the model")
         self._writer.wait()
         with results_written(context.config.run_dir, self._writer):
@@ -187,7 +191,7 @@ def results_written(run_dir: Path, writer: CheckpointWriter) -> Iterator[None]:
 
 def write_results(config: DistillConfig, summary: dict[str, Any], tokenizer: Any) -> None:
     """Writes the tokenizer beside the saved model; last the summary, which makes the run finished."""
-    if config.data.format != "text":
+    if config.data.format != "text" and config.data.chat_template is not None:
         tokenizer.chat_template = chat_template(config.data.chat_template, tokenizer)
     tokenizer.save_pretrained(config.run_dir / "model")
     write_json(config.run_dir / SUMMARY_FILE, summary)

@@ -1,13 +1,17 @@
 """Whole runs through the public API: the bundled model, real instruction data, and a real 32,000-token vocabulary."""
 
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from taid_ray import RunResult, build_config, distill
+from tests.support.chat_templates import LLAMA3
+from tests.support.chats import chat_tokenizer
 from tests.support.paths import BUNDLE, ROOT, SHARED
 
 METRIC_KEYS = {
@@ -127,6 +131,39 @@ def random_model(path: Path, tokenizer: Path, rows: int, hidden: int, layers: in
     model.save_pretrained(path)
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(path)
     return str(path)
+
+
+@pytest.mark.more
+@pytest.mark.timeout(900)
+def test_a_base_student_stops_where_chats_end(ray_cluster: str, tmp_path: Path) -> None:
+    """Its own EOS is another token than the one that ends an answer; a template that asks for the date gets the run's."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    tokenizer = chat_tokenizer(LLAMA3, eos="<|endoftext|>")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    rows = len(tokenizer)
+    models = [
+        random_model(tmp_path / name, tmp_path / "tokenizer", rows, 32, 2, seed=0) for name in ("teacher", "base")
+    ]
+    messages = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]
+    (tmp_path / "d.jsonl").write_text((json.dumps({"conversations": messages}) + "\n") * 8)
+    data = {"train": str(tmp_path / "d.jsonl"), "format": "chat", "sequence_length": 64, "valid_documents": 2}
+    config = build_config(
+        {
+            "name": "chats",
+            "out": str(tmp_path / "run"),
+            "teacher": {"model": models[0], "mode": "local"},
+            "student": {"model": models[1], "dtype": "float32"},
+            "data": data,
+            "train": {"steps": 2, "batch_size": 2, "micro_batch_size": 2},
+        }
+    )
+    result = distill(config)
+    ids = AutoTokenizer.from_pretrained(result.model).convert_tokens_to_ids(["<|eot|>"])
+    stops = GenerationConfig.from_pretrained(result.model).eos_token_id
+    assert ids[0] in ([stops] if isinstance(stops, int) else stops)
+    assert "stops generating at <|eot|> too" in (result.path / "log.jsonl").read_text()
+    assert yaml.safe_load((result.path / "config.yaml").read_text())["data"]["date"] == date.today().isoformat()
 
 
 @needs_shared

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from taid_ray.run.directory import (
     RunManifest,
     inspect_run_dir,
     moved_data,
+    on_its_day,
     read_summary,
     run_directory,
     scratch_directory,
@@ -83,6 +85,23 @@ def test_a_run_that_was_begun_before_attention_could_be_auto_is_taken_up_again(
     assert inspect_run_dir(config(tmp_path / "run", f"teacher.attention={now}")) == "unfinished"
     with pytest.raises(ConfigError, match=r"student\.attention \(was"):
         inspect_run_dir(config(tmp_path / "run", "student.attention=eager"))
+
+
+def test_the_day_on_which_a_run_began_is_kept(tmp_path: Path) -> None:
+    found = config(tmp_path / "run")
+    left = tmp_path / "run" / "config.yaml"
+    today = on_its_day(found, left)
+    assert today.data.date == date.today().isoformat()
+    begin(on_its_day(config(tmp_path / "run", 'data.date="2026-01-02"'), left))
+    assert inspect_run_dir(found) == "unfinished"
+    assert on_its_day(found, left).data.date == "2026-01-02"
+    with pytest.raises(ConfigError, match=r'data\.date \(was "2026-01-02", now "'):
+        inspect_run_dir(today)
+    tree = yaml.safe_load(left.read_text())
+    del tree["data"]["date"], tree["data"]["turns"]  # a run of an older version
+    left.write_text(yaml.safe_dump(tree))
+    assert inspect_run_dir(found) == inspect_run_dir(today) == "unfinished"
+    assert on_its_day(found, left) == today
 
 
 def test_a_finished_run_is_known(tmp_path: Path) -> None:
