@@ -31,8 +31,8 @@ OWN_PYTHON = ("pip", "uv", "conda", "container", "image_uri")
 """Keys of a runtime_env that bring an interpreter of their own, which Ray puts on the job's PATH."""
 STOP_WAIT = {"RAY_JOB_STOP_WAIT_TIME_S": "300"}
 """Time that Ray gives the job's driver to save a checkpoint when it is stopped; by default it kills it after 3 s."""
-ABSENT = re.compile(r"^(/\S+): .*No module named '?(\w+)", re.MULTILINE)
-"""What Python, or `taid_ray.cli.job`, says: the interpreter and the module."""
+ABSENT = re.compile(r"^(?:(/\S+): .*|ModuleNotFoundError: )No module named '?(\w+)", re.MULTILINE)
+"""What Python, or `taid_ray.cli.job`, says: the interpreter, where it is named, and the module."""
 TRIES = 10
 
 
@@ -198,6 +198,6 @@ def check_end(job: JobDetails) -> None:
         python, module = absent.groups()
         what = "no taid-ray" if module == "taid_ray" else f"not all that taid-ray needs, for example {module}"
         raise ClusterError(
-            f"{python}, the Python that the cluster runs this job in, has {what}; install taid-ray there, on all nodes, or "
+            f"{python or 'python'}, in which the cluster runs this job, has {what}; install taid-ray there, on all nodes, or "
             "use an image with this version of it (cluster/Dockerfile)"
         )
