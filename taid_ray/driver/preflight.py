@@ -11,7 +11,7 @@ from taid_ray.data.preview import SamplePreview, preview
 from taid_ray.data.shared_ids import check_ids
 from taid_ray.errors import ConfigError
 from taid_ray.models.hub import offline_if_unreachable
-from taid_ray.models.pair import check_models, model_configs, run_tokenizer, shared_vocabulary
+from taid_ray.models.pair import check_models, check_run_tokenizer, model_configs, run_tokenizer, shared_vocabulary
 from taid_ray.models.vocabulary import Vocabulary
 from taid_ray.student.spec import DataCheck, RunSpec
 from taid_ray.teacher.cache.offline import find_record
@@ -27,6 +27,7 @@ def prepare(config: DistillConfig) -> RunSpec:
     teacher_config, student_config = model_configs(config)
     check_models(config, teacher_config, student_config)
     tokenizer = run_tokenizer(config)
+    check_run_tokenizer(config, tokenizer, student_config)
     vocabulary = shared_vocabulary(config, teacher_config, student_config)
     if config.teacher.payload == "topk":
         check_topk(config.teacher.topk, vocabulary.num_shared)

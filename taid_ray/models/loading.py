@@ -14,6 +14,7 @@ import torch
 
 from taid_ray.config.schema import StudentConfig, TeacherConfig
 from taid_ray.errors import ModelError
+from taid_ray.models.tokenizer import check_tokenizer
 
 Source = TeacherConfig | StudentConfig
 
@@ -32,11 +33,15 @@ def load_model_config(source: Source) -> Any:
 
 
 def load_tokenizer(source: Source) -> Any:
-    """Loads the tokenizer of a model. Raises ModelError if there is none."""
+    """Loads the tokenizer of a model. Raises ModelError if there is none, or if it is not whole, see `check_tokenizer`."""
     from transformers import AutoTokenizer
 
     with _explained(source, "tokenizer") as name:
-        return AutoTokenizer.from_pretrained(name, revision=source.revision, trust_remote_code=source.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+    check_tokenizer(tokenizer, f"{section_name(source)}.model = {source.model}")
+    return tokenizer
 
 
 def load_generation_config(source: Source, model_config: Any) -> Any:

@@ -15,6 +15,7 @@ from taid_ray.models.loading import (
 )
 from taid_ray.models.saving import check_architecture
 from taid_ray.models.student_init import check_student, has_teacher_tokenizer, student_model_config
+from taid_ray.models.tokenizer import check_saved_tokenizer
 from taid_ray.models.vocabulary import Vocabulary, align
 
 
@@ -46,6 +47,12 @@ def check_models(config: DistillConfig, teacher_config: Any, student_config: Any
 def run_tokenizer(config: DistillConfig) -> Any:
     """The tokenizer of data and of RUN/model: the student's own, or the teacher's where the student has none."""
     return load_tokenizer(config.teacher if has_teacher_tokenizer(config) else config.student)
+
+
+def check_run_tokenizer(config: DistillConfig, tokenizer: Any, student_config: Any) -> None:
+    """Checks that the run's tokenizer will be the same in RUN/model; one with code of its own is trusted. Raises ModelError."""
+    if not (config.teacher if has_teacher_tokenizer(config) else config.student).trust_remote_code:
+        check_saved_tokenizer(tokenizer, student_config)
 
 
 def shared_vocabulary(config: DistillConfig, teacher_config: Any, student_config: Any) -> Vocabulary:
