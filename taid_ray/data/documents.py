@@ -13,7 +13,7 @@ from taid_ray.data.reading.files import is_local, select_files
 from taid_ray.data.reading.hub import HubDocuments, load_from_hub
 from taid_ray.data.reading.kinds import DataFile, digest_of
 from taid_ray.data.reading.rows import Row, columns_found, read_rows
-from taid_ray.data.reading.splits import Choice, listed
+from taid_ray.data.reading.splits import Choice, counted, listed
 from taid_ray.errors import DataError
 
 
@@ -104,9 +104,10 @@ class FileDocuments:
         """Says in sentences which files are read, what was left out, and what columns are taken for others."""
         kinds = " and ".join(sorted({file.kind for file in self._files}))
         names = listed([file.name for file in self._files])
-        rows = f", {self.count():,} rows" if len(self._counts) == len(self._files) else ""
-        files = "1 file" if len(self._files) == 1 else f"{len(self._files)} files"
-        said = [f"{self._source}: {files} of the kind {kinds}{rows} ({names})", *self._said]
+        rows = f", {counted(sum(self._counts.values()), 'row')}" if len(self._counts) == len(self._files) else ""
+        said = [f"{self._source}: {counted(len(self._files), 'file')} of the kind {kinds}{rows} ({names})", *self._said]
+        if without := [name for name, rows in self._counts.items() if not rows]:
+            said.append(f"{self._source}: without a row: {listed(without)}")
         if self._config.streaming:
             said.append(
                 f"{self._source}: a stream; when the run is resumed, names and sizes of files are compared only"

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from taid_ray.data.documents import Documents
+from taid_ray.data.reading.splits import counted
 
 Fingerprint: TypeAlias = dict[str, Any]
 """`train` and `valid` (None without `data.valid`), each as `Documents.fingerprint` gives it; as JSON can hold it."""
@@ -55,7 +56,7 @@ def _difference(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) ->
 
 
 def _change(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    sizes = [f"{file['rows']:,} rows" if "rows" in file else f"{file['bytes']:,} bytes" for file in (old, new)]
+    sizes = [counted(*((f["rows"], "row") if "rows" in f else (f["bytes"], "byte"))) for f in (old, new)]
     return f"{name} has changed" + (f" ({sizes[0]} then, {sizes[1]} now)" if sizes[0] != sizes[1] else "")
 
 

@@ -117,14 +117,8 @@ def originals() -> dict[str, bytes]:
     }
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-
-
 def test_mutated_files(tmp_path: Path) -> None:
-    """File by file through the entry that a run uses. A file takes `datasets` about 20 ms."""
+    """File by file through the entry that a run uses. What is read is compared in `test_reading.py`."""
     values = [
         b'"text"',
         b"3",
@@ -148,7 +142,7 @@ def test_mutated_files(tmp_path: Path) -> None:
         nonlocal read, number
         (suffix, content), chosen = value
         number += 1
-        path = tmp_path / f"{number}{suffix}"  # `datasets` would take a file of the same name and time for the same one
+        path = tmp_path / f"{number}{suffix}"
         path.write_bytes(content)
         config = config_of(str(path), chosen)
 

@@ -30,7 +30,8 @@ def empty(source: str) -> DataError:
 def no_column(source: str, column: Column, found: Sequence[str], data_format: str) -> DataError:
     """Makes the error for data that lack a required column. found: the names of those that they have."""
     names = " or ".join(repr(name) for name in column.names)
-    has = " ".join(", ".join(found).split())[:300]
+    shown = [name if name.isprintable() else ascii(name) for name in found]
+    has = " ".join(", ".join(shown).split())[:300]
     return DataError(
         f"{source} has no column {names} (it has: {has}). "
         f"Set {column.key}, or data.format if {data_format!r} is not what the data are."

@@ -9,8 +9,11 @@ from taid_ray.data.columns import columns_of
 from taid_ray.data.encoding import Columns
 from taid_ray.data.reading.complaints import empty, explained, no_column
 from taid_ray.data.reading.kinds import SUPPORTED
-from taid_ray.data.reading.splits import Choice
+from taid_ray.data.reading.splits import Choice, counted
 from taid_ray.errors import DataError
+
+GUESSING = ("csv", "json")
+"""Kinds of files whose columns have no types of their own."""
 
 
 def load_from_hub(name: str, choice: Choice, streaming: bool) -> Any:
@@ -86,8 +89,14 @@ class HubDocuments:
 
     def description(self) -> list[str]:
         """Says in sentences what is read."""
-        rows = "a stream of rows" if self._is_stream else f"{self.count():,} rows"
-        return [f"{self._source}: {rows} of a data set of the hub"]
+        rows = "a stream of rows" if self._is_stream else counted(len(self._rows), "row")
+        said = [f"{self._source}: {rows} of a data set of the hub"]
+        if (kind := self._rows.info.builder_name) in GUESSING:
+            said.append(
+                f"{self._source}: the library datasets guesses the types of columns in {kind} files; where texts look like "
+                f"numbers or dates, clone the data set and name the directory, which is read as it stands"
+            )
+        return said
 
     def _slices(self, skip: int, size: int) -> Iterator[Columns]:
         for start in range(skip, len(self._rows), size):

@@ -86,6 +86,11 @@ def _split_word(name: str) -> str | None:
     return words.pop() if len(words) == 1 else None
 
 
+def counted(number: int, what: str) -> str:
+    """Writes a number with its noun, which takes an s in the plural."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
 def listed(items: Sequence[str]) -> str:
     """Names the items, of many only the first."""
     rest = len(items) - MOST_LISTED

@@ -53,7 +53,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "order": (lambda d: (d / "a.jsonl").rename(d / "c.jsonl"), "a.jsonl is gone, c.jsonl is new"),
     "the other way round": (
         lambda d: ((d / "a.jsonl").rename(d / "x"), (d / "b.jsonl").rename(d / "a.jsonl"), (d / "x").rename(d / "b.jsonl")),
-        "a.jsonl has changed (2 rows then, 1 rows now), b.jsonl has changed",
+        "a.jsonl has changed (2 rows then, 1 row now), b.jsonl has changed",
     ),
 }  # fmt: skip
 

@@ -177,6 +177,18 @@ def test_a_file_without_a_needed_column_is_named(tmp_path: Path) -> None:
         [*documents.blocks(0, 9)]
 
 
+def test_a_file_without_rows_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text\nx\n")
+    (tmp_path / "b.csv").write_text("text\n")
+    (tmp_path / "c.csv").write_text("")
+    documents = open_documents(DataConfig(train=str(tmp_path)), "train")
+    assert documents.count() == 1
+    assert documents.description() == [
+        f"data.train: {tmp_path}: 3 files of the kind csv, 1 row (a.csv, b.csv, c.csv)",
+        f"data.train: {tmp_path}: without a row: b.csv, c.csv",
+    ]
+
+
 def test_usual_names_of_a_column_stand_in_for_it(tmp_path: Path) -> None:
     talk = [{"from": "human", "value": "hi"}]
     (tmp_path / "d.jsonl").write_text(
