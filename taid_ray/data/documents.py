@@ -70,6 +70,7 @@ class FileDocuments:
         self._columns = columns_of(config)
         self._names = [name for column in self._columns for name in column.names]
         self._counts: dict[str, int] = {}
+        self._taken: dict[str, str] = {}  # names that stand in for columns, with the keys of these
         self._check_first_rows()
 
     def count(self) -> int | None:
@@ -112,24 +113,29 @@ class FileDocuments:
             said.append(
                 f"{self._source}: a stream; when the run is resumed, names and sizes of files are compared only"
             )
-        for column in self._columns:
-            if column.required and column.name not in self._first_names:
-                taken = next(name for name in column.names if name in self._first_names)
-                said.append(f"{self._source}: column {taken!r} is read as {column.name!r} ({column.key})")
+        said += [f"{self._source}: column {name!r} is read as {key}" for name, key in self._taken.items()]
         return said
 
     def _check_first_rows(self) -> None:
         """Reads on until every required column was there."""
-        self._first_names: set[str] = set()
         for file in self._files:
+            missing = self._required()
             for row in self._file_rows(file, 0):
-                self._first_names |= row.keys() if row else set()
-                if not self._missing(self._first_names):
+                missing = self._still_missing(missing, row or {})
+                if not missing:
                     return
         raise empty(self._source)
 
-    def _missing(self, names: set[str]) -> list[Column]:
-        return [column for column in self._columns if column.required and names.isdisjoint(column.names)]
+    def _required(self) -> list[Column]:
+        return [column for column in self._columns if column.required]
+
+    def _still_missing(self, columns: list[Column], row: Row) -> list[Column]:
+        """Those of the columns that the row lacks. Of the others, notes the names that it has them under."""
+        for column in columns:
+            name = next((name for name in column.names if name in row), column.name)
+            if name != column.name:
+                self._taken[name] = column.key
+        return [column for column in columns if row.keys().isdisjoint(column.names)]
 
     def _rows(self, skip: int) -> Iterator[Row]:
         for file in self._files:
@@ -148,11 +154,11 @@ class FileDocuments:
         Raises DataError at the end if none of the rows had a required column.
         """
         source = f"{self._source.partition(': ')[0]}: {file.path}"
-        missing, found = self._missing(set()), False
+        missing, found = self._required(), False
         with explained(source, f"cannot be read as {file.kind}. Repair or convert the file"):
             for row in read_rows(file, self._names, skip):
                 if row is not None and missing:
-                    missing = [column for column in missing if row.keys().isdisjoint(column.names)]
+                    missing = self._still_missing(missing, row)
                 found = True
                 yield row
             if found and missing and not skip:

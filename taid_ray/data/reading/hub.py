@@ -1,8 +1,11 @@
 """Data sets of the Hugging Face hub, by the library datasets, which downloads them and converts them to Arrow files."""
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+import xxhash
 
 from taid_ray.config.schema import DataConfig
 from taid_ray.data.columns import columns_of
@@ -12,6 +15,7 @@ from taid_ray.data.reading.kinds import SUPPORTED
 from taid_ray.data.reading.splits import Choice, counted
 from taid_ray.errors import DataError
 
+DIGEST_ROWS = 1000
 GUESSING = ("csv", "json")
 """Kinds of files whose columns have no types of their own."""
 
@@ -49,7 +53,7 @@ class HubDocuments:
         import datasets
 
         self._rows, self._source, self._columns = rows, source, columns_of(config)
-        self._name, self._fingerprint = source.partition(": ")[2], getattr(rows, "_fingerprint", None)
+        self._name = source.partition(": ")[2]
         self._is_stream = not isinstance(rows, datasets.Dataset)
         with explained(source, "cannot be read. Repair the data"):
             first = next(iter(rows), None)
@@ -82,10 +86,17 @@ class HubDocuments:
             skip += count
 
     def fingerprint(self) -> dict[str, Any]:
-        """Returns what `datasets` tells one version of the data from another by; of a stream, only the split."""
-        if self._is_stream:
-            return {"hub": self._name, "split": str(self._rows.split)}
-        return {"hub": self._name, "fingerprint": self._fingerprint, "rows": len(self._rows)}
+        """Returns the name (`hub`), and, unless it is a stream, rows and a digest (xxh3) of the columns that are read.
+
+        The revision would not do: it changes with every word of the data set's page.
+        """
+        found: dict[str, Any] = {"hub": self._name}
+        if not self._is_stream:
+            digest = xxhash.xxh3_128()
+            for _, block in self.blocks(0, DIGEST_ROWS):
+                digest.update(json.dumps(block, default=repr).encode())
+            found |= {"digest": digest.hexdigest(), "rows": len(self._rows)}
+        return found
 
     def description(self) -> list[str]:
         """Says in sentences what is read."""

@@ -78,14 +78,15 @@ def test_of_a_stream_only_names_and_sizes_are_known(root: Path) -> None:
     ]
 
 
-def test_data_of_the_hub_are_known_by_what_datasets_says() -> None:
-    one, other = (datasets.Dataset.from_dict({"text": [word]}) for word in ("one", "other"))
+def test_data_of_the_hub_are_known_by_what_is_read() -> None:
+    one, other = (datasets.Dataset.from_dict({"text": [word], "id": [word]}) for word in ("one", "other"))
+    more = datasets.Dataset.from_dict({"text": ["one"], "id": [7]})
     config = DataConfig(train="some/data")
     found = [
         fingerprint(HubDocuments(rows, "data.train: some/data", config), None)
-        for rows in (one, one, other, one.to_iterable_dataset())
+        for rows in (one, more, other, one.to_iterable_dataset())
     ]
     assert changes(found[0], found[1]) == []
     for changed in found[2:]:
         (said,) = changes(found[0], changed)
-        assert said.startswith("data.train: then hub some/data, fingerprint ")
+        assert said.startswith("data.train: then hub some/data, digest ")
