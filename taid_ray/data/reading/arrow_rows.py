@@ -37,6 +37,8 @@ def read_arrow(path: Path, names: Sequence[str], skip: int) -> Iterator[dict[str
     with _batches(path) as (found, batches):
         columns = _present(found, names)
         for batch in batches:
+            batch = batch.select(columns)
+            batch.validate(full=True)  # a damaged file would be read from wherever its offsets point to in memory
             yield from _rows(batch, columns, skip)
             skip = max(0, skip - batch.num_rows)
 
