@@ -1,4 +1,4 @@
-"""Adapters (LoRA, through peft) on a student, and the checks that they train, and can be merged in the end."""
+"""Adapters (LoRA, through peft) on a student, and the checks that it computes with them, and that they can be merged."""
 
 from typing import Any
 
@@ -60,15 +60,14 @@ def _refuse_tied(adapted: Any) -> None:
 
 
 @torch.no_grad()
-def check_adapters(model: Any) -> None:
-    """Runs a student with adapters on a fixed probe, and checks that its computation goes through every adapter.
+def idle_adapters(model: Any) -> list[str]:
+    """Runs a student with adapters on a fixed probe. Returns the modules whose adapters its computation does not go through.
 
-    Some architectures read a layer's weight themselves, past the adapter: it would not be trained as it is merged. Experts
-    that no token of the probe is sent to are let pass. Raises ModelError.
+    Those stay what they are in the beginning, nothing: of an image encoder, or where an architecture reads a layer's weight
+    past the adapter. Experts that no token of the probe is sent to do not count. Raises ModelError if the student does not
+    compute with its adapters.
     """
-    adapted = {
-        name: module for name, module in model.named_modules() if hasattr(module, "lora_A") and "expert" not in name
-    }
+    adapted = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
     called: set[str] = set()
     hooks = [module.register_forward_hook(lambda *_, name=name: called.add(name)) for name, module in adapted.items()]
     embedding = model.get_input_embeddings().weight
@@ -84,8 +83,4 @@ def check_adapters(model: Any) -> None:
     finally:
         for hook in hooks:
             hook.remove()
-    if past := sorted(adapted.keys() - called):
-        raise ModelError(
-            f"student.lora.target_modules: {type(model).__name__} computes past {len(past)} of its adapters, for example "
-            f"that of {past[0]}, which would not be trained; leave those modules out"
-        )
+    return [name for name in adapted if name not in called and "expert" not in name]

@@ -23,7 +23,7 @@ from taid_ray.errors import NonFiniteLossError
 from taid_ray.losses.chunked import LossParts, Scores, Target, chunk_tokens_for, chunked_loss, chunked_scores
 from taid_ray.losses.objective import Objective
 from taid_ray.losses.projection import LogitTransform, Projection
-from taid_ray.models.adapters import add_lora, check_adapters
+from taid_ray.models.adapters import add_lora, idle_adapters
 from taid_ray.models.head import Head, head_of, hidden_states
 from taid_ray.models.precision import train_as_reloaded
 from taid_ray.models.saving import check_saving, dtypes_when_reloaded, save_model, saved_tensors
@@ -99,8 +99,8 @@ class Student:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         dtypes = dtypes_when_reloaded(config, model)
         self.trained = add_lora(model, config.student.lora, config.train.seed) if config.student.lora else model
-        if config.student.lora:
-            check_adapters(model)
+        self.idle_adapters = idle_adapters(model) if config.student.lora else []
+        """Names of modules whose adapters the computation does not go through, so that they are not trained."""
         self.trained.train()
         check_saving(config, model, self.trained)
         if config.student.dtype != "float32":

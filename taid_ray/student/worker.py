@@ -70,6 +70,11 @@ def build(context: WorkerContext) -> tuple[Student, Checkpoint | None]:
         )
     context.note("student: starting DeepSpeed")
     student = Student(config, model, spec.vocabulary.num_shared, context.world, context.device, checkpoint)
+    if idle := student.idle_adapters:
+        context.note(
+            f"note: {len(idle)} adapter(s) of student.lora.target_modules are not trained, because the student computes past "
+            f"them, for example {idle[0]}"
+        )
     if checkpoint:
         checkpoint.release()  # the student has its tensors now
     check_engine(student, len(head.weight))

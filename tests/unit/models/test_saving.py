@@ -13,7 +13,7 @@ from torch import nn
 
 from taid_ray.config.schema import DistillConfig
 from taid_ray.errors import ModelError
-from taid_ray.models.adapters import add_lora, check_adapters
+from taid_ray.models.adapters import add_lora, idle_adapters
 from taid_ray.models.precision import train_as_reloaded
 from taid_ray.models.saving import check_architecture, check_saving, dtypes_when_reloaded, save_model, saved_tensors
 from tests.support.students import config_for
@@ -179,19 +179,17 @@ def test_an_adapter_on_layers_that_share_weights_is_refused(tmp_path: Path) -> N
         add_lora(zamba2(), lora(tmp_path, ["q_proj"]), 0)
 
 
-def test_an_adapter_that_the_model_computes_past_is_refused(tmp_path: Path) -> None:
-    """Jamba multiplies with a layer's weight itself, where an adapter is not seen, and would yet be merged."""
-    jamba = hf.JambaForCausalLM(
-        hf.JambaConfig(
-            **SIZES,
-            mamba_d_state=8,
-            mamba_dt_rank=8,
-            num_experts=1,
-            attn_layer_period=2,
-            attn_layer_offset=1,
-            use_mamba_kernels=False,
-        )
-    ).eval()
+def test_adapters_that_the_model_computes_past_are_named(tmp_path: Path) -> None:
+    """Jamba multiplies with a layer's weight itself, where an adapter is not seen: it would stay untrained in silence."""
+    sizes = {"mamba_d_state": 8, "mamba_dt_rank": 8, "num_experts": 1, "attn_layer_period": 2, "attn_layer_offset": 1}
+    jamba = hf.JambaForCausalLM(hf.JambaConfig(**SIZES, **sizes, use_mamba_kernels=False)).eval()
     add_lora(jamba, lora(tmp_path, ["q_proj", "dt_proj"]), 0)
-    with pytest.raises(ModelError, match=r"computes past 2 of its adapters, .*mamba\.dt_proj"):
-        check_adapters(jamba)
+    assert idle_adapters(jamba) == [f"model.layers.{layer}.mamba.dt_proj" for layer in (0, 2)]
+
+
+def test_adapters_that_the_model_does_not_compute_with_are_refused(tmp_path: Path) -> None:
+    """peft takes any linear layer, and some return more than a tensor: Phi-MoE's router, for example."""
+    model = hf.PhimoeForCausalLM(hf.PhimoeConfig(**SIZES, num_local_experts=4)).eval()
+    add_lora(model, lora(tmp_path, "all-linear"), 0)
+    with pytest.raises(ModelError, match=r"^student\.lora\.target_modules: PhimoeForCausalLM does not compute with"):
+        idle_adapters(model)
