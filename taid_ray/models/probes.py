@@ -11,7 +11,7 @@ from torch import Tensor
 from taid_ray.models.head import Head, computes_one_row, hidden_states
 
 PROBE_ROWS, PROBE_LENGTH = 2, 16
-LONG_PROBE = {"cpu": 128, "cuda": 2048}
+LONG_PROBE = {"cpu": 128, "cuda": 1024}
 """Longest row (positions) that is probed on a kind of device; `data.sequence_length` where that is less."""
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest difference, relative to the largest value, between two ways to compute the same in one precision."""

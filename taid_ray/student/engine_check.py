@@ -4,7 +4,7 @@ from torch import Tensor
 
 from taid_ray.models.head import computes_one_row
 from taid_ray.models.isolation import check_probe
-from taid_ray.models.probes import PROBE_LENGTH, Probe, long_probe
+from taid_ray.models.probes import Probe, long_probe
 from taid_ray.models.self_test import explained_tests
 from taid_ray.student.engine import Student
 
@@ -22,5 +22,4 @@ def check_engine(student: Student, vocab_rows: int) -> None:
 
     probe = Probe(type(model).__name__, "student", compute, vocab_rows, student.device, computes_one_row(model))
     with explained_tests(model, "student.model", shared=True):
-        for length in sorted({PROBE_LENGTH, long_probe(student.device, data.sequence_length)}):
-            check_probe(probe, data.pack, length)
+        check_probe(probe, data.pack, long_probe(student.device, data.sequence_length))

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from taid_ray.config.schema import TeacherConfig
 from taid_ray.errors import ModelError, TeacherError
 from taid_ray.models.head import Head, head_of, hidden_states
-from taid_ray.models.isolation import check_neighbours, check_packing, check_rows
+from taid_ray.models.isolation import check_packing, check_probe
 from taid_ray.models.lengths import chunk_length, context_length, uniform_length
 from taid_ray.models.loading import load_causal_lm
 from taid_ray.models.probes import PROBE_LENGTH, Probe, long_probe, probe_inputs, probe_of
@@ -51,15 +51,13 @@ class TeacherModel:
         with explained_tests(self._model, "teacher.model", config.shards > 1):
             logits = self_test(self._model, whole, "teacher")
             probe = probe_of(self._model, whole, "teacher")
-            lengths = (PROBE_LENGTH, self._longest_probe())
-            for length in lengths:
-                check_rows(probe, length)
-                check_neighbours(probe, length)
+            longest = self._longest_probe()
+            check_probe(probe, packed=False, longest=longest)
         self._head: Head | None = whole.rows(num_shared) if leader else None
         if self._head is not None and config.shards > 1 and needs_head(config.payload):
             self._head = self._head.to(torch.device("cpu"))  # a gathered copy that is only sent away
         answer = self._check_deterministic()
-        packing_error = _packing_error(probe, lengths)
+        packing_error = _packing_error(probe, {PROBE_LENGTH, longest})
         fingerprint = _fingerprint(self._model, num_shared, config)
         if leader:
             self._info = self._describe(fingerprint, answer, logits, packing_error)
@@ -225,9 +223,9 @@ def _digest(*tensors: Tensor) -> str:
     return result.hexdigest()
 
 
-def _packing_error(probe: Probe, lengths: Sequence[int]) -> str | None:
+def _packing_error(probe: Probe, lengths: Set[int]) -> str | None:
     try:
-        for length in lengths:
+        for length in sorted(lengths):
             check_packing(probe, length)
     except ModelError as error:
         return str(error)
