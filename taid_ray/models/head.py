@@ -105,7 +105,8 @@ def _logit_transform(config: Any) -> LogitTransform:
     """Reads off the config how the architecture changes logits after the projection; `probes.self_test` finds what is missed."""
     inverse = config.model_type == "hyperclovax"
     scale = 1.0
-    for value in _numbers(config, MULTIPLIERS + (DIVISORS if inverse else ())):
+    multipliers = () if config.model_type == "mpt" else MULTIPLIERS  # transformers' MPT makes no use of its logit_scale
+    for value in _numbers(config, multipliers + (DIVISORS if inverse else ())):
         scale *= value
     for value in _numbers(config, () if inverse else DIVISORS):
         scale /= value
@@ -113,7 +114,7 @@ def _logit_transform(config: Any) -> LogitTransform:
 
 
 def _numbers(config: Any, fields: tuple[str, ...]) -> list[float]:
-    """The values of these fields of a config that are numbers other than 0; MPT's logit_scale may be text, and is not used."""
+    """The values of these fields of a config that are numbers other than 0."""
     values = [getattr(config, field, None) for field in fields]
     return [value for value in values if isinstance(value, int | float) and value]
 

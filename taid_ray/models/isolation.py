@@ -4,6 +4,8 @@ Documents change places, and the hidden states of all that must not notice have 
 random number is drawn, and models are expected in eval mode.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ some others a mixture takes other experts because something was rounded otherwis
 OTHER_ENDS, OTHER_STARTS = [0, 3, 2, 1], [2, 1, 0, 3]
 """Orders of the documents of `_documents`. They change places, so that all the same are computed and a router sends each expert
 as many: the bits of a product of matrices depend on its number of rows."""
+Places = tuple[slice, ...]
 
 
 def check_probe(probe: Probe, packed: bool, longest: int = PROBE_LENGTH) -> None:
@@ -104,13 +107,17 @@ def _documents(probe: Probe, length: int) -> Tensor:
     size = max(3, (length // 2 - 1) | 1)
     first, second = _tokens(probe, 2 * size).view(2, size)
     changed = second.clone()
-    changed[-1] += 1
-    return torch.stack([first, second, first + 1, changed]) % probe.vocab_rows
+    changed[-1] = second[0] if second[0] != second[-1] else first[0]
+    return torch.stack([first, second, first.flip(0), changed])
 
 
 def _tokens(probe: Probe, count: int) -> Tensor:
-    """Pseudo-random token ids [count] out of those of `probe_inputs`: some of the others may stand for images."""
+    """Pseudo-random token ids [count] out of those of `probe_inputs`, because some others may stand for images.
+
+    Without the first few, where a token may be that a model takes for padding.
+    """
     known = probe_inputs(probe.vocab_rows, probe.device)["input_ids"].flatten()
+    known = known[known >= min(8, probe.vocab_rows // 2)]
     place = torch.arange(count, device=probe.device)
     return known[(place * 7 + place // 5) % len(known)]
 
@@ -118,14 +125,48 @@ def _tokens(probe: Probe, count: int) -> Tensor:
 def _changes(probe: Probe, ids: Tensor, before: Tensor, order: list[int], packed: bool) -> bool:
     """Tells whether hidden states change that must not, where the documents stand in another order.
 
-    before: those of `ids` as they are. Of a model that gives other bits for the same, only more than rounding counts.
+    before: those of `ids` as they are. The bits decide, but for models that may give others for the same: those that do, and
+    mixtures, whose products of matrices depend on where in them a token stands. Of those the gradient decides, if there is one.
     """
     after = probe.of_documents(ids[order], packed)
     kept = (slice(None), slice(-1)) if order == OTHER_ENDS else (slice(1, None, 2),)
     if torch.equal(before[kept], after[kept]):
         return False
-    again = probe.of_documents(ids, packed)
-    return torch.equal(before, again) or not relative_difference(after[kept], before[kept]) <= TOLERANCE[before.dtype]
+    if not _typical_difference(after[kept], before[kept]) <= TYPICAL_TOLERANCE[before.dtype]:
+        return True
+    moved = (slice(1, None, 2), slice(-1, None)) if order == OTHER_ENDS else (slice(0, None, 2),)
+    if probe.embedding is not None and ids.shape[1] < PROBE_LENGTH:  # of long rows it would not fit into memory
+        found = _has_gradient(probe, ids, kept, moved, packed)
+        if found is not None:
+            return found
+    return not probe.mixture and torch.equal(before, probe.of_documents(ids, packed))
+
+
+def _has_gradient(probe: Probe, ids: Tensor, kept: Places, moved: Places, packed: bool) -> bool | None:
+    """Tells whether hidden states of some positions of documents [D, T] depend on the embeddings of others, however little.
+
+    None if this model computes no gradients, for example in the kernels of its quantization.
+    """
+    embedded: list[Tensor] = []
+
+    def keep(_: Any, __: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    handle = probe.embedding.register_forward_hook(keep)
+    try:
+        with torch.enable_grad():
+            total = probe.of_documents(ids, packed)[kept].float().square().sum()
+        gradients = torch.autograd.grad(total, embedded)
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:  # no memory, or a failure of the device
+            raise
+        return None
+    finally:
+        handle.remove()
+    if any(gradient.numel() != ids.numel() * gradient.shape[-1] for gradient in gradients):
+        return True  # more is embedded than the documents, and what belongs to which is not known
+    return any(bool(gradient.reshape(*ids.shape, -1)[moved].any()) for gradient in gradients)
 
 
 def _typical_difference(found: Tensor, expected: Tensor) -> float:

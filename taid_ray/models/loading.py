@@ -17,6 +17,8 @@ from taid_ray.errors import ModelError
 from taid_ray.models.tokenizer import check_tokenizer
 
 Source = TeacherConfig | StudentConfig
+NOT_SHARDED = ("doge", "hrm_text", "lfm2", "lfm3")
+"""Types of models whose tensor parallelism in transformers fails, or (hrm_text) gives other hidden states."""
 
 
 def section_name(source: Source) -> str:
@@ -75,8 +77,13 @@ def check_causal_lm(model_config: Any, key: str) -> None:
 
 
 def check_divisible(teacher_config: Any, shards: int) -> None:
-    """Raises ModelError if the teacher's attention heads cannot be dealt out evenly to `shards` processes."""
+    """Raises ModelError if transformers cannot split the teacher, or its attention heads evenly, among `shards` processes."""
     text = teacher_config.get_text_config()
+    if shards > 1 and text.model_type in NOT_SHARDED:
+        raise ModelError(
+            f"teacher.shards = {shards}: transformers does not split a model of type {text.model_type} rightly; set "
+            "teacher.shards: 1"
+        )
     for field in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(text, field, None) or shards
         if heads % shards:

@@ -30,6 +30,10 @@ class Probe:
     device: torch.device
     one_row: bool = False
     """All rows of a batch are computed as one, see `head.computes_one_row`."""
+    embedding: Any = None
+    """The module that embeds the tokens; None where no gradient may be computed."""
+    mixture: bool = False
+    """The model sends its tokens to experts."""
 
     def of_documents(self, ids: Tensor, packed: bool) -> Tensor:
         """Hidden states [D, T, H] of documents [D, T], each in a row of its own or, packed, two in each row."""
@@ -51,8 +55,20 @@ def probe_of(model: Any, head: Head, section: str, one_row: bool | None = None) 
     joined = computes_one_row(model) if one_row is None else one_row
     rows, device = head.weight.shape[0], head.weight.device
     return Probe(
-        type(model).__name__, section, lambda inputs: hidden_states(model, inputs, joined), rows, device, joined
+        name=type(model).__name__,
+        section=section,
+        compute=lambda inputs: hidden_states(model, inputs, joined),
+        vocab_rows=rows,
+        device=device,
+        one_row=joined,
+        embedding=model.get_input_embeddings(),
+        mixture=is_mixture(model),
     )
+
+
+def is_mixture(model: Any) -> bool:
+    """Tells, by the names of its modules, whether a model sends its tokens to experts."""
+    return any("expert" in name or "moe" in name for name, _ in model.named_modules())
 
 
 def long_probe(device: torch.device, *limits: int) -> int:

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from taid_ray.models.head import computes_one_row
 from taid_ray.models.isolation import check_probe
-from taid_ray.models.probes import Probe, long_probe
+from taid_ray.models.probes import Probe, is_mixture, long_probe
 from taid_ray.models.self_test import explained_tests
 from taid_ray.student.engine import Student
 
@@ -20,6 +20,14 @@ def check_engine(student: Student, vocab_rows: int) -> None:
     def compute(inputs: dict[str, Tensor]) -> Tensor:
         return student.hidden(inputs)
 
-    probe = Probe(type(model).__name__, "student", compute, vocab_rows, student.device, computes_one_row(model))
+    probe = Probe(
+        name=type(model).__name__,
+        section="student",
+        compute=compute,
+        vocab_rows=vocab_rows,
+        device=student.device,
+        one_row=computes_one_row(model),
+        mixture=is_mixture(model),
+    )
     with explained_tests(model, "student.model", shared=True):
         check_probe(probe, data.pack, long_probe(student.device, data.sequence_length))

@@ -15,7 +15,7 @@ from taid_ray.models import self_test
 from taid_ray.models.head import Head, head_of, hidden_states
 from taid_ray.models.isolation import check_neighbours, check_rows
 from taid_ray.models.lengths import check_lengths, context_length
-from taid_ray.models.loading import check_attention, load_causal_lm
+from taid_ray.models.loading import check_attention, check_divisible, load_causal_lm
 from taid_ray.models.probes import probe_of
 from taid_ray.models.student_init import check_student
 from taid_ray.teacher.local import LocalTeacher
@@ -109,6 +109,26 @@ def test_rows_that_flash_attention_joins_are_joined_in_the_test_on_a_cpu() -> No
             with pytest.raises(ModelError, match=r"rows of a batch see each other; .*set student\.attention: sdpa"):
                 self_test.tested_head(found, "student.model", packed=False)
         assert found.config._attn_implementation == "flash_attention_2"
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_rounding_is_told_from_a_small_leak(seen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some mixtures of experts round a token's hidden states otherwise where other tokens stand elsewhere."""
+    found = model("llama")
+    forward = found.model.forward
+
+    def noisy(**inputs: Any) -> Any:
+        result = forward(**inputs)
+        others = result[0][:2].sum((0, 1))
+        result.last_hidden_state = result[0] + 1e-7 * (others if seen else others.detach())
+        return result
+
+    monkeypatch.setattr(found.model, "forward", noisy)
+    if not seen:
+        self_test.tested_head(found, "student.model", packed=True)
+        return
+    with pytest.raises(ModelError, match="rows of a batch see each other"):
+        self_test.tested_head(found, "student.model", packed=True)
 
 
 @pytest.mark.parametrize("name", ["bidirectional", "encoder"])
@@ -229,6 +249,12 @@ def test_what_a_model_raises_at_its_test_is_one_sentence(monkeypatch: pytest.Mon
         self_test.tested_head(found, "student.model", packed=True)
     with pytest.raises(torch.OutOfMemoryError), self_test.explained_tests(found, "student.model"):
         raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_teachers_that_transformers_does_not_split_rightly_are_refused() -> None:
+    check_divisible(model_config("lfm2"), 1)
+    with pytest.raises(ModelError, match=r"teacher\.shards = 2: .* lfm2 rightly; set teacher\.shards: 1"):
+        check_divisible(model_config("lfm2"), 2)
 
 
 def test_auto_is_eager_for_a_model_without_sdpa(tmp_path: Path) -> None:
