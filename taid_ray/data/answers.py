@@ -92,7 +92,7 @@ class AnswerRenderer:
         said.append(self._loss())
         if counts.split:
             said.append(
-                f"{counts.split} of the conversations gave several samples, because the chat template renders earlier answers "
+                f"{counts.split} conversation(s) gave several samples, because the chat template renders earlier answers "
                 f"differently once more follows"
             )
         return said
@@ -102,22 +102,22 @@ class AnswerRenderer:
         counts, said = self.counts, []
         if missing := counts.endings[None]:
             said.append(
-                f"no special token ends {missing} of {counts.endings.total()} answers, so the student does not learn where to "
+                f"no special token ends {missing} of {counts.endings.total()} answer(s), so the student does not learn where to "
                 "stop; let data.chat_template write one after each answer, for example {{ eos_token }}"
             )
         if counts.lost_reasoning:
             said.append(
-                f"the chat template leaves out the reasoning of {counts.lost_reasoning} answers, which is not trained; set "
+                f"the chat template leaves out the reasoning of {counts.lost_reasoning} answer(s), which is not trained; set "
                 "data.chat_template to one that keeps it"
             )
         for prompt, number in counts.unprompted.items():
             said.append(
-                f"the generation prompt ends with {prompt!r}, which {number} answers lack as the chat template renders them: "
+                f"the generation prompt ends with {prompt!r}, which {number} answer(s) lack as the chat template renders them: "
                 "the student learns to answer without it; set data.chat_template to one that agrees with itself"
             )
         if counts.unused_system:
             said.append(
-                f"the column 'system' of {counts.unused_system} rows is not used: it goes with from/value conversations that "
+                f"the column 'system' of {counts.unused_system} row(s) is not used: it goes with from/value conversations that "
                 "have no system message; put it into the messages if it is one"
             )
         return said

@@ -100,7 +100,7 @@ class Encoder:
         said = self._answers.notes() if self._answers is not None else []
         if empty := self.counts.empty_answers:
             said.append(
-                f"{empty} answers are empty, and the student learns to say nothing there; remove them if not meant"
+                f"{empty} answer(s) are empty, and the student learns to say nothing there; remove them if not meant"
             )
         return said
 

@@ -20,6 +20,7 @@ Span = tuple[int, int]
 """Half-open range of characters."""
 PROBES = "0", "1"
 """Two texts of which no two renderings have more in common than what stands before them."""
+MARK = "qzx"
 THINK_END = "</think>"
 THOUGHTS = re.compile(r"(\s|[<\[][^<>\[\]]*think[^<>\[\]]*[>\]])*", re.IGNORECASE)
 """What an answer may begin with that the generation prompt lacks: tags around no reasoning, but not another heading."""
@@ -97,16 +98,23 @@ class Conversation:
         return found[::-1]
 
     def _assistants(self) -> list[int]:
-        return [index for index, message in enumerate(self.messages) if message["role"] == "assistant"]
+        return [index for index in range(len(self.messages)) if self._is_assistant(index)]
+
+    def _is_assistant(self, index: int) -> bool:
+        return bool(self.messages[index]["role"] == "assistant")
 
     def _served(self, count: int, indices: Sequence[int]) -> Rendered:
         text = self.text(count)
-        turns = [turn for index in indices if (turn := self._turn(index, text)) is not None]
+        turns = [turn for index in indices if (turn := self._turn(index, count)) is not None]
         return Rendered(text + (turns[-1].added if turns else ""), turns)
 
-    def _turn(self, index: int, text: str) -> Turn | None:
-        """Locates a turn in a text; None if the text does not serve it."""
-        after = self.text(index + 1)
+    def _turn(self, index: int, count: int) -> Turn | None:
+        """Locates a turn in the rendering of the first `count` messages; None if that does not serve it."""
+        text = self.text(count)
+        try:
+            after = self.rendered(index + 1)
+        except TemplateFailed as error:  # for example a greeting, before any question
+            return self._turn_amidst(index, count, error)
         closed = text.startswith(after)
         if not closed:  # Phi-3's template ends every rendering without a generation prompt in EOS
             after = after.removesuffix(self._eos)
@@ -122,6 +130,20 @@ class Conversation:
         next_token, passage = self._next_turn(index, after, text) or (None, "")
         end = len(after) + len(passage)
         return Turn(index, (start, end), next_token, passage if end > len(text) else "", unprompted)
+
+    def _turn_amidst(self, index: int, count: int, failed: TemplateFailed) -> Turn | None:
+        """Locates a turn that cannot be rendered as the last one, by what stays the same around other answers."""
+        text, rest = self.text(count), self.messages[index + 1 : count]
+        try:
+            answers = self._answers(index, rest)
+        except TemplateFailed:
+            raise self._failed(index + 1, failed) from None
+        start = self._prompted(common_prefix(answers))
+        tail = common_prefix([answer[::-1] for answer in answers])[::-1]
+        if not (rest and text.startswith(answers[0][:start]) and text.endswith(tail)):
+            raise self._failed(index + 1, failed) from None
+        token, passage = self.template.first_special(tail) or (None, "")
+        return Turn(index, (start, len(text) - len(tail) + len(passage)), token)
 
     def _begin(self, index: int, after: str) -> tuple[int, str] | None:
         """Finds where a turn begins in the rendering up to it, and the end of the generation prompt that it lacks.
@@ -140,10 +162,13 @@ class Conversation:
         except TemplateFailed:
             return None
         header = common_prefix([before, *answers])
-        opened = common_prefix(answers)[len(header) :]
-        if not (THOUGHTS.fullmatch(opened) and header.startswith(question) and after.startswith(header)):
+        start = len(
+            common_prefix([header, after])
+        )  # shorter than the header if this answer has thoughts, and the probes none
+        thoughts = header[start:], common_prefix(answers)[len(header) :]
+        if start < len(question) or not header.startswith(question) or not all(map(THOUGHTS.fullmatch, thoughts)):
             return None
-        return len(header), before[len(header) :]
+        return start, before[start:]
 
     def _begin_without_prompt(self, index: int, after: str, failed: TemplateFailed) -> tuple[int, str] | None:
         """Finds where a turn begins whose messages before cannot be rendered alone, by the prompt of other conversations."""
@@ -151,16 +176,21 @@ class Conversation:
             header = common_prefix(self._answers(index))
         except TemplateFailed:
             raise self._failed(index, failed) from None
-        prompt = self.template.generation_prompt
-        at = header.rfind(prompt) if prompt else -1
-        start = at + len(prompt) if at >= 0 else len(header)
+        start = self._prompted(header)
         return (start, "") if after.startswith(header[:start]) else None
 
-    def _answers(self, index: int) -> list[str]:
+    def _prompted(self, header: str) -> int:
+        """Returns where the generation prompt ends in what stands before an answer."""
+        prompt = self.template.generation_prompt
+        at = header.rfind(prompt) if prompt else -1
+        return at + len(prompt) if at >= 0 else len(header)
+
+    def _answers(self, index: int, rest: Sequence[Message] = ()) -> list[str]:
         """Renders two other answers, which have nothing in common, in place of a turn. Raises TemplateFailed."""
         before = self.messages[:index]
         return [
-            self.template.render([*before, {"role": "assistant", "content": probe}], self.tools) for probe in PROBES
+            self.template.render([*before, {"role": "assistant", "content": probe}, *rest], self.tools)
+            for probe in PROBES
         ]
 
     def _ending(self, answer: str, index: int) -> str | None:
@@ -182,18 +212,19 @@ class Conversation:
 
         A model that ends its turns with no token of their own stops at this one, as GLM's do.
         """
-        message = self.messages[index]
-        following = text[len(after) :]
-        if not following:
-            role = "tool" if message.get("tool_calls") else "user"
+        if len(after) < len(text):
+            return None if self._is_assistant(index + 1) else self.template.first_special(text[len(after) :])
+        role = "tool" if self.messages[index].get("tool_calls") else "user"
+        question, answer = {"role": "user", "content": PROBES[0]}, {"role": "assistant", "content": MARK}
+        # The answer may be rendered differently once more follows; another one shows what begins the next turn, too.
+        for messages, end in ((self.messages[: index + 1], after), ([question, answer], MARK)):
             try:
-                longer = self.template.render([*self.messages[: index + 1], {"role": role, "content": "0"}], self.tools)
+                followed = self.template.render([*messages, {"role": role, "content": PROBES[0]}], self.tools)
             except TemplateFailed:
-                return None
-            following = longer.removeprefix(after) if longer.startswith(after) else ""
-        elif self.messages[index + 1]["role"] == "assistant":
-            return None
-        return self.template.first_special(following)
+                continue
+            if found := self.template.first_special(followed.rpartition(end)[2] if end in followed else ""):
+                return found
+        return None
 
     def _failed(self, count: int, error: TemplateFailed) -> DataError:
         return DataError(

@@ -11,10 +11,8 @@ from typing import Any
 
 from taid_ray.data.chat import TemplateFailed
 from taid_ray.data.messages import Message
-from taid_ray.data.turns import THINK_END, Conversation
+from taid_ray.data.turns import MARK, THINK_END, Conversation
 from taid_ray.errors import DataError
-
-STEM = "qzx"
 
 
 def check_shown(conversation: Conversation) -> None:
@@ -60,7 +58,7 @@ class _Marker:
         self.marks: dict[str, tuple[int, str]] = {}
         """Each mark with the index of its message (-1: the tools) and what bears it."""
         text = conversation.rendered(len(conversation.messages))
-        self._stem = next(stem for i in count() if (stem := STEM + "x" * i) not in text)
+        self._stem = next(stem for i in count() if (stem := MARK + "x" * i) not in text)
         self.tools = conversation.tools and [self._tool(tool) for tool in conversation.tools]
         self.messages = [self._message(index, message) for index, message in enumerate(conversation.messages)]
 

@@ -75,6 +75,16 @@ GLM = (
     + PROMPT
     + "<|assistant|>\n{% endif %}"
 )
+# GLM-4.5: besides, earlier answers lose their reasoning
+GLM_THINKING = (
+    QWEN3.replace("<|im_end|>\n", "")
+    .replace("<|im_start|>{{ m.role }}", "<|{{ m.role }}|>")
+    .replace("<|im_start|>assistant", "<|assistant|>")
+)
+# Qwen3.5 without thinking: the generation prompt closes an empty thought
+NOT_THINKING = QWEN3.replace(
+    "<|im_start|>assistant\n{% endif", "<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif"
+)
 ALPACA = (
     "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}{{ '' if loop.last else '\n\n' }}{% endfor %}"
     + PROMPT

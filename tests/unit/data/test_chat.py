@@ -11,9 +11,11 @@ from tests.support.chat_templates import (
     CHATML_TOOLS,
     GEMMA,
     GLM,
+    GLM_THINKING,
     HARMONY,
     LLAMA3,
     MISTRAL,
+    NOT_THINKING,
     PHI3,
     QWEN3,
     QWEN3_THINKING,
@@ -35,6 +37,10 @@ def call(name: str, arguments: Any, content: Any = None) -> dict[str, Any]:
     return {"role": "assistant", "content": content, "tool_calls": [function]}
 
 
+# Qwen3.5 renders no conversation without a question.
+NEEDS_QUESTION = (
+    "{% if 'user' not in messages | map(attribute='role') %}{{ raise_exception('no question') }}{% endif %}"
+)
 TWO = chat("hi", "yo", "how", "fine")
 TOOL = {"type": "function", "function": {"name": "add", "description": "sum"}}
 THOUGHT = chat("hi", "<think>\nhm\n</think>\n\nyo")
@@ -64,6 +70,11 @@ THOUGHT = chat("hi", "<think>\nhm\n</think>\n\nyo")
         (QWEN3, THOUGHT, ["⟦<think>\nhm\n</think>\n\nyo<|im_end|>\n⟧"]),
         (QWEN3_THINKING, THOUGHT, ["⟦hm\n</think>\n\nyo<|im_end|>\n⟧"]),
         (QWEN3_THINKING, chat("hi", "yo"), ["⟦\n</think>\n\nyo<|im_end|>\n⟧"]),
+        (CHATML + NEEDS_QUESTION, TWO[1:], ["⟦yo<|im_end|>⟧", "⟦fine<|im_end|>\n⟧"]),
+        (GLM + NEEDS_QUESTION, TWO[1:], ["⟦yo<|user|>⟧", "⟦fine<|user|>⟧"]),
+        (NOT_THINKING, chat("hi", "yo"), ["⟦yo<|im_end|>\n⟧"]),
+        (NOT_THINKING, THOUGHT, ["⟦hm\n</think>\n\nyo<|im_end|>\n⟧"]),
+        (GLM_THINKING, THOUGHT, ["⟦<think>\nhm\n</think>\n\nyo<|user|>⟧"]),
         (GLM, TWO, ["⟦yo<|user|>⟧", "⟦fine<|user|>⟧"]),
         (
             GLM,
@@ -78,7 +89,7 @@ def test_answers_carry_loss_with_what_ends_them(template: str, messages: Any, ex
     assert ["⟦" + part.partition("⟧")[0] + "⟧" for part in text.split("⟦")[1:]] == expected
     tokenizer = chat_tokenizer()
     given = [{**m, "role": "assistant"} if m["role"] == "model" else m for m in messages]
-    if template is not LLAMA3 and template is not GLM:
+    if template is not LLAMA3 and not template.startswith(GLM) and template is not GLM_THINKING:
         whole = tokenizer.apply_chat_template(given, chat_template=template, tokenize=False)
         assert text.replace("⟦", "").replace("⟧", "") == whole
 
@@ -162,7 +173,7 @@ def test_tokens_at_which_generation_stops(template: str, settings: Any, tokens: 
     encoder = encoder_of(tokenizer, chat_template=template)
     encoded(encoder, tokenizer, chat("hi", "|>"))
     assert tokenizer.convert_ids_to_tokens(encoder.stop_ids()) == tokens
-    assert any("no special token ends 1 of 1 answers" in note for note in encoder.notes()) == (not tokens)
+    assert any("no special token ends 1 of 1 answer(s)" in note for note in encoder.notes()) == (not tokens)
     said = [line for line in encoder.description() if line.startswith("an answer ends with: ")]
     assert [token in said[0] for token in tokens] == [True] * len(tokens)
 
@@ -209,6 +220,7 @@ def test_json_text_that_a_template_shows_as_it_is_stays_as_it_is() -> None:
         (CHATML.replace("{{ m.content }}", "{{ m.content[:1] }}"), TWO, None, "leaves out message 1"),
         (GEMMA, chat("hi", "yo", system="S"), None, "the chat template fails .*no system role"),
         (MISTRAL, TWO[1:], None, "roles must alternate"),
+        (CHATML + NEEDS_QUESTION, TWO[1:2], None, "no question"),
     ],
 )
 def test_what_a_template_leaves_out_is_an_error(template: str, messages: Any, tools: Any, said: str) -> None:
@@ -228,8 +240,8 @@ def test_reasoning_that_is_left_out_and_empty_answers_are_said() -> None:
     assert encoded(encoder, tokenizer, THOUGHT) == ["<s><|user|>hi<|assistant|>⟦\n\nyo</s>⟧"]
     assert encoded(encoder, tokenizer, chat("hi", "")) == ["<s><|user|>hi<|assistant|>⟦</s>⟧"]
     notes = "\n".join(encoder.notes())
-    assert "leaves out the reasoning of 1 answers" in notes and "1 answers are empty" in notes
-    assert "generation prompt ends with '<think>\\n', which 2 answers lack" in notes
+    assert "leaves out the reasoning of 1 answer(s)" in notes and "1 answer(s) are empty" in notes
+    assert "generation prompt ends with '<think>\\n', which 2 answer(s) lack" in notes
     assert encoder.counts.empty_answers == 1
     encoder = encoder_of(tokenizer, chat_template=QWEN3)
     encoded(encoder, tokenizer, THOUGHT)
@@ -253,7 +265,7 @@ def test_how_conversations_were_understood_is_said() -> None:
     ):
         assert part in said
     encoded(encoder, tokenizer, chat("hi", "yo"), system="S")
-    assert any("the column 'system' of 1 rows is not used" in note for note in encoder.notes())
+    assert any("the column 'system' of 1 row(s) is not used" in note for note in encoder.notes())
 
 
 def test_the_date_of_two_encoders_in_one_process() -> None:
