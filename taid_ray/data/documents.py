@@ -16,6 +16,8 @@ from taid_ray.data.reading.rows import Row, columns_found, read_rows
 from taid_ray.data.reading.splits import Choice, counted, listed
 from taid_ray.errors import DataError
 
+UNREADABLE = "cannot be read. Check its permissions"
+
 
 class Documents(Protocol):
     """Rows that can be read again and again, in the same order."""
@@ -29,6 +31,9 @@ class Documents(Protocol):
         Rows are numbered from 1. Only the columns that the format reads, each under its preferred name; None where a row
         lacks one. Raises DataError for what cannot be read.
         """
+
+    def outline(self) -> dict[str, Any]:
+        """Returns what of the fingerprint costs nothing."""
 
     def fingerprint(self) -> dict[str, Any]:
         """Returns what tells these data from others, see `data/fingerprint.py`. Reads all of them, unless they are a stream."""
@@ -53,7 +58,7 @@ def open_documents(config: DataConfig, which: Literal["train", "valid"]) -> Docu
         raise DataError(f"{source}: {error}. Name an existing one.") from None
     if not local:
         return HubDocuments(load_from_hub(name, choice, config.streaming), source, config)
-    with explained(source, "cannot be read. Check its permissions"):
+    with explained(source, UNREADABLE):
         files, said = select_files(Path(name).expanduser(), choice)
     return FileDocuments(files, said, choice.source, config)
 
@@ -89,16 +94,20 @@ class FileDocuments:
             yield skip + 1, {column.name: [_value(row, column) for row in block] for column in self._columns}
             skip += len(block)
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Returns `files`: name, kind and bytes of each; without `data.streaming` digest (xxh3) and rows, too."""
-        self.count()
-        with explained(self._source, "cannot be read. Check its permissions"):
-            return {"files": [self._fingerprint_of(file) for file in self._files]}
+    def outline(self) -> dict[str, Any]:
+        """Returns `files`: name, kind and bytes of each."""
+        with explained(self._source, UNREADABLE):
+            sizes = [file.path.stat().st_size for file in self._files]
+        found = zip(self._files, sizes, strict=True)
+        return {"files": [{"name": file.name, "kind": file.kind, "bytes": size} for file, size in found]}
 
-    def _fingerprint_of(self, file: DataFile) -> dict[str, Any]:
-        found = {"name": file.name, "kind": file.kind, "bytes": file.path.stat().st_size}
-        if not self._config.streaming:
-            found |= {"digest": digest_of(file.path), "rows": self._counts[file.name]}
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns the outline; without `data.streaming` each file has its digest (xxh3) and rows, too."""
+        found = self.outline()
+        if self.count() is not None:
+            with explained(self._source, UNREADABLE):
+                for file, said in zip(self._files, found["files"], strict=True):
+                    said |= {"digest": digest_of(file.path), "rows": self._counts[file.name]}
         return found
 
     def description(self) -> list[str]:

@@ -5,11 +5,13 @@ read; of a stream, which is not read at once, names and sizes of files, or the n
 files hold the same, in the same order, under whatever names.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from taid_ray.data.documents import Documents
 from taid_ray.data.reading.splits import counted
+from taid_ray.errors import DataError
 
 Fingerprint: TypeAlias = dict[str, Any]
 """`train` and `valid` (None without `data.valid`), each as `Documents.fingerprint` gives it; as JSON can hold it."""
@@ -30,6 +32,25 @@ def changes(before: Fingerprint, now: Fingerprint) -> list[str]:
         if _contents(old) != _contents(new):
             found.append(f"data.{which}: {_difference(old, new)}")
     return found
+
+
+def check_outline(driver: Fingerprint, train: Documents) -> None:
+    """Raises DataError if this process finds other files in `data.train`, by name and size, than the driver did.
+
+    They were replaced meanwhile, or the node has a copy of its own. Hashing them would take every worker too long.
+    """
+    then, now = (
+        {"files": [_outline(file) for file in data.get("files", [])]} for data in (driver["train"], train.outline())
+    )
+    if _contents(then) != _contents(now):
+        raise DataError(
+            f"data.train: node {os.uname().nodename} does not find the files that the driver has read: "
+            f"{_difference(then, now)}. Give all nodes the same files, and start the run again to resume it."
+        )
+
+
+def _outline(file: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: file[key] for key in ("name", "kind", "bytes")}
 
 
 def _contents(data: Mapping[str, Any] | None) -> Any:

@@ -80,7 +80,8 @@ def check_data(
     check_ids(valid_rows, num_shared, tokens)
     if not rows:
         next(data.batches())  # raises unless a later block has some
-    return DataCheck(len(rows), dropped, truncated, len(valid_rows), data.description(), tuple(data.notes()))
+    said = data.description() + (held_out.description() if held_out and config.valid is not None else [])
+    return DataCheck(len(rows), dropped, truncated, len(valid_rows), said, tuple(data.notes()))
 
 
 def largest_payload(config: DistillConfig, teacher_config: Any, vocabulary: Vocabulary) -> int:

@@ -12,6 +12,7 @@ from taid_ray.data.batch import Row
 from taid_ray.data.batching import num_micro_batches
 from taid_ray.data.chat import chat_template
 from taid_ray.data.dataset import START, Cursor, TrainingData, validation_rows
+from taid_ray.data.fingerprint import check_outline
 from taid_ray.data.shared_ids import check_ids
 from taid_ray.errors import NonFiniteLossError, RunError
 from taid_ray.files import write_json
@@ -99,6 +100,8 @@ class TrainingRun:
         self._cursor = checkpoint.cursor if checkpoint else START
         self._tokenizer = run_tokenizer(config)
         self._data = TrainingData(config.data, self._tokenizer, config.train.seed, config.train.batch_size)
+        if worker.spec.fingerprint:
+            check_outline(worker.spec.fingerprint, self._data.documents)
         rows = validation_rows(config.data, self._tokenizer)
         check_ids(rows, worker.spec.vocabulary.num_shared, self._tokenizer.get_vocab())
         if checkpoint:

@@ -85,12 +85,16 @@ class HubDocuments:
             yield skip + 1, {column.name: _values(block, column.names, count) for column in self._columns}
             skip += count
 
+    def outline(self) -> dict[str, Any]:
+        """Returns the name (`hub`)."""
+        return {"hub": self._name}
+
     def fingerprint(self) -> dict[str, Any]:
-        """Returns the name (`hub`), and, unless it is a stream, rows and a digest (xxh3) of the columns that are read.
+        """Returns the outline, and, unless it is a stream, rows and a digest (xxh3) of the columns that are read.
 
         The revision would not do: it changes with every word of the data set's page.
         """
-        found: dict[str, Any] = {"hub": self._name}
+        found = self.outline()
         if not self._is_stream:
             digest = xxhash.xxh3_128()
             for _, block in self.blocks(0, DIGEST_ROWS):

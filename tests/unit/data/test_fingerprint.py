@@ -9,8 +9,9 @@ import pytest
 
 from taid_ray.config.schema import DataConfig
 from taid_ray.data.documents import open_documents
-from taid_ray.data.fingerprint import Fingerprint, changes, fingerprint
+from taid_ray.data.fingerprint import Fingerprint, changes, check_outline, fingerprint
 from taid_ray.data.reading.hub import HubDocuments
+from taid_ray.errors import DataError
 
 
 def lines(*words: str) -> str:
@@ -76,6 +77,17 @@ def test_of_a_stream_only_names_and_sizes_are_known(root: Path) -> None:
     assert changes(before, taken(root, streaming=True)) == [
         "data.train: a.jsonl has changed (32 bytes then, 33 bytes now)"
     ]
+
+
+def test_a_worker_must_find_the_files_of_the_driver(root: Path) -> None:
+    found = taken(root)
+    documents = open_documents(DataConfig(train=str(root)), "train")
+    check_outline(found, documents)
+    (root / "b.jsonl").write_text(lines("three", "four"))
+    with pytest.raises(
+        DataError, match=r"data\.train: node .* does not find .*: b\.jsonl has changed \(18 bytes then, 35 bytes"
+    ):
+        check_outline(found, documents)
 
 
 def test_data_of_the_hub_are_known_by_what_is_read() -> None:
