@@ -15,7 +15,7 @@ from taid_ray.models.loading import (
 )
 from taid_ray.models.saving import check_architecture
 from taid_ray.models.student_init import check_student, has_teacher_tokenizer, student_model_config
-from taid_ray.models.tokenizer import check_saved_tokenizer
+from taid_ray.models.tokenizer import check_saved_tokenizer, check_size
 from taid_ray.models.vocabulary import Vocabulary, align
 
 
@@ -60,11 +60,15 @@ def shared_vocabulary(config: DistillConfig, teacher_config: Any, student_config
     student = config.student
     teacher_tokenizer = load_tokenizer(config.teacher)
     student_tokenizer = teacher_tokenizer if student.model is None else load_tokenizer(student)
+    teacher_rows, student_rows = (each.get_text_config().vocab_size for each in (teacher_config, student_config))
+    check_size(teacher_tokenizer, teacher_rows, "teacher.model")
+    if student.model is not None:
+        check_size(student_tokenizer, student_rows, "student.model")
     return align(
         teacher_tokenizer.get_vocab(),
         student_tokenizer.get_vocab(),
-        teacher_config.get_text_config().vocab_size,
-        student_config.get_text_config().vocab_size,
+        teacher_rows,
+        student_rows,
         student.resize_to_teacher,
         (added_ids(teacher_tokenizer), added_ids(student_tokenizer)),
     )

@@ -32,6 +32,7 @@ def check_architecture(config: DistillConfig, model_config: Any) -> None:
         if student.init != "scratch":
             model.generation_config = load_generation_config(origin(config), model_config)
         with torch.device("meta"):
+            dtypes_when_reloaded(config, model)
             trained = add_lora(model, student.lora, 0) if student.lora else model
     except (ConfigError, ModelError):
         raise

@@ -12,6 +12,8 @@ LOSSLESS = 0.9
 """Share of these whose text must come back; a few may be parts of characters, or words that no text is ever split into."""
 SPLIT = 0.6
 """Tokens per byte of their text at most, where these tokens have MERGED bytes or more on average: 1 if nothing is ever joined."""
+FEWEST = 0.1
+"""Share of the rows of an embedding that have a token at least; a few per cent may be padding."""
 MERGED = 3.0
 
 
@@ -43,6 +45,19 @@ def check_tokenizer(tokenizer: Any, key: str) -> None:
         raise ModelError(
             f"{key}: its tokenizer ({type(tokenizer).__name__}) splits {len(words)} words of its own vocabulary into "
             f"{num_tokens} tokens, {remedy}"
+        )
+
+
+def check_size(tokenizer: Any, rows: int, key: str) -> None:
+    """Checks that a tokenizer may be that of a model with so many rows in its embedding.
+
+    Raises ModelError that begins with `key`, the configuration key of the model.
+    """
+    named = len(tokenizer.get_vocab())
+    if named < FEWEST * rows:
+        raise ModelError(
+            f"{key}: its tokenizer names {named} tokens, and its embedding has {rows} rows; its files are incomplete, or "
+            "of another model; download or save the model's tokenizer again"
         )
 
 

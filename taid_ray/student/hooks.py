@@ -1,6 +1,6 @@
 """The work between two optimizer steps, on every rank: the line of metrics, validations, checkpoints."""
 
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 from taid_ray.data.dataset import Cursor
 from taid_ray.errors import CheckpointError
@@ -41,13 +41,13 @@ class StepHooks:
         self._telemetry.step(metrics, self._checkpoints.writer.newest)
         if self._is_validated(metrics.step):
             self._validator.validate(metrics.step)
-        if metrics.step == self._total_steps:
-            # With this one a run that cannot save its model saves it later, without training again.
-            with suppress(CheckpointError):  # after several that failed, which was said; the model may still be saved
-                self._checkpoints.save(result, cursor)
-        elif result.request != GO_ON:
+        last = metrics.step == self._total_steps
+        if last or result.request != GO_ON:
             self._telemetry.sync()
-            self._checkpoints.save(result, cursor)
+            # With the last step's checkpoint a run that cannot save its model saves it later, without training again. Where
+            # checkpoints have failed before, which was said, the model itself may still be saved.
+            with suppress(CheckpointError) if last else nullcontext():
+                self._checkpoints.save(result, cursor)
 
     def _is_validated(self, step: int) -> bool:
         return self._validator.is_due(step) or step == self._total_steps

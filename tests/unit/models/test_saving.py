@@ -168,6 +168,17 @@ def test_a_generation_config_that_cannot_be_saved_is_refused_at_the_start(tmp_pa
         check_architecture(config(tmp_path), copy.deepcopy(model.config))
 
 
+def test_a_head_that_stays_in_float32_is_refused_beside_bfloat16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hf.LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["lm_head"])
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES))
+    model.save_pretrained(tmp_path)
+    check_architecture(config(tmp_path), model.config)
+    with pytest.raises(ModelError, match=r"^student\.dtype: LlamaForCausalLM keeps its output projection in float32"):
+        check_architecture(config(tmp_path, dtype="bfloat16"), model.config)
+
+
 def lora(tmp_path: Path, targets: Any) -> Any:
     found = config(tmp_path, lora={"rank": 2, "target_modules": targets}).student.lora
     assert found is not None

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, GPT2Config, LlamaConfig, 
 from taid_ray.config.schema import TeacherConfig
 from taid_ray.errors import ModelError
 from taid_ray.models.loading import load_tokenizer
-from taid_ray.models.tokenizer import check_saved_tokenizer, check_tokenizer
+from taid_ray.models.tokenizer import check_saved_tokenizer, check_size, check_tokenizer
 from tests.support.paths import BUNDLE, SHARED
 
 UNKNOWN: dict[str, Any] = {"special_tokens": ["<unk>"]}
@@ -122,3 +122,12 @@ def test_a_tokenizer_that_loses_text_is_refused() -> None:
     made = Tokenizer(models.BPE(vocab={"hello": 0, "world": 1, "<s>": 2}, merges=[]))
     with pytest.raises(ModelError, match=r"loses text: of 2 words of its own vocabulary 2 do not come back.*'hello'"):
         check_tokenizer(PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>"), "student.model")
+
+
+def test_a_tokenizer_of_a_far_smaller_model_is_refused() -> None:
+    tokenizer = load_tokenizer(TeacherConfig(model=str(BUNDLE / "stories260k")))
+    check_size(tokenizer, 1024, "teacher.model")
+    with pytest.raises(
+        ModelError, match=r"^teacher\.model: its tokenizer names 512 tokens, and its embedding has 151936 rows"
+    ):
+        check_size(tokenizer, 151_936, "teacher.model")
