@@ -89,6 +89,8 @@ def self_test(model: Any, head: Head, section: str) -> Tensor:
     if not bool(torch.isfinite(hidden).all()):
         raise ModelError(f"the hidden states of {name} are {not_finite(hidden.dtype, section)}")
     own = whole_tensor(model(**inputs, use_cache=False).logits)
+    if not bool((own < float("inf")).all()):  # an id that the model excludes has -inf
+        raise ModelError(f"the logits of {name} are {not_finite(own.dtype, section)}")
     _compare_logits(head, hidden, own, name)
     factor = _enlargement(head.logits(hidden), hidden)
     if factor > 1:

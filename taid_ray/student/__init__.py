@@ -9,6 +9,7 @@ A worker, top to bottom: `context.connect` -> `worker.build` -> `open_teacher` -
 Traps:
 - The loss runs inside the head module's own forward (`engine.patch_head_forward`), because under ZeRO-3 the head's
   weight is whole only there. Adapters on the head are registered as external parameters for the same reason.
+- `engine_check` computes probes in the engine before the first step. Nothing of the training may change by that.
 - ZeRO 0 in float32 clips in an optimizer hook of ours: DeepSpeed keeps no norm there. ZeRO 0 with bfloat16 is refused.
 - The denominator of the loss comes from the batch itself; the loop compares it with what the scheduler actor summed up.
 - Where a step's time goes is measured by one `clock.PhaseClock`, which loop, prefetcher and engine share.

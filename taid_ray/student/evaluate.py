@@ -17,7 +17,7 @@ from taid_ray.data.encoding import Encoder
 from taid_ray.data.packing import Sample
 from taid_ray.data.shared_ids import check_ids
 from taid_ray.distributed.device import loss_memory_mib, resolve, torch_device
-from taid_ray.errors import ConfigError, DataError
+from taid_ray.errors import ConfigError, DataError, ModelError
 from taid_ray.losses.chunked import chunk_tokens_for, chunked_scores
 from taid_ray.losses.projection import Projection
 from taid_ray.models.head import Head, hidden_states
@@ -25,7 +25,7 @@ from taid_ray.models.hub import restoring_hub_mode
 from taid_ray.models.lengths import context_length
 from taid_ray.models.loading import load_causal_lm
 from taid_ray.models.pair import check_models, model_configs, run_tokenizer, shared_vocabulary
-from taid_ray.models.probes import long_probe
+from taid_ray.models.probes import long_probe, not_finite
 from taid_ray.models.self_test import tested_head
 from taid_ray.models.stopping import own_stop_ids
 from taid_ray.run.metrics import perplexity
@@ -158,6 +158,8 @@ def _score(student: Any, head: Head, teacher: TeacherModel, batch: Batch, device
     """Sums over the batch's loss positions, [student's cross-entropy, teacher's, KL, positions]."""
     inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
     hidden = hidden_states(student, inputs).flatten(0, 1)[batch.loss_positions.to(device)]
+    if not bool(torch.isfinite(hidden).all()):
+        raise ModelError(f"student.model: its hidden states on these data are {not_finite(hidden.dtype, 'student')}")
     answer = teacher.score(batch.inputs, batch.loss_positions, batch.labels)
     teacher.info().check_output(answer, batch.num_loss_tokens)
     scores = chunked_scores(

@@ -126,6 +126,13 @@ def test_a_teacher_that_cannot_pack_is_refused(monkeypatch: pytest.MonkeyPatch) 
     assert evaluate_model(STORIES, STORIES, VALID, [documents, "data.pack=false"], rouge=False).tokens
 
 
+def test_a_model_whose_hidden_states_are_not_finite_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With figures that are not finite a table would say nothing."""
+    monkeypatch.setattr(measure, "hidden_states", lambda model, inputs: inputs["input_ids"][..., None].half() * 1e6)
+    with pytest.raises(ModelError, match=r"^student\.model: .* not finite in float16; set student\.dtype: bfloat16$"):
+        evaluate_model(STORIES, STORIES, VALID, [f"data.valid_documents={DOCUMENTS}"], rouge=False)
+
+
 @pytest.mark.parametrize(
     "key", ["teacher.payload=logits", "student.lora={}", "data.split=test", "loss.name=js", "out=a", "data={train: a}"]
 )
