@@ -12,10 +12,11 @@ from taid_ray.config.schema import DistillConfig, build_config
 from taid_ray.distributed.world import World
 from taid_ray.driver.preflight import prepare
 from taid_ray.errors import ModelError, RunError
+from taid_ray.models.head import hidden_states
 from taid_ray.run.directory import run_directory
 from taid_ray.scheduler.aggregate import LossAggregator, LossSums, StepResult
 from taid_ray.scheduler.schedule import TAIDSchedule
-from taid_ray.student import context, open_teacher
+from taid_ray.student import context, engine, open_teacher
 from taid_ray.student.spec import Finished, Outcome, WorkerSpec
 from taid_ray.student.worker import run_worker
 from tests.support.students import TIED, config_for
@@ -143,3 +144,19 @@ def test_a_run_that_could_not_save_its_model_saves_it_later_without_training(
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == outcome.summary
     assert not list((tmp_path / "run" / "checkpoints").iterdir())  # a finished run has no use for it
+
+
+@pytest.mark.usefixtures("one_process_group")
+def test_a_worker_trains_no_student_that_mixes_documents_in_its_engine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It passes the test on the CPU, before DeepSpeed, where kernels and dtype are others."""
+    monkeypatch.setattr(context, "World", SimpleNamespace(current=World))
+    monkeypatch.setattr(context, "SchedulerClient", LocalScheduler)
+    monkeypatch.setattr(context, "watch_node", lambda world: None)
+    monkeypatch.setattr(engine, "hidden_states", lambda *given: hidden_states(*given).cumsum(1))
+    steps.clear()
+    config = build_config(config_for(TIED).model_dump() | {"out": str(tmp_path / "run")})
+    with pytest.raises(ModelError, match=r"^student\.model: .* see each other .* data\.pack: false"):
+        worked(config, 1)
+    assert not steps
