@@ -1,27 +1,41 @@
 """Fingerprint of a run's data: what a resumed run must find again, whatever the path is, and what has changed if it does not.
 
+It also holds a hash of the first rows of tokens, which a replaced tokenizer or chat template changes.
 Of local files it holds name, size, a hash of the content and the number of rows; of a data set of the hub a hash of what is
 read; of a stream, which is not read at once, names and sizes of files, or the name only. Two fingerprints are the same if the
 files hold the same, in the same order, under whatever names.
 """
 
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import xxhash
+
+from taid_ray.data.batch import Row
 from taid_ray.data.documents import Documents
 from taid_ray.data.reading.splits import counted
 from taid_ray.errors import DataError
 
 Fingerprint: TypeAlias = dict[str, Any]
-"""`train` and `valid` (None without `data.valid`), each as `Documents.fingerprint` gives it; as JSON can hold it."""
+"""`train` and `valid` (None without `data.valid`), each as `Documents.fingerprint` gives it; `rows`, a hash of the first rows. As
+JSON can hold it."""
 
 MOST_SHOWN = 3
 
 
 def fingerprint(train: Documents, valid: Documents | None) -> Fingerprint:
-    """Takes the fingerprint of a run's data. Reads all of them once, unless they are streams. Raises DataError."""
+    """Takes the fingerprint of a run's documents. Reads all of them once, unless they are streams. Raises DataError."""
     return {"train": train.fingerprint(), "valid": None if valid is None else valid.fingerprint()}
+
+
+def rows_digest(rows: Iterable[Row]) -> str:
+    """Hashes the tokens of rows, and which of them carry loss."""
+    result = xxhash.xxh3_128()
+    for row in rows:
+        result.update(json.dumps([row.input_ids, row.position_ids, row.targets]).encode())
+    return result.hexdigest()
 
 
 def changes(before: Fingerprint, now: Fingerprint) -> list[str]:
@@ -31,6 +45,11 @@ def changes(before: Fingerprint, now: Fingerprint) -> list[str]:
         old, new = before.get(which), now.get(which)
         if _contents(old) != _contents(new):
             found.append(f"data.{which}: {_difference(old, new)}")
+    if not found and "rows" in before and before["rows"] != now.get("rows"):
+        found.append(
+            "the documents are the same, but their tokens are not: the tokenizer, the chat template or taid-ray itself has "
+            "changed"
+        )
     return found
 
 

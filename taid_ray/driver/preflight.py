@@ -6,7 +6,7 @@ from typing import Any
 from taid_ray.config.schema import DataConfig, DistillConfig
 from taid_ray.data.dataset import TrainingData, open_validation, validation_rows
 from taid_ray.data.documents import Documents
-from taid_ray.data.fingerprint import fingerprint
+from taid_ray.data.fingerprint import fingerprint, rows_digest
 from taid_ray.data.preview import SamplePreview, preview
 from taid_ray.data.shared_ids import check_ids
 from taid_ray.errors import ConfigError
@@ -43,7 +43,7 @@ def prepare(config: DistillConfig) -> RunSpec:
         vocabulary=vocabulary,
         payload_bytes=largest_payload(config, teacher_config, vocabulary),
         data=checked,
-        fingerprint=found,
+        fingerprint=found | {"rows": checked.rows_digest},
         stop_ids=tuple(data.stop_ids()),
     )
 
@@ -81,7 +81,8 @@ def check_data(
     if not rows:
         next(data.batches())  # raises unless a later block has some
     said = data.description() + (held_out.description() if held_out and config.valid is not None else [])
-    return DataCheck(len(rows), dropped, truncated, len(valid_rows), said, tuple(data.notes()))
+    digest = rows_digest([*rows, *valid_rows])
+    return DataCheck(len(rows), dropped, truncated, len(valid_rows), said, tuple(data.notes()), digest)
 
 
 def largest_payload(config: DistillConfig, teacher_config: Any, vocabulary: Vocabulary) -> int:

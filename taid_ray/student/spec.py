@@ -23,6 +23,8 @@ class DataCheck:
     """Sentences that say how the data were understood."""
     notes: Sequence[str] = ()
     """Sentences that say what of the first block may not be meant."""
+    rows_digest: str = ""
+    """Hash of the tokens of these rows, and of which of them carry loss."""
 
 
 @dataclass(frozen=True)

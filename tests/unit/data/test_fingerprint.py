@@ -8,8 +8,9 @@ import datasets
 import pytest
 
 from taid_ray.config.schema import DataConfig
+from taid_ray.data.batch import NO_LABEL, Row
 from taid_ray.data.documents import open_documents
-from taid_ray.data.fingerprint import Fingerprint, changes, check_outline, fingerprint
+from taid_ray.data.fingerprint import Fingerprint, changes, check_outline, fingerprint, rows_digest
 from taid_ray.data.reading.hub import HubDocuments
 from taid_ray.errors import DataError
 
@@ -102,3 +103,16 @@ def test_data_of_the_hub_are_known_by_what_is_read() -> None:
     for changed in found[2:]:
         (said,) = changes(found[0], changed)
         assert said.startswith("data.train: then hub some/data, digest ")
+
+
+def test_the_hash_of_rows_covers_what_is_trained() -> None:
+    rows = [Row([5, 6, 7], [0, 1, 2], [6, NO_LABEL, NO_LABEL]), Row([8], [0], [NO_LABEL])]
+    digest = rows_digest(rows)
+    assert digest == rows_digest(list(rows))
+    others = [
+        Row([5, 9, 7], [0, 1, 2], [6, NO_LABEL, NO_LABEL]),
+        Row([5, 6, 7], [0, 1, 0], [6, NO_LABEL, NO_LABEL]),
+        Row([5, 6, 7], [0, 1, 2], [6, 7, NO_LABEL]),
+    ]
+    assert all(rows_digest([other, rows[1]]) != digest for other in others)
+    assert rows_digest(rows[::-1]) != digest != rows_digest(rows[:1])

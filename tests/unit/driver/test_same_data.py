@@ -82,3 +82,17 @@ def test_a_checkpoint_of_before_resumes_with_a_note_from_the_same_path_only(
     moved = config_of(tmp_path, train=str(tmp_path / "e.jsonl"))
     with pytest.raises(DataError, match=r"data\.train \(was .*d\.jsonl.*holds no fingerprint.*Give the old path"):
         check_same_data(moved, found)
+
+
+def test_a_template_that_was_replaced_is_refused(tmp_path: Path) -> None:
+    rows = [{"prompt": f"How many are {n}?", "response": f"{n} are {n}."} for n in range(9)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}<{{ m.content }}>{{ eos_token }}{% endfor %}")
+    config = config_of(tmp_path, format="prompt_response", chat_template=str(template))
+    with run_directory(config):
+        checkpoint(config, 4, prepare(config).fingerprint)
+    assert check_same_data(config, prepare(config).fingerprint or {}) is None
+    template.write_text(template.read_text().replace("<", "["))
+    with pytest.raises(DataError, match="up to step 4: the documents are the same, but their tokens are not"):
+        check_same_data(config, prepare(config).fingerprint or {})
