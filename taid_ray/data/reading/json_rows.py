@@ -4,9 +4,10 @@ import codecs
 import json
 import re
 from collections.abc import Iterator, Sequence
+from io import BufferedReader
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from taid_ray.data.reading.kinds import not_utf8, open_bytes
 
@@ -27,6 +28,9 @@ def read_json(path: Path, names: Sequence[str], skip: int) -> Iterator[dict[str,
     but one array of objects that do; or one object after another. Raises ValueError, naming the line, for anything else.
     """
     with open_bytes(path) as file:
+        if file.peek().removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            yield from _passing_over(_whole(path, names), skip)
+            return
         lines = _lines(file)
         first = list(islice(lines, 2))
         if not first:
@@ -54,7 +58,7 @@ def json_columns(path: Path) -> list[str]:
     return list(dict.fromkeys(key for row in islice(read_json(path, (), 0), PEEK_ROWS) for key in row or ()))
 
 
-def _lines(file: BinaryIO) -> Iterator[Line]:
+def _lines(file: BufferedReader) -> Iterator[Line]:
     """The lines that are not blank, without the mark that some programs put before UTF-8 text."""
     for number, line in enumerate(file, 1):
         if number == 1:
@@ -103,7 +107,7 @@ def _after_space(text: str, at: int) -> int:
     return found.end() if found else at
 
 
-def _whole(path: Path, names: Sequence[str], first_error: ValueError) -> Iterator[dict[str, Any]]:
+def _whole(path: Path, names: Sequence[str], first_error: ValueError | None = None) -> Iterator[dict[str, Any]]:
     """The rows of a file that is not JSON Lines. first_error: why its first line is no object."""
     with open_bytes(path) as file:
         content = file.read()
@@ -113,7 +117,7 @@ def _whole(path: Path, names: Sequence[str], first_error: ValueError) -> Iterato
         raise not_utf8(path) from None
     except (ValueError, RecursionError) as error:
         is_lines = any(suffix.lower() in LINE_SUFFIXES for suffix in path.suffixes[-2:])
-        raise first_error if is_lines else ValueError(str(error)) from None
+        raise (first_error if first_error and is_lines else ValueError(str(error))) from None
     if len(values) == 1 and isinstance(values[0], list):
         rows = [{"text": value} if isinstance(value, str) else value for value in values[0]]
     elif len(values) == 1 and isinstance(values[0], dict):

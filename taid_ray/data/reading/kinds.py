@@ -3,7 +3,7 @@
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, TypeAlias, cast
+from typing import Literal, TypeAlias
 
 import xxhash
 
@@ -51,15 +51,15 @@ def stem_of(name: str) -> str:
     return Path(path.stem).stem if path.suffix.lower() in COMPRESSIONS else path.stem
 
 
-def open_bytes(path: Path) -> BinaryIO:
+def open_bytes(path: Path) -> io.BufferedReader:
     """Opens a file for reading, decompressed if its name says that it is compressed. Raises OSError, also while reading."""
     compression = COMPRESSIONS.get(path.suffix.lower())
     if compression is None:
-        return path.open("rb", buffering=BUFFER_BYTES)
+        return io.BufferedReader(io.FileIO(path), BUFFER_BYTES)
     import pyarrow
 
     stream = pyarrow.input_stream(str(path), compression=compression, buffer_size=BUFFER_BYTES)
-    return cast(BinaryIO, io.BufferedReader(stream, BUFFER_BYTES))
+    return io.BufferedReader(stream, BUFFER_BYTES)
 
 
 def digest_of(path: Path) -> str:
