@@ -26,7 +26,7 @@ def check_same_data(config: DistillConfig, now: Fingerprint) -> str | None:
             )
         return (
             f"the checkpoint of step {step}, of an older version of taid-ray, holds no fingerprint of its data; "
-            "whether these are the same is not checked"
+            "whether these are the same is not checked, and older versions also read hidden files and all splits of a directory"
         )
     if changed := changes(state.data, now):
         raise DataError(
