@@ -254,6 +254,41 @@ def test_a_saved_model_is_the_trained_one(stage: int, tmp_path: Path) -> None:
     assert any(not torch.equal(parameter, before[name]) for name, parameter in loaded.named_parameters())
 
 
+def test_a_mixture_of_experts_is_reloaded_as_it_was_trained(tmp_path: Path) -> None:
+    """The bias of its router stays in float32 when the model is loaded in bfloat16, and so in training and in the saved file."""
+    import transformers as hf
+
+    from taid_ray.models.loading import load_tokenizer
+
+    sizes = {
+        "vocab_size": 512,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 16,
+        "v_head_dim": 8,
+    }
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 2, "first_k_dense_replace": 1}
+    ranks = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    torch.manual_seed(0)
+    model = hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**sizes, **heads, **ranks, **experts, initializer_range=0.2))
+    model.get_buffer("model.layers.1.mlp.gate.e_score_correction_bias").uniform_(5.0, 5.01)
+    model.save_pretrained(tmp_path / "model")
+    config = config_for({"model": str(tmp_path / "model"), "dtype": "bfloat16", "zero_stage": 3}, steps=2)
+    load_tokenizer(config.teacher).save_pretrained(tmp_path / "model")
+
+    _, student = train(config)
+    inputs = {"input_ids": torch.arange(40).view(2, 20), "position_ids": torch.arange(20).expand(2, 20)}
+    student.engine.eval()
+    with torch.no_grad():
+        trained = student.engine(inputs, torch.arange(40), lambda hidden, weight, bias: hidden @ weight.T)
+    student.save(tmp_path / "saved")
+    loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
+    assert loaded.get_buffer("model.layers.1.mlp.gate.e_score_correction_bias").unique().numel() == 4
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs, use_cache=False).logits.flatten(0, 1), trained)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_gradient_that_is_not_finite_stops_the_run(stage: int) -> None:
     """DeepSpeed would drop the step and go on (ZeRO 1 to 3), or write NaN weights (ZeRO 0)."""
