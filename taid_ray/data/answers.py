@@ -34,6 +34,8 @@ class AnswerCounts:
     """Those whose reasoning the template leaves out."""
     split: int = 0
     """Conversations, not answers, that needed several texts."""
+    with_tools: int = 0
+    """Rows, not answers, that have tools."""
     unused_system: int = 0
     """Rows, not answers, whose column `system` is not used."""
 
@@ -46,7 +48,8 @@ class AnswerRenderer:
         self.counts, self._understood = AnswerCounts(), Understood()
         self._config, self._tokenizer = config, tokenizer
         self._day = date.fromisoformat(config.date) if config.date else date.today()
-        self._templates: dict[str, ChatTemplate] = {}
+        self._templates: dict[bool, ChatTemplate] = {}
+        """By whether there are tools."""
         self._template(None)
 
     def conversation(self, document: dict[str, Any], where: str) -> list[Rendered]:
@@ -56,6 +59,7 @@ class AnswerRenderer:
         template = self._template(tools)
         place = f"{where} of column {column!r}"
         messages = read_messages(document[column], place, self._understood, system, template.literals)
+        self.counts.with_tools += tools is not None
         used = not isinstance(system, str) or not system.strip() or messages[0].get("content") == system
         self.counts.unused_system += not used
         return self.render(messages, tools, where)
@@ -80,6 +84,8 @@ class AnswerRenderer:
             said.append(f"the chat template writes the date, which is {self._day} (data.date)")
         if self._understood.shapes:
             said.append(f"conversations are read from: {'; '.join(self._understood.shapes)}")
+        if self.counts.with_tools:
+            said.append(f"{self.counts.with_tools} row(s) have tools, in the column 'tools'")
         if roles := self._understood.roles:
             said.append(f"roles are read so: {', '.join(f'{name} as {role}' for name, role in roles.items())}")
         counts = self.counts
@@ -128,22 +134,24 @@ class AnswerRenderer:
         return {token: cast(int, self._tokenizer.convert_tokens_to_ids(token)) for token in tokens}
 
     def _template(self, tools: Tools) -> ChatTemplate:
-        source = chat_template(self._config.chat_template, self._tokenizer, tools)
-        if source is None:
-            raise DataError(
-                f"data.format: chat needs a chat template and the tokenizer {self._tokenizer.name_or_path!r} has none. "
-                f"Set data.chat_template to a Jinja template or to a file that holds one."
-            )
-        if source not in self._templates:
-            self._templates[source] = ChatTemplate(source, self._tokenizer, self._day)
-        return self._templates[source]
+        known = tools is not None
+        if known not in self._templates:
+            source = chat_template(self._config.chat_template, self._tokenizer, tools)
+            if source is None:
+                raise DataError(
+                    f"data.format: chat needs a chat template and the tokenizer {self._tokenizer.name_or_path!r} has none. "
+                    f"Set data.chat_template to a Jinja template or to a file that holds one."
+                )
+            self._templates[known] = ChatTemplate(source, self._tokenizer, self._day)
+        return self._templates[known]
 
     def _origin(self) -> str:
         configured = self._config.chat_template
         if configured is not None:
             return "data.chat_template" if "{" in configured else configured
-        several = ", and another one for rows with tools" if len(self._templates) > 1 else ""
-        return f"the tokenizer's own ({self._tokenizer.name_or_path}){several}"
+        several = len({template.source for template in self._templates.values()}) > 1
+        also = ", and another one for rows with tools" if several else ""
+        return f"the tokenizer's own ({self._tokenizer.name_or_path}){also}"
 
     def _loss(self) -> str:
         if self._config.loss_on == "all":

@@ -51,8 +51,7 @@ class ChatTemplate:
     def __init__(self, source: str, tokenizer: PreTrainedTokenizerBase, day: date) -> None:
         """Compiles the template. Raises DataError if it is not valid Jinja, or draws random numbers."""
         try:
-            self._compiled = chat_template_utils._compile_jinja_template(source)
-            tree = self._compiled.environment.parse(source)
+            tree = chat_template_utils._compile_jinja_template(source).environment.parse(source)
         except TemplateSyntaxError as error:
             raise DataError(
                 f"data.chat_template: not valid Jinja (line {error.lineno}: {_reason(error)}). Correct the template."
@@ -72,7 +71,8 @@ class ChatTemplate:
         self.literals = frozenset(node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str))
         """The texts in quotes in the template, the roles that it knows among them."""
         self.tokenizer = tokenizer
-        self._source, self._now = source, datetime(day.year, day.month, day.day)
+        self.source, self._now = source, datetime(day.year, day.month, day.day)
+        self._rendered_source = _with_comment(source, str(day)) if self.uses_date else source
         added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
         self.special = tuple({*tokenizer.all_special_tokens, *(token for token, special in added.items() if special)})
         """Texts of the special tokens, one of which ends a turn in most templates."""
@@ -83,13 +83,15 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message], tools: Tools = None, generation_prompt: bool = False) -> str:
         """Renders as transformers does, but for the date. Raises TemplateFailed."""
-        # Compiled templates are shared by all who use the same source, maybe on another day.
-        self._compiled.globals["strftime_now"] = self._now.strftime
+        if self.uses_date:
+            # transformers keeps compiled templates by their source, which no one else has with this comment.
+            compiled = chat_template_utils._compile_jinja_template(self._rendered_source)
+            compiled.globals["strftime_now"] = self._now.strftime
         try:
             text = self.tokenizer.apply_chat_template(
                 list(messages),
                 tools=None if tools is None else list(tools),
-                chat_template=self._source,
+                chat_template=self._rendered_source,
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
             )
@@ -111,6 +113,12 @@ class ChatTemplate:
         """Returns the special token that `text` begins with, and the same with the white space before it."""
         found = self._beginning.match(text)
         return (found[1], found[0]) if found and found[1] else None
+
+
+def _with_comment(source: str, comment: str) -> str:
+    """Adds a comment to the end of a template, which renders the same."""
+    # Jinja drops a line break at the very end, and with `+` no white space before the comment.
+    return re.sub(r"(\r\n|\r|\n)\Z", "", source) + f"{{#+ {comment} #}}"
 
 
 def common_prefix(texts: Sequence[str]) -> str:

@@ -61,7 +61,7 @@ def read_tools(value: Any, where: str) -> list[dict[str, Any]] | None:
     if isinstance(found, list | dict) and not found:
         return None
     tools = [_parsed(item) if isinstance(item, str) else item for item in _listed(found)]
-    if not all(isinstance(tool, dict) for tool in tools):
+    if not all(isinstance(tool, dict) for tool in tools) or not _is_json(tools):
         raise DataError(
             f"{where} holds {shown(value)} instead of a list of tools. "
             f"Give each tool as a JSON schema (a mapping), or rename the column if it means something else."
@@ -193,8 +193,10 @@ class _Reader:
         if key == "function_call":
             calls = [_wrapped(call) for call in calls]
         bodies = [call.get("function", call) if isinstance(call, dict) else None for call in calls]
-        if not all(isinstance(body, dict) for body in bodies):
-            raise DataError(f"{self.where} holds tool calls that are no mappings: {shown(value)}. Fix the row.")
+        if not all(isinstance(body, dict) for body in bodies) or not _is_json(calls):
+            raise DataError(
+                f"{self.where} holds tool calls that are no mappings of JSON values: {shown(value)}. Fix the row."
+            )
         return calls
 
     def _calls_in(self, content: str, item: Any) -> list[Any]:
@@ -214,6 +216,15 @@ def _wrapped(call: Any) -> Any:
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
+
+
+def _is_json(value: Any) -> bool:
+    """Tells whether JSON can hold a value. In place of any other, transformers would show the name of its type."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def _parsed(text: str) -> Any:

@@ -164,7 +164,7 @@ class Conversation:
         header = common_prefix([before, *answers])
         start = len(
             common_prefix([header, after])
-        )  # shorter than the header if this answer has thoughts, and the probes none
+        )  # before its end if this answer has thoughts, as the others have not
         thoughts = header[start:], common_prefix(answers)[len(header) :]
         if start < len(question) or not header.startswith(question) or not all(map(THOUGHTS.fullmatch, thoughts)):
             return None
@@ -182,8 +182,8 @@ class Conversation:
     def _prompted(self, header: str) -> int:
         """Returns where the generation prompt ends in what stands before an answer."""
         prompt = self.template.generation_prompt
-        at = header.rfind(prompt) if prompt else -1
-        return at + len(prompt) if at >= 0 else len(header)
+        before, found, opened = header.rpartition(prompt) if prompt else (header, "", "")
+        return len(before) + len(found) if found and THOUGHTS.fullmatch(opened) else len(header)
 
     def _answers(self, index: int, rest: Sequence[Message] = ()) -> list[str]:
         """Renders two other answers, which have nothing in common, in place of a turn. Raises TemplateFailed."""

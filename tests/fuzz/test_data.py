@@ -44,9 +44,16 @@ anything = st.recursive(
     max_leaves=4,
 )
 roles = st.sampled_from(["user", "assistant", "system", "tool", "", "Assistant"])
-messages = st.fixed_dictionaries({"role": roles, "content": texts}, optional={"name": anything})
+calls = st.lists(st.fixed_dictionaries({"name": words, "arguments": anything}), max_size=2)
+messages = st.fixed_dictionaries(
+    {"role": roles, "content": texts | st.lists(texts, max_size=2)}, optional={"name": anything, "tool_calls": calls}
+)
+shared = st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt", "system", "narrator"]), "value": texts})
 odd_messages = messages | st.fixed_dictionaries({"role": roles | anything, "content": anything}) | anything
-conversations = st.lists(messages, min_size=1, max_size=4) | st.lists(odd_messages, max_size=3) | anything
+lists = st.lists(messages, min_size=1, max_size=4) | st.lists(shared, min_size=1, max_size=3)
+conversations = (
+    lists | lists.map(lambda value: json.dumps(value, default=str)) | st.lists(odd_messages, max_size=3) | anything
+)
 ODD_JINJA = [
     "{{ 1 / 0 }}", "{{ messages[9] }}", "{{ messages[9].x.y }}", "{{ raise_exception('a\nb') }}", "{{ nope() }}", "{{", "{% if",
     "{% include 'x' %}", "{% for i in range(10**9) %}x{% endfor %}", "{{ 'x'.__class__.__mro__ }}", "{{ '\ud800' }}", "\ud800",

@@ -1,5 +1,6 @@
 """What of a conversation carries loss, with templates of all families."""
 
+from datetime import date
 from typing import Any
 
 import pytest
@@ -270,7 +271,14 @@ def test_how_conversations_were_understood_is_said() -> None:
 
 def test_the_date_of_two_encoders_in_one_process() -> None:
     tokenizer = chat_tokenizer()
-    first, second = (encoder_of(tokenizer, chat_template=LLAMA3, date=date) for date in ("2026-01-02", "2025-12-31"))
+    first, second = (encoder_of(tokenizer, chat_template=LLAMA3, date=day) for day in ("2026-01-02", "2025-12-31"))
+    # White space that Jinja drops or keeps at the end
+    for end in ("", "\n", "  ", "\n\n  \n", "{{ 1 }}\n\n", "{{ 1 }}\r\n", "{{ 1 }}\n \t"):
+        source = LLAMA3 + end
+        (dated,) = trained(source, chat("hi", "yo"), date="2026-01-02", loss_on="all")
+        # Whoever else uses the template gets today's date.
+        own = tokenizer.apply_chat_template(chat("hi", "yo"), chat_template=source, tokenize=False)
+        assert dated.replace("⟦", "").replace("⟧", "") == own.replace(f"{date.today():%d %b %Y}", "02 Jan 2026")
     for encoder, day in ((first, "02 Jan 2026"), (second, "31 Dec 2025"), (first, "02 Jan 2026")):
         assert day in encoded(encoder, tokenizer, chat("hi", "yo"))[0]
 

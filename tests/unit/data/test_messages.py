@@ -1,6 +1,7 @@
 """Shapes of conversations and tools in the data, and how they are understood."""
 
 import json
+from datetime import date
 from typing import Any
 
 import pytest
@@ -111,6 +112,10 @@ def test_roles_that_the_template_names_stay(message: dict[str, Any], named: tupl
         ([{"content": "x"}], "without text under 'role'"),
         ([{"role": "user", "content": [{"type": "image", "image": "x"}]}], "part that is not text: dict .*image"),
         ([{"role": "assistant", "tool_calls": ["x"]}], "tool calls that are no mappings"),
+        (
+            [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"day": date(2026, 1, 2)}}]}],
+            "of JSON values",
+        ),
         ([{"from": "function_call", "value": "x"}], "whose content is not their JSON text"),
     ],
 )
@@ -129,6 +134,6 @@ def test_tools() -> None:
     shown = [{"type": "function", "function": {"name": "add"}}]
     for value in ([tool], tool, json.dumps([tool]), json.dumps(tool), [json.dumps(tool)]):
         assert read_tools(value, "here") == shown
-    for value in ("a hammer", ["browser"], 3):
+    for value in ("a hammer", ["browser"], 3, [{"since": date(2026, 1, 2)}]):
         with pytest.raises(DataError, match=r"here holds .* instead of a list of tools"):
             read_tools(value, "here")
