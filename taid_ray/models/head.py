@@ -69,8 +69,8 @@ def hidden_states(model: Any, inputs: dict[str, Tensor], one_row: bool | None = 
         inputs = {name: tensor.reshape(1, -1) for name, tensor in inputs.items()}
     hidden: Tensor = body_of(model)(**inputs, use_cache=False)[0]
     # Mamba's residual stream is float32 in any dtype; its own forward converts what it hands to the head.
-    dtype = model.get_output_embeddings().weight.dtype
-    return hidden.reshape(rows, length, -1).to(dtype)
+    head = model.get_output_embeddings().weight
+    return hidden.reshape(rows, length, -1).to(head.dtype if head.is_floating_point() else hidden.dtype)
 
 
 def computes_one_row(model: Any) -> bool:

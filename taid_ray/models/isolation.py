@@ -145,7 +145,7 @@ def _changes(probe: Probe, ids: Tensor, before: Tensor, order: list[int], packed
 def _has_gradient(probe: Probe, ids: Tensor, kept: Places, moved: Places, packed: bool) -> bool | None:
     """Tells whether hidden states of some positions of documents [D, T] depend on the embeddings of others, however little.
 
-    None if this model computes no gradients, for example in the kernels of its quantization.
+    None if this model computes no gradients, or zeros only, for example in the kernels of its quantization.
     """
     embedded: list[Tensor] = []
 
@@ -164,6 +164,8 @@ def _has_gradient(probe: Probe, ids: Tensor, kept: Places, moved: Places, packed
         return None
     finally:
         handle.remove()
+    if not any(bool(gradient.any()) for gradient in gradients):
+        return None
     if any(gradient.numel() != ids.numel() * gradient.shape[-1] for gradient in gradients):
         return True  # more is embedded than the documents, and what belongs to which is not known
     return any(bool(gradient.reshape(*ids.shape, -1)[moved].any()) for gradient in gradients)

@@ -18,7 +18,7 @@ from taid_ray.scheduler.aggregate import LossAggregator, LossSums, StepResult
 from taid_ray.scheduler.schedule import TAIDSchedule
 from taid_ray.student import context, engine, open_teacher
 from taid_ray.student.spec import Finished, Outcome, WorkerSpec
-from taid_ray.student.worker import run_worker
+from taid_ray.student.worker import run_worker, uses_dropout
 from tests.support.students import TIED, config_for
 
 
@@ -160,3 +160,14 @@ def test_a_worker_trains_no_student_that_mixes_documents_in_its_engine(
     with pytest.raises(ModelError, match=r"^student\.model: .* see each other .* data\.pack: false"):
         worked(config, 1)
     assert not steps
+
+
+@pytest.mark.parametrize("field", ["attention_dropout", "resid_pdrop", "decoder_layerdrop", "router_jitter_noise"])
+def test_rates_at_which_training_draws_random_numbers_are_known(field: str) -> None:
+    class Config:
+        def __init__(self, rate: float) -> None:
+            self.to_dict = lambda: {field: rate, "initializer_range": 0.02, "dropout_is_on": True}
+            self.get_text_config = lambda: self
+
+    drawing, exact = (SimpleNamespace(config=Config(rate)) for rate in (0.1, 0.0))
+    assert uses_dropout(drawing, config_for(TIED)) and not uses_dropout(exact, config_for(TIED))
