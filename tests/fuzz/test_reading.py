@@ -198,8 +198,9 @@ def plain_rows(name: str, content: bytes) -> list[Row]:
         return file.read([name for name in VALUES if name in file.schema_arrow.names]).to_pylist()
     if kind == "arrow":
         table = pa.ipc.open_stream(content).read_all()
+        table = table.select([name for name in VALUES if name in table.column_names])
         table.validate(full=True)
-        return table.select([name for name in VALUES if name in table.column_names]).to_pylist()
+        return table.to_pylist()
     text = content.decode("utf-8-sig")
     if kind in ("csv", "tsv"):
         delimiter = "," if kind == "csv" else "\t"
