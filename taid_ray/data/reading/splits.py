@@ -14,7 +14,8 @@ SPLIT_WORDS = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 """Words in names of files and directories, as the library datasets understands them, and the split that they mean."""
-SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}.*")
+SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}.*")
+"""Names of a hub data set's files in `data/`, which begin with a split of any name."""
 MOST_LISTED = 5
 
 

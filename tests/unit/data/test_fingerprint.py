@@ -100,6 +100,11 @@ def test_data_of_the_hub_are_known_by_what_is_read() -> None:
         for rows in (one, more, other, one.to_iterable_dataset())
     ]
     assert changes(found[0], found[1]) == []
+    assert HubDocuments(one, "data.train: some/data", config).description() == [
+        "data.train: some/data: 1 row of a data set of the hub"
+    ]
+    one.info.builder_name = "json"
+    assert "guesses the types of columns in json files" in HubDocuments(one, "data.train: x", config).description()[1]
     for changed in found[2:]:
         (said,) = changes(found[0], changed)
         assert said.startswith("data.train: then hub some/data, digest ")

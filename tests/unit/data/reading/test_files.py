@@ -81,6 +81,7 @@ SPLITS: list[tuple[list[str], str, list[str] | str]] = [
     (["data/train_sft-00000-of-00001.jsonl", "data/train_gen-00000-of-00001.jsonl"], "train_sft",
      ["data/train_sft-00000-of-00001.jsonl"]),
     (["data/train_sft-00000-of-00001.jsonl", "data/train_gen-00000-of-00001.jsonl"], "train", "(it has: train_gen, train_sft)"),
+    (["data/x-train-00000-of-00001.jsonl", "data/x-test-00000-of-00001.jsonl"], "train", ["data/x-train-00000-of-00001.jsonl"]),
     (["train.jsonl", "test.jsonl", "other.jsonl"], "train", ["train.jsonl"]),
     (["books.jsonl", "code.jsonl", "test.jsonl"], "train", ["books.jsonl", "code.jsonl"]),
     # Without names of several splits all is read, as before.
