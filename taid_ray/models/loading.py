@@ -47,7 +47,10 @@ def load_tokenizer(source: Source) -> Any:
 
 
 def load_generation_config(source: Source, model_config: Any) -> Any:
-    """Loads the generation settings of a model; where it has none of its own, those that its config implies."""
+    """Loads the generation settings of a model; where it has none of its own, those that its config implies.
+
+    Raises ModelError if they contradict each other.
+    """
     from transformers import GenerationConfig
 
     path = Path(str(source.model)).expanduser()
@@ -57,6 +60,11 @@ def load_generation_config(source: Source, model_config: Any) -> Any:
         )
     except OSError:
         return GenerationConfig.from_model_config(model_config)
+    except ValueError as error:
+        raise ModelError(
+            f"{section_name(source)}.model = {source.model}: its generation_config.json is not valid ({_one_line(error)}); "
+            "correct it"
+        ) from None
 
 
 def check_causal_lm(model_config: Any, key: str) -> None:

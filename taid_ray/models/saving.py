@@ -18,7 +18,8 @@ from taid_ray.models.loading import load_generation_config
 from taid_ray.models.precision import floating_tensors, reloaded_dtypes
 from taid_ray.models.student_init import from_architecture, origin
 
-SAMPLING_VALUES = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+SAMPLING_VALUES = ("temperature", "top_p", "top_k", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+BEAM_VALUES = ("early_stopping", "length_penalty")
 
 
 def check_architecture(config: DistillConfig, model_config: Any) -> None:
@@ -53,7 +54,7 @@ def check_saving(config: DistillConfig, model: Any, trained: nn.Module) -> None:
             merged.save_pretrained(directory, is_main_process=False)  # prepares everything, and writes nothing
             merged.config.save_pretrained(directory)
             if merged.can_generate():
-                merged.generation_config.save_pretrained(directory)
+                _try_generation_config(merged.generation_config, directory)
     except ModelError:
         raise
     except Exception as error:  # of transformers, peft, torch, or of the model's own code; all mean the same
@@ -62,9 +63,7 @@ def check_saving(config: DistillConfig, model: Any, trained: nn.Module) -> None:
 
 def save_model(config: DistillConfig, model: Any, state: Mapping[str, Tensor], directory: Path) -> None:
     """Writes a Hugging Face model directory of the weights `state` of the student `model`; see `merged_model`."""
-    directory.mkdir(
-        parents=True, exist_ok=True
-    )  # where a file is in the way, transformers would write nothing, and say so in a log
+    directory.mkdir(parents=True, exist_ok=True)  # transformers returns without an error if a file is in the way
     merged_model(config, model, state).save_pretrained(directory)
     for file in directory.glob("*.safetensors"):
         give_usual_mode(file)  # safetensors makes files for their owner alone
@@ -88,7 +87,7 @@ def merged_model(config: DistillConfig, source: Any, state: Mapping[str, Tensor]
     if config.student.lora:
         state = _without_adapters(config, config.student.lora, source, state)
     model = student_skeleton(config, source.config, config.student.dtype)
-    model.generation_config = without_idle_sampling(source.generation_config)
+    model.generation_config = without_idle_values(source.generation_config)
     dtypes = reloaded_dtypes(model)
     _assign(model, {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in state.items()})
     return model
@@ -120,13 +119,27 @@ def student_skeleton(config: DistillConfig, model_config: Any, dtype: str) -> An
         )
 
 
-def without_idle_sampling(generation_config: Any) -> Any:
-    """Returns a copy without the sampling values that greedy decoding ignores, with which transformers refuses to save it."""
+def without_idle_values(generation_config: Any) -> Any:
+    """Returns a copy without values that generation ignores, but with which transformers, having loaded them, saves nothing."""
     result = copy.deepcopy(generation_config)
-    if result is not None and not result.do_sample:
-        for key in SAMPLING_VALUES:
-            setattr(result, key, None)
+    if result is None:
+        return result
+    idle = [] if result.do_sample else [*SAMPLING_VALUES]
+    idle += BEAM_VALUES if result.num_beams in (None, 1) else ()
+    idle += ["pad_token_id"] if (getattr(result, "pad_token_id", None) or 0) < 0 else []
+    for key in idle:
+        setattr(result, key, None)
     return result
+
+
+def _try_generation_config(generation_config: Any, directory: str) -> None:
+    try:
+        generation_config.save_pretrained(directory)
+    except ValueError as error:
+        raise ModelError(
+            "the student's generation_config.json can be loaded, but not saved with the trained model "
+            f"({' '.join(str(error).split())[:300]}); correct it where the student comes from"
+        ) from None
 
 
 def _without_adapters(

@@ -1,6 +1,6 @@
 """The saved student: whole and exact for architectures out of the ordinary, and what cannot be saved is refused at the start."""
 
-import copy
+import json
 import os
 import stat
 from pathlib import Path
@@ -15,7 +15,14 @@ from taid_ray.config.schema import DistillConfig
 from taid_ray.errors import ModelError
 from taid_ray.models.adapters import add_lora, idle_adapters
 from taid_ray.models.precision import train_as_reloaded
-from taid_ray.models.saving import check_architecture, check_saving, dtypes_when_reloaded, save_model, saved_tensors
+from taid_ray.models.saving import (
+    check_architecture,
+    check_saving,
+    dtypes_when_reloaded,
+    save_model,
+    saved_tensors,
+    without_idle_values,
+)
 from tests.support.students import config_for
 
 SIZES: dict[str, Any] = {
@@ -160,12 +167,27 @@ def test_a_tensor_that_the_architecture_does_not_know_is_refused_at_the_start(tm
 
 
 def test_a_generation_config_that_cannot_be_saved_is_refused_at_the_start(tmp_path: Path) -> None:
-    """transformers loads what it refuses to save."""
     model = deepseek()
     model.save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"num_return_sequences": 4, "eos_token_id": 2}')
-    with pytest.raises(ModelError, match="num_return_sequences"):
-        check_architecture(config(tmp_path), copy.deepcopy(model.config))
+    with pytest.raises(
+        ModelError, match=r"generation_config\.json can be loaded, but not saved .*num_return_sequences"
+    ):
+        check_architecture(config(tmp_path), model.config)
+
+
+def test_what_generation_ignores_is_not_saved(tmp_path: Path) -> None:
+    model = deepseek()
+    model.save_pretrained(tmp_path)
+    idle = {"temperature": 0.6, "top_h": 0.3, "length_penalty": 2.0, "early_stopping": True, "pad_token_id": -1}
+    (tmp_path / "generation_config.json").write_text(json.dumps(idle | {"max_new_tokens": 7}))
+    check_architecture(config(tmp_path), model.config)
+    model.generation_config = hf.GenerationConfig.from_pretrained(tmp_path)
+    save_model(config(tmp_path), model, dict(saved_tensors(model)), tmp_path / "saved")
+    found = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert found["max_new_tokens"] == 7 and not found.keys() & idle.keys()
+    sampled = without_idle_values(hf.GenerationConfig(do_sample=True, temperature=0.6, num_beams=2, length_penalty=2.0))
+    assert (sampled.temperature, sampled.length_penalty) == (0.6, 2.0)
 
 
 def test_a_head_that_stays_in_float32_is_refused_beside_bfloat16(
