@@ -62,8 +62,8 @@ def load_generation_config(source: Source, model_config: Any) -> Any:
         return GenerationConfig.from_model_config(model_config)
     except ValueError as error:
         raise ModelError(
-            f"{section_name(source)}.model = {source.model}: its generation_config.json is not valid ({_one_line(error)}); "
-            "correct it"
+            f"{section_name(source)}.model = {source.model}: its generation_config.json is not valid "
+            f"({' '.join(str(error).split())[:200]}); correct it"
         ) from None
 
 
