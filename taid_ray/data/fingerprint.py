@@ -1,9 +1,9 @@
 """Fingerprint of a run's data: what a resumed run must find again, whatever the path is, and what has changed if it does not.
 
-It also holds a hash of the first rows of tokens, which a replaced tokenizer or chat template changes.
 Of local files it holds name, size, a hash of the content and the number of rows; of a data set of the hub a hash of what is
 read; of a stream, which is not read at once, names and sizes of files, or the name only. Two fingerprints are the same if the
-files hold the same, in the same order, under whatever names.
+files hold the same, in the same order, under whatever names, and if their first rows have the same
+tokens, which another tokenizer or chat template changes.
 """
 
 import json
