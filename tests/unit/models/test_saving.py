@@ -171,9 +171,14 @@ def test_a_generation_config_that_cannot_be_saved_is_refused_at_the_start(tmp_pa
     model.save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"num_return_sequences": 4, "eos_token_id": 2}')
     with pytest.raises(
-        ModelError, match=r"generation_config\.json can be loaded, but not saved .*num_return_sequences"
+        ModelError, match=r"its generation_config\.json is not valid .*num_return_sequences.*; correct it"
     ):
         check_architecture(config(tmp_path), model.config)
+    model.generation_config.num_return_sequences = 4
+    with pytest.raises(
+        ModelError, match=r"generation_config\.json can be loaded, but not saved .*num_return_sequences"
+    ):
+        check_saving(config(tmp_path), model, model)
 
 
 def test_what_generation_ignores_is_not_saved(tmp_path: Path) -> None:
