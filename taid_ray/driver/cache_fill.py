@@ -24,6 +24,7 @@ from taid_ray.errors import ConfigError
 from taid_ray.models.hub import restoring_hub_mode
 from taid_ray.models.pair import model_configs, run_tokenizer
 from taid_ray.names import POOL_PREFIX
+from taid_ray.run.directory import on_its_day
 from taid_ray.student.clock import PhaseClock
 from taid_ray.student.prefetch import Prefetcher, StepBatches, read_ahead
 from taid_ray.student.spec import RunSpec
@@ -65,7 +66,7 @@ def fill_cache(config: DistillConfig) -> FillResult:
     teacher pool with it, as a run does; with teacher.mode: local neither. Outputs that are in the cache already are verified
     and not computed again. Raises ConfigError, before anything is started, if the outputs do not fit into cache.disk_gib.
     """
-    config = fill_config(with_absolute_paths(config))
+    config = on_its_day(fill_config(with_absolute_paths(config)))
     with restoring_hub_mode(), ProgressView() as view:
         view.say("checking models and data")
         spec = prepare(config)

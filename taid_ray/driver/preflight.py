@@ -62,7 +62,7 @@ def first_samples(config: DistillConfig, count: int) -> tuple[list[str], list[Sa
     tokenizer = run_tokenizer(config)
     data = training_data(config, tokenizer)
     samples = [preview(sample, tokenizer) for sample in islice(data.samples(), count)]
-    return data.description(), samples
+    return [*data.description(), *(f"note: {note}" for note in data.notes())], samples
 
 
 def check_data(

@@ -104,14 +104,14 @@ def changed_keys(before: DistillConfig, now: DistillConfig, may_move: bool = Fal
     ]
 
 
-def on_its_day(config: DistillConfig, path: Path) -> DistillConfig:
+def on_its_day(config: DistillConfig, path: Path | None = None) -> DistillConfig:
     """Fills in data.date where it is null: from what a run or a search left at `path`, else with today's date.
 
     Raises ConfigError if that cannot be read.
     """
     if config.data.date is not None:
         return config
-    left = read_tree(path) if path.exists() else {}
+    left = read_tree(path) if path is not None and path.exists() else {}
     begun = stored_config(left.get("config", left)).data.date if left else None
     today = date.today().isoformat()
     return config.model_copy(update={"data": config.data.model_copy(update={"date": begun or today})})

@@ -1,5 +1,6 @@
 """What a search settles before it touches a cluster."""
 
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,13 @@ def test_trials_share_a_cache_in_the_searchs_directory_unless_told_otherwise(tmp
     assert not base_config(own, tmp_path / "S", False).cache.on
     without_teacher = own.model_copy(update={"teacher": own.teacher.model_copy(update={"mode": "cache"})})
     assert base_config(without_teacher, tmp_path / "S", False).cache.on
+
+
+def test_trials_share_the_day_on_which_the_search_began(tmp_path: Path) -> None:
+    assert config(tmp_path / "S").data.date == date.today().isoformat()
+    with search_directory(config(tmp_path / "S", data={"date": "2026-01-02"}), space()):
+        pass
+    assert config(tmp_path / "S").data.date == "2026-01-02"
 
 
 def test_elastic_trials_use_the_fewest_workers(tmp_path: Path) -> None:
