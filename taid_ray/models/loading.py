@@ -243,7 +243,7 @@ def explained_attention(attention: str, section: str) -> Iterator[None]:
         if "flash" not in attention or "flash" not in str(error).lower():
             raise
         raise ModelError(
-            f"{section}.attention = {attention} cannot be used on this machine; set {section}.attention: sdpa, or install "
+            f"{section}.attention = {attention} cannot be used on this machine; set {section}.attention: auto, or install "
             f"flash attention on all machines of the {section} ({shortened(error)})"
         ) from error
 

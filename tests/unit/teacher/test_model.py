@@ -415,11 +415,11 @@ def test_a_teacher_that_is_not_deterministic_is_refused(
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3"])
 def test_flash_attention_that_is_not_installed_is_explained(attention: Any, saved: Callable[..., Path]) -> None:
     with pytest.raises(
-        ModelError, match=rf"^teacher\.attention = {attention} cannot be used .* teacher\.attention: sdpa"
+        ModelError, match=rf"^teacher\.attention = {attention} cannot be used .* teacher\.attention: auto"
     ):
         TeacherModel(config(saved("llama", torch.bfloat16), attention=attention), SHARED, CPU)
     with pytest.raises(
-        ModelError, match=rf"^student\.attention = {attention} cannot be used .* student\.attention: sdpa"
+        ModelError, match=rf"^student\.attention = {attention} cannot be used .* student\.attention: auto"
     ):
         load_causal_lm(StudentConfig(model=str(saved("llama")), attention=attention))
     with pytest.raises(ImportError, match="flash"), explained_attention("sdpa", "student"):
