@@ -51,7 +51,7 @@ def read_messages(
 
 
 def read_tools(value: Any, where: str) -> list[dict[str, Any]] | None:
-    """Reads a row's tools: a list of JSON schemas, or JSON text of it or of its items; None for an empty one.
+    """Reads a row's tools: a list of JSON schemas, or JSON text of it or of parts of it; None for an empty one.
 
     Raises DataError, beginning with `where`.
     """
@@ -60,7 +60,7 @@ def read_tools(value: Any, where: str) -> list[dict[str, Any]] | None:
     found = _parsed(value) if isinstance(value, str) else value
     if isinstance(found, list | dict) and not found:
         return None
-    tools = [_parsed(item) if isinstance(item, str) else item for item in _listed(found)]
+    tools = [_decoded(item, ("function", "parameters")) for item in _listed(found)]
     if not all(isinstance(tool, dict) for tool in tools) or not _is_json(tools):
         raise DataError(
             f"{where} holds {shown(value)} instead of a list of tools. "
@@ -189,7 +189,7 @@ class _Reader:
         """Reads a message's tool calls; older data have one, under `function_call`."""
         value = message.get(key) or []
         found = _parsed(value) or value if isinstance(value, str) else value
-        calls = [_parsed(call) if isinstance(call, str) else call for call in _listed(found)]
+        calls = [_decoded(call, ("function",)) for call in _listed(found)]
         if key == "function_call":
             calls = [_wrapped(call) for call in calls]
         bodies = [call.get("function", call) if isinstance(call, dict) else None for call in calls]
@@ -216,6 +216,14 @@ def _wrapped(call: Any) -> Any:
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
+
+
+def _decoded(value: Any, keys: Collection[str]) -> Any:
+    """Decodes a mapping where it is JSON text, and so what stands in it under `keys`."""
+    parsed = _parsed(value) if isinstance(value, str) else value
+    if not isinstance(parsed, dict):
+        return value
+    return {key: _decoded(item, keys) if key in keys else item for key, item in parsed.items()}
 
 
 def _is_json(value: Any) -> bool:

@@ -53,6 +53,11 @@ THOUGHT = chat("hi", "<think>\nhm\n</think>\n\nyo")
         (CHATML, TWO, ["⟦yo<|im_end|>\n⟧", "⟦fine<|im_end|>\n⟧"]),
         (CHATML, TWO[1:], ["⟦yo<|im_end|>\n⟧", "⟦fine<|im_end|>\n⟧"]),
         (CHATML, [*TWO, {"role": "user", "content": "bye"}], ["⟦yo<|im_end|>\n⟧", "⟦fine<|im_end|>\n⟧"]),
+        (
+            CHATML.replace("{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}"),
+            TWO,
+            ["⟦yo<|im_end|>\n⟧", "⟦fine<|im_end|>\n⟧"],
+        ),
         (LLAMA3, chat("hi", " yo ", system="be kind"), ["⟦yo<|eot|>⟧"]),
         (
             LLAMA3,

@@ -61,6 +61,7 @@ def test_keys_stay_in_their_order_and_none_goes_at_every_depth() -> None:
         {"role": "assistant", "content": None, "tool_calls": [CALL]},
         {"role": "assistant", "tool_calls": json.dumps([CALL])},
         {"role": "assistant", "content": "", "tool_calls": [json.dumps(CALL)]},
+        {"role": "assistant", "tool_calls": [CALL | {"function": json.dumps(CALL["function"])}]},
         {"role": "assistant", "content": None, "function_call": CALL["function"]},
         {"from": "function_call", "value": json.dumps(CALL["function"])},
         {"from": "gpt", "value": None, "tool_calls": [CALL]},
@@ -134,6 +135,10 @@ def test_tools() -> None:
     shown = [{"type": "function", "function": {"name": "add"}}]
     for value in ([tool], tool, json.dumps([tool]), json.dumps(tool), [json.dumps(tool)]):
         assert read_tools(value, "here") == shown
+    schema = {"name": "add", "parameters": json.dumps({"type": "object"})}
+    for value in ([schema], {"function": json.dumps(schema)}):
+        (found,) = read_tools(value, "here") or []
+        assert found.get("function", found) == {"name": "add", "parameters": {"type": "object"}}
     for value in ("a hammer", ["browser"], 3, [{"since": date(2026, 1, 2)}]):
         with pytest.raises(DataError, match=r"here holds .* instead of a list of tools"):
             read_tools(value, "here")
