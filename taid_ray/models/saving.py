@@ -32,7 +32,7 @@ def check_architecture(config: DistillConfig, model_config: Any) -> None:
         model = student_skeleton(config, model_config, "float32")
         if student.init != "scratch":
             model.generation_config = load_generation_config(origin(config), model_config)
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
             dtypes_when_reloaded(config, model)
             trained = add_lora(model, student.lora, 0) if student.lora else model
     except (ConfigError, ModelError):
@@ -47,11 +47,16 @@ def check_saving(config: DistillConfig, model: Any, trained: nn.Module) -> None:
 
     model: the student. trained: the same, or its wrapper with adapters. Raises ModelError if the student cannot be saved.
     """
+    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
     state = {name: tensor.to("meta") for name, tensor in saved_tensors(trained).items()}
     try:
-        with tempfile.TemporaryDirectory() as directory:
+        with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings(action="ignore"):
             merged = merged_model(config, model, state)
-            merged.save_pretrained(directory, is_main_process=False)  # prepares everything, and writes nothing
+            # What save_pretrained does before it writes. Itself it would load DeepSpeed, if only to unwrap a model from it, and
+            # the driver must not.
+            revert_weight_conversion(merged, remove_tied_weights_from_state_dict(merged.state_dict(), merged))
             merged.config.save_pretrained(directory)
             if merged.can_generate():
                 _try_generation_config(merged.generation_config, directory)

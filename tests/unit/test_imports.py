@@ -98,6 +98,19 @@ def test_losses_can_be_used_without_the_rest() -> None:
     }  # fmt: skip
 
 
+def test_checking_a_run_does_not_load_deepspeed() -> None:
+    """It would settle its accelerator before a worker does, and say so on every command's terminal."""
+    code = """
+import sys
+from taid_ray.cli.quickstart import quickstart_config
+from taid_ray.driver.preflight import prepare
+adapted = "student={init: scratch, architecture: {num_hidden_layers: 1}, lora: {rank: 2}}"
+prepare(quickstart_config([adapted], "unused"))
+print("deepspeed" in sys.modules)
+"""
+    assert run_fresh(code) == "False\n"
+
+
 def test_public_names_are_no_subpackages() -> None:
     """`from taid_ray import search` would find the package as soon as anything has imported it."""
     assert not {*taid_ray.__all__} & {info.name for info in pkgutil.iter_modules(taid_ray.__path__)}
