@@ -121,13 +121,15 @@ def nothing_left_behind(name: str) -> None:
 
 
 def random_model(path: Path, tokenizer: Path, rows: int, hidden: int, layers: int, seed: int) -> str:
-    """A small Qwen2 with random weights and a real tokenizer."""
-    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+    """A small Qwen2 with random weights and a real tokenizer; a Llama where that is one of Llama."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(seed)
     shape = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
-    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=rows, tie_word_embeddings=True, **shape, **heads))
+    qwen, llama = (Qwen2ForCausalLM, Qwen2Config), (LlamaForCausalLM, LlamaConfig)
+    model_class, config_class = llama if "llama" in tokenizer.name else qwen
+    model = model_class(config_class(vocab_size=rows, tie_word_embeddings=True, **shape, **heads))
     model.save_pretrained(path)
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(path)
     return str(path)
