@@ -38,7 +38,7 @@ Row = dict[str, Any]
 
 words = st.sampled_from([
     "a cat", "02139", "3.10", "NA", "null", "None", "True", "2024-01-01", "2024-03-05T10:00:00Z", "1e5", "-", "\u00e9\u2028", "'",
-    '"', 'say "hi", x', "a,b", "two\nlines", " x ", "=1+1", "\ufeff", "\\n", "{}", "[1]", "x" * 70,
+    '"', 'say "hi", x', "a,b", "two\nlines", " x ", "=1+1", "x\ufeff", "\\n", "{}", "[1]", "x" * 70,
 ])  # fmt: skip
 texts = st.lists(words, min_size=1, max_size=2).map("".join)
 arguments = st.dictionaries(st.sampled_from(["city", "expr", "n"]), words | st.integers(0, 9), max_size=2)
