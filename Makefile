@@ -8,7 +8,7 @@ BENCHMARKS := loss payload overlap scheduler control_plane step scale_out tune
 LOG := $(VENV)/install.log
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-more test-all test-wheel test-all-layouts test-netns soak lint docs bench bench-tune clean
+.PHONY: help install quickstart test test-more test-all test-wheel test-all-layouts test-architectures test-netns soak lint docs bench bench-tune clean
 
 help:
 	@echo "make install     create $(VENV) and install taid-ray with its development tools"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-all    both"
 	@echo "make test-wheel  a wheel in an empty environment runs the quickstart (part of test-more)"
 	@echo "make test-all-layouts  one trajectory in every layout of workers, ZeRO stages, pools and micro-batches (by hand)"
+	@echo "make test-architectures  every language model that transformers knows is refused or exact (by hand; 15 minutes)"
 	@echo "make test-netns  a run on three hosts that are network namespaces (Linux, root; ten minutes)"
 	@echo "make soak        kills parts of runs at random for MINUTES=10, and counts what is lost"
 	@echo "make lint        ruff, mypy, import rules (import-linter), declared dependencies (deptry)"
@@ -66,6 +67,9 @@ test-wheel: install
 
 test-all-layouts: install
 	$(BIN)/python -m pytest -m layouts --durations=10 tests/integration
+
+test-architectures: install
+	$(BIN)/python -m pytest -n 2 -m architectures --durations=10 tests/architectures
 
 test-netns: install
 	$(BIN)/python -m pytest -m netns tests/netns

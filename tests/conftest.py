@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.support.paths import ROOT
+from tests.support.process_group import process_group
 
 # One thread each: the tests share two cores with Ray's processes, and sums come out the same on any machine.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -29,6 +30,13 @@ for name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS"):  # rich and typer wo
     os.environ.pop(name, None)
 if len(tempfile.gettempdir()) > 36:  # paths of sockets have at most 107 characters, and Ray's part of them up to 71
     os.environ.setdefault("RAY_TMPDIR", "/tmp")
+
+
+@pytest.fixture(scope="session")
+def one_process_group() -> Iterator[None]:
+    """For tests that start DeepSpeed in the tests' own process. One group for all of them."""
+    with process_group():
+        yield
 
 
 @pytest.fixture(scope="session")

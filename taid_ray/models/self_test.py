@@ -58,12 +58,14 @@ def explained_tests(model: Any, key: str, shared: bool = False) -> Iterator[None
         raise ModelError(f"{key}: {error}") from error
     except kinds as error:
         if isinstance(error, RuntimeError):
-            of_tensors = any(word in str(error) for word in ("dtype", "scalar type", "shape", "size of tensor"))
+            of_tensors = any(word in str(error) for word in ("dtype", "scalar type", "shape", "size of tensor", "DTensor"))
             if type(error) is not RuntimeError or "CUDA" in str(error) or (shared and not of_tensors):
                 raise
         found, section, remedy = shortened(error), key.partition(".")[0], "choose another model"
         if "sdpa" in found or "scaled_dot_product" in found:
             remedy = f"set {section}.attention: eager"
+        elif "DTensor" in found:  # transformers has split some of it only
+            remedy = f"set {section}.shards: 1"
         elif any(word in found for word in ("dtype", "scalar type", "BFloat16", "Half")):
             remedy = f"set {section}.dtype: float32"
         raise ModelError(

@@ -104,7 +104,8 @@ def check_student(config: DistillConfig, model_config: Any) -> None:
             raise
         except (TypeError, ValueError, LookupError, RuntimeError, ArithmeticError, StrictDataclassError) as error:
             raise ConfigError(
-                f"{key}: no {type(model_config).__name__} model can be built with {value} ({shortened(str(error))})"
+                f"{key}: no {type(model_config).__name__} model can be built with {value} ({shortened(str(error))}); choose "
+                "another value, or set student.init: pretrained"
             ) from None
         if student.init == "cut":
             teacher = from_architecture(load_model_config(origin(config)), attention, 0, remote_code)

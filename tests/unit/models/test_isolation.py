@@ -249,6 +249,14 @@ def test_what_a_model_raises_at_its_test_is_one_sentence(monkeypatch: pytest.Mon
         self_test.tested_head(found, "student.model", packed=True)
     with pytest.raises(torch.OutOfMemoryError), self_test.explained_tests(found, "student.model"):
         raise torch.OutOfMemoryError("CUDA out of memory")
+    mixed = RuntimeError(
+        "aten.where.self got mixed torch.Tensor and DTensor, need to convert all torch.Tensor to DTensor"
+    )
+    with (  # Gemma 4 with its parts for images
+        pytest.raises(ModelError, match=r"^teacher\.model: .*; set teacher\.shards: 1$"),
+        self_test.explained_tests(found, "teacher.model", shared=True),
+    ):
+        raise mixed
 
 
 def test_teachers_that_transformers_does_not_split_rightly_are_refused() -> None:

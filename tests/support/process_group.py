@@ -1,15 +1,14 @@
-"""For tests that start DeepSpeed in the tests' own process."""
+"""A process group of this process alone, for DeepSpeed in the tests' own process."""
 
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 
-import pytest
 
-
-@pytest.fixture(scope="session")
-def one_process_group() -> Iterator[None]:
-    """A process group of this process alone. One for all tests, because DeepSpeed keeps the first one it finds."""
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Opens the group, and closes it. One for all of a process, because DeepSpeed keeps the first one it finds."""
     import torch.distributed as dist
 
     from taid_ray.student.deepspeed_internals import use_deepspeed_on
