@@ -58,7 +58,9 @@ def explained_tests(model: Any, key: str, shared: bool = False) -> Iterator[None
         raise ModelError(f"{key}: {error}") from error
     except kinds as error:
         if isinstance(error, RuntimeError):
-            of_tensors = any(word in str(error) for word in ("dtype", "scalar type", "shape", "size of tensor", "DTensor"))
+            of_tensors = any(
+                word in str(error) for word in ("dtype", "scalar type", "shape", "size of tensor", "DTensor")
+            )
             if type(error) is not RuntimeError or "CUDA" in str(error) or (shared and not of_tensors):
                 raise
         found, section, remedy = shortened(error), key.partition(".")[0], "choose another model"
