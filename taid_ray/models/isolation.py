@@ -18,6 +18,8 @@ some others a mixture takes other experts because something was rounded otherwis
 OTHER_ENDS, OTHER_STARTS = [0, 3, 2, 1], [2, 1, 0, 3]
 """Orders of the documents of `_documents`. They change places, so that all the same are computed and a router sends each expert
 as many: the bits of a product of matrices depend on its number of rows."""
+ODD_LENGTH = 21
+"""A length of rows that is no multiple of any chunk."""
 Places = tuple[slice, ...]
 
 
@@ -31,6 +33,8 @@ def check_probe(probe: Probe, packed: bool, longest: int = PROBE_LENGTH) -> None
         if packed:
             check_packing(probe, length)
     check_neighbours(probe, longest)
+    with torch.no_grad():  # rows of any length must be computed; some architectures take multiples of a chunk only
+        probe.of_documents(_tokens(probe, 2 * ODD_LENGTH).view(2, ODD_LENGTH), packed=False)
 
 
 @torch.no_grad()

@@ -23,12 +23,7 @@ def split() -> Iterator[SplitTeacher]:
     shards.close()
 
 
-XLSTM = pytest.mark.xfail(
-    strict=True, reason="in bfloat16 it fails with rows of some lengths only, which no test tries first"
-)
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[XLSTM] * (name == "xlstm")) for name in names()])
+@pytest.mark.parametrize("name", names())
 def test_it_is_refused_or_exact(name: str, tmp_path: Path, split: SplitTeacher) -> None:
     row, wrong = tried(name, tmp_path, split)
     assert not wrong

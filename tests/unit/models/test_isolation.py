@@ -259,6 +259,20 @@ def test_what_a_model_raises_at_its_test_is_one_sentence(monkeypatch: pytest.Mon
         raise mixed
 
 
+def test_a_model_that_takes_multiples_of_a_chunk_only_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = model("llama")
+    plain = found.model.forward
+
+    def chunked(**inputs: Tensor) -> Any:
+        if inputs["input_ids"].shape[1] % 8:
+            raise RuntimeError("upper bound and lower bound inconsistent with step sign")
+        return plain(**inputs)
+
+    monkeypatch.setattr(found.model, "forward", chunked)
+    with pytest.raises(ModelError, match=r"^student\.model: LlamaForCausalLM cannot compute .*; choose another model$"):
+        self_test.tested_head(found, "student.model", packed=False)
+
+
 def test_teachers_that_transformers_does_not_split_rightly_are_refused() -> None:
     check_divisible(model_config("lfm2"), 1)
     with pytest.raises(ModelError, match=r"teacher\.shards = 2: .* lfm2 rightly; set teacher\.shards: 1"):
