@@ -115,18 +115,24 @@ class CheckpointWriter:
         )
 
     def wait(self) -> None:
-        """Waits for the checkpoint that is being written, and counts it if any rank failed to write its part."""
+        """Waits for the checkpoint that is being written, and counts it if any rank failed to write its part.
+
+        Raises CheckpointError, on every rank, if the storage has not taken it in time.
+        """
         if self._thread is None:
             return
+        own, late = None, False
         try:
             own = self._written.exception(timeout=self._timeout_s)
         except TimeoutError:
-            raise self._stuck() from None
-        (failed,) = self._world.sum([float(own is not None)])
-        if failed:
+            late = True
+        failed, stuck = self._world.sum([float(own is not None), float(late)])
+        if failed or stuck:
             self._give_up.set()  # rank 0 would wait for a part that never comes
-        self._thread.join(2 * self._timeout_s)
-        if self._thread.is_alive():
+        if not stuck:
+            self._thread.join(2 * self._timeout_s)
+            (stuck,) = self._world.sum([float(self._thread.is_alive())])
+        if stuck:
             raise self._stuck()
         self._thread = None
         self._failures = self._failures + 1 if failed else 0

@@ -76,6 +76,8 @@ def idle_adapters(model: Any) -> list[str]:
             hidden = hidden_states(model, probe_inputs(embedding.shape[0], embedding.device))
             model.get_output_embeddings()(hidden)
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error):
+            raise
         raise ModelError(
             f"student.lora.target_modules: {type(model).__name__} does not compute with adapters there "
             f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); name other modules"

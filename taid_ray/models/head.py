@@ -1,4 +1,4 @@
-"""A causal language model taken apart into body (hidden states) and head; `probes` tests that this changes nothing."""
+"""A causal language model taken apart into body (hidden states) and head; `self_test` tests that this changes nothing."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -102,7 +102,7 @@ def head_of(model: Any) -> Head:
 
 
 def _logit_transform(config: Any) -> LogitTransform:
-    """Reads off the config how the architecture changes logits after the projection; `probes.self_test` finds what is missed."""
+    """Reads off the config how the architecture changes logits after the projection; `self_test` finds what is missed."""
     inverse = config.model_type == "hyperclovax"
     scale = 1.0
     multipliers = () if config.model_type == "mpt" else MULTIPLIERS  # transformers' MPT makes no use of its logit_scale

@@ -134,7 +134,7 @@ def _changes(probe: Probe, ids: Tensor, before: Tensor, order: list[int], packed
     """
     after = probe.of_documents(ids[order], packed)
     kept = (slice(None), slice(-1)) if order == OTHER_ENDS else (slice(1, None, 2),)
-    if torch.equal(before[kept], after[kept]):
+    if probe.everywhere(torch.equal(before[kept], after[kept])):
         return False
     if not _typical_difference(after[kept], before[kept]) <= TYPICAL_TOLERANCE[before.dtype]:
         return True
@@ -162,8 +162,8 @@ def _has_gradient(probe: Probe, ids: Tensor, kept: Places, moved: Places, packed
         with torch.enable_grad():
             total = probe.of_documents(ids, packed)[kept].float().square().sum()
         gradients = torch.autograd.grad(total, embedded)
-    except RuntimeError as error:
-        if type(error) is not RuntimeError:  # no memory, or a failure of the device
+    except (RuntimeError, ValueError) as error:
+        if type(error) not in (RuntimeError, NotImplementedError, ValueError):  # no memory, or a failure of the device
             raise
         return None
     finally:

@@ -28,6 +28,8 @@ class Probe:
     """Hidden states [B, T, H] of inputs [B, T], as training computes them."""
     vocab_rows: int
     device: torch.device
+    everywhere: Callable[[bool], bool] = bool
+    """Tells whether something holds in all processes that compute the model together, so that all go the same way."""
     one_row: bool = False
     """All rows of a batch are computed as one, see `head.computes_one_row`."""
     embedding: Any = None
@@ -77,6 +79,7 @@ def long_probe(device: torch.device, *limits: int) -> int:
 
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """Computes the largest difference of two tensors, relative to the largest value of the expected one."""
     found, expected = found.float(), expected.float()
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 

@@ -190,11 +190,19 @@ class Student:
         """Weights and optimizer state of a checkpoint, see state.training_state. Collective."""
         return training_state(self.engine, self.trained, self.world)
 
-    def save(self, directory: Path) -> None:
-        """Writes a Hugging Face model directory on rank 0 (adapters merged); the others do not wait. Collective under ZeRO-3."""
-        state = self._gathered_state()
-        if self.world.is_main:
-            save_model(self.config, self.causal_lm, state, directory)
+    def save(self, state: dict[str, Tensor], directory: Path) -> None:
+        """Writes a Hugging Face model directory (adapters merged). For rank 0. state: see `gathered_state`."""
+        save_model(self.config, self.causal_lm, state, directory)
+
+    def gathered_state(self) -> dict[str, Tensor]:
+        """Parameters and saved buffers of the trained model, whole, on rank 0's CPU; {} elsewhere. Collective under ZeRO-3."""
+        state = {}
+        for name, tensor in saved_tensors(self.trained).items():
+            partitioned = self.config.student.zero_stage == 3 and isinstance(tensor, nn.Parameter)
+            with deepspeed.zero.GatheredParameters([tensor], enabled=partitioned):
+                if self.world.is_main:
+                    state[name] = tensor.detach().cpu().clone()
+        return state
 
     def _run(self, batch: Batch, function: HeadFunction) -> Any:
         inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.inputs.items()}
@@ -216,16 +224,6 @@ class Student:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         limit = self.config.train.max_grad_norm or float("inf")
         self.grad_norm = finite_norm(float(torch.nn.utils.clip_grad_norm_(parameters, limit)))
-
-    def _gathered_state(self) -> dict[str, Tensor]:
-        """Parameters and saved buffers of the trained model, whole, on rank 0's CPU; {} elsewhere."""
-        state = {}
-        for name, tensor in saved_tensors(self.trained).items():
-            partitioned = self.config.student.zero_stage == 3 and isinstance(tensor, nn.Parameter)
-            with deepspeed.zero.GatheredParameters([tensor], enabled=partitioned):
-                if self.world.is_main:
-                    state[name] = tensor.detach().cpu().clone()
-        return state
 
 
 def finite_norm(grad_norm: float) -> float:

@@ -25,6 +25,7 @@ def check_engine(student: Student, vocab_rows: int) -> None:
         section="student",
         compute=compute,
         vocab_rows=vocab_rows,
+        everywhere=lambda holds: not any(student.world.sum([float(not holds)])),
         device=student.device,
         one_row=computes_one_row(model),
         mixture=is_mixture(model),

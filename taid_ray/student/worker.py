@@ -1,9 +1,10 @@
 """One student worker, inside its Ray Train process: connects, builds the student, opens the teacher, trains, finishes."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
+
+from torch import Tensor
 
 from taid_ray.checkpoint.restore import Checkpoint, restore
 from taid_ray.checkpoint.save import CheckpointWriter
@@ -14,7 +15,7 @@ from taid_ray.data.chat import chat_template
 from taid_ray.data.dataset import START, Cursor, TrainingData, validation_rows
 from taid_ray.data.fingerprint import check_outline
 from taid_ray.data.shared_ids import check_ids
-from taid_ray.errors import NonFiniteLossError, RunError
+from taid_ray.errors import CheckpointError, NonFiniteLossError, RunError
 from taid_ray.files import write_json
 from taid_ray.models.pair import run_tokenizer
 from taid_ray.models.self_test import tested_head
@@ -137,7 +138,7 @@ class TrainingRun:
     def finish(self, last: StepResult) -> Outcome | None:
         """Leaves the results of a finished run, or waits for the checkpoint of a stopped one. Collective.
 
-        Raises RunError, which ends the run, if the results cannot be written.
+        Raises RunError, which ends the run, if the results cannot be written: no reason to train again.
         """
         context, world = self._context, self._context.world
         if last.step < context.worker.spec.total_steps:
@@ -148,9 +149,7 @@ class TrainingRun:
             tokens = ", ".join(map(str, self._tokenizer.convert_ids_to_tokens(new)))
             context.note(f"RUN/model stops generating at {tokens} too, which ends what it was trained on")
         context.note("saving the model")
-        self._writer.wait()
-        with results_written(context.config.run_dir, self._writer):
-            self._student.save(context.config.run_dir / "model")
+        state = self._student.gathered_state()  # fails as training does, if a worker is lost
         (teacher_tokens,) = world.sum([self._teacher.tokens])
         summary = self._totals.summary(
             last.step,
@@ -160,13 +159,26 @@ class TrainingRun:
             self._data.counts,
             context.worker.attempt - 1,
         )
-        if not world.is_main:
-            return None
         self._telemetry.sync()
-        with results_written(context.config.run_dir, self._writer):
-            write_results(context.config, summary, self._tokenizer)
+        error = self._write_results(state, summary) if world.is_main else None
+        (failed,) = world.sum([float(error is not None)])
+        with suppress(CheckpointError):  # said where it could not be written; with the model there it is not needed
+            self._writer.wait()
+        if failed:
+            told = not_written(context.config, error, self._writer, last.step) if error else ""
+            raise RunError(world.share_bytes(told.encode()).decode()) from error
         self._writer.discard(last.step, self._totals.best)
-        return Finished(summary)
+        return Finished(summary) if world.is_main else None
+
+    def _write_results(self, state: dict[str, Tensor], summary: dict[str, Any]) -> Exception | None:
+        """Writes model, tokenizer and summary. Returns what kept them from being written."""
+        config = self._context.config
+        try:
+            self._student.save(state, config.run_dir / "model")
+            write_results(config, summary, self._tokenizer)
+        except Exception as error:  # of transformers, safetensors, tokenizers or the file system
+            return error
+        return None
 
 
 def request_window(config: DistillConfig) -> tuple[int, int]:
@@ -184,17 +196,17 @@ def open_telemetry(context: WorkerContext, teacher: TeacherClient, last_step: in
     return MainTelemetry(context.worker, run, last_step, totals, context.scheduler.note, num_replicas)
 
 
-@contextmanager
-def results_written(run_dir: Path, writer: CheckpointWriter) -> Iterator[None]:
-    """Turns whatever keeps the results from being written into RunError: that a worker crashed is no reason to train again."""
-    try:
-        yield
-    except Exception as error:  # of transformers, safetensors, tokenizers or the file system
-        raise RunError(
-            f"the run is trained, but its model could not be written to {run_dir / 'model'} ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:300]}). {writer.describe_newest()} Make room there, or put right what is wrong, "
-            "and give the same command again: it goes on after that step"
-        ) from error
+def not_written(config: DistillConfig, error: Exception, writer: CheckpointWriter, step: int) -> str:
+    """Says, on rank 0, why the results of the run's last step could not be written, and what the same command will do."""
+    if writer.newest == step:
+        next_time = "it saves the model without training again"
+    else:
+        next_time = f"it trains again from {f'step {writer.newest}' if writer.newest else 'the beginning'}"
+    return (
+        f"the run is trained, but its model could not be written to {config.run_dir / 'model'} ({type(error).__name__}: "
+        f"{' '.join(str(error).split())[:300]}). {writer.describe_newest()} Make room there, or put right what is wrong, "
+        f"and give the same command again: {next_time}"
+    )
 
 
 def write_results(config: DistillConfig, summary: dict[str, Any], tokenizer: Any) -> None:

@@ -53,11 +53,11 @@ class TeacherModel:
             probe = probe_of(self._model, whole, "teacher")
             longest = self._longest_probe()
             check_probe(probe, packed=False, longest=longest)
+            packing_error = _packing_error(probe, {PROBE_LENGTH, longest})
         self._head: Head | None = whole.rows(num_shared) if leader else None
         if self._head is not None and config.shards > 1 and needs_head(config.payload):
             self._head = self._head.to(torch.device("cpu"))  # a gathered copy that is only sent away
         answer = self._check_deterministic()
-        packing_error = _packing_error(probe, {PROBE_LENGTH, longest})
         fingerprint = _fingerprint(self._model, num_shared, config)
         if leader:
             self._info = self._describe(fingerprint, answer, logits, packing_error)

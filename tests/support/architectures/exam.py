@@ -180,7 +180,7 @@ def _save(report: Report, directory: Path, pack: bool) -> None:
 @torch.no_grad()
 def _check_saved(report: Report, student: Student, directory: Path) -> None:
     """Saves the student as a run does at its end, and compares bits of logits with those of the model that was trained."""
-    student.save(directory)
+    student.save(student.gathered_state(), directory)
     trained = student.causal_lm.eval()
     saved = plain.load(directory, dtype="auto")
     ids = plain.documents(40)[1]

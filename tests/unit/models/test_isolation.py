@@ -131,6 +131,25 @@ def test_rounding_is_told_from_a_small_leak(seen: bool, monkeypatch: pytest.Monk
         self_test.tested_head(found, "student.model", packed=True)
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, NotImplementedError, ValueError])
+def test_kernels_without_a_backward_pass_are_no_reason_to_refuse(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quantized mixture may round otherwise and compute no gradient."""
+    found = model("mixtral")
+    forward = found.model.forward
+
+    def noisy(**inputs: Any) -> Any:
+        result = forward(**inputs)
+        result.last_hidden_state = result[0] + 1e-7 * result[0][:2].sum((0, 1)).detach()
+        if torch.is_grad_enabled():
+            raise kind("no backward pass")
+        return result
+
+    monkeypatch.setattr(found.model, "forward", noisy)
+    self_test.tested_head(found, "student.model", packed=True)
+
+
 @pytest.mark.parametrize("name", ["bidirectional", "encoder"])
 def test_models_that_see_what_follows_are_refused(name: str, tmp_path: Path) -> None:
     found = model(name)

@@ -169,7 +169,7 @@ def test_lora_is_the_same_under_every_stage_and_merges(lora: dict[str, Any], tmp
         histories.append([(line.loss, line.grad_norm) for line in lines])
         trainable = [name for name, p in student.trained.named_parameters() if p.requires_grad]
         assert trainable and all("lora_" in name for name in trainable)
-        student.save(tmp_path / str(stage))
+        student.save(student.gathered_state(), tmp_path / str(stage))
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / str(stage))
         assert not any("lora" in name for name, _ in merged.named_parameters())
         logits.append(merged(torch.arange(20)[None]).logits)
@@ -245,9 +245,9 @@ def test_a_saved_model_is_the_trained_one(stage: int, tmp_path: Path) -> None:
     from taid_ray.models.student_init import build_student
 
     _, student = train(config_for(TIED | {"zero_stage": stage}))
-    student.save(tmp_path)
+    student.save(student.gathered_state(), tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    state = student._gathered_state()
+    state = student.gathered_state()
     for name, parameter in loaded.named_parameters():
         torch.testing.assert_close(parameter.data, state[name], rtol=0, atol=0)
     before = dict(build_student(config_for(TIED), None).named_parameters())
@@ -282,7 +282,7 @@ def test_a_mixture_of_experts_is_reloaded_as_it_was_trained(tmp_path: Path) -> N
     student.engine.eval()
     with torch.no_grad():
         trained = student.engine(inputs, torch.arange(40), lambda hidden, weight, bias: hidden @ weight.T)
-    student.save(tmp_path / "saved")
+    student.save(student.gathered_state(), tmp_path / "saved")
     loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
     assert loaded.get_buffer("model.layers.1.mlp.gate.e_score_correction_bias").unique().numel() == 4
     with torch.no_grad():
@@ -303,10 +303,10 @@ def test_a_gradient_that_is_not_finite_stops_the_run(stage: int) -> None:
     student.teacher_head = Head(torch.randn(512, 64), None, LogitTransform())
     loss, _ = student.forward(batch, TeacherOutput("hidden", {"hidden": torch.randn(2, 64)}), 0.5)
     student.backward(loss * float("inf"))
-    before = {name: tensor.clone() for name, tensor in student._gathered_state().items()}
+    before = {name: tensor.clone() for name, tensor in student.gathered_state().items()}
     with pytest.raises(NonFiniteLossError, match="gradient norm"):
         student.step(1e-3)
-    for name, tensor in student._gathered_state().items():
+    for name, tensor in student.gathered_state().items():
         assert torch.equal(tensor, before[name]), name
 
 

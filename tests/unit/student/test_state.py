@@ -57,7 +57,9 @@ def train(stage: int, kind: str, world: Any, directory: Path, restored: Any) -> 
             state = TrainingState(StepResult(SAVED, ScheduleState(0.4)), Cursor(), {})
             saver.save(SAVED, state, student.state(), None)
             saver.close()
-    student.save(directory / "model")
+    state = student.gathered_state()
+    if world.is_main:
+        student.save(state, directory / "model")
     world.barrier()
     weights = load_file(directory / "model" / "model.safetensors")
     return losses, xxhash.xxh3_64_hexdigest(b"".join(weights[key].float().numpy().tobytes() for key in sorted(weights)))

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from taid_ray.checkpoint.save import CheckpointWriter
 from taid_ray.config.schema import DistillConfig, build_config
 from taid_ray.distributed.world import World
 from taid_ray.driver.preflight import prepare
-from taid_ray.errors import ModelError, RunError
+from taid_ray.errors import CheckpointError, ModelError, RunError
 from taid_ray.models.head import hidden_states
 from taid_ray.run.directory import run_directory
 from taid_ray.scheduler.aggregate import LossAggregator, LossSums, StepResult
@@ -144,6 +145,34 @@ def test_a_run_that_could_not_save_its_model_saves_it_later_without_training(
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == outcome.summary
     assert not list((tmp_path / "run" / "checkpoints").iterdir())  # a finished run has no use for it
+
+
+@pytest.mark.usefixtures("one_process_group")
+@pytest.mark.parametrize("model_too", [False, True])
+def test_a_checkpoint_of_the_last_step_that_fails_keeps_no_model_from_being_saved(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_too: bool
+) -> None:
+    monkeypatch.setattr(context, "World", SimpleNamespace(current=World))
+    monkeypatch.setattr(context, "SchedulerClient", LocalScheduler)
+    monkeypatch.setattr(context, "watch_node", lambda world: None)
+
+    def stuck(self: CheckpointWriter) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            raise CheckpointError("the storage has not taken the checkpoint")
+
+    monkeypatch.setattr(CheckpointWriter, "wait", stuck)
+    monkeypatch.setattr(CheckpointWriter, "_write_own", lambda *_: (tmp_path / "run").mkdir())
+    config = build_config(config_for(TIED).model_dump() | {"out": str(tmp_path / "run")})
+    (tmp_path / "run").mkdir()
+    if model_too:
+        monkeypatch.setattr("taid_ray.student.engine.save_model", lambda *_: (tmp_path / "run").mkdir())
+        with pytest.raises(
+            RunError, match=r"FileExistsError.*There is no checkpoint yet.*trains again from the beginning$"
+        ):
+            worked(config, 1)
+    else:
+        assert isinstance(worked(config, 1), Finished) and (tmp_path / "run/model/model.safetensors").exists()
 
 
 @pytest.mark.usefixtures("one_process_group")
