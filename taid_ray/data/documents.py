@@ -127,13 +127,16 @@ class FileDocuments:
 
     def _check_first_rows(self) -> None:
         """Reads on until every required column was there."""
+        missing, found = self._required(), False
         for file in self._files:
-            missing = self._required()
             for row in self._file_rows(file, 0):
-                missing = self._still_missing(missing, row or {})
+                missing, found = self._still_missing(missing, row or {}), True
                 if not missing:
                     return
-        raise empty(self._source)
+        if not found:
+            raise empty(self._source)
+        names = [name for file in self._files for name in columns_found(file)]
+        raise no_column(self._source, missing[0], list(dict.fromkeys(names)), self._config.format)
 
     def _required(self) -> list[Column]:
         return [column for column in self._columns if column.required]
@@ -160,7 +163,7 @@ class FileDocuments:
     def _file_rows(self, file: DataFile, skip: int) -> Iterator[Row | None]:
         """Yields the rows of a file, None in place of the first `skip`.
 
-        Raises DataError at the end if none of the rows had a required column.
+        Raises DataError at the end if none of the rows had a required column; of the prompt's columns one is enough.
         """
         source = f"{self._source.partition(': ')[0]}: {file.path}"
         missing, found = self._required(), False
@@ -170,6 +173,8 @@ class FileDocuments:
                     missing = self._still_missing(missing, row)
                 found = True
                 yield row
+            lost = {column.key for column in missing} - {c.key for c in self._required() if c not in missing}
+            missing = [column for column in missing if column.key in lost]
             if found and missing and not skip:
                 raise no_column(source, missing[0], columns_found(file), self._config.format)
 

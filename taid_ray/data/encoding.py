@@ -184,7 +184,8 @@ class Encoder:
         """Returns what of the samples of one document fits, and counts what became of it."""
         kept = [(sample, short) for sample in samples if (short := self._short(sample)) is not None]
         self.counts.dropped += not kept
-        self.counts.truncated += any(short is not sample for sample, short in kept)
+        lost = 0 < len(kept) < len(samples)  # some of the answers, where each has a sample
+        self.counts.truncated += lost or any(short is not sample for sample, short in kept)
         return [short for _, short in kept]
 
     def _short(self, sample: Sample) -> Sample | None:

@@ -152,7 +152,7 @@ class _Reader:
         plain = name.strip().lower()
         role = next((role for role, names in ROLES.items() if plain in names), None)
         if role == "assistant":
-            return role
+            return name if key == "role" and name in self.named and role not in self.named else role
         if key == "role":
             return name if role is None or name in self.named or (role == "tool" and plain != role) else role
         if name in self.named and (role is None or (role == "tool" and role not in self.named)):

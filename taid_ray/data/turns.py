@@ -199,7 +199,10 @@ class Conversation:
         content = message["content"].rpartition(THINK_END)[2].strip()
         last_only, rest, found = bool(message.get("tool_calls")) or not content, answer.rstrip(), None
         while token := _last_token(rest, self.template.special):
-            if content.endswith(token) and rest.endswith(content):  # the content's own
+            if content.endswith(token) and rest.endswith(
+                content
+            ):  # the content's own, which ends it if nothing else does
+                found = found or token
                 break
             rest, found = rest[: -len(token)].rstrip(), token
             if last_only:
@@ -222,7 +225,7 @@ class Conversation:
                 followed = self.template.render([*messages, {"role": role, "content": PROBES[0]}], self.tools)
             except TemplateFailed:
                 continue
-            if found := self.template.first_special(followed.rpartition(end)[2] if end in followed else ""):
+            if found := self.template.first_special(followed.rpartition(end)[2] if end and end in followed else ""):
                 return found
         return None
 

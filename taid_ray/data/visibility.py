@@ -26,8 +26,8 @@ def check_shown(conversation: Conversation) -> None:
         whole = marked.rendered(len(marked.messages))
     except TemplateFailed:  # it takes some piece for what it is, for example the name of a tool
         return _check_texts(conversation)
-    for mark, (index, what) in marker.marks.items():
-        if mark not in whole and (index < 0 or mark not in _last(marked, index)):
+    for mark, (index, what) in marker.marks.items():  # a template may write capitals
+        if mark not in whole.lower() and (index < 0 or mark not in _last(marked, index).lower()):
             raise _left_out(conversation, index, what)
 
 
@@ -57,7 +57,7 @@ class _Marker:
     def __init__(self, conversation: Conversation) -> None:
         self.marks: dict[str, tuple[int, str]] = {}
         """Each mark with the index of its message (-1: the tools) and what bears it."""
-        text = conversation.rendered(len(conversation.messages))
+        text = conversation.rendered(len(conversation.messages)).lower()
         self._stem = next(stem for i in count() if (stem := MARK + "x" * i) not in text)
         self.tools = conversation.tools and [self._tool(tool) for tool in conversation.tools]
         self.messages = [self._message(index, message) for index, message in enumerate(conversation.messages)]

@@ -23,7 +23,8 @@ def read_delimited(path: Path, names: Sequence[str], skip: int, delimiter: str) 
         width = len(header)
         places = {name: _only_place(header, name) for name in names if name in header}
         for record in records:
-            if not record or (width > 1 and len(record) == 1 and not record[0].strip()):
+            blank = len(record) == 1 and (width > 1 or record[0]) and not record[0].strip()
+            if not record or blank:
                 continue
             if skip:
                 skip -= 1

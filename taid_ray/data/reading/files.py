@@ -61,12 +61,17 @@ def _plain_files(directory: Path, choice: Choice) -> tuple[list[DataFile], list[
     found: list[DataFile] = []
     left: list[str] = []
     for path, reason in sorted(_below(directory, ()), key=lambda each: each[0].parts):
-        kind = None if path.name in METADATA or reason else kind_of(path)
+        kind = None if reason else kind_of(path)
         name = path.relative_to(directory).as_posix()
         if kind is None:
             left.append(f"{name} ({reason or 'no data file'})")
         else:
             found.append(DataFile(path, name, kind))
+    descriptions = [file for file in found if file.path.name in METADATA]
+    if len(descriptions) < len(found):  # where there are no others, they are data of an unlucky name
+        left.extend(f"{file.name} (no data file)" for file in descriptions)
+        found = [file for file in found if file not in descriptions]
+    found = _once_each(found, left, directory)
     files = _of_one_kind(found, left, choice.source)
     files, said = files_of_split(files, choice)
     if choice.subset is not None:
@@ -76,6 +81,16 @@ def _plain_files(directory: Path, choice: Choice) -> tuple[list[DataFile], list[
     if left:
         said.append(f"{choice.source}: left out: {listed(left)}")
     return files, said
+
+
+def _once_each(found: list[DataFile], left: list[str], directory: Path) -> list[DataFile]:
+    """The files without those that a link leads to a second time; these join `left`."""
+    root, first = os.path.realpath(directory), dict[str, DataFile]()
+    for file in sorted(found, key=lambda file: os.path.join(root, file.name) != os.path.realpath(file.path)):
+        known = first.setdefault(os.path.realpath(file.path), file)  # the file itself, before links to it
+        if known is not file:
+            left.append(f"{file.name} (the same file as {known.name})")
+    return [file for file in found if first[os.path.realpath(file.path)] is file]
 
 
 def _below(directory: Path, above: tuple[str, ...]) -> Iterator[tuple[Path, str]]:
@@ -101,7 +116,7 @@ def _of_one_kind(found: list[DataFile], left: list[str], source: str) -> list[Da
     found = _without_copies(found, left)
     kinds = _kinds([file for file in found if file.path.suffix.lower() in ALWAYS_READ]) or _kinds(found)
     if len(kinds) > 1 and "text" in kinds:
-        papers = [file for file in found if file.kind == "text" and file.name.lower().startswith(PAPERS)]
+        papers = [file for file in found if file.kind == "text" and file.path.name.lower().startswith(PAPERS)]
         left.extend(f"{file.name} (no data file)" for file in papers)
         found = [file for file in found if file not in papers]
         kinds = _kinds([file for file in found if file.kind in kinds])

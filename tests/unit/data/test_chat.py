@@ -240,6 +240,19 @@ def test_a_template_may_change_what_it_shows() -> None:
     assert "⟦" in text and '\\"äpple\\"' in text
 
 
+def test_a_template_may_write_capitals() -> None:
+    (text,) = trained(CHATML.replace("{{ m.content }}", "{{ m.content | upper }}"), chat("hi", "yo"))
+    assert "⟦YO<|im_end|>\n⟧" in text
+
+
+def test_an_answer_may_bring_the_token_that_ends_it() -> None:
+    """The next turn's token is not taken for the end then."""
+    plain = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}{% endfor %}"
+    prompt = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    (text,) = trained(plain + prompt, chat("hi", "yo</s>", "how", "fine</s>"))
+    assert text.endswith("⟦fine</s>⟧") and "⟦yo</s>⟧<|im_start|>" in text
+
+
 def test_reasoning_that_is_left_out_and_empty_answers_are_said() -> None:
     tokenizer = chat_tokenizer()
     encoder = encoder_of(tokenizer, chat_template=R1)
@@ -307,3 +320,8 @@ def test_loss_on_all_keeps_the_whole_conversation() -> None:
     assert text.count("⟦") == 1 and text.endswith(
         "<|im_start|>user\nhow<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nfine<|im_end|>\n⟧"
     )
+
+
+def test_a_template_that_writes_nothing_is_refused_with_a_sentence() -> None:
+    with pytest.raises(DataError, match="leaves out message 1"):
+        trained("{{ messages[9] }}", chat("hi", "yo"))

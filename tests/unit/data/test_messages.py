@@ -90,7 +90,9 @@ def test_system_column_of_sharegpt() -> None:
         ({"role": "observation", "content": ""}, (), "observation"),
         ({"role": "human", "content": ""}, (), "user"),
         ({"role": "human", "content": ""}, ("human",), "human"),
-        ({"role": "model", "content": ""}, ("model",), "assistant"),
+        ({"role": "model", "content": ""}, ("model", "assistant"), "assistant"),
+        ({"role": "model", "content": ""}, ("model",), "model"),
+        ({"role": "bot", "content": ""}, ("human", "bot"), "bot"),
     ],
 )
 def test_roles_that_the_template_names_stay(message: dict[str, Any], named: tuple[str, ...], role: str) -> None:

@@ -48,9 +48,9 @@ def test_hidden_files_are_left_out_and_links_followed(tmp_path: Path) -> None:
     (tmp_path / "elsewhere/shard/round").symlink_to(root / "b")
     (root / "gone.jsonl").symlink_to(tmp_path / "gone")
     found, said = read(root)
-    assert found == ["a.jsonl", "b/1.jsonl", "b.jsonl", "one.jsonl", "b/1.jsonl", "shard/z.jsonl"]
-    assert "6 files of the kind json" in said and "left out: ._a.jsonl (hidden), .git (hidden), b/.x (hidden)" in said
-    assert "b/up (a link to a directory around it)" in said and "and 3 more" in said
+    assert found == ["a.jsonl", "b/1.jsonl", "b.jsonl", "one.jsonl", "shard/z.jsonl"]
+    assert "5 files of the kind json" in said and "left out: ._a.jsonl (hidden), .git (hidden), b/.x (hidden)" in said
+    assert "b/up (a link to a directory around it)" in said and "and 4 more" in said
 
 
 def test_compressed_files_are_read_unless_they_are_copies(tmp_path: Path) -> None:
@@ -169,3 +169,40 @@ def test_a_replaced_file_is_read_anew(tmp_path: Path) -> None:
         path.write_text(json.dumps({"text": content}))
         os.utime(path, (1_700_000_000, 1_700_000_000))
         assert read(path)[0] == read(tmp_path)[0] == [content]
+
+
+def test_what_a_link_leads_to_a_second_time_is_read_once(tmp_path: Path) -> None:
+    root = put(tmp_path / "d", "v1/a.jsonl", "v1/b.jsonl")
+    (root / "latest").symlink_to("v1")
+    (root / "a_link.jsonl").symlink_to("v1/b.jsonl")
+    texts, said = read(root)
+    assert texts == ["v1/a.jsonl", "v1/b.jsonl"]
+    assert "a_link.jsonl (the same file as v1/b.jsonl), latest/a.jsonl (the same file as v1/a.jsonl)" in said
+
+
+def test_data_of_the_name_of_a_description_are_read_where_there_are_no_others(tmp_path: Path) -> None:
+    assert read(put(tmp_path / "one", "state.json"))[0] == ["state.json"]
+    assert read(put(tmp_path / "two", "state.json", "a.json"))[0] == ["a.json"]
+
+
+def test_a_licence_in_a_folder_is_no_data(tmp_path: Path) -> None:
+    root = put(tmp_path, "a.jsonl")
+    (root / "sub").mkdir()
+    (root / "sub" / "LICENSE.txt").write_text("As is.")
+    assert read(root)[0] == ["a.jsonl"]
+
+
+def test_a_column_of_the_prompt_may_be_absent_from_a_file(tmp_path: Path) -> None:
+    rows = [{"instruction": "add", "input": "1", "output": "2"}], [{"instruction": "sing", "output": "la"}]
+    for name, found in zip("ba", rows, strict=True):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    config = DataConfig(
+        train=str(tmp_path),
+        format="prompt_response",
+        prompt_columns=["instruction", "input"],
+        response_column="output",
+    )
+    ((_, block),) = open_documents(config, "train").blocks(0, 9)
+    assert block["input"] == [None, "1"]
+    with pytest.raises(DataError, match=r"has no column 'inputs' \(it has: instruction, output, input\)"):
+        open_documents(config.model_copy(update={"prompt_columns": ["instruction", "inputs"]}), "train")
