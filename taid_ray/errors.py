@@ -50,3 +50,10 @@ class MessageError(TaidRayError, ValueError):
 
 class NonFiniteLossError(TaidRayError, ArithmeticError):
     """The loss became NaN or infinite; the schedule's state was left untouched."""
+
+
+def shortened(error: BaseException | str, width: int = 300) -> str:
+    """Writes an error in one line of about `width` characters, cut behind a word, its type in front; or a text alone."""
+    kind = "" if isinstance(error, str) else f"{type(error).__name__}: "
+    line = " ".join(f"{kind}{error}".split())
+    return line if len(line) <= width else f"{line[: width - 4].rsplit(' ', 1)[0]} ..."

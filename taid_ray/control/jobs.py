@@ -18,7 +18,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from taid_ray.control.state import POLL_S
-from taid_ray.errors import ClusterError
+from taid_ray.errors import ClusterError, shortened
 
 CONNECT_TIMEOUT_S = 5.0
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
@@ -219,4 +219,4 @@ def _preferred(address: str) -> Iterator[None]:
 
 
 def _one_line(error: Any) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return shortened(str(error)) or type(error).__name__

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
 from taid_ray.data.messages import Message
-from taid_ray.errors import DataError
+from taid_ray.errors import DataError, shortened
 
 Tools = list[dict[str, Any]] | None
 
@@ -54,11 +54,11 @@ class ChatTemplate:
             tree = chat_template_utils._compile_jinja_template(source).environment.parse(source)
         except TemplateSyntaxError as error:
             raise DataError(
-                f"data.chat_template: not valid Jinja (line {error.lineno}: {_reason(error)}). Correct the template."
+                f"data.chat_template: not valid Jinja (line {error.lineno}: {shortened(str(error))}). Correct the template."
             ) from None
         except Exception as error:  # for example nested too deeply for the compiler
             raise DataError(
-                f"data.chat_template: cannot be compiled ({type(error).__name__}: {_reason(error)}). Correct the template."
+                f"data.chat_template: cannot be compiled ({shortened(error)}). Correct the template."
             ) from None
         names = {node.name for node in tree.find_all(nodes.Name)}
         if "lipsum" in names or any(node.name == "random" for node in tree.find_all(nodes.Filter)):
@@ -96,12 +96,12 @@ class ChatTemplate:
                 add_generation_prompt=generation_prompt,
             )
         except Exception as error:  # a template computes, so it may divide by zero, call itself for ever, ...
-            raise TemplateFailed(f"{type(error).__name__}: {_reason(error)}") from None
+            raise TemplateFailed(f"{shortened(error)}") from None
         return str(text)
 
     @cached_property
     def generation_prompt(self) -> str:
-        """What the template adds to ask for an answer, or the end of it; empty if that cannot be seen."""
+        """Text that the template adds to ask for an answer, or the end of it; empty if that cannot be seen."""
         question = [{"role": "user", "content": "0"}]
         try:
             without, prompted = self.render(question), self.render(question, generation_prompt=True)
@@ -125,8 +125,3 @@ def common_prefix(texts: Sequence[str]) -> str:
     """Returns the beginning that all texts have in common."""
     first, last = min(texts), max(texts)
     return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
-
-
-def _reason(error: Exception) -> str:
-    """Returns an error's message in one line."""
-    return " ".join(str(error).split())[:300]

@@ -73,7 +73,7 @@ def _outline(file: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _contents(data: Mapping[str, Any] | None) -> Any:
-    """What must be the same."""
+    """Lists what must be the same."""
     if data is None or "files" not in data:
         return data
     return [(file["kind"], file.get("digest") or (file["name"], file["bytes"])) for file in data["files"]]

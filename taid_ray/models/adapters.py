@@ -5,9 +5,9 @@ from typing import Any
 import torch
 
 from taid_ray.config.schema import LoraConfig
-from taid_ray.errors import ConfigError, ModelError
+from taid_ray.errors import ConfigError, ModelError, shortened
 from taid_ray.models.head import hidden_states
-from taid_ray.models.probes import attention_that_runs, probe_inputs
+from taid_ray.models.probes import attention_that_runs, of_the_machine, probe_inputs
 
 
 def add_lora(model: Any, lora: LoraConfig, seed: int) -> Any:
@@ -37,7 +37,7 @@ def add_lora(model: Any, lora: LoraConfig, seed: int) -> Any:
         except ValueError as error:
             raise ConfigError(
                 f"student.lora.target_modules: {type(model).__name__} takes no adapters there (found "
-                f"{lora.target_modules!r}): {' '.join(str(error).split())[:200]}"
+                f"{lora.target_modules!r}): {shortened(str(error))}"
             ) from None
     _refuse_tied(model)
     return adapted
@@ -76,11 +76,11 @@ def idle_adapters(model: Any) -> list[str]:
             hidden = hidden_states(model, probe_inputs(embedding.shape[0], embedding.device))
             model.get_output_embeddings()(hidden)
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error):
+        if of_the_machine(error):
             raise
         raise ModelError(
             f"student.lora.target_modules: {type(model).__name__} does not compute with adapters there "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); name other modules"
+            f"({shortened(error)}); name other modules"
         ) from error
     finally:
         for hook in hooks:

@@ -5,8 +5,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
-from taid_ray.errors import ConfigError, ModelError
-from taid_ray.models.loading import shortened
+from taid_ray.errors import ConfigError, ModelError, shortened
 
 PER_LAYER = {
     "activation_sparsity_pattern",

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from taid_ray.errors import ModelError
-from taid_ray.models.probes import PROBE_LENGTH, TOLERANCE, Probe, not_finite, probe_inputs, relative_difference
+from taid_ray.models.probes import (
+    PROBE_LENGTH,
+    TOLERANCE,
+    Probe,
+    not_finite,
+    of_the_machine,
+    probe_inputs,
+    relative_difference,
+)
 
 TYPICAL_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference of a position's hidden states computed in two shapes, relative to their norm, at half of the positions. At
@@ -163,7 +171,7 @@ def _has_gradient(probe: Probe, ids: Tensor, kept: Places, moved: Places, packed
             total = probe.of_documents(ids, packed)[kept].float().square().sum()
         gradients = torch.autograd.grad(total, embedded)
     except (RuntimeError, ValueError) as error:
-        if type(error) not in (RuntimeError, NotImplementedError, ValueError):  # no memory, or a failure of the device
+        if of_the_machine(error):
             raise
         return None
     finally:

@@ -4,7 +4,6 @@
 """
 
 import json
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from taid_ray.config.schema import StudentConfig, TeacherConfig
-from taid_ray.errors import ModelError
+from taid_ray.errors import ModelError, shortened
 from taid_ray.models.tokenizer import check_tokenizer
 
 Source = TeacherConfig | StudentConfig
@@ -209,7 +208,7 @@ def _explained(source: Source, what: str) -> Iterator[str]:
 
 
 def implementation(attention: str) -> str | None:
-    """What transformers takes as `attn_implementation` for a value of the key `attention`; None lets it choose."""
+    """Translates a value of the key `attention` to the `attn_implementation` of transformers; None lets that choose."""
     return None if attention == "auto" else attention
 
 
@@ -246,12 +245,6 @@ def explained_attention(attention: str, section: str) -> Iterator[None]:
             f"{section}.attention = {attention} cannot be used on this machine; set {section}.attention: auto, or install "
             f"flash attention on all machines of the {section} ({shortened(error)})"
         ) from error
-
-
-def shortened(error: BaseException | str, width: int = 300) -> str:
-    """An error in one line of at most `width` characters, cut behind a word, its type in front."""
-    kind = "" if isinstance(error, str) else f"{type(error).__name__}: "
-    return textwrap.shorten(f"{kind}{error}", width, placeholder=" ...")
 
 
 def _remedy(section: str, error: Exception, is_local: bool, what: str) -> str:

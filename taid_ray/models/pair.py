@@ -15,7 +15,7 @@ from taid_ray.models.loading import (
 )
 from taid_ray.models.saving import check_architecture
 from taid_ray.models.student_init import check_student, has_teacher_tokenizer, student_model_config
-from taid_ray.models.tokenizer import check_saved_tokenizer, check_size
+from taid_ray.models.tokenizer import added_ids, check_saved_tokenizer, check_size
 from taid_ray.models.vocabulary import Vocabulary, align
 
 
@@ -72,8 +72,3 @@ def shared_vocabulary(config: DistillConfig, teacher_config: Any, student_config
         student.resize_to_teacher,
         (added_ids(teacher_tokenizer), added_ids(student_tokenizer)),
     )
-
-
-def added_ids(tokenizer: Any) -> set[int]:
-    """The ids of special tokens, and of others that were added to the vocabulary of a transformers tokenizer."""
-    return {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}

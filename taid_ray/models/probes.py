@@ -93,6 +93,12 @@ def not_finite(dtype: torch.dtype, section: str) -> str:
     return f"not finite in {name}; {remedy}"
 
 
+def of_the_machine(error: BaseException) -> bool:
+    """Tells whether an error is the machine's and not the model's: no memory, or a failure of a device."""
+    special = isinstance(error, RuntimeError) and type(error) not in (RuntimeError, NotImplementedError)
+    return special or any(word in str(error) for word in ("CUDA", "can't allocate memory"))
+
+
 @contextmanager
 def attention_that_runs(model: Any, device: torch.device) -> Iterator[None]:
     """Replaces flash attention by sdpa, meanwhile, for a model that is not on a GPU yet."""

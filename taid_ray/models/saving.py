@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from taid_ray.config.schema import DistillConfig, LoraConfig
-from taid_ray.errors import ConfigError, ModelError
+from taid_ray.errors import ConfigError, ModelError, shortened
 from taid_ray.files import give_usual_mode
 from taid_ray.models.adapters import add_lora
 from taid_ray.models.loading import load_generation_config
@@ -143,7 +143,7 @@ def _try_generation_config(generation_config: Any, directory: str) -> None:
     except ValueError as error:
         raise ModelError(
             "the student's generation_config.json can be loaded, but not saved with the trained model "
-            f"({' '.join(str(error).split())[:300]}); correct it where the student comes from"
+            f"({shortened(str(error))}); correct it where the student comes from"
         ) from None
 
 
@@ -178,6 +178,6 @@ def _assign(model: Any, state: Mapping[str, Tensor]) -> None:
 def _cannot_be_saved(name: str, error: Exception) -> ModelError:
     return ModelError(
         f"the student, a {name}, cannot be saved as a Hugging Face model "
-        f"({type(error).__name__}: {' '.join(str(error).split())[:300]}), so it is not trained; choose another student, or "
+        f"({shortened(error)}), so it is not trained; choose another student, or "
         "report its name"
     )

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taid_ray.errors import ModelError
+from taid_ray.errors import ModelError, shortened
 from taid_ray.models.head import Head, computes_one_row, head_of, hidden_states, whole_tensor
 from taid_ray.models.isolation import check_probe
-from taid_ray.models.loading import shortened
 from taid_ray.models.probes import (
     PROBE_LENGTH,
     attention_that_runs,
     not_finite,
+    of_the_machine,
     probe_inputs,
     probe_of,
     relative_difference,
@@ -51,18 +51,15 @@ def explained_tests(model: Any, key: str, shared: bool = False) -> Iterator[None
     Leaves alone what may be the machine's fault: no memory, a failure of a GPU, or, where a model is `shared` by several
     processes, the loss of another one.
     """
-    kinds = (TypeError, ValueError, LookupError, AttributeError, NotImplementedError, AssertionError, RuntimeError)
+    kinds = (TypeError, ValueError, LookupError, AttributeError, AssertionError, RuntimeError)
     try:
         yield
     except ModelError as error:
         raise ModelError(f"{key}: {error}") from error
     except kinds as error:
-        if isinstance(error, RuntimeError):
-            of_tensors = any(
-                word in str(error) for word in ("dtype", "scalar type", "shape", "size of tensor", "DTensor")
-            )
-            if type(error) is not RuntimeError or "CUDA" in str(error) or (shared and not of_tensors):
-                raise
+        of_tensors = any(word in str(error) for word in ("dtype", "scalar type", "shape", "size of tensor", "DTensor"))
+        if of_the_machine(error) or (shared and type(error) is RuntimeError and not of_tensors):
+            raise
         found, section, remedy = shortened(error), key.partition(".")[0], "choose another model"
         if "sdpa" in found or "scaled_dot_product" in found:
             remedy = f"set {section}.attention: eager"

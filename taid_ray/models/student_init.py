@@ -7,7 +7,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from taid_ray.config.schema import DistillConfig, StudentConfig, TeacherConfig
-from taid_ray.errors import ConfigError, ModelError
+from taid_ray.errors import ConfigError, ModelError, shortened
 from taid_ray.models.adapters import add_lora
 from taid_ray.models.cut import keep_layers, kept_state
 from taid_ray.models.loading import (
@@ -16,7 +16,6 @@ from taid_ray.models.loading import (
     load_causal_lm,
     load_generation_config,
     load_model_config,
-    shortened,
 )
 from taid_ray.models.vocabulary import Vocabulary
 

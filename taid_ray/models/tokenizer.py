@@ -85,12 +85,17 @@ def check_saved_tokenizer(tokenizer: Any, model_config: Any) -> None:
 
 def probes(tokenizer: Any) -> list[str]:
     """The texts of PROBES ordinary tokens that hold a letter or digit, spread over the vocabulary; fewer if there are no more."""
-    special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
-    ids = [index for index in sorted(tokenizer.get_vocab().values()) if index not in special]
+    added = added_ids(tokenizer)
+    ids = [index for index in sorted(tokenizer.get_vocab().values()) if index not in added]
     step = max(1, len(ids) // (2 * PROBES))
     # WordPiece writes ## before what continues a word.
     words = [tokenizer.decode([index]).strip().removeprefix("##") for index in ids[::step]]
     return [word for word in words if any(map(str.isalnum, word)) and "\ufffd" not in word][:PROBES]
+
+
+def added_ids(tokenizer: Any) -> set[int]:
+    """Lists the ids of special tokens, and of others that were added to the vocabulary of a transformers tokenizer."""
+    return {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
 
 
 def _letters(text: str) -> str:

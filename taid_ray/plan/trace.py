@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from taid_ray.config.schema import LoraConfig
-from taid_ray.errors import ModelError
+from taid_ray.errors import ModelError, shortened
 from taid_ray.models.adapters import add_lora
 from taid_ray.models.head import hidden_states
 from taid_ray.models.student_init import from_architecture
@@ -149,11 +149,10 @@ def trace(model_config: Any, traced: Pass) -> Activations:
                     "position_ids": torch.arange(traced.length).expand(traced.rows, -1),
                 }
                 return _count(whole, lambda: hidden_states(model, inputs), traced.learns)
-        except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-            shown = " ".join(str(error).split())[:150]
+        except (RuntimeError, TypeError, ValueError) as error:
             raise ModelError(
                 f"{traced.key}: the memory of {type(model_config).__name__} cannot be found out without running it "
-                f"({type(error).__name__}: {shown}); choose another architecture to plan with"
+                f"({shortened(error)}); choose another architecture to plan with"
             ) from error
 
 

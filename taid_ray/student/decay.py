@@ -14,15 +14,11 @@ NORM = re.compile(r"norm(?!al)", re.IGNORECASE)
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """AdamW groups of the trained parameters of a model: those that decay, and those that do not."""
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    decaying = [decays(name, parameter, model.get_submodule(name.rpartition(".")[0])) for name, parameter in trained]
-    groups = [
-        {
-            "params": [p for (_, p), found in zip(trained, decaying, strict=True) if found is wanted],
-            "weight_decay": rate,
-        }
-        for wanted, rate in ((True, weight_decay), (False, 0.0))
-    ]
-    return [group for group in groups if group["params"]]
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in trained:
+        groups[decays(name, parameter, model.get_submodule(name.rpartition(".")[0]))].append(parameter)
+    rates = {True: weight_decay, False: 0.0}
+    return [{"params": found, "weight_decay": rates[decayed]} for decayed, found in groups.items() if found]
 
 
 def decays(name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:

@@ -1,7 +1,5 @@
 """The tests of `models.isolation` as the student is trained: in its engine, on its device, in its dtype, with long rows."""
 
-from torch import Tensor
-
 from taid_ray.models.head import computes_one_row
 from taid_ray.models.isolation import check_probe
 from taid_ray.models.probes import Probe, is_mixture, long_probe
@@ -16,14 +14,10 @@ def check_engine(student: Student, vocab_rows: int) -> None:
     to probes.LONG_PROBE. Raises ModelError.
     """
     model, data = student.causal_lm, student.config.data
-
-    def compute(inputs: dict[str, Tensor]) -> Tensor:
-        return student.hidden(inputs)
-
     probe = Probe(
         name=type(model).__name__,
         section="student",
-        compute=compute,
+        compute=student.hidden,
         vocab_rows=vocab_rows,
         everywhere=lambda holds: not any(student.world.sum([float(not holds)])),
         device=student.device,

@@ -15,7 +15,7 @@ from taid_ray.data.chat import chat_template
 from taid_ray.data.dataset import START, Cursor, TrainingData, validation_rows
 from taid_ray.data.fingerprint import check_outline
 from taid_ray.data.shared_ids import check_ids
-from taid_ray.errors import CheckpointError, NonFiniteLossError, RunError
+from taid_ray.errors import CheckpointError, NonFiniteLossError, RunError, shortened
 from taid_ray.files import write_json
 from taid_ray.models.pair import run_tokenizer
 from taid_ray.models.self_test import tested_head
@@ -203,8 +203,8 @@ def not_written(config: DistillConfig, error: Exception, writer: CheckpointWrite
     else:
         next_time = f"it trains again from {f'step {writer.newest}' if writer.newest else 'the beginning'}"
     return (
-        f"the run is trained, but its model could not be written to {config.run_dir / 'model'} ({type(error).__name__}: "
-        f"{' '.join(str(error).split())[:300]}). {writer.describe_newest()} Make room there, or put right what is wrong, "
+        f"the run is trained, but its model could not be written to {config.run_dir / 'model'} "
+        f"({shortened(error)}). {writer.describe_newest()} Make room there, or put right what is wrong, "
         f"and give the same command again: {next_time}"
     )
 

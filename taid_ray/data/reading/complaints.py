@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from taid_ray.data.columns import Column
-from taid_ray.errors import DataError
+from taid_ray.errors import DataError, shortened
 
 
 @contextmanager
@@ -18,8 +18,7 @@ def explained(source: str, what: str) -> Iterator[None]:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        reason = " ".join(str(cause).split()) or type(cause).__name__
-        raise DataError(f"{source} {what} ({reason[:300]}).") from None
+        raise DataError(f"{source} {what} ({shortened(str(cause)) or type(cause).__name__}).") from None
 
 
 def empty(source: str) -> DataError:

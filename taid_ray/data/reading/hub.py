@@ -119,7 +119,7 @@ class HubDocuments:
 
 
 def _values(block: Columns, names: Sequence[str], count: int) -> list[Any]:
-    """Of each row the first value that it has under one of the names; None without any."""
+    """Lists of each row the first value that it has under one of the names; None without any."""
     found = [block[name] for name in names if block.get(name)]
     if len(found) == 1:
         return found[0]

@@ -10,7 +10,7 @@ import yaml
 
 from taid_ray.data.reading.kinds import SUPPORTED, DataFile, kind_of
 from taid_ray.data.reading.splits import Choice, listed
-from taid_ray.errors import DataError
+from taid_ray.errors import DataError, shortened
 
 SAVED_DICT, SAVED_STATE = "dataset_dict.json", "state.json"
 METADATA = ("dataset_info.json", "dataset_infos.json", SAVED_DICT, SAVED_STATE)
@@ -74,10 +74,9 @@ def configured_files(directory: Path, choice: Choice) -> tuple[list[DataFile], l
             builder = datasets.load_dataset_builder(str(directory), choice.subset, cache_dir=cache)
         found = {str(split): [Path(file) for file in files] for split, files in builder.config.data_files.items()}
     except (ValueError, OSError) as error:  # no such subset, or no files of such a name
-        reason = " ".join(str(error).split())[:300]
         raise DataError(
-            f"{choice.source}: the subsets that its README.md describes cannot be used ({reason}). Set data.subset, or name "
-            f"a file."
+            f"{choice.source}: the subsets that its README.md describes cannot be used "
+            f"({shortened(str(error))}). Set data.subset, or name a file."
         ) from None
     subset = builder.config.name
     split = choice.among(list(found), f"the subset {subset!r} of {choice.source}")

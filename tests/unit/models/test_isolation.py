@@ -266,8 +266,12 @@ def test_what_a_model_raises_at_its_test_is_one_sentence(monkeypatch: pytest.Mon
         ModelError, match=r"^student\.model: LlamaForCausalLM cannot compute .*; set student\.dtype: float32$"
     ):
         self_test.tested_head(found, "student.model", packed=True)
+    with pytest.raises(ModelError, match="cannot compute"), self_test.explained_tests(found, "student.model"):
+        raise NotImplementedError("no kernel for this layer")
     with pytest.raises(torch.OutOfMemoryError), self_test.explained_tests(found, "student.model"):
         raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(RuntimeError, match="DefaultCPU"), self_test.explained_tests(found, "student.model"):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
     mixed = RuntimeError(
         "aten.where.self got mixed torch.Tensor and DTensor, need to convert all torch.Tensor to DTensor"
     )

@@ -110,6 +110,15 @@ class LocalScheduler:
 steps: list[int] = []
 
 
+@pytest.fixture
+def lone_worker(monkeypatch: pytest.MonkeyPatch, one_process_group: None) -> None:
+    """A worker that is the only one, with a scheduler in its own process."""
+    monkeypatch.setattr(context, "World", SimpleNamespace(current=World))
+    monkeypatch.setattr(context, "SchedulerClient", LocalScheduler)
+    monkeypatch.setattr(context, "watch_node", lambda world: None)
+    steps.clear()
+
+
 def worked(config: DistillConfig, attempt: int) -> Outcome | None:
     """Runs the only worker of an attempt in this process."""
     spec = prepare(config)
@@ -119,14 +128,10 @@ def worked(config: DistillConfig, attempt: int) -> Outcome | None:
         return run_worker(WorkerSpec(config, spec, "cpu", aggregator, "", run.checkpoints, attempt))
 
 
-@pytest.mark.usefixtures("one_process_group")
+@pytest.mark.usefixtures("lone_worker")
 def test_a_run_that_could_not_save_its_model_saves_it_later_without_training(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(context, "World", SimpleNamespace(current=World))
-    monkeypatch.setattr(context, "SchedulerClient", LocalScheduler)
-    monkeypatch.setattr(context, "watch_node", lambda world: None)
-    steps.clear()
     config = build_config(config_for(TIED).model_dump() | {"out": str(tmp_path / "run")})
     (tmp_path / "run").mkdir()
     refused = pytest.raises(
@@ -147,14 +152,11 @@ def test_a_run_that_could_not_save_its_model_saves_it_later_without_training(
     assert not list((tmp_path / "run" / "checkpoints").iterdir())  # a finished run has no use for it
 
 
-@pytest.mark.usefixtures("one_process_group")
+@pytest.mark.usefixtures("lone_worker")
 @pytest.mark.parametrize("model_too", [False, True])
 def test_a_checkpoint_of_the_last_step_that_fails_keeps_no_model_from_being_saved(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_too: bool
 ) -> None:
-    monkeypatch.setattr(context, "World", SimpleNamespace(current=World))
-    monkeypatch.setattr(context, "SchedulerClient", LocalScheduler)
-    monkeypatch.setattr(context, "watch_node", lambda world: None)
 
     def stuck(self: CheckpointWriter) -> None:
         if self._thread is not None:
@@ -175,16 +177,12 @@ def test_a_checkpoint_of_the_last_step_that_fails_keeps_no_model_from_being_save
         assert isinstance(worked(config, 1), Finished) and (tmp_path / "run/model/model.safetensors").exists()
 
 
-@pytest.mark.usefixtures("one_process_group")
+@pytest.mark.usefixtures("lone_worker")
 def test_a_worker_trains_no_student_that_mixes_documents_in_its_engine(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """It passes the test on the CPU, before DeepSpeed, where kernels and dtype are others."""
-    monkeypatch.setattr(context, "World", SimpleNamespace(current=World))
-    monkeypatch.setattr(context, "SchedulerClient", LocalScheduler)
-    monkeypatch.setattr(context, "watch_node", lambda world: None)
     monkeypatch.setattr(engine, "hidden_states", lambda *given: hidden_states(*given).cumsum(1))
-    steps.clear()
     config = build_config(config_for(TIED).model_dump() | {"out": str(tmp_path / "run")})
     with pytest.raises(ModelError, match=r"^student\.model: .* see each other .* data\.pack: false"):
         worked(config, 1)
