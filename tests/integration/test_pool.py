@@ -13,6 +13,7 @@ import pytest
 import ray
 import torch
 from ray import serve
+from ray.serve.handle import DeploymentResponse
 
 from taid_ray.config.schema import TeacherConfig
 from taid_ray.data.batch import NO_LABEL, Batch, Row, collate
@@ -276,13 +277,30 @@ def seconds_computed(title: str) -> dict[int, float]:
 def test_a_replica_refuses_what_it_has_already(
     pools: dict[str, TeacherInfo], connect: Callable[[str], PoolTeacher]
 ) -> None:
+    """Of two copies of a request that wait for a frozen shard, the later one; which one comes later is Serve's choice."""
     connect("shards")
-    handle, rows = serve.get_app_handle("shards"), torch.zeros(64, 256, dtype=torch.int64)
+    handle, rows = serve.get_app_handle("shards"), torch.zeros(4, 8, dtype=torch.int64)
     request = ScoreRequest.of(Batch({"input_ids": rows}, torch.arange(4), torch.zeros(4, dtype=torch.int64)))
-    first, second = (handle.score.remote(request, "id") for _ in range(2))
-    with pytest.raises(AlreadyHereError):
-        second.result(timeout_s=60)
-    assert first.result(timeout_s=60).payload["hidden"][1] == (4, 32)
+    (shard,) = processes("TeacherShard")
+    shard.suspend()
+    try:
+        copies = [handle.score.remote(request, "id") for _ in range(2)]
+        wait_until(lambda: any(map(is_refused, copies)), "a refusal")
+    finally:
+        shard.resume()
+    (answered,) = (copy for copy in copies if not is_refused(copy))
+    assert answered.result(timeout_s=60).payload["hidden"][1] == (4, 32)
+
+
+def is_refused(copy: DeploymentResponse[ScoreResponse]) -> bool:
+    """Whether the replica said that it has this request already."""
+    try:
+        copy.result(timeout_s=0.05)
+    except AlreadyHereError:
+        return True
+    except TimeoutError:
+        pass
+    return False
 
 
 class Rank:
