@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 from rich.table import Table
@@ -108,8 +109,8 @@ def _step(number: int) -> StepBatches:
     generator = torch.Generator().manual_seed(number)
     rows = []
     for _ in range(ROWS):
-        ids = torch.randint(VOCABULARY, (LENGTH,), generator=generator).tolist()
-        rows.append(Row(ids, list(range(LENGTH)), [*ids[1:], NO_LABEL]))
+        ids = torch.randint(VOCABULARY, (LENGTH,), generator=generator).numpy()
+        rows.append(Row(ids, np.arange(LENGTH), np.append(ids[1:], NO_LABEL)))
     size = ROWS // ACCUMULATION
     batches = [collate(rows[start : start + size]) for start in range(0, ROWS, size)]
     return StepBatches(batches, ROWS * (LENGTH - 1), Cursor())

@@ -155,7 +155,7 @@ def train(
 
 def global_batches(world_size: int) -> Iterator[tuple[list[Row], Cursor]]:
     """A row for each worker; every position carries loss."""
-    row = Row(list(range(TOKENS)), list(range(TOKENS)), list(range(TOKENS)))
+    row = Row(np.arange(TOKENS), np.arange(TOKENS), np.arange(TOKENS))
     return repeat(([row] * world_size, Cursor()), TOTAL_STEPS)
 
 

@@ -6,29 +6,54 @@ Shape letters used in this package: B rows, T positions, N loss positions, V voc
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 NO_LABEL = -100
 PAD_ID = 0
 
+Ints = NDArray[np.int64]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Row:
-    """One row of a global batch, at most `sequence_length` long. The three lists have equal length."""
+    """One row of a global batch, at most `sequence_length` long. The three arrays, of int64, have equal length.
 
-    input_ids: list[int]
-    position_ids: list[int]
+    Lists are made into arrays. Rows are equal if all they hold is equal.
+    """
+
+    input_ids: Ints
+    position_ids: Ints
     """Position inside its own document: restarts at 0 where the next document of a packed row begins."""
-    targets: list[int]
+    targets: Ints
     """targets[i] is the token that position i predicts, or NO_LABEL where i is not a loss position."""
     documents: tuple[int, ...] = ()
     """Numbers, from 1, of the documents in the dataset that its samples come from, in order."""
 
+    def __post_init__(self) -> None:
+        for name in ("input_ids", "position_ids", "targets"):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=np.int64))
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Row)
+            and self.documents == other.documents
+            and np.array_equal(self.input_ids, other.input_ids)
+            and np.array_equal(self.position_ids, other.position_ids)
+            and np.array_equal(self.targets, other.targets)
+        )
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples: positions at which a document, or a piece of one, begins."""
+        return int(np.count_nonzero(self.position_ids == 0))
+
     @property
     def num_loss_tokens(self) -> int:
         """Number of loss positions."""
-        return sum(target != NO_LABEL for target in self.targets)
+        return int(np.count_nonzero(self.targets != NO_LABEL))
 
 
 @dataclass(frozen=True)
@@ -55,20 +80,19 @@ def collate(rows: Sequence[Row]) -> Batch:
     real tokens never see what follows.
     No rows at all give one padding token and N = 0, so that a rank without work still joins the collectives.
     """
-    rows = rows or [Row([PAD_ID], [0], [NO_LABEL])]
-    length = max(len(row.input_ids) for row in rows)
-
-    input_ids, position_ids, targets = [], [], []
-    for row in rows:
-        missing = length - len(row.input_ids)
-        next_position = row.position_ids[-1] + 1
-        input_ids.append(row.input_ids + [PAD_ID] * missing)
-        position_ids.append([*row.position_ids, *range(next_position, next_position + missing)])
-        targets.append(row.targets + [NO_LABEL] * missing)
-    flat_targets = torch.tensor(targets).flatten()
-    loss_positions = (flat_targets != NO_LABEL).nonzero().flatten()
+    rows = rows or [Row(*(np.array([value]) for value in (PAD_ID, 0, NO_LABEL)))]
+    shape = (len(rows), max(len(row.input_ids) for row in rows))
+    input_ids, targets = np.full(shape, PAD_ID, dtype=np.int64), np.full(shape, NO_LABEL, dtype=np.int64)
+    position_ids = np.empty(shape, dtype=np.int64)
+    for number, row in enumerate(rows):
+        length, following = len(row.input_ids), row.position_ids[-1] + 1
+        input_ids[number, :length], targets[number, :length] = row.input_ids, row.targets
+        position_ids[number, :length] = row.position_ids
+        position_ids[number, length:] = np.arange(following, following + shape[1] - length)
+    flat_targets = targets.reshape(-1)
+    loss_positions = np.flatnonzero(flat_targets != NO_LABEL)
     return Batch(
-        inputs={"input_ids": torch.tensor(input_ids), "position_ids": torch.tensor(position_ids)},
-        loss_positions=loss_positions,
-        labels=flat_targets[loss_positions],
+        inputs={"input_ids": torch.from_numpy(input_ids), "position_ids": torch.from_numpy(position_ids)},
+        loss_positions=torch.from_numpy(loss_positions),
+        labels=torch.from_numpy(flat_targets[loss_positions]),
     )

@@ -135,7 +135,7 @@ class TrainingData:
                 rows = self._block_rows(self._encoder, epoch, block, *documents)
                 found += len(rows)
                 for number, row in enumerate(rows[skip:], skip + 1):
-                    samples += row.position_ids.count(0)
+                    samples += row.num_samples
                     yield row, Cursor(epoch, block, number, samples)
                 skip = 0
             if first == 0 and not found:

@@ -4,6 +4,8 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from taid_ray.data.batch import NO_LABEL, Row
 
 
@@ -76,12 +78,11 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def _row(samples: Sequence[Sample]) -> Row:
-    row = Row([], [], [], tuple(sample.document for sample in samples))
-    for sample in samples:
-        ids, mask = sample.input_ids, sample.loss_mask
-        row.input_ids.extend(ids)
-        row.position_ids.extend(range(len(ids)))
-        # The last position of a sample would predict into the next document.
-        row.targets.extend(ids[i] if mask[i] else NO_LABEL for i in range(1, len(ids)))
-        row.targets.append(NO_LABEL)
-    return row
+    lengths = [len(sample.input_ids) for sample in samples]
+    ids = np.array([token for sample in samples for token in sample.input_ids], dtype=np.int64)
+    mask = np.array([carries for sample in samples for carries in sample.loss_mask], dtype=bool)
+    starts = np.cumsum([0, *lengths[:-1]])
+    mask[starts] = False  # the last position of a sample would predict into the next document
+    targets = np.where(np.roll(mask, -1), np.roll(ids, -1), NO_LABEL)
+    positions = np.arange(len(ids)) - np.repeat(starts, lengths)
+    return Row(ids, positions, targets, tuple(sample.document for sample in samples))

@@ -9,7 +9,7 @@ from taid_ray.errors import DataError
 def check_ids(rows: Iterable[Row], num_shared: int, tokens: Mapping[str, int] | None = None) -> None:
     """Raises DataError if an input (and so a target) id is not shared. `tokens` (token to id) gives the message its name."""
     for number, row in enumerate(rows, 1):
-        worst = max(row.input_ids)
+        worst = int(row.input_ids.max())
         if worst < num_shared:
             continue
         names = [repr(token) for token, index in (tokens or {}).items() if index == worst]

@@ -117,7 +117,7 @@ def check_fits(config: DistillConfig, spec: RunSpec, tokenizer: Any) -> int:
     per_token = payload_bytes_per_token(config, model_configs(config)[0], spec.vocabulary)
     rows = tokens = samples = 0
     for row in all_rows(config, spec, tokenizer):
-        rows, tokens, samples = rows + 1, tokens + row.num_loss_tokens, samples + row.position_ids.count(0)
+        rows, tokens, samples = rows + 1, tokens + row.num_loss_tokens, samples + row.num_samples
     needed = (tokens * per_token + samples * (BLOCK + HEADER_BYTES)) / FULL / 2**30
     if needed > config.cache.disk_gib:
         enough = math.ceil(needed * 1000) / 1000 if needed < 10 else math.ceil(needed)

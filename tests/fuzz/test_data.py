@@ -87,9 +87,9 @@ def config_of(train: str, chosen: dict[str, Any]) -> DataConfig:
 
 def check_row(row: Row) -> None:
     """What the model and the loss rely on."""
-    ids, positions, targets = row.input_ids, row.position_ids, row.targets
+    ids, positions, targets = row.input_ids.tolist(), row.position_ids.tolist(), row.targets.tolist()
     assert 1 <= len(ids) == len(positions) == len(targets) <= LENGTH
-    assert all(type(token) is int and 0 <= token < len(TOKENIZER) for token in ids)
+    assert all(0 <= token < len(TOKENIZER) for token in ids)
     assert positions[0] == 0 and all(b in (0, a + 1) for a, b in pairwise(positions))
     for at, target in enumerate(targets):
         assert target == NO_LABEL or (target == ids[at + 1] and positions[at + 1])

@@ -35,10 +35,10 @@ def reference_run(config: DistillConfig) -> list[dict[str, float]]:
     for n in range(train.steps):
         rows, _ = next(data)
         cross_entropy = entropy = torch.zeros((), dtype=torch.float64)
-        tokens = sum(target != NO_LABEL for row in rows for target in row.targets)
+        tokens = sum(int(target) != NO_LABEL for row in rows for target in row.targets)
         optimizer.zero_grad()
         for row in rows:
-            inputs = {"input_ids": torch.tensor([row.input_ids]), "position_ids": torch.tensor([row.position_ids])}
+            inputs = {name: torch.tensor(getattr(row, name)[None]) for name in ("input_ids", "position_ids")}
             chosen = torch.tensor(row.targets) != NO_LABEL
             student_logits = student(**inputs, use_cache=False).logits[0, chosen]
             with torch.no_grad():

@@ -51,7 +51,7 @@ def samples_of(batch: Batch, fingerprint: str, with_labels: bool) -> list[KeyedS
         key = _key(fingerprint, ids[part], positions[part], where, wanted if with_labels else wanted[:0])
         targets = np.full(part.stop - start, NO_LABEL)
         targets[where] = wanted
-        row = Row(ids[part].tolist(), positions[part].tolist(), targets.tolist())
+        row = Row(ids[part], positions[part], targets)
         samples.append(KeyedSample(key, row, int(last - first)))
     return samples
 
@@ -70,9 +70,9 @@ def batch_of_samples(samples: Sequence[KeyedSample], length: int, pack: bool) ->
 
 def _joined(rows: Sequence[Row]) -> Row:
     return Row(
-        [token for row in rows for token in row.input_ids],
-        [position for row in rows for position in row.position_ids],
-        [target for row in rows for target in row.targets],
+        np.concatenate([row.input_ids for row in rows]),
+        np.concatenate([row.position_ids for row in rows]),
+        np.concatenate([row.targets for row in rows]),
     )
 
 

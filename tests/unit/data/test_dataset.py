@@ -151,7 +151,7 @@ def test_a_cursor_continues_exactly(tmp_path: Path, tokenizer: Any, streaming: b
         assert again == whole[at + 1 :]
     last = whole[-1][1]
     assert last.epoch >= 2
-    assert last.samples == sum(row.position_ids.count(0) for batch, _ in whole for row in batch)
+    assert last.samples == sum(row.num_samples for batch, _ in whole for row in batch)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "txt", "parquet", "csv"])
@@ -203,7 +203,7 @@ def test_a_row_knows_the_documents_it_is_made_of(tmp_path: Path, tokenizer: Any,
     config = config_of(path, sequence_length=32, streaming=streaming)
     rows = all_training_rows(config, tokenizer)
     assert {document for row in rows for document in row.documents} == {*range(5, 42)} - {21}
-    assert all(len(row.documents) == row.position_ids.count(0) for row in rows)
+    assert all(len(row.documents) == row.num_samples for row in rows)
     for row in rows:
         samples = texts_of([row], tokenizer)
         assert all(s in texts[d - 1] + "</s>" for d, s in zip(row.documents, samples, strict=True))
@@ -255,10 +255,10 @@ def test_chat_learns_what_the_assistant_says(tmp_path: Path, tokenizer: Any, tem
     config = config_of(path, format="chat", sequence_length=256, chat_template=template)
     (row,) = validation_rows(config, tokenizer)
     full = tokenizer.apply_chat_template(CHAT, chat_template=template, tokenize=False)
-    assert row.input_ids == tokenizer(full, add_special_tokens=False)["input_ids"]
+    assert row.input_ids.tolist() == tokenizer(full, add_special_tokens=False)["input_ids"]
     assert learnt(row, tokenizer) == "the cat sat<|im_end|>\nthe dog é sat<|im_end|>\n" + closing
     (row,) = validation_rows(config.model_copy(update={"loss_on": "all"}), tokenizer)
-    assert row.targets == [*row.input_ids[1:], NO_LABEL]
+    assert row.targets.tolist() == [*row.input_ids[1:], NO_LABEL]
 
 
 def test_tokens_inside_spans() -> None:
@@ -445,7 +445,7 @@ def test_the_bundled_tokenizer_brings_bos_and_eos(tmp_path: Path) -> None:
     (row,) = validation_rows(config_of(write(tmp_path / "d.jsonl", [{"text": "Once upon a time"}])), llama)
     assert row.input_ids[0] == llama.bos_token_id
     assert row.input_ids[-1] == llama.eos_token_id
-    assert row.input_ids.count(llama.eos_token_id) == 1
+    assert row.input_ids.tolist().count(llama.eos_token_id) == 1
 
 
 @needs_shared

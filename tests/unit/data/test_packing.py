@@ -28,7 +28,7 @@ def sample_lists(draw: st.DrawFn) -> list[Sample]:
 def documents(row: Row) -> list[tuple[int, ...]]:
     """The samples of a row, told apart by their position ids alone."""
     starts = [i for i, position in enumerate(row.position_ids) if position == 0] + [len(row.input_ids)]
-    return [tuple(row.input_ids[a:b]) for a, b in pairwise(starts)]
+    return [tuple(row.input_ids[a:b].tolist()) for a, b in pairwise(starts)]
 
 
 @settings(deadline=None, max_examples=150)
@@ -39,10 +39,10 @@ def test_every_sample_is_in_exactly_one_row(samples: list[Sample], pack: bool) -
     for row in rows:
         assert 1 <= len(row.input_ids) <= LENGTH
         assert len(row.position_ids) == len(row.targets) == len(row.input_ids)
-        assert row.position_ids == [i for d in documents(row) for i in range(len(d))]
+        assert row.position_ids.tolist() == [i for d in documents(row) for i in range(len(d))]
         assert row.documents == tuple(d[0] for d in documents(row))
     if not pack:
-        assert [row.input_ids for row in rows] == [s.input_ids for s in samples]
+        assert [row.input_ids.tolist() for row in rows] == [s.input_ids for s in samples]
 
 
 @settings(deadline=None, max_examples=150)
@@ -56,7 +56,11 @@ def test_targets_are_the_next_token_of_the_same_sample_where_the_mask_says_so(
             inside = i + 1 < len(sample.input_ids) and sample.loss_mask[i + 1]
             expected[token] = sample.input_ids[i + 1] if inside else NO_LABEL
     rows = to_rows(samples, LENGTH, pack)
-    found = {token: target for row in rows for token, target in zip(row.input_ids, row.targets, strict=True)}
+    found = {
+        token: target
+        for row in rows
+        for token, target in zip(row.input_ids.tolist(), row.targets.tolist(), strict=True)
+    }
     assert found == expected
     assert sum(row.num_loss_tokens for row in rows) == sum(s.num_loss_tokens for s in samples)
 
