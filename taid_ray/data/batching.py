@@ -1,16 +1,19 @@
 """Division of a global batch's rows among ranks and micro-batches."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 from math import ceil
 
 from taid_ray.data.batch import Row
 
 
+def share(count: int, part: int, parts: int) -> slice:
+    """Returns where, among `count` items in `parts` contiguous parts, part number `part` is. Lengths differ by at most one."""
+    return slice(count * part // parts, count * (part + 1) // parts)
+
+
 def split_evenly(rows: Sequence[Row], parts: int) -> list[Sequence[Row]]:
     """Cuts rows into contiguous parts whose lengths differ by at most one; some are empty if there are fewer rows than parts."""
-    edges = [len(rows) * part // parts for part in range(parts + 1)]
-    return [rows[start:stop] for start, stop in pairwise(edges)]
+    return [rows[share(len(rows), part, parts)] for part in range(parts)]
 
 
 def num_micro_batches(batch_size: int, micro_batch_size: int, world_size: int) -> int:

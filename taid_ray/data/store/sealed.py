@@ -1,0 +1,67 @@
+"""Arrow files that are there whole or not at all: NAME.arrow, and NAME.json with its size and checksum, written last."""
+
+import os
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import xxhash
+
+from taid_ray.errors import RunError
+from taid_ray.files import read_json, write_json
+
+PIECE = 1 << 20
+
+
+def write_sealed(
+    path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch], facts: Callable[[Path], dict[str, Any]]
+) -> dict[str, Any]:
+    """Writes record batches as an Arrow file, and beside it, as JSON, what `facts` says.
+
+    facts: is called with the whole file, under a temporary name, when all batches were taken. Returns what it says, with the
+    size and the checksum of the file. Raises RunError if the disk does not take it. After any error nothing is left behind.
+    """
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            with pa.ipc.new_file(file, schema) as writer:
+                for batch in batches:
+                    writer.write_batch(batch)
+            file.flush()
+            os.fsync(file.fileno())
+        said = facts(temporary) | {"size": temporary.stat().st_size, "checksum": checksum(temporary)}
+        temporary.replace(path)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written ({error}); make room there, and start again") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    write_json(path.with_suffix(".json"), said)
+    return said
+
+
+def read_sealed(path: Path, notify: Callable[[str], None]) -> dict[str, Any] | None:
+    """Returns what `write_sealed` returned if the file is whole, else None. Reads all of it, for its checksum.
+
+    notify: is told if the file is there and damaged. Raises OSError if it cannot be read.
+    """
+    try:
+        said = read_json(path.with_suffix(".json"))
+        if said is None:
+            return None
+        if path.stat().st_size == said["size"] and checksum(path) == said["checksum"]:
+            return dict(said)
+    except (RunError, FileNotFoundError, KeyError, TypeError):
+        pass
+    notify(f"{path} is damaged")
+    return None
+
+
+def checksum(path: Path) -> str:
+    """Hashes a file's content (XXH3, 128 bits)."""
+    result = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while piece := file.read(PIECE):
+            result.update(piece)
+    return result.hexdigest()
