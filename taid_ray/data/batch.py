@@ -80,7 +80,7 @@ def collate(rows: Sequence[Row]) -> Batch:
     real tokens never see what follows.
     No rows at all give one padding token and N = 0, so that a rank without work still joins the collectives.
     """
-    rows = rows or [Row(*(np.array([value]) for value in (PAD_ID, 0, NO_LABEL)))]
+    rows = rows or [Row(np.array([PAD_ID]), np.array([0]), np.array([NO_LABEL]))]
     shape = (len(rows), max(len(row.input_ids) for row in rows))
     input_ids, targets = np.full(shape, PAD_ID, dtype=np.int64), np.full(shape, NO_LABEL, dtype=np.int64)
     position_ids = np.empty(shape, dtype=np.int64)

@@ -25,6 +25,16 @@ def read_parquet(path: Path, names: Sequence[str], skip: int) -> Iterator[dict[s
             skip = max(0, skip - batch.num_rows)
 
 
+def read_row_groups(path: Path, names: Sequence[str], groups: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Yields the rows of some row groups of a parquet file, as `read_parquet` does."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        columns = _present(file.schema_arrow.names, names)
+        for batch in file.iter_batches(BATCH_ROWS, row_groups=list(groups), columns=columns):
+            yield from _full_rows(batch, columns)
+
+
 def parquet_columns(path: Path) -> list[str]:
     """Lists the columns of a parquet file."""
     import pyarrow.parquet as pq
@@ -76,7 +86,10 @@ def _rows(batch: Any, columns: list[str], skip: int) -> Iterator[dict[str, Any] 
     """The rows of a record batch, None in place of the first `skip`."""
     for _ in range(min(skip, batch.num_rows)):
         yield None
-    batch = batch.slice(min(skip, batch.num_rows))
+    yield from _full_rows(batch.slice(min(skip, batch.num_rows)), columns)
+
+
+def _full_rows(batch: Any, columns: list[str]) -> Iterator[dict[str, Any]]:
     values = [_python(batch.column(name)) for name in columns]
     for number in range(batch.num_rows):
         yield {name: column[number] for name, column in zip(columns, values, strict=True)}

@@ -36,7 +36,7 @@ def read_json(path: Path, names: Sequence[str], skip: int) -> Iterator[dict[str,
         if not first:
             return
         try:
-            rows = _objects(*first[0])
+            rows = objects_of_line(*first[0])
         except ValueError as error:
             yield from _passing_over(_whole(path, names, error), skip)
             return
@@ -48,9 +48,19 @@ def read_json(path: Path, names: Sequence[str], skip: int) -> Iterator[dict[str,
                 skip -= 1
                 yield None
                 continue
-            for row in _objects(number, line):
+            for row in objects_of_line(number, line):
                 yield None if skip else row
                 skip -= bool(skip)
+
+
+def is_json_lines(path: Path) -> bool:
+    """Tells whether `read_json` reads the file line by line, and finds more than one line in it. Raises OSError."""
+    with open_bytes(path) as file:
+        first = list(islice(_lines(file), 2))
+    try:
+        return len(first) == 2 and bool(objects_of_line(*first[0]))
+    except ValueError:
+        return False
 
 
 def json_columns(path: Path) -> list[str]:
@@ -67,8 +77,8 @@ def _lines(file: BufferedReader) -> Iterator[Line]:
             yield number, line
 
 
-def _objects(number: int, line: bytes) -> list[dict[str, Any]]:
-    """The objects on a line: one, or several where a newline got lost."""
+def objects_of_line(number: int, line: bytes) -> list[dict[str, Any]]:
+    """Parses the objects on a line: one, or several where a newline got lost. Raises ValueError that names its `number`."""
     try:
         values = _parsed(line.decode().rstrip("\r\n"))
     except UnicodeDecodeError as error:

@@ -52,7 +52,7 @@ class Index:
         self.digest: str = said["digest"]
         """Identifies the rows of all shards and their order."""
         self.shards = [ShardFacts.from_dict(shard) for shard in said["shards"]]
-        first_documents = np.cumsum([1, *(shard.counts["documents"] for shard in self.shards)]).tolist()
+        first_documents = np.cumsum([1, *(shard.documents for shard in self.shards)]).tolist()
         self._blocks = [
             (shard.digest, first, block)
             for shard, first in zip(self.shards, first_documents, strict=False)

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 
 from taid_ray.data.batch import Ints
 
-
 ROUNDS = 6
 _ODD = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # multipliers of splitmix64
 _HALF = np.uint64(32)

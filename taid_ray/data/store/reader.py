@@ -4,6 +4,7 @@ import os
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -44,7 +45,7 @@ class StoredRows:
         first_token, tokens, first_sample, samples = (int(column[place.row]) for column in self._columns)
         block, number = place.block, self._open(place.digest)
 
-        def values(base: int, first: int, count: int, dtype: DTypeLike = np.int32) -> NDArray[np.int32]:
+        def values(base: int, first: int, count: int, dtype: DTypeLike = np.int32) -> NDArray[Any]:
             size = np.dtype(dtype).itemsize
             content = os.pread(number, count * size, base + first * size)
             if len(content) != count * size:

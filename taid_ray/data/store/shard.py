@@ -49,8 +49,12 @@ class ShardFacts:
     loss_tokens: int
     highest_id: int
     """The largest token id; -1 without rows."""
+    documents: int
+    """Number of documents in the span, those included that are left out for validation."""
     counts: dict[str, int]
-    """Documents of the span, those left out included, and what became of them, as the encoder counts."""
+    """What became of those that are not left out, as the encoder counts."""
+    columns: list[str]
+    """Columns of the format that at least one of the documents has."""
     blocks: list[Block]
 
     @property

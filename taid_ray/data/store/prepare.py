@@ -1,0 +1,190 @@
+"""Preparing one span: encode its documents, pack them into rows, and write these as a shard, unless that is there already.
+
+Whoever makes a shard holds a lock that ends with its process. So several tasks, and several runs, share the work on one
+store, and a killed one is in nobody's way.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import xxhash
+from filelock import FileLock, Timeout
+from transformers import PreTrainedTokenizerBase
+
+from taid_ray.config.schema import DataConfig
+from taid_ray.data import chat
+from taid_ray.data.batch import Row
+from taid_ray.data.columns import Column, columns_of
+from taid_ray.data.encoding import Columns, Encoder
+from taid_ray.data.packing import Sample, to_rows
+from taid_ray.data.reading.complaints import explained
+from taid_ray.data.store.sealed import read_sealed, write_sealed
+from taid_ray.data.store.shard import SCHEMA, ShardFacts, locate_blocks, to_record_batch
+from taid_ray.data.store.spans import Span, documents_before, hash_content, read_documents
+from taid_ray.errors import DataError
+
+FORMAT = "taid-ray shard 1"
+"""Part of every key. Change it whenever other code makes other rows of the same documents."""
+BLOCK_DOCUMENTS = 256
+"""Documents that are tokenised together."""
+WINDOW_TOKENS = 1 << 21
+"""Samples are packed together, and written as one record batch, whenever they have so many tokens or more."""
+NOT_ENCODED = {
+    "train", "valid", "subset", "split", "valid_split", "valid_documents", "streaming", "block_documents",
+}  # fmt: skip
+"""Keys of the section `data` that say which documents are read, not what becomes of them."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """All that rows depend on beside the documents. Can be pickled."""
+
+    config: DataConfig
+    tokenizer: PreTrainedTokenizerBase
+
+    @cached_property
+    def key(self) -> str:
+        """Identifies the encoding, in 16 hexadecimal digits."""
+        template = (
+            None if self.config.format == "text" else chat.chat_template(self.config.chat_template, self.tokenizer)
+        )
+        settings = self.config.model_dump(mode="json", exclude=NOT_ENCODED | {"chat_template"})
+        parts = [FORMAT, settings, template, _identity(self.tokenizer)]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def columns(self) -> list[Column]:
+        """The columns that are read."""
+        return columns_of(self.config)
+
+    @property
+    def column_names(self) -> list[str]:
+        """All acceptable names of the columns."""
+        return [name for column in self.columns for name in column.names]
+
+
+def prepare_span(span: Span, encoding: Encoding, directory: Path, notify: Callable[[str], None]) -> ShardFacts | None:
+    """Returns the facts of the span's shard, and makes it first if it is not there whole; None if another process makes it now.
+
+    directory: the one of this encoding; exists. notify: is told of a damaged shard, which is made anew. Raises DataError for
+    documents that cannot be read or encoded, RunError if the shard cannot be written.
+    """
+    source = f"data.train: {span.file.path}"
+    with explained(source, f"cannot be read as {span.file.kind}. Repair or convert the file"):
+        digest = xxhash.xxh3_128(f"{hash_content(span)} {span.skip} {encoding.key}".encode()).hexdigest()
+    path = directory / f"{digest}.arrow"
+    if said := read_sealed(path, notify):
+        return ShardFacts.from_dict(said)
+    lock = path.with_suffix(".lock")
+    try:
+        with FileLock(lock, timeout=0):
+            said = read_sealed(path, lambda _: None) or _make(span, encoding, path, source)
+            lock.unlink(missing_ok=True)  # whoever waits for it, or makes a new one, finds the shard
+    except Timeout:
+        return None
+    return ShardFacts.from_dict(said)
+
+
+def _make(span: Span, encoding: Encoding, path: Path, source: str) -> dict[str, Any]:
+    for leftover in path.parent.glob(f"{path.name}.*.tmp"):
+        leftover.unlink(missing_ok=True)
+    before = _version(span)
+    shard = _ShardMaker(span, encoding, source)
+    said = write_sealed(path, SCHEMA, shard.record_batches(), lambda whole: shard.facts(path.stem, whole))
+    if _version(span) != before:
+        path.with_suffix(".json").unlink()
+        raise DataError(f"{source} was changed while it was read. Start again when it is complete.")
+    return said
+
+
+class _ShardMaker:
+    """Makes the blocks of one shard, and counts what is in them."""
+
+    def __init__(self, span: Span, encoding: Encoding, source: str) -> None:
+        self._span, self._encoding, self._source = span, encoding, source
+        self._encoder = Encoder(encoding.config, encoding.tokenizer, source)
+        self._columns = encoding.columns
+        self._found: set[str] = set()
+        self._documents = self._tokens = self._loss_tokens = 0
+        self._highest_id = -1
+
+    def record_batches(self) -> Iterator[pa.RecordBatch]:
+        """Yields the blocks: rows of the samples of about WINDOW_TOKENS tokens, in order of the documents."""
+        samples: list[Sample] = []
+        tokens = 0
+        for columns, first in self._blocks():
+            encoded = self._encoded(columns, first)
+            samples.extend(encoded)
+            tokens += sum(len(sample.input_ids) for sample in encoded)
+            if tokens >= WINDOW_TOKENS:
+                yield self._packed(samples)
+                samples, tokens = [], 0
+        if samples:
+            yield self._packed(samples)
+
+    def facts(self, digest: str, path: Path) -> dict[str, Any]:
+        """Says what is in the shard when all blocks were taken."""
+        found = [column.name for column in self._columns if column.name in self._found]
+        counts = asdict(self._encoder.counts)
+        numbers = (self._tokens, self._loss_tokens, self._highest_id, self._documents)
+        return ShardFacts(digest, *numbers, counts, found, locate_blocks(path)).to_dict()
+
+    def _blocks(self) -> Iterator[tuple[Columns, int]]:
+        """Yields the documents that are not skipped, in blocks, with the first one's number in the span, from 1."""
+        with explained(self._source, f"cannot be read as {self._span.file.kind}. Repair or convert the file"):
+            rows = read_documents(self._span, self._encoding.column_names)
+            while block := list(islice(rows, BLOCK_DOCUMENTS)):
+                kept = [row for row in block if row is not None]
+                first = self._documents + len(block) - len(kept) + 1
+                self._documents += len(block)
+                if kept:
+                    yield {column.name: self._values(kept, column) for column in self._columns}, first
+
+    def _values(self, rows: Sequence[dict[str, Any]], column: Column) -> list[Any]:
+        """Of each document the first value that it has under one of the column's names; None without any."""
+        if column.name not in self._found and any(not row.keys().isdisjoint(column.names) for row in rows):
+            self._found.add(column.name)
+        return [next((row[name] for name in column.names if row.get(name) is not None), None) for row in rows]
+
+    def _encoded(self, columns: Columns, first: int) -> list[Sample]:
+        try:
+            return self._encoder.encode(columns, first)
+        except DataError:
+            before = documents_before(self._span, self._encoding.column_names)
+            if before:  # say it again, with the document's number in the file
+                self._encoder.encode(columns, first + before)
+            raise
+
+    def _packed(self, samples: list[Sample]) -> pa.RecordBatch:
+        config = self._encoding.config
+        rows = to_rows(samples, config.sequence_length, config.pack)
+        self._tokens += sum(len(row.input_ids) for row in rows)
+        self._loss_tokens += sum(row.num_loss_tokens for row in rows)
+        self._highest_id = max(self._highest_id, *(int(row.input_ids.max()) for row in rows))
+        return to_record_batch([_from_zero(row) for row in rows])
+
+
+def _from_zero(row: Row) -> Row:
+    """The row with its documents counted from 0."""
+    return Row(row.input_ids, row.position_ids, row.targets, tuple(document - 1 for document in row.documents))
+
+
+def _version(span: Span) -> tuple[int, int]:
+    status = span.file.path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """All that a tokenizer's output depends on."""
+    special = [tokenizer.bos_token, tokenizer.eos_token]
+    if not tokenizer.is_fast:
+        return [type(tokenizer).__name__, tokenizer.get_vocab(), special]
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    return [{name: part for name, part in backend.items() if name not in ("truncation", "padding")}, special]

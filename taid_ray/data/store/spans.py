@@ -1,0 +1,184 @@
+"""Spans: the parts of data files that are encoded one by one, each by one task, into one shard.
+
+Where a span begins and ends is a function of its file alone, never of the number of tasks, so any number of them makes the
+same shards; and of a large file of which only a part was changed the other spans keep their shards.
+"""
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, TypeAlias
+
+import xxhash
+
+from taid_ray.data.reading.arrow_rows import read_row_groups
+from taid_ray.data.reading.json_rows import is_json_lines, objects_of_line
+from taid_ray.data.reading.kinds import COMPRESSIONS, DataFile, not_utf8
+from taid_ray.data.reading.rows import read_rows
+
+SPAN_BYTES = 16 << 20
+"""About as much of a file makes a span: some seconds of work, and a shard of some ten megabytes."""
+PIECE_BYTES = 1 << 20
+
+Rows: TypeAlias = Iterator[dict[str, Any] | None]
+"""Documents; None in place of one that is left out."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A part of a data file."""
+
+    file: DataFile
+    part: Literal["all", "lines", "row_groups"]
+    """What `start` and `stop` count: nothing, for the whole file; bytes, of which the lines that begin there; row groups."""
+    start: int = 0
+    stop: int = 0
+    skip: int = 0
+    """Documents at its beginning that are left out, because they are for validation."""
+
+    def __str__(self) -> str:
+        return str(self.file.path) + ("" if self.part == "all" else f" ({self.part} {self.start} to {self.stop})")
+
+
+def cut(file: DataFile) -> list[Span]:
+    """Divides a file into spans of about SPAN_BYTES, if it can be divided: plain JSON Lines and text, and parquet.
+
+    Others (csv, where a line break may be inside a cell; compressed files; one JSON value; Arrow) are one span. Raises
+    OSError, ValueError or an error of pyarrow if the file cannot be read.
+    """
+    path = file.path
+    if file.kind == "parquet":
+        return _row_group_spans(file)
+    size = path.stat().st_size
+    is_plain = size > SPAN_BYTES and path.suffix.lower() not in COMPRESSIONS
+    if is_plain and (file.kind == "text" or (file.kind == "json" and is_json_lines(path))):
+        count = -(-size // SPAN_BYTES)
+        return [Span(file, "lines", size * n // count, size * (n + 1) // count) for n in range(count)]
+    return [Span(file, "all")]
+
+
+def without_first(spans: Sequence[Span], documents: int, names: Sequence[str]) -> list[Span]:
+    """Returns the spans with their first `documents` documents, counted over all of them, left out.
+
+    names: the columns to read, as for `read_documents`, which raises the same errors.
+    """
+    result = []
+    for span in spans:
+        skip = sum(1 for _ in islice(read_documents(span, names), documents))
+        documents -= skip
+        result.append(replace(span, skip=skip))
+    return result
+
+
+def hash_content(span: Span) -> str:
+    """Hashes the bytes of the span (XXH3, 128 bits), and how they are read."""
+    result = xxhash.xxh3_128(f"{span.file.kind} {span.file.path.suffix.lower()} {span.part}".encode())
+    with span.file.path.open("rb") as file:
+        begin, end = _byte_range(span, file)
+        file.seek(begin)
+        while begin < end and (piece := file.read(min(PIECE_BYTES, end - begin))):
+            result.update(piece)
+            begin += len(piece)
+    if span.part == "row_groups":
+        import pyarrow.parquet as pq
+
+        result.update(str(pq.read_schema(span.file.path)).encode())
+    return result.hexdigest()
+
+
+def read_documents(span: Span, names: Sequence[str]) -> Rows:
+    """Yields the documents of the span as `reading.rows.read_rows` does those of a file; None in place of the skipped ones."""
+    if span.part == "all":
+        yield from read_rows(span.file, names, span.skip)
+        return
+    if span.part == "row_groups":
+        rows = read_row_groups(span.file.path, names, range(span.start, span.stop))
+    elif span.file.kind == "text":
+        rows = _text_documents(span)
+    else:
+        rows = _json_documents(span)
+    for number, row in enumerate(rows):
+        yield None if number < span.skip else row
+
+
+def documents_before(span: Span, names: Sequence[str]) -> int:
+    """Counts the documents of the file before the span. names: as for `read_documents`."""
+    if not span.start:
+        return 0
+    return sum(1 for _ in read_documents(replace(span, start=0, stop=span.start, skip=0), names))
+
+
+def _json_documents(span: Span) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(io.BytesIO(_lines(span)), 1):
+        if line.isspace():
+            continue
+        try:
+            objects = objects_of_line(number, line)
+        except ValueError:
+            before = _lines(replace(span, start=0, stop=span.start)) if span.start else b""
+            objects = objects_of_line(before.count(b"\n") + number, line)  # raises again, with the line's true number
+        yield from objects
+
+
+def _text_documents(span: Span) -> Iterator[dict[str, Any]]:
+    try:
+        text = _lines(span).decode()
+    except UnicodeDecodeError:
+        raise not_utf8(span.file.path) from None
+    for line in io.StringIO(text, newline=None):
+        if line.strip():
+            yield {"text": line.rstrip("\n")}
+
+
+def _lines(span: Span) -> bytes:
+    """The lines that begin in the span, without the mark that some programs put before UTF-8 text."""
+    with span.file.path.open("rb") as file:
+        begin, end = _byte_range(span, file)
+        file.seek(begin)
+        content = file.read(end - begin)
+    return content.removeprefix(b"\xef\xbb\xbf") if begin == 0 else content
+
+
+def _byte_range(span: Span, file: BinaryIO) -> tuple[int, int]:
+    """Where the bytes of the span begin and end in the file."""
+    if span.part == "all":
+        return 0, span.file.path.stat().st_size
+    if span.part == "row_groups":
+        return _row_group_bytes(span.file.path, span.start, span.stop)
+    return _next_line(file, span.start), _next_line(file, span.stop)
+
+
+def _next_line(file: BinaryIO, at: int) -> int:
+    """The place of the first line that begins at `at` or later."""
+    if at == 0:
+        return 0
+    file.seek(at - 1)
+    file.readline()
+    return file.tell()
+
+
+def _row_group_spans(file: DataFile) -> list[Span]:
+    import pyarrow.parquet as pq
+
+    metadata = pq.read_metadata(file.path)
+    spans, start, size = [], 0, 0
+    for group in range(metadata.num_row_groups):
+        size += metadata.row_group(group).total_byte_size
+        if size >= SPAN_BYTES or group == metadata.num_row_groups - 1:
+            spans.append(Span(file, "row_groups", start, group + 1))
+            start, size = group + 1, 0
+    return spans
+
+
+def _row_group_bytes(path: Path, start: int, stop: int) -> tuple[int, int]:
+    import pyarrow.parquet as pq
+
+    metadata = pq.read_metadata(path)
+    begins, ends = [], []
+    for group in range(start, stop):
+        for column in map(metadata.row_group(group).column, range(metadata.num_columns)):
+            begins.append(min(at for at in (column.dictionary_page_offset, column.data_page_offset) if at))
+            ends.append(begins[-1] + column.total_compressed_size)
+    return min(begins, default=0), max(ends, default=0)

@@ -1,0 +1,262 @@
+"""Preparing spans: what is stored is what the plain way makes of the documents, whoever makes it, however often they die."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from filelock import FileLock
+
+from taid_ray.config.schema import DataConfig
+from taid_ray.data.batch import NO_LABEL
+from taid_ray.data.encoding import Encoder
+from taid_ray.data.packing import to_rows
+from taid_ray.data.store import prepare, sealed
+from taid_ray.data.store.prepare import Encoding, prepare_span
+from taid_ray.data.store.shard import ShardFacts
+from taid_ray.data.store.spans import Span, cut, read_documents, without_first
+from taid_ray.errors import DataError, RunError
+
+FORK = multiprocessing.get_context("fork")
+Prepared = Callable[[], list[ShardFacts]]
+
+
+def contents(store: Path) -> dict[str, str]:
+    """Every file of the store, with a hash of its bytes."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in store.iterdir()}
+
+
+def table_of(store: Path, facts: ShardFacts) -> list[dict[str, Any]]:
+    """The rows of a shard, as any program reads an Arrow file."""
+    rows: list[dict[str, Any]] = pa.ipc.open_file(store / f"{facts.digest}.arrow").read_all().to_pylist()
+    return rows
+
+
+def test_a_shard_holds_what_the_plain_way_makes_of_its_documents(
+    stories: list[Span], encoding: Encoding, store: Path, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "WINDOW_TOKENS", 10**9)
+    stories[:] = without_first(stories, 5, ["text"])
+    assert len(stories) > 3
+    for span, facts in zip(stories, prepared(), strict=True):
+        documents = [row["text"] for row in read_documents(span, ["text"]) if row is not None]
+        samples = Encoder(encoding.config, encoding.tokenizer, "data").encode({"text": documents}, span.skip)
+        rows = to_rows(samples, 64, True)
+        found = table_of(store, facts)
+        assert [row["input_ids"] for row in found] == [row.input_ids.tolist() for row in rows]
+        assert [row["documents"] for row in found] == [list(row.documents) for row in rows]
+        for stored, row in zip(found, rows, strict=True):
+            assert stored["starts"] == [i for i, position in enumerate(row.position_ids.tolist()) if position == 0]
+            assert stored["loss_mask"] == [target != NO_LABEL for target in row.targets.tolist()]
+            assert stored["media"] is None
+        assert facts.rows == len(rows) and facts.tokens == sum(len(row.input_ids) for row in rows)
+        assert facts.loss_tokens == sum(row.num_loss_tokens for row in rows)
+        assert facts.highest_id == max(int(row.input_ids.max()) for row in rows)
+        assert facts.documents == len(documents) + span.skip and facts.counts["documents"] == len(documents)
+        assert facts.columns == ["text"]
+
+
+def test_packing_goes_on_in_windows(store: Path, prepared: Prepared) -> None:
+    for facts in prepared():
+        assert len(facts.blocks) > 1 and facts.rows == len(table_of(store, facts))
+        assert {n for row in table_of(store, facts) for n in row["documents"]} == {*range(facts.documents)}
+
+
+def prepare_in(store: Path, encoding: Encoding, span: Span) -> ShardFacts | None:
+    return prepare_span(span, encoding, store, print)
+
+
+def test_one_task_and_eight_make_the_same_bytes(
+    stories: list[Span], encoding: Encoding, store: Path, prepared: Prepared
+) -> None:
+    alone = prepared()
+    other = store.with_name("other")
+    other.mkdir()
+    with ProcessPoolExecutor(8, mp_context=FORK) as pool:
+        together = list(pool.map(partial(prepare_in, other, encoding), reversed(stories)))
+    assert together == alone[::-1]
+    assert contents(other) == contents(store) and len(contents(store)) == 2 * len(stories)
+
+
+def die(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def make_until(death: str, store: Path, encoding: Encoding, stories: list[Span]) -> None:
+    """Prepares spans in a process of its own that dies where `death` says, in the second shard or later."""
+    made = 0
+
+    def counted(call: Callable[..., Any], deadly: int, *arguments: Any) -> Any:
+        nonlocal made
+        made += 1
+        return die() if made == deadly else call(*arguments)
+
+    if death == "between two blocks":
+        prepare.to_record_batch = partial(counted, prepare.to_record_batch, 4)
+    elif death == "before the name":
+        sealed.checksum = partial(counted, sealed.checksum, 2)
+    else:
+        sealed.write_json = partial(counted, sealed.write_json, 2)
+    for span in stories:
+        prepare_span(span, encoding, store, print)
+
+
+@pytest.mark.parametrize("death", ["between two blocks", "before the name", "before the facts"])
+def test_killed_while_writing_and_resumed_to_the_same_bytes(
+    death: str, stories: list[Span], encoding: Encoding, store: Path, prepared: Prepared
+) -> None:
+    prepared()
+    other = store.with_name("other")
+    other.mkdir()
+    child = FORK.Process(target=make_until, args=(death, other, encoding, stories))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    left = contents(other)
+    assert 0 < sum(name.endswith(".json") for name in left) < len(stories)
+    assert contents(store).items() >= {(n, x) for n, x in left.items() if n.endswith(".json")}
+    for span in stories:
+        prepare_span(span, encoding, other, print)
+    assert contents(other) == contents(store)
+
+
+def test_a_second_time_nothing_is_encoded(prepared: Prepared, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, before = prepared(), {path: path.stat().st_mtime_ns for path in store.iterdir()}
+    monkeypatch.setattr(prepare, "Encoder", None)
+    assert prepared() == first
+    assert {path: path.stat().st_mtime_ns for path in store.iterdir()} == before
+
+
+def test_a_span_that_another_process_makes_is_left_to_it(
+    stories: list[Span], encoding: Encoding, store: Path, prepared: Prepared
+) -> None:
+    digest = prepared()[1].digest
+    for path in store.glob(f"{digest}.*"):
+        path.unlink()
+    with FileLock(store / f"{digest}.lock"):
+        assert [prepare_span(span, encoding, store, print) is None for span in stories[:3]] == [False, True, False]
+    assert prepare_span(stories[1], encoding, store, print) is not None
+    assert not list(store.glob("*.lock"))
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "a byte": lambda path: path.write_bytes(path.read_bytes()[:500] + b"?" + path.read_bytes()[501:]),
+    "its end": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    "all of it": lambda path: path.unlink(),
+    "half the facts": lambda path: path.with_suffix(".json").write_text('{"tokens": 3'),
+    "other facts": lambda path: path.with_suffix(".json").write_text("[]"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_shard_is_found_and_made_anew(
+    damage: str, stories: list[Span], encoding: Encoding, store: Path, prepared: Prepared
+) -> None:
+    facts, before = prepared(), contents(store)
+    path = store / f"{facts[2].digest}.arrow"
+    DAMAGES[damage](path)
+    assert contents(store) != before
+    said: list[str] = []
+    assert [prepare_span(span, encoding, store, said.append) for span in stories] == facts
+    assert contents(store) == before
+    assert said == [f"{path} is damaged"]
+
+
+def test_what_is_kept_for_validation_makes_another_shard(
+    stories: list[Span], encoding: Encoding, store: Path, prepared: Prepared
+) -> None:
+    first = prepared()
+    stories[:] = without_first(stories, 3, ["text"])
+    second = prepared()
+    assert first[0] != second[0] and first[1:] == second[1:]
+    assert {n for row in table_of(store, second[0]) for n in row["documents"]} == {*range(3, second[0].documents)}
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"sequence_length": 65}, False),
+        ({"pack": False}, False),
+        ({"text_column": "story"}, False),
+        ({"train": "elsewhere", "valid": "v.jsonl", "valid_documents": 7, "split": "test", "block_documents": 9}, True),
+    ],
+)
+def test_the_key_is_that_of_the_rows(change: dict[str, Any], same: bool, encoding: Encoding) -> None:
+    other = replace(encoding, config=encoding.config.model_copy(update=change))
+    assert (other.key == encoding.key) == same and len(encoding.key) == 16
+
+
+def test_the_key_knows_template_and_tokenizer(stories_tokenizer: Any, tmp_path: Path) -> None:
+    config = DataConfig(train="d.jsonl", format="chat", chat_template="{{ messages }}")
+    key = Encoding(config, stories_tokenizer).key
+    (tmp_path / "t.jinja").write_text("{{ messages }}")
+    moved = config.model_copy(update={"chat_template": str(tmp_path / "t.jinja")})
+    assert Encoding(moved, stories_tokenizer).key == key
+    (tmp_path / "t.jinja").write_text("{{ messages }}.")
+    assert Encoding(moved, stories_tokenizer).key != key
+    assert Encoding(DataConfig(train="d"), stories_tokenizer).key == Encoding(DataConfig(train="d"), stories_tokenizer).key
+
+
+@pytest.mark.parametrize("number", [2, 60])
+def test_a_bad_document_is_named_by_its_number_in_the_file(
+    number: int, stories: list[Span], encoding: Encoding, store: Path
+) -> None:
+    path = stories[0].file.path
+    lines = path.read_text().splitlines()
+    lines[number - 1] = json.dumps({"text": number})
+    path.write_text("\n\n".join(lines))
+    with pytest.raises(DataError, match=rf"^data\.train: {path}: row {number} of column 'text' holds int {number}"):
+        for span in cut(stories[0].file):
+            prepare_span(span, encoding, store, print)
+    assert not list(store.glob("*.tmp"))
+
+
+def test_a_damaged_file_is_named(stories: list[Span], encoding: Encoding, store: Path) -> None:
+    path = stories[0].file.path
+    path.write_text(path.read_text() + "{oops}\n")
+    with pytest.raises(DataError, match=rf"^data\.train: {path} cannot be read as json\. Repair .*line 98, column 2"):
+        for span in cut(stories[0].file):
+            prepare_span(span, encoding, store, print)
+
+
+def test_a_file_that_changes_meanwhile_is_refused(
+    stories: list[Span], encoding: Encoding, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(self: Encoder, *arguments: Any) -> Any:
+        with stories[0].file.path.open("a") as file:
+            file.write('{"text": "late"}\n')
+        return plain(self, *arguments)
+
+    plain = Encoder.encode
+    monkeypatch.setattr(Encoder, "encode", encode)
+    with pytest.raises(DataError, match="was changed while it was read"):
+        prepare_span(stories[0], encoding, store, print)
+    assert not list(store.glob("*.json"))
+
+
+def test_a_full_disk_is_said(
+    stories: list[Span], encoding: Encoding, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sealed.os, "fsync", full)
+    with pytest.raises(RunError, match=r"cannot be written \(.*No space left.*make room there"):
+        prepare_span(stories[0], encoding, store, print)
+    assert not list(store.glob("*.tmp"))
+
+
+def test_a_span_without_rows(tmp_path: Path, encoding: Encoding, store: Path, stories: list[Span]) -> None:
+    (nothing,) = without_first(stories[:1], 10**6, ["text"])
+    facts = prepare_span(nothing, encoding, store, print)
+    assert facts is not None and (facts.rows, facts.tokens, facts.highest_id) == (0, 0, -1)
+    assert facts.documents == nothing.skip and table_of(store, facts) == []
