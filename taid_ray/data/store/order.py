@@ -37,17 +37,23 @@ def permuted(indices: Ints, count: int, key: str) -> Ints:
 
 
 def _network(values: NDArray[np.uint64], width: int, height: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Permutes the numbers below width * height, both at most 2^32. Each half in turn is shifted by a hash of the other one."""
+    """Permutes the numbers below width * height, each at most 2^32. Either half in turn is moved on by a hash of the other."""
     sizes = [np.uint64(height), np.uint64(width)]
     halves = list(np.divmod(values, sizes[1]))
+    moved, spare = np.empty_like(values), np.empty_like(values)  # a batch's positions stay in the processor's cache
     for number, key in enumerate(keys):
         own, other = number % 2, 1 - number % 2
-        hashed = (halves[other] + key) * _ODD[0]
-        hashed ^= hashed >> _HALF
-        hashed *= _ODD[1]
-        hashed >>= _HALF
-        shifted = (hashed * sizes[own] >> _HALF) + halves[own]  # a number below the half's size, and the half
-        halves[own] = np.where(shifted >= sizes[own], shifted - sizes[own], shifted)
+        np.add(halves[other], key, out=moved)
+        moved *= _ODD[0]
+        moved ^= np.right_shift(moved, _HALF, out=spare)
+        moved *= _ODD[1]
+        moved >>= _HALF
+        moved *= sizes[own]
+        moved >>= _HALF  # below the half's size
+        moved += halves[own]
+        np.minimum(
+            moved, np.subtract(moved, sizes[own], out=spare), out=halves[own]
+        )  # modulo: below 0 is above everything
     return halves[0] * sizes[1] + halves[1]
 
 

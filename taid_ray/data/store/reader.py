@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from taid_ray.data.batch import NO_LABEL, Ints, Row
 from taid_ray.data.batching import share
@@ -17,6 +17,7 @@ from taid_ray.errors import DataError
 
 OPEN_FILES = 64
 """Shards that a reader keeps open."""
+UINT8, INT32, UINT32 = np.dtype("u1"), np.dtype("<i4"), np.dtype("<u4")
 
 
 class StoredRows:
@@ -43,25 +44,25 @@ class StoredRows:
 
     def _row(self, place: Place) -> Row:
         first_token, tokens, first_sample, samples = (int(column[place.row]) for column in self._columns)
-        block, number = place.block, self._open(place.digest)
-
-        def values(base: int, first: int, count: int, dtype: DTypeLike = np.int32) -> NDArray[Any]:
-            size = np.dtype(dtype).itemsize
-            content = os.pread(number, count * size, base + first * size)
-            if len(content) != count * size:
-                raise _damaged(self._path(place.digest))
-            return np.frombuffer(content, dtype)
-
-        ids = values(block.ids_at, first_token, tokens, np.uint32).astype(np.int64)
-        bits = values(block.mask_at, first_token // 8, (first_token % 8 + tokens + 7) // 8, np.uint8)
-        mask = np.unpackbits(bits, bitorder="little")[first_token % 8 :][:tokens].astype(bool)
-        starts = values(block.starts_at, first_sample, samples)
-        documents = values(block.documents_at, first_sample, samples)
-        positions = np.arange(tokens)
-        if samples > 1:
-            positions -= np.repeat(starts, np.diff(starts, append=tokens))
-        targets = np.where(mask, np.roll(ids, -1), NO_LABEL)
+        block, shift = place.block, first_token % 8
+        ids = self._values(place, block.ids_at + 4 * first_token, tokens, UINT32).astype(np.int64)
+        bits = self._values(place, block.mask_at + first_token // 8, (shift + tokens + 7) // 8, UINT8)
+        starts = self._values(place, block.starts_at + 4 * first_sample, samples, INT32)
+        documents = self._values(place, block.documents_at + 4 * first_sample, samples, INT32)
+        mask = np.unpackbits(bits, bitorder="little")[shift : shift + tokens].view(bool)
+        targets = np.full(tokens, NO_LABEL, dtype=np.int64)
+        targets[:-1] = np.where(mask[:-1], ids[1:], NO_LABEL)
+        begins = np.zeros(tokens, dtype=np.int64)
+        begins[starts] = starts
+        positions = np.arange(tokens) - np.maximum.accumulate(begins)
         return Row(ids, positions, targets, tuple((documents + place.first_document).tolist()))
+
+    def _values(self, place: Place, at: int, count: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+        """Reads `count` values from byte `at` of the row's shard."""
+        content = os.pread(self._open(place.digest), count * dtype.itemsize, at)
+        if len(content) != count * dtype.itemsize:
+            raise _damaged(self._path(place.digest))
+        return np.frombuffer(content, dtype)
 
     def _open(self, digest: str) -> int:
         """Returns the shard's open file, and closes the one that was not used for longest if there are too many."""

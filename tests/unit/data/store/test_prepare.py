@@ -203,7 +203,9 @@ def test_the_key_knows_template_and_tokenizer(stories_tokenizer: Any, tmp_path: 
     assert Encoding(moved, stories_tokenizer).key == key
     (tmp_path / "t.jinja").write_text("{{ messages }}.")
     assert Encoding(moved, stories_tokenizer).key != key
-    assert Encoding(DataConfig(train="d"), stories_tokenizer).key == Encoding(DataConfig(train="d"), stories_tokenizer).key
+    assert (
+        Encoding(DataConfig(train="d"), stories_tokenizer).key == Encoding(DataConfig(train="d"), stories_tokenizer).key
+    )
 
 
 @pytest.mark.parametrize("number", [2, 60])

@@ -46,7 +46,9 @@ def test_spans_of_json_lines(tmp_path: Path, lines: list[tuple[str, str]], mark:
 
 
 @quickly
-@given(st.lists(st.tuples(texts, st.sampled_from(["\n", "\r\n", "\r", "\n\n"])), min_size=1, max_size=12), st.booleans())
+@given(
+    st.lists(st.tuples(texts, st.sampled_from(["\n", "\r\n", "\r", "\n\n"])), min_size=1, max_size=12), st.booleans()
+)
 def test_spans_of_text(tmp_path: Path, lines: list[tuple[str, str]], mark: bool) -> None:
     path = tmp_path / "d.txt"
     path.write_bytes((b"\xef\xbb\xbf" if mark else b"") + "".join(text + end for text, end in lines).encode())
