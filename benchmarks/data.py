@@ -147,10 +147,10 @@ def index_of(directory: Path, rows: int) -> Path:
 def measure_reading(path: Path) -> dict[str, Any]:
     """A lone rank, and one of RANKS, with the same number of rows of an index, in turns."""
     index = Index(path)
-    stored = StoredRows(path.parent, index)
+    stored, total = StoredRows([index]), index.totals.rows
     cases = []
     for rows in ROWS_PER_RANK:
-        readers = {n: BatchReader(stored, index, GlobalOrder(index.rows, 0), n * rows) for n in (1, RANKS)}
+        readers = {n: BatchReader(stored, GlobalOrder(total, 0), n * rows) for n in (1, RANKS)}
         seconds: dict[int, list[float]] = {n: [] for n in readers}
         tokens: dict[int, list[int]] = {n: [] for n in readers}
         for step in range(READS):
@@ -174,7 +174,7 @@ def measure_reading(path: Path) -> dict[str, Any]:
     met = all(case["ratio"] <= TARGET_RANK and case["alone_tokens_per_s"] >= TARGET_READ for case in cases)
     return {
         "ranks": RANKS,
-        "index_rows": index.rows,
+        "index_rows": total,
         "cases": cases,
         "target": {"ratio": TARGET_RANK, "tokens_per_s": TARGET_READ, "met": met},
     }
@@ -185,12 +185,11 @@ def measure_memory(path: Path) -> dict[str, Any]:
     collate([])  # what torch loads first
     with PeakMemory() as memory:
         index = Index(path)
-        reader = BatchReader(
-            StoredRows(path.parent, index), index, GlobalOrder(index.rows, 0), RANKS * ROWS_PER_RANK[0]
-        )
+        total = index.totals.rows
+        reader = BatchReader(StoredRows([index]), GlobalOrder(total, 0), RANKS * ROWS_PER_RANK[0])
         for step in range(READS):
             collate(reader.read(step, 0, RANKS).rows)
-    return {"rows": index.rows, "index_mib": path.stat().st_size / 2**20, "peak_mib": memory.bytes / 2**20}
+    return {"rows": total, "index_mib": path.stat().st_size / 2**20, "peak_mib": memory.bytes / 2**20}
 
 
 # --- tables

@@ -1,89 +1,113 @@
 """The index of a data set: where each of its rows is, how many tokens it has, and how many of them carry loss.
 
-It is one Arrow file of twenty bytes per row, memory-mapped by every reader of a node, and a header with the shards in the
-order of the data. Row numbers count the rows of all shards, one shard after another.
+    index-DATA.arrow    twenty bytes per row; beside it in .json what is known of the data set as a whole
+    blocks-DATA.arrow   where the blocks of rows are in the shards
+
+Both are memory-mapped, so that a node holds them once, and as much of them as is used. Row numbers count the rows of all
+shards, one shard after another, in the order of the data.
 """
 
 import hashlib
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from taid_ray.data.store.sealed import read_sealed, write_sealed
+from taid_ray.data.batch import Ints
+from taid_ray.data.store.sealed import read_sealed, sealed_facts, write_sealed
 from taid_ray.data.store.shard import Block, ShardFacts, row_sizes
 from taid_ray.errors import DataError
-from taid_ray.files import read_json
 
-COLUMNS = ("first_token", "tokens", "first_sample", "samples", "loss_tokens")
-"""Per row: places of its first token and sample in the block, their numbers, and the number of loss positions; uint32."""
-SCHEMA = pa.schema([pa.field(name, pa.uint32(), nullable=False) for name in COLUMNS])
+ROW_COLUMNS = ("first_token", "tokens", "first_sample", "samples", "loss_tokens")
+"""Places of a row's first token and sample in its block, and their numbers, and the number of loss positions."""
+BLOCK_COLUMNS = ("first_row", "first_document", "ids_at", "mask_at", "starts_at", "documents_at")
+ROWS = pa.schema([pa.field(name, pa.uint32(), nullable=False) for name in ROW_COLUMNS])
+BLOCKS = pa.schema(
+    [
+        pa.field("shard", pa.string(), nullable=False),
+        *(pa.field(name, pa.int64(), nullable=False) for name in BLOCK_COLUMNS),
+    ]
+)
+
+
+class Place(NamedTuple):
+    """Where a row is: in which shard, at which bytes of it, and how much."""
+
+    shard: str
+    ids_at: int
+    mask_at: int
+    mask_shift: int
+    """Bits of the first byte of the mask that belong to the row before."""
+    starts_at: int
+    documents_at: int
+    tokens: int
+    samples: int
+    first_document: int
+    """Number in the data set, from 0, of the first document of the shard."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a row is."""
+class Totals:
+    """What is known of a data set as a whole."""
 
     digest: str
-    """Of the shard."""
-    first_document: int
-    """Number, from 1, of the first document of the shard's span in the data set."""
-    block: Block
-    row: int
-    """Of the data set."""
+    """Identifies the rows of all shards and their order."""
+    rows: int
+    documents: int
+    """Number of documents, those included that are left out for validation."""
+    tokens: int
+    loss_tokens: int
+    highest_id: int
+    """The largest token id; -1 without rows."""
+    counts: dict[str, int]
+    """What became of the documents, as the encoder counts."""
 
 
 class Index:
-    """A data set's rows, as an index file describes them."""
+    """The rows of a data set, as its index describes them."""
 
     def __init__(self, path: Path) -> None:
-        """Opens an index by memory mapping. Raises DataError if it is not there whole."""
-        said = read_json(path.with_suffix(".json"))
-        if said is None or not path.is_file() or path.stat().st_size != said["size"]:
+        """Opens the index that `write_index` wrote. Raises DataError if it is not there whole."""
+        blocks_path = path.with_name(path.name.replace("index-", "blocks-"))
+        said = sealed_facts(path)
+        if said is None or sealed_facts(blocks_path) is None:
             raise DataError(
                 f"the index {path} of encoded data is missing or damaged; start the run again to have it made"
             )
-        self._columns = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
-        self.digest: str = said["digest"]
-        """Identifies the rows of all shards and their order."""
-        self.shards = [ShardFacts.from_dict(shard) for shard in said["shards"]]
-        first_documents = np.cumsum([1, *(shard.documents for shard in self.shards)]).tolist()
-        self._blocks = [
-            (shard.digest, first, block)
-            for shard, first in zip(self.shards, first_documents, strict=False)
-            for block in shard.blocks
-        ]
-        self._first_rows = np.cumsum([0, *(block.rows for _, _, block in self._blocks)]).tolist()
-
-    @property
-    def rows(self) -> int:
-        """Number of rows."""
-        return int(self._first_rows[-1])
+        self.directory = path.parent
+        """That of the shards."""
+        self.totals = Totals(**{name: said[name] for name in Totals.__dataclass_fields__})
+        self._columns, self._blocks = _mapped(path), _mapped(blocks_path)
 
     def column(self, name: str) -> NDArray[np.uint32]:
-        """Returns one of COLUMNS for all rows, memory-mapped."""
+        """Returns one of ROW_COLUMNS for all rows, memory-mapped."""
         values: NDArray[np.uint32] = self._columns.column(name).to_numpy()
         return values
 
-    def place(self, row: int) -> Place:
-        """Finds the shard and the block of a row."""
-        digest, first_document, block = self._blocks[bisect_right(self._first_rows, row) - 1]
-        return Place(digest, first_document, block, row)
-
-    def totals(self) -> dict[str, int]:
-        """Adds up, over all shards, tokens, loss_tokens, and every count of documents."""
-        counts = [shard.counts | {"tokens": shard.tokens, "loss_tokens": shard.loss_tokens} for shard in self.shards]
-        return {name: sum(each[name] for each in counts) for name in counts[0]} if counts else {}
-
-    @property
-    def highest_id(self) -> int:
-        """The largest token id of all rows; -1 without rows."""
-        return max((shard.highest_id for shard in self.shards), default=-1)
+    def places(self, rows: Ints) -> list[Place]:
+        """Finds rows by their numbers."""
+        first_token, tokens, first_sample, samples = (
+            self.column(name)[rows].astype(np.int64) for name in ROW_COLUMNS[:4]
+        )
+        first_row, *columns = (self._blocks.column(name).to_numpy() for name in BLOCK_COLUMNS)
+        blocks = np.searchsorted(first_row, rows, side="right") - 1
+        first_document, ids_at, mask_at, starts_at, documents_at = (column[blocks] for column in columns)
+        shards = [self._blocks.column("shard")[block].as_py() for block in blocks.tolist()]
+        numbers = (
+            ids_at + 4 * first_token,
+            mask_at + first_token // 8,
+            first_token % 8,
+            starts_at + 4 * first_sample,
+            documents_at + 4 * first_sample,
+            tokens,
+            samples,
+            first_document,
+        )
+        return list(map(Place, shards, *(values.tolist() for values in numbers)))
 
 
 def write_index(directory: Path, shards: Sequence[ShardFacts], notify: Callable[[str], None]) -> Path:
@@ -92,23 +116,57 @@ def write_index(directory: Path, shards: Sequence[ShardFacts], notify: Callable[
     directory: that of the shards. notify: is told if there was a damaged one. Raises RunError if it cannot be written.
     """
     digest = hashlib.sha256(" ".join(shard.digest for shard in shards).encode()).hexdigest()[:32]
-    path = directory / f"index-{digest}.arrow"
+    path, blocks_path = (directory / f"{name}-{digest}.arrow" for name in ("index", "blocks"))
+    if read_sealed(blocks_path, notify) is None:
+        write_sealed(blocks_path, BLOCKS, [_all_blocks(shards)], lambda _: {})
     if read_sealed(path, notify) is None:
-
-        def facts(_: Path) -> dict[str, Any]:
-            return {"digest": digest, "shards": [shard.to_dict() for shard in shards]}
-
-        write_sealed(path, SCHEMA, _all_rows(directory, shards), facts)
+        totals = asdict(_totals(digest, shards))
+        write_sealed(path, ROWS, _all_rows(directory, shards), lambda _: totals)
     return path
+
+
+def _mapped(path: Path) -> pa.RecordBatch:
+    """The one record batch of an Arrow file."""
+    return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+
+
+def _totals(digest: str, shards: Sequence[ShardFacts]) -> Totals:
+    names = dict.fromkeys(name for shard in shards for name in shard.counts)
+    return Totals(
+        digest,
+        rows=sum(shard.rows for shard in shards),
+        documents=sum(shard.documents for shard in shards),
+        tokens=sum(shard.tokens for shard in shards),
+        loss_tokens=sum(shard.loss_tokens for shard in shards),
+        highest_id=max((shard.highest_id for shard in shards), default=-1),
+        counts={name: sum(shard.counts[name] for shard in shards) for name in names},
+    )
+
+
+def _all_blocks(shards: Sequence[ShardFacts]) -> pa.RecordBatch:
+    first_documents = np.cumsum([0, *(shard.documents for shard in shards)]).tolist()
+    found: list[tuple[str, int, Block]] = [
+        (shard.digest, first, block)
+        for shard, first in zip(shards, first_documents, strict=False)
+        for block in shard.blocks
+    ]
+    blocks = [block for _, _, block in found]
+    columns = [
+        np.cumsum([0, *(block.rows for block in blocks)])[:-1],
+        [first for _, first, _ in found],
+        *([getattr(block, name) for block in blocks] for name in BLOCK_COLUMNS[2:]),
+    ]
+    digests = pa.array([digest for digest, _, _ in found], pa.string())
+    return pa.record_batch([digests, *(pa.array(column, pa.int64()) for column in columns)], schema=BLOCKS)
 
 
 def _all_rows(directory: Path, shards: Sequence[ShardFacts]) -> Iterator[pa.RecordBatch]:
     """The whole index as one record batch, so that each column is one piece of memory."""
-    columns = np.empty((len(COLUMNS), sum(shard.rows for shard in shards)), dtype=np.uint32)
+    columns = np.empty((len(ROW_COLUMNS), sum(shard.rows for shard in shards)), dtype=np.uint32)
     start = 0
     for shard in shards:
         for tokens, samples, loss_tokens in row_sizes(directory / f"{shard.digest}.arrow"):
             block = columns[:, start : start + len(tokens)]
             block[:] = np.cumsum(tokens) - tokens, tokens, np.cumsum(samples) - samples, samples, loss_tokens
             start += len(tokens)
-    yield pa.record_batch([pa.array(column) for column in columns], schema=SCHEMA)
+    yield pa.record_batch([pa.array(column) for column in columns], schema=ROWS)

@@ -41,20 +41,25 @@ def write_sealed(
     return said
 
 
+def sealed_facts(path: Path) -> dict[str, Any] | None:
+    """Returns what `write_sealed` returned if the file is there and has its size, else None. Does not read it."""
+    try:
+        said = read_json(path.with_suffix(".json"))
+        return dict(said) if said is not None and path.stat().st_size == said["size"] else None
+    except (RunError, FileNotFoundError, KeyError, TypeError):
+        return None
+
+
 def read_sealed(path: Path, notify: Callable[[str], None]) -> dict[str, Any] | None:
     """Returns what `write_sealed` returned if the file is whole, else None. Reads all of it, for its checksum.
 
     notify: is told if the file is there and damaged. Raises OSError if it cannot be read.
     """
-    try:
-        said = read_json(path.with_suffix(".json"))
-        if said is None:
-            return None
-        if path.stat().st_size == said["size"] and checksum(path) == said["checksum"]:
-            return dict(said)
-    except (RunError, FileNotFoundError, KeyError, TypeError):
-        pass
-    notify(f"{path} is damaged")
+    said = sealed_facts(path)
+    if said is not None and checksum(path) == said.get("checksum"):
+        return said
+    if path.with_suffix(".json").exists():
+        notify(f"{path} is damaged")
     return None
 
 

@@ -19,7 +19,7 @@ def excess(observed: np.ndarray, expected: np.ndarray | float, degrees: int) -> 
     return float((((observed - expected) ** 2 / expected).sum() - degrees) / sqrt(2 * degrees))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(st.integers(1, 3000), st.text(max_size=9))
 def test_every_index_comes_once(count: int, key: str) -> None:
     assert np.array_equal(np.sort(permuted(np.arange(count), count, key)), np.arange(count))
@@ -48,7 +48,7 @@ FIXED_10 = [5, 7, 9, 0, 6, 4, 8, 3, 1, 2]
 FIXED_10_12 = [532525813436, 602498935383, 895836448195, 3400699561, 81381582107]
 
 
-@pytest.mark.parametrize("count", [2, 3, 5, 7, 10, 64, 100])
+@pytest.mark.parametrize("count", [2, 3, 5, 7, 10, 64])
 def test_a_row_is_as_likely_at_one_position_as_at_another(count: int) -> None:
     epochs = 40 * count
     order, seen = GlobalOrder(count, seed=3), np.zeros((count, count))
@@ -78,7 +78,7 @@ def test_ranks_are_not_correlated(count: int) -> None:
     assert np.count_nonzero(np.diff(first) == 1) < 10  # one on average
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(st.integers(1, 60), st.integers(0, 9), st.integers(0, 300), st.integers(0, 300))
 def test_any_range_of_positions_stands_alone(rows: int, seed: int, start: int, length: int) -> None:
     order = GlobalOrder(rows, seed)
@@ -88,7 +88,7 @@ def test_any_range_of_positions_stands_alone(rows: int, seed: int, start: int, l
 mixtures = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 30)), min_size=1, max_size=4)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(mixtures, st.integers(0, 9), st.integers(0, 4))
 def test_a_mixture_is_exact_in_every_epoch(sizes: list[tuple[int, int]], seed: int, epoch: int) -> None:
     order = MixedOrder(*zip(*sizes, strict=True), seed=seed)
@@ -96,7 +96,7 @@ def test_a_mixture_is_exact_in_every_epoch(sizes: list[tuple[int, int]], seed: i
     assert uses == {source: wanted for source, (_, wanted) in enumerate(sizes)}
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(mixtures, st.integers(0, 9))
 def test_rows_of_a_source_are_used_equally_often(sizes: list[tuple[int, int]], seed: int) -> None:
     """At the end of any epoch, and in a source alone: floor and ceiling of uses / rows."""

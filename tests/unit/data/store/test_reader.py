@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 
 from taid_ray.data.batch import NO_LABEL, Row
 from taid_ray.data.store import reader
-from taid_ray.data.store.index import Index, write_index
+from taid_ray.data.store.index import Index, Totals, write_index
 from taid_ray.data.store.order import GlobalOrder, MixedOrder
-from taid_ray.data.store.prepare import Encoding
+from taid_ray.data.store.prepare import Encoding, prepare_span
 from taid_ray.data.store.reader import BatchReader, RankRows, StoredRows
 from taid_ray.data.store.sealed import write_sealed
 from taid_ray.data.store.shard import SCHEMA, ShardFacts, locate_blocks, to_record_batch
+from taid_ray.data.store.spans import Span
 from taid_ray.errors import DataError
 from tests.support.store import story
 
@@ -33,16 +34,16 @@ def index(prepared: Callable[[], list[ShardFacts]], store: Path) -> Index:
     return Index(write_index(store, prepared(), print))
 
 
-def fresh(store: Path, index: Index, seed: int = 3, size: int = BATCH) -> BatchReader:
-    return BatchReader(StoredRows(store, index), index, GlobalOrder(index.rows, seed), size)
+def fresh(index: Index, seed: int = 3, size: int = BATCH) -> BatchReader:
+    return BatchReader(StoredRows([index]), GlobalOrder(index.totals.rows, seed), size)
 
 
 def whole(parts: list[RankRows]) -> list[Row]:
     return [row for part in parts for row in part.rows]
 
 
-def test_every_row_is_read_as_it_was_stored(store: Path, index: Index, encoding: Encoding) -> None:
-    rows = StoredRows(store, index).read(np.arange(index.rows))
+def test_every_row_is_read_as_it_was_stored(index: Index, encoding: Encoding) -> None:
+    rows = StoredRows([index]).read(np.arange(index.totals.rows))
     learnt: Counter[int] = Counter()
     for row in rows:
         starts = [i for i, position in enumerate(row.position_ids.tolist()) if position == 0] + [len(row.input_ids)]
@@ -56,26 +57,27 @@ def test_every_row_is_read_as_it_was_stored(store: Path, index: Index, encoding:
     assert {*learnt} == {*range(1, 98)}
 
 
-def test_the_index_knows_every_row(store: Path, index: Index) -> None:
-    rows = StoredRows(store, index).read(np.arange(index.rows))
+def test_the_index_knows_every_row(index: Index) -> None:
+    rows = StoredRows([index]).read(np.arange(index.totals.rows))
     assert index.column("tokens").tolist() == [len(row.input_ids) for row in rows]
     assert index.column("loss_tokens").tolist() == [row.num_loss_tokens for row in rows]
     assert index.column("samples").tolist() == [row.num_samples for row in rows]
-    assert index.totals() == {
-        "documents": 97,
-        "dropped": 0,
-        "truncated": 0,
-        "tokens": sum(len(row.input_ids) for row in rows),
-        "loss_tokens": sum(row.num_loss_tokens for row in rows),
-    }
-    assert index.highest_id == max(int(row.input_ids.max()) for row in rows)
+    assert index.totals == Totals(
+        digest=index.totals.digest,
+        rows=len(rows),
+        documents=97,
+        tokens=sum(len(row.input_ids) for row in rows),
+        loss_tokens=sum(row.num_loss_tokens for row in rows),
+        highest_id=max(int(row.input_ids.max()) for row in rows),
+        counts={"documents": 97, "dropped": 0, "truncated": 0},
+    )
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7, 512])
 @pytest.mark.parametrize("step", [0, 1, 40])
-def test_a_batch_is_the_same_for_any_number_of_ranks(step: int, world_size: int, store: Path, index: Index) -> None:
-    alone = fresh(store, index).read(step, 0, 1)
-    shared = fresh(store, index)
+def test_a_batch_is_the_same_for_any_number_of_ranks(step: int, world_size: int, index: Index) -> None:
+    alone = fresh(index).read(step, 0, 1)
+    shared = fresh(index)
     parts = [shared.read(step, rank, world_size) for rank in range(world_size)]
     assert whole(parts) == alone.rows and len(alone.rows) == BATCH
     assert {part.num_loss_tokens for part in parts} == {sum(row.num_loss_tokens for row in alone.rows)}
@@ -86,102 +88,118 @@ def test_a_batch_is_the_same_for_any_number_of_ranks(step: int, world_size: int,
 @quickly
 @given(st.integers(0, 10**6), st.integers(1, 9), st.integers(0, 9), st.data())
 def test_a_batch_depends_on_seed_and_number_alone(
-    store: Path, index: Index, step: int, world_size: int, seed: int, data: st.DataObject
+    index: Index, step: int, world_size: int, seed: int, data: st.DataObject
 ) -> None:
     """So a run resumed at any step reads on as if it had never stopped, and reads nothing before that."""
     rank = data.draw(st.integers(0, world_size - 1))
-    used = fresh(store, index, seed)
+    used = fresh(index, seed)
     for earlier in range(max(0, step - 3), step):
         used.read(earlier, rank, world_size)
-    assert used.read(step, rank, world_size) == fresh(store, index, seed).read(step, rank, world_size)
+    assert used.read(step, rank, world_size) == fresh(index, seed).read(step, rank, world_size)
 
 
-def test_batches_hold_every_row_once_in_each_epoch(store: Path, index: Index) -> None:
-    batches, stream = fresh(store, index), []
-    while len(stream) < 3 * index.rows:
+def test_batches_hold_every_row_once_in_each_epoch(index: Index) -> None:
+    batches, stream = fresh(index), []
+    while len(stream) < 3 * index.totals.rows:
         stream += [row.input_ids.tobytes() for row in batches.read(len(stream) // BATCH, 0, 1).rows]
-    everything = Counter(row.input_ids.tobytes() for row in StoredRows(store, index).read(np.arange(index.rows)))
-    epochs = [stream[epoch * index.rows : (epoch + 1) * index.rows] for epoch in range(3)]
+    everything = Counter(row.input_ids.tobytes() for row in StoredRows([index]).read(np.arange(index.totals.rows)))
+    epochs = [stream[epoch * index.totals.rows : (epoch + 1) * index.totals.rows] for epoch in range(3)]
     assert all(Counter(epoch) == everything for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_a_mixture_of_two_data_sets(store: Path, index: Index) -> None:
-    """One index after the other: the order numbers the rows of both."""
-    shards = index.shards
-    one, other = shards[:2], shards[2:]
-    both = Index(write_index(store, [*one, *other], print))
-    sizes = tuple(sum(facts.rows for facts in part) for part in (one, other))
+def test_a_mixture_of_two_stores(index: Index, encoding: Encoding, stories: list[Span], tmp_path: Path) -> None:
+    """Each with an encoding of its own: the second one's rows are shorter, and its documents follow those of the first."""
+    shorter = replace(encoding, config=encoding.config.model_copy(update={"sequence_length": 32}))
+    (tmp_path / "second").mkdir()
+    shards = [prepare_span(span, shorter, tmp_path / "second", print) for span in stories]
+    second = Index(write_index(tmp_path / "second", [facts for facts in shards if facts], print))
+    stored, sizes = StoredRows([index, second]), (index.totals.rows, second.totals.rows)
     order = MixedOrder(sizes, (9, 3), seed=0)
-    batch = BatchReader(StoredRows(store, both), both, order, 12).read(5, 0, 1)
-    last = sum(facts.documents for facts in one)
-    assert Counter(row.documents[0] <= last for row in batch.rows) == {True: 9, False: 3}
+    batch = BatchReader(stored, order, 12).read(5, 0, 1)
+    assert Counter(row.documents[0] <= 97 for row in batch.rows) == {True: 9, False: 3}
+    rows = stored.read(np.arange(sum(sizes)))
+    assert rows[: sizes[0]] == StoredRows([index]).read(np.arange(sizes[0]))
+    alone = StoredRows([second]).read(np.arange(sizes[1]))
+    assert [replace(row, documents=()) for row in rows[sizes[0] :]] == [replace(row, documents=()) for row in alone]
+    assert [row.documents[0] - 97 for row in rows[sizes[0] :]] == [row.documents[0] for row in alone]
+    assert stored.read(np.array([sizes[0] + 1, 1, 0])) == [rows[sizes[0] + 1], rows[1], rows[0]]
+    assert batch.num_loss_tokens == sum(row.num_loss_tokens for row in batch.rows)
 
 
-def test_few_files_are_open(store: Path, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_files_are_open(index: Index, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "OPEN_FILES", 2)
-    before, stored = len(os.listdir("/proc/self/fd")), StoredRows(store, index)
-    order = GlobalOrder(index.rows, 0).rows_at(0, 2 * index.rows)
-    assert len(index.shards) > 3 and stored.read(order) == StoredRows(store, index).read(order)
+    order = GlobalOrder(index.totals.rows, 0).rows_at(0, 2 * index.totals.rows)
+    stored, before = StoredRows([index]), len(os.listdir("/proc/self/fd"))
+    rows = stored.read(order)
+    assert len([*store.glob("*.arrow")]) > 5 and len(os.listdir("/proc/self/fd")) == before + 2
     stored.close()
-    assert stored.read(order[:1]) == StoredRows(store, index).read(order[:1])
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert stored.read(order) == rows
     stored.close()
-    assert len(os.listdir("/proc/self/fd")) <= before + 2 * 2  # of the two readers that nobody closed
 
 
-def test_a_shard_that_is_gone_or_cut_off(store: Path, index: Index) -> None:
-    path = store / f"{index.shards[-1].digest}.arrow"
+def test_a_shard_that_is_gone_or_cut_off(index: Index, store: Path) -> None:
+    path = store / f"{index.places(np.array([index.totals.rows - 1]))[0].shard}.arrow"
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(DataError, match=f"{path} of encoded data is missing or damaged; start the run again"):
-        StoredRows(store, index).read(np.arange(index.rows))
+        StoredRows([index]).read(np.arange(index.totals.rows))
     path.unlink()
     with pytest.raises(DataError, match=f"{path} of encoded data is missing or damaged"):
-        StoredRows(store, index).read(np.arange(index.rows))
+        StoredRows([index]).read(np.arange(index.totals.rows))
 
 
-def test_an_index_is_written_once_and_anew_if_damaged(store: Path, index: Index) -> None:
-    said: list[str] = []
-    path = write_index(store, index.shards, said.append)
-    content, written = path.read_bytes(), path.stat().st_mtime_ns
-    assert write_index(store, index.shards, said.append) == path and path.stat().st_mtime_ns == written and not said
-    path.write_bytes(content[:-1])
-    with pytest.raises(DataError, match=f"the index {path} of encoded data is missing or damaged"):
-        Index(path)
-    assert write_index(store, index.shards, said.append) == path and path.read_bytes() == content
-    assert said == [f"{path} is damaged"]
-    assert Index(write_index(store, index.shards[:-1], print)).digest != index.digest
-    assert Index(write_index(store, index.shards[::-1], print)).digest != index.digest
+@pytest.mark.parametrize("which", ["index", "blocks"])
+def test_an_index_is_written_once_and_anew_if_damaged(
+    which: str, store: Path, prepared: Callable[[], list[ShardFacts]]
+) -> None:
+    shards, said = prepared(), list[str]()
+    path = write_index(store, shards, said.append)
+    rows = StoredRows([Index(path)]).read(np.arange(5))
+    damaged = path.with_name(path.name.replace("index", which))
+    content, written = damaged.read_bytes(), path.stat().st_mtime_ns
+    assert write_index(store, shards, said.append) == path and path.stat().st_mtime_ns == written and not said
+    for damage in (damaged.unlink, lambda: damaged.write_bytes(content[:90])):
+        damage()
+        with pytest.raises(DataError, match=f"the index {path} of encoded data is missing or damaged"):
+            Index(path)
+    assert write_index(store, shards, said.append) == path and damaged.read_bytes() == content
+    assert said == [f"{damaged} is damaged"]
+    assert StoredRows([Index(path)]).read(np.arange(5)) == rows
+
+
+def test_an_index_is_that_of_its_shards_in_their_order(store: Path, prepared: Callable[[], list[ShardFacts]]) -> None:
+    shards = prepared()
+    paths = {write_index(store, chosen, print) for chosen in (shards, shards[:-1], shards[::-1], shards * 2)}
+    assert len(paths) == 4 and len({Index(path).totals.digest for path in paths}) == 4
     with pytest.raises(DataError, match="missing or damaged"):
         Index(store / "index-none.arrow")
 
 
-def many_rows(store: Path, rows: int) -> Index:
-    """A data set of very short rows."""
-    directory = store / str(rows)
+def many_rows(directory: Path, rows: int) -> Path:
+    """The index of a data set of very short rows."""
     directory.mkdir()
     row = Row(*map(np.array, ([5, 6], [0, 1], [6, NO_LABEL])), (0,))
-    batch = to_record_batch([row] * 1000)
     facts = ShardFacts("few", 0, 0, 6, 1, {"documents": 1}, ["text"], [])
 
     def said(path: Path) -> dict[str, Any]:
         return replace(facts, blocks=locate_blocks(path)).to_dict()
 
-    shard = ShardFacts.from_dict(write_sealed(directory / "few.arrow", SCHEMA, [batch] * (rows // 1000), said))
-    return Index(write_index(directory, [shard], print))
+    blocks = [to_record_batch([row] * 50)] * 200
+    shard = ShardFacts.from_dict(write_sealed(directory / "few.arrow", SCHEMA, blocks, said))
+    return write_index(directory, [shard] * (rows // 10_000), print)
 
 
 def test_memory_does_not_depend_on_the_size_of_the_data(store: Path) -> None:
     """What Python and numpy allocate to open a data set and to read from it; what is memory-mapped is the system's."""
     peaks = []
-    for rows in (2_000, 200_000):
-        directory = store / str(many_rows(store, rows) and rows)
-        (path,) = directory.glob("index-*.arrow")
+    for rows in (10_000, 200_000):
+        path = many_rows(store / str(rows), rows)
         tracemalloc.start()
-        index = Index(path)
-        batches = fresh(directory, index, size=64)
+        batches = fresh(Index(path), size=64)
         for step in range(20):
             batches.read(step, 1, 4)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert path.stat().st_size > 20 * rows
-    assert peaks[1] < peaks[0] + 250_000  # the index has four million bytes more
+    assert peaks[1] < peaks[0] + 20_000, peaks  # rows and blocks have 4,100,000 bytes more
