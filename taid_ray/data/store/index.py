@@ -18,7 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from taid_ray.data.batch import Ints
-from taid_ray.data.store.sealed import read_sealed, sealed_facts, write_sealed
+from taid_ray.data.store.sealed import making, read_sealed, sealed_facts, write_sealed
 from taid_ray.data.store.shard import Block, ShardFacts, row_sizes
 from taid_ray.errors import DataError
 
@@ -81,22 +81,22 @@ class Index:
         self.directory = path.parent
         """That of the shards."""
         self.totals = Totals(**{name: said[name] for name in Totals.__dataclass_fields__})
-        self._columns, self._blocks = _mapped(path), _mapped(blocks_path)
+        rows, blocks = _mapped(path), _mapped(blocks_path)
+        self._columns: dict[str, NDArray[np.uint32]] = {name: rows.column(name).to_numpy() for name in ROW_COLUMNS}
+        self._shards = blocks.column("shard")
+        self._first_row, *self._block_columns = (blocks.column(name).to_numpy() for name in BLOCK_COLUMNS)
 
     def column(self, name: str) -> NDArray[np.uint32]:
         """Returns one of ROW_COLUMNS for all rows, memory-mapped."""
-        values: NDArray[np.uint32] = self._columns.column(name).to_numpy()
-        return values
+        return self._columns[name]
 
     def places(self, rows: Ints) -> list[Place]:
         """Finds rows by their numbers."""
-        first_token, tokens, first_sample, samples = (
-            self.column(name)[rows].astype(np.int64) for name in ROW_COLUMNS[:4]
-        )
-        first_row, *columns = (self._blocks.column(name).to_numpy() for name in BLOCK_COLUMNS)
-        blocks = np.searchsorted(first_row, rows, side="right") - 1
-        first_document, ids_at, mask_at, starts_at, documents_at = (column[blocks] for column in columns)
-        shards = [self._blocks.column("shard")[block].as_py() for block in blocks.tolist()]
+        sizes = (self._columns[name][rows].astype(np.int64) for name in ROW_COLUMNS[:4])
+        first_token, tokens, first_sample, samples = sizes
+        blocks = np.searchsorted(self._first_row, rows, side="right") - 1
+        first_document, ids_at, mask_at, starts_at, documents_at = (column[blocks] for column in self._block_columns)
+        shards = [self._shards[block].as_py() for block in blocks.tolist()]
         numbers = (
             ids_at + 4 * first_token,
             mask_at + first_token // 8,
@@ -117,11 +117,12 @@ def write_index(directory: Path, shards: Sequence[ShardFacts], notify: Callable[
     """
     digest = hashlib.sha256(" ".join(shard.digest for shard in shards).encode()).hexdigest()[:32]
     path, blocks_path = (directory / f"{name}-{digest}.arrow" for name in ("index", "blocks"))
-    if read_sealed(blocks_path, notify) is None:
-        write_sealed(blocks_path, BLOCKS, [_all_blocks(shards)], lambda _: {})
-    if read_sealed(path, notify) is None:
-        totals = asdict(_totals(digest, shards))
-        write_sealed(path, ROWS, _all_rows(directory, shards), lambda _: totals)
+    totals = asdict(_totals(digest, shards))
+    with making(path, wait=True):
+        if read_sealed(blocks_path, notify) is None:
+            write_sealed(blocks_path, BLOCKS, [_all_blocks(shards)], lambda _: {})
+        if read_sealed(path, notify) is None:
+            write_sealed(path, ROWS, _all_rows(directory, shards), lambda _: totals)
     return path
 
 

@@ -9,13 +9,12 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import xxhash
-from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
 from taid_ray.config.schema import DataConfig
@@ -24,8 +23,9 @@ from taid_ray.data.batch import Row
 from taid_ray.data.columns import Column, columns_of
 from taid_ray.data.encoding import Columns, Encoder
 from taid_ray.data.packing import Sample, to_rows
-from taid_ray.data.reading.complaints import explained
-from taid_ray.data.store.sealed import read_sealed, write_sealed
+from taid_ray.data.reading.complaints import explained, no_column
+from taid_ray.data.reading.rows import columns_found
+from taid_ray.data.store.sealed import making, read_sealed, write_sealed
 from taid_ray.data.store.shard import SCHEMA, ShardFacts, locate_blocks, to_record_batch
 from taid_ray.data.store.spans import Span, documents_before, hash_content, read_documents
 from taid_ray.errors import DataError
@@ -82,19 +82,13 @@ def prepare_span(span: Span, encoding: Encoding, directory: Path, notify: Callab
     path = directory / f"{digest}.arrow"
     if said := read_sealed(path, notify):
         return ShardFacts.from_dict(said)
-    lock = path.with_suffix(".lock")
-    try:
-        with FileLock(lock, timeout=0):
-            said = read_sealed(path, lambda _: None) or _make(span, encoding, path, source)
-            lock.unlink(missing_ok=True)  # whoever waits for it, or makes a new one, finds the shard
-    except Timeout:
-        return None
-    return ShardFacts.from_dict(said)
+    with making(path, wait=False) as granted:
+        if not granted:
+            return None
+        return ShardFacts.from_dict(read_sealed(path, lambda _: None) or _make(span, encoding, path, source))
 
 
 def _make(span: Span, encoding: Encoding, path: Path, source: str) -> dict[str, Any]:
-    for leftover in path.parent.glob(f"{path.name}.*.tmp"):
-        leftover.unlink(missing_ok=True)
     before = _version(span)
     shard = _ShardMaker(span, encoding, source)
     said = write_sealed(path, SCHEMA, shard.record_batches(), lambda whole: shard.facts(path.stem, whole))
@@ -102,6 +96,19 @@ def _make(span: Span, encoding: Encoding, path: Path, source: str) -> dict[str, 
         path.with_suffix(".json").unlink()
         raise DataError(f"{source} was changed while it was read. Start again when it is complete.")
     return said
+
+
+def check_columns(spans: Sequence[Span], shards: Sequence[ShardFacts], encoding: Encoding) -> None:
+    """Raises DataError if none of the documents of a file has a column that the format needs. shards: those of the spans."""
+    for file, pairs in groupby(zip(spans, shards, strict=True), key=lambda pair: pair[0].file):
+        found: set[str] = set()
+        documents = 0
+        for span, shard in pairs:
+            found.update(shard.columns)
+            documents += shard.documents - span.skip
+        missing = [column for column in encoding.columns if column.required and column.name not in found]
+        if documents and missing:
+            raise no_column(f"data.train: {file.path}", missing[0], columns_found(file), encoding.config.format)
 
 
 class _ShardMaker:

@@ -1,13 +1,14 @@
 """Arrow files that are there whole or not at all: NAME.arrow, and NAME.json with its size and checksum, written last."""
 
 import os
-import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import xxhash
+from filelock import FileLock, Timeout
 
 from taid_ray.errors import RunError
 from taid_ray.files import read_json, write_json
@@ -15,15 +16,33 @@ from taid_ray.files import read_json, write_json
 PIECE = 1 << 20
 
 
+@contextmanager
+def making(path: Path, wait: bool) -> Iterator[bool]:
+    """Holds the right to write a file, which ends with the process; yields whether it was granted.
+
+    wait: until whoever holds it is done; else the answer is False. The block is to make the file, unless it is there by now.
+    """
+    lock = path.with_suffix(".lock")
+    try:
+        with FileLock(lock, timeout=-1 if wait else 0):
+            yield True
+            lock.unlink(
+                missing_ok=True
+            )  # not after an error: who waited for this file, and who makes a new one, would both write
+    except Timeout:
+        yield False
+
+
 def write_sealed(
     path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch], facts: Callable[[Path], dict[str, Any]]
 ) -> dict[str, Any]:
-    """Writes record batches as an Arrow file, and beside it, as JSON, what `facts` says.
+    """Writes record batches as an Arrow file, and beside it, as JSON, what `facts` says. To be called inside `making`.
 
     facts: is called with the whole file, under a temporary name, when all batches were taken. Returns what it says, with the
-    size and the checksum of the file. Raises RunError if the disk does not take it. After any error nothing is left behind.
+    size and the checksum of the file. Raises RunError if the disk does not take it. What a killed process leaves is
+    overwritten by the next one.
     """
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = path.with_suffix(".arrow.tmp")
     try:
         with temporary.open("wb") as file:
             with pa.ipc.new_file(file, schema) as writer:

@@ -21,10 +21,11 @@ from taid_ray.data.batch import NO_LABEL
 from taid_ray.data.encoding import Encoder
 from taid_ray.data.packing import to_rows
 from taid_ray.data.store import prepare, sealed
-from taid_ray.data.store.prepare import Encoding, prepare_span
+from taid_ray.data.store.prepare import Encoding, check_columns, prepare_span
 from taid_ray.data.store.shard import ShardFacts
 from taid_ray.data.store.spans import Span, cut, read_documents, without_first
 from taid_ray.errors import DataError, RunError
+from tests.support.store import data_file
 
 FORK = multiprocessing.get_context("fork")
 Prepared = Callable[[], list[ShardFacts]]
@@ -255,6 +256,28 @@ def test_a_full_disk_is_said(
     with pytest.raises(RunError, match=r"cannot be written \(.*No space left.*make room there"):
         prepare_span(stories[0], encoding, store, print)
     assert not list(store.glob("*.tmp"))
+
+
+def test_a_file_without_a_column_is_found(tmp_path: Path, stories_tokenizer: Any, store: Path) -> None:
+    """Of a column that some documents may leave out, when all of the file were seen."""
+    config = DataConfig(train="d", format="prompt_response", prompt_columns=["prompt", "context"])
+    encoding = Encoding(config, stories_tokenizer)
+
+    def prepared(contexts: list[int]) -> None:
+        rows: list[dict[str, str]] = [{"prompt": "The cat", "response": "sat."} for _ in range(200)]
+        for number in contexts:
+            rows[number]["context"] = "On the mat"
+        path = tmp_path / "d.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        found = cut(data_file(path))
+        assert len(found) > 2
+        check_columns(found, [facts for span in found if (facts := prepare_in(store, encoding, span))], encoding)
+
+    prepared([150])
+    with pytest.raises(
+        DataError, match=r"d\.jsonl has no column 'context' \(it has: prompt, response\)\. Set data\.prompt"
+    ):
+        prepared([])
 
 
 def test_a_span_without_rows(tmp_path: Path, encoding: Encoding, store: Path, stories: list[Span]) -> None:
