@@ -1,6 +1,7 @@
 """Reading of stored rows: any rows by their numbers, and of global batch n just the rows of one rank."""
 
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from taid_ray.errors import DataError
 
 OPEN_FILES = 64
 """Shards that a reader keeps open."""
+READ_TRIES, PAUSE_S, LONGEST_PAUSE_S = 20, 0.05, 10.0
+"""A read that fails is tried again after pauses that double, for two minutes altogether."""
 UINT8, INT32, UINT32 = np.dtype("u1"), np.dtype("<i4"), np.dtype("<u4")
 
 
@@ -35,7 +38,7 @@ class StoredRows:
         self._files: OrderedDict[Path, int] = OrderedDict()
 
     def read(self, rows: Ints) -> list[Row]:
-        """Reads rows by their numbers. Raises DataError if a shard is missing or too short, OSError if reading fails."""
+        """Reads rows by their numbers. Raises DataError if a shard is missing, cut off, or cannot be read."""
         found: dict[int, Row] = {}
         for number, index, where in self._by_index(rows):
             places = index.places(rows[where] - self._first_rows[number])
@@ -78,8 +81,21 @@ class StoredRows:
         return Row(ids, positions, targets, tuple((documents + first_document).tolist()))
 
     def _values(self, file: Path, at: int, count: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-        """Reads `count` values from byte `at` on."""
-        content = os.pread(self._open(file), count * dtype.itemsize, at)
+        """Reads `count` values from byte `at` on, if need be several times."""
+        for attempt in range(READ_TRIES):
+            try:
+                content = os.pread(self._open(file), count * dtype.itemsize, at)
+                break
+            except FileNotFoundError:
+                raise _damaged(file) from None
+            except OSError as error:
+                if attempt == READ_TRIES - 1:
+                    raise DataError(
+                        f"the file {file} of encoded data cannot be read ({error}); check the disk or the network that it "
+                        f"is on, and start the run again"
+                    ) from None
+                self.close()  # a handle can be stale when the server of a network file system is back
+                time.sleep(min(PAUSE_S * 2**attempt, LONGEST_PAUSE_S))
         if len(content) != count * dtype.itemsize:
             raise _damaged(file)
         return np.frombuffer(content, dtype)
@@ -89,10 +105,7 @@ class StoredRows:
         if file in self._files:
             self._files.move_to_end(file)
             return self._files[file]
-        try:
-            self._files[file] = os.open(file, os.O_RDONLY)
-        except FileNotFoundError:
-            raise _damaged(file) from None
+        self._files[file] = os.open(file, os.O_RDONLY)
         if len(self._files) > OPEN_FILES:
             os.close(self._files.popitem(last=False)[1])
         return self._files[file]

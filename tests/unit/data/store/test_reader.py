@@ -1,6 +1,7 @@
 """Reading: a global batch is the same however many ranks share it and whatever was read before, and costs no memory."""
 
 import os
+import random
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
@@ -147,6 +148,27 @@ def test_a_shard_that_is_gone_or_cut_off(index: Index, store: Path) -> None:
     path.unlink()
     with pytest.raises(DataError, match=f"{path} of encoded data is missing or damaged"):
         StoredRows([index]).read(np.arange(index.totals.rows))
+
+
+def test_a_disk_that_fails_half_of_the_reads(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    everything, draw = np.arange(index.totals.rows), random.Random(0)
+    rows, plain = StoredRows([index]).read(everything), os.pread
+
+    def failing(*arguments: int) -> bytes:
+        if draw.random() < 0.5:
+            raise OSError(5, "Input/output error")
+        return plain(*arguments)
+
+    monkeypatch.setattr(reader, "PAUSE_S", 0.0)
+    monkeypatch.setattr(reader.os, "pread", failing)
+    before = len(os.listdir("/proc/self/fd"))
+    stored = StoredRows([index])
+    assert stored.read(everything) == rows
+    stored.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+    draw.random = lambda: 0.0  # type: ignore[method-assign]
+    with pytest.raises(DataError, match=r"cannot be read \(\[Errno 5\] Input/output error\); check the disk"):
+        stored.read(everything)
 
 
 @pytest.mark.parametrize("which", ["index", "blocks"])
