@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
 from functools import cached_property
 from itertools import groupby, islice
 from pathlib import Path
@@ -38,8 +39,9 @@ WINDOW_TOKENS = 1 << 21
 """Samples are packed together, and written as one record batch, whenever they have so many tokens or more."""
 NOT_ENCODED = {
     "train", "valid", "subset", "split", "valid_split", "valid_documents", "streaming", "block_documents",
+    "chat_template", "date",
 }  # fmt: skip
-"""Keys of the section `data` that say which documents are read, not what becomes of them."""
+"""Keys of the section `data` that say which documents are read, not what becomes of them, and two that `Encoding` resolves."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,18 @@ class Encoding:
     @cached_property
     def key(self) -> str:
         """Identifies the encoding, in 16 hexadecimal digits."""
-        template = (
-            None if self.config.format == "text" else chat.chat_template(self.config.chat_template, self.tokenizer)
-        )
-        settings = self.config.model_dump(mode="json", exclude=NOT_ENCODED | {"chat_template"})
-        parts = [FORMAT, settings, template, _identity(self.tokenizer)]
+        settings = self.config.model_dump(mode="json", exclude=NOT_ENCODED)
+        parts = [FORMAT, settings, *self._templates(), _identity(self.tokenizer)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def _templates(self) -> list[Any]:
+        """The chat template or templates that render documents, and the day if they may write it."""
+        config = self.config
+        if config.format == "text":
+            return []
+        own = config.chat_template is None
+        found = self.tokenizer.chat_template if own else chat.chat_template(config.chat_template, self.tokenizer)
+        return [found, config.date or date.today().isoformat()] if "strftime_now" in str(found) else [found]
 
     @property
     def columns(self) -> list[Column]:

@@ -209,6 +209,14 @@ def test_the_key_knows_template_and_tokenizer(stories_tokenizer: Any, tmp_path: 
     )
 
 
+@pytest.mark.parametrize("template", ["{{ messages }}", "{{ strftime_now('%d') }}{{ messages }}"])
+def test_the_key_knows_the_day_if_the_template_may_write_it(template: str, stories_tokenizer: Any) -> None:
+    config = DataConfig(train="d.jsonl", format="chat", chat_template=template)
+    days = [config.model_copy(update={"date": day}) for day in ("2026-01-02", "2026-01-03")]
+    keys = {Encoding(each, stories_tokenizer).key for each in days}
+    assert len(keys) == (2 if "strftime_now" in template else 1)
+
+
 @pytest.mark.parametrize("number", [2, 60])
 def test_a_bad_document_is_named_by_its_number_in_the_file(
     number: int, stories: list[Span], encoding: Encoding, store: Path
