@@ -86,6 +86,7 @@ def prepare_span(span: Span, encoding: Encoding, directory: Path, notify: Callab
     """
     source = f"data.train: {span.file.path}"
     with explained(source, f"cannot be read as {span.file.kind}. Repair or convert the file"):
+        version = _version(span)
         digest = xxhash.xxh3_128(f"{hash_content(span)} {span.skip} {encoding.key}".encode()).hexdigest()
     path = directory / f"{digest}.arrow"
     if said := read_sealed(path, notify):
@@ -93,17 +94,11 @@ def prepare_span(span: Span, encoding: Encoding, directory: Path, notify: Callab
     with making(path, wait=False) as granted:
         if not granted:
             return None
-        return ShardFacts.from_dict(read_sealed(path, lambda _: None) or _make(span, encoding, path, source))
-
-
-def _make(span: Span, encoding: Encoding, path: Path, source: str) -> dict[str, Any]:
-    before = _version(span)
-    shard = _ShardMaker(span, encoding, source)
-    said = write_sealed(path, SCHEMA, shard.record_batches(), lambda whole: shard.facts(path.stem, whole))
-    if _version(span) != before:
-        path.with_suffix(".json").unlink()
-        raise DataError(f"{source} was changed while it was read. Start again when it is complete.")
-    return said
+        said = read_sealed(path, lambda _: None)
+        if said is None:
+            shard = _ShardMaker(span, encoding, source, version)
+            said = write_sealed(path, SCHEMA, shard.record_batches(), lambda whole: shard.facts(digest, whole))
+        return ShardFacts.from_dict(said)
 
 
 def check_columns(spans: Sequence[Span], shards: Sequence[ShardFacts], encoding: Encoding) -> None:
@@ -122,8 +117,9 @@ def check_columns(spans: Sequence[Span], shards: Sequence[ShardFacts], encoding:
 class _ShardMaker:
     """Makes the blocks of one shard, and counts what is in them."""
 
-    def __init__(self, span: Span, encoding: Encoding, source: str) -> None:
-        self._span, self._encoding, self._source = span, encoding, source
+    def __init__(self, span: Span, encoding: Encoding, source: str, version: tuple[int, int]) -> None:
+        """version: that of the file when its hash was taken."""
+        self._span, self._encoding, self._source, self._version = span, encoding, source, version
         self._encoder = Encoder(encoding.config, encoding.tokenizer, source)
         self._columns = encoding.columns
         self._found: set[str] = set()
@@ -145,7 +141,9 @@ class _ShardMaker:
             yield self._packed(samples)
 
     def facts(self, digest: str, path: Path) -> dict[str, Any]:
-        """Says what is in the shard when all blocks were taken."""
+        """Says what is in the shard when all blocks were taken. Raises DataError if the file was changed meanwhile."""
+        if _version(self._span) != self._version:
+            raise DataError(f"{self._source} was changed while it was read. Start again when it is complete.")
         found = [column.name for column in self._columns if column.name in self._found]
         counts = asdict(self._encoder.counts)
         numbers = (self._tokens, self._loss_tokens, self._highest_id, self._documents)
@@ -192,14 +190,15 @@ def _from_zero(row: Row) -> Row:
 
 
 def _version(span: Span) -> tuple[int, int]:
+    """What changes when the file does."""
     status = span.file.path.stat()
     return status.st_size, status.st_mtime_ns
 
 
 def _identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     """All that a tokenizer's output depends on."""
-    special = [tokenizer.bos_token, tokenizer.eos_token]
+    special = [repr(sorted(tokenizer.special_tokens_map.items())), tokenizer.split_special_tokens]
     if not tokenizer.is_fast:
-        return [type(tokenizer).__name__, tokenizer.get_vocab(), special]
+        return [type(tokenizer).__name__, tokenizer.get_vocab(), *special]
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    return [{name: part for name, part in backend.items() if name not in ("truncation", "padding")}, special]
+    return [{name: part for name, part in backend.items() if name not in ("truncation", "padding")}, *special]

@@ -26,9 +26,8 @@ def making(path: Path, wait: bool) -> Iterator[bool]:
     try:
         with FileLock(lock, timeout=-1 if wait else 0):
             yield True
-            lock.unlink(
-                missing_ok=True
-            )  # not after an error: who waited for this file, and who makes a new one, would both write
+            # Not after an error, when one process may wait for this file while another one makes a new one.
+            lock.unlink(missing_ok=True)
     except Timeout:
         yield False
 
