@@ -1,5 +1,9 @@
-"""Arrow files that are there whole or not at all: NAME.arrow, and NAME.json with its size and checksum, written last."""
+"""Arrow files that are there whole or not at all: NAME.arrow, and NAME.json with its size and checksum, written last.
 
+Damage is found in either: what a JSON says is followed by a hash of it.
+"""
+
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -55,17 +59,18 @@ def write_sealed(
         raise RunError(f"{path} cannot be written ({error}); make room there, and start again") from error
     finally:
         temporary.unlink(missing_ok=True)
-    write_json(path.with_suffix(".json"), said)
+    write_json(path.with_suffix(".json"), said | {"seal": _seal(said)})
     return said
 
 
 def sealed_facts(path: Path) -> dict[str, Any] | None:
     """Returns what `write_sealed` returned if the file is there and has its size, else None. Does not read it."""
     try:
-        said = read_json(path.with_suffix(".json"))
-        return dict(said) if said is not None and path.stat().st_size == said["size"] else None
-    except (RunError, FileNotFoundError, KeyError, TypeError):
+        said = dict(read_json(path.with_suffix(".json")) or {})
+        fine = said.pop("seal", None) == _seal(said) and path.stat().st_size == said["size"]
+    except (RunError, FileNotFoundError, LookupError, TypeError, ValueError):
         return None
+    return said if fine else None
 
 
 def read_sealed(path: Path, notify: Callable[[str], None]) -> dict[str, Any] | None:
@@ -74,7 +79,7 @@ def read_sealed(path: Path, notify: Callable[[str], None]) -> dict[str, Any] | N
     notify: is told if the file is there and damaged. Raises OSError if it cannot be read.
     """
     said = sealed_facts(path)
-    if said is not None and checksum(path) == said.get("checksum"):
+    if said is not None and checksum(path) == said["checksum"]:
         return said
     if path.with_suffix(".json").exists():
         notify(f"{path} is damaged")
@@ -88,3 +93,7 @@ def checksum(path: Path) -> str:
         while piece := file.read(PIECE):
             result.update(piece)
     return result.hexdigest()
+
+
+def _seal(said: dict[str, Any]) -> str:
+    return xxhash.xxh3_128(json.dumps(said, sort_keys=True).encode()).hexdigest()

@@ -15,6 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from filelock import FileLock
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from taid_ray.config.schema import DataConfig
 from taid_ray.data.batch import NO_LABEL
@@ -170,6 +172,28 @@ def test_a_damaged_shard_is_found_and_made_anew(
     assert [prepare_span(span, encoding, store, said.append) for span in stories] == facts
     assert contents(store) == before
     assert said == [f"{path} is damaged"]
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    ending=st.sampled_from([".arrow", ".json"]),
+    where=st.floats(0, 0.999),
+    change=st.integers(1, 255),
+    cut_off=st.booleans(),
+)
+def test_any_damage_is_found(
+    ending: str, where: float, change: int, cut_off: bool, stories: list[Span], encoding: Encoding, store: Path
+) -> None:
+    """One byte is changed, or the file ends there. JSON may stay the same with other white space."""
+    facts = prepare_span(stories[0], encoding, store, print)
+    assert facts is not None
+    before, path = contents(store), store / f"{facts.digest}{ending}"
+    content = bytearray(path.read_bytes())
+    at = int(where * len(content))
+    content[at] ^= change
+    path.write_bytes(content[:at] if cut_off else content)
+    assert prepare_span(stories[0], encoding, store, print) == facts
+    assert contents(store) == before or (ending == ".json" and json.loads(path.read_bytes())["digest"] == facts.digest)
 
 
 def test_what_is_kept_for_validation_makes_another_shard(
