@@ -34,7 +34,7 @@ def rows_digest(rows: Iterable[Row]) -> str:
     """Hashes the tokens of rows, and which of them carry loss."""
     result = xxhash.xxh3_128()
     for row in rows:
-        result.update(json.dumps([row.input_ids, row.position_ids, row.targets]).encode())
+        result.update(json.dumps([x.tolist() for x in (row.input_ids, row.position_ids, row.targets)]).encode())
     return result.hexdigest()
 
 
