@@ -25,6 +25,7 @@ def with_absolute_paths(config: DistillConfig) -> DistillConfig:
         return value
 
     data = {key: absolute(getattr(config.data, key)) for key in ("train", "valid", "chat_template")}
+    data["store"] = absolute_storage(config.data.store)
     return config.model_copy(
         update={
             "out": str(config.run_dir),

@@ -291,10 +291,26 @@ class DataConfig(Section):
     """What happens to a document that is longer than `sequence_length`, with `format: chat` and `prompt_response`: the run stops
     with an error, the document is left out, or its end is cut off. With `format: text` it is cut into pieces."""
     streaming: bool = False
-    """Read the data as a stream, instead of reading all of them once at the start, which counts the rows and finds damage. A
-    dataset on the hub is not prepared on disk then. For very large data sets; needs `train.steps`."""
+    """Read the data as a stream, which may have no end: nothing is counted or encoded before the first step, and a dataset on
+    the hub is not prepared on disk. Needs `train.steps`, and shuffles in blocks only (`order: blocks`)."""
+    order: Annotated[Literal["global", "blocks"], TRAINING_ONLY] = "global"
+    """Order of the training rows. `global`: all documents are encoded once, into the store, and every epoch is a permutation of
+    all rows. `blocks`: every worker reads and encodes the documents itself, and they are shuffled within blocks of
+    `block_documents` only, so that data sorted by source stay sorted; the default with `streaming`."""
+    store: Annotated[Name | None, RESUMABLE, TRAINING_ONLY, SharedByTrials("all trials share the encoded data")] = None
+    """With `order: global`: directory of the encoded data, which all nodes must see, or a URI such as s3://bucket/path, whose
+    files are copied to each node. Runs and searches on the same data share it. Default: `encoded-data` beside the run
+    directory."""
     block_documents: Annotated[PositiveInt, TRAINING_ONLY] = 1024
-    """Documents are read, shuffled and packed in blocks of this many. Larger blocks shuffle better and need more memory."""
+    """With `order: blocks`: documents are read, shuffled and packed in blocks of this many. Larger blocks shuffle better and need
+    more memory."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _order_of_stream(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("streaming") is True and "order" not in values:
+            return {**values, "order": "blocks"}
+        return values
 
     @field_validator("date")
     @classmethod
@@ -310,6 +326,10 @@ class DataConfig(Section):
     def _turns_fit(self) -> "DataConfig":
         if self.turns == "last" and self.loss_on == "all":
             raise ValueError("data.turns: last goes with data.loss_on: response (found data.loss_on: all)")
+        if self.streaming and self.order == "global":
+            raise ValueError(
+                "data.order: global needs data with an end; remove it, or data.streaming: true (order: blocks)"
+            )
         return self
 
 
@@ -542,6 +562,11 @@ class DistillConfig(Section):
         return Path(self.out or f"runs/{self.name}").expanduser().absolute()
 
     @property
+    def data_store(self) -> str:
+        """Directory or URI of the encoded data, see `data.store`."""
+        return self.data.store or str(self.run_dir.parent / "encoded-data")
+
+    @property
     def effective_schedule(self) -> ScheduleConfig:
         """The schedule of the run: every loss but TAID compares with the teacher itself, which is t = 1 throughout."""
         if self.loss.name == "taid":
@@ -587,10 +612,12 @@ def build_config(
 def stored_config(tree: Mapping[str, Any]) -> DistillConfig:
     """Validates the configuration that a run or a search left in its directory, maybe one of an older version.
 
-    Raises ConfigError. What a removed key said is ignored: cache.memory_gib.
+    Raises ConfigError. What a removed key said is ignored: cache.memory_gib. Before there was data.order all runs had `blocks`.
     """
     if isinstance(tree, Mapping) and isinstance(cache := tree.get("cache"), dict):
         tree = {**tree, "cache": {key: value for key, value in cache.items() if key != "memory_gib"}}
+    if isinstance(tree, Mapping) and isinstance(data := tree.get("data"), dict):
+        tree = {**tree, "data": {"order": "blocks", **data}}
     return build_config(tree)
 
 

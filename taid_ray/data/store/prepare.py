@@ -39,7 +39,7 @@ WINDOW_TOKENS = 1 << 21
 """Samples are packed together, and written as one record batch, whenever they have so many tokens or more."""
 NOT_ENCODED = {
     "train", "valid", "subset", "split", "valid_split", "valid_documents", "streaming", "block_documents",
-    "chat_template", "date",
+    "order", "store", "chat_template", "date",
 }  # fmt: skip
 """Keys of the section `data` that say which documents are read, not what becomes of them, and two that `Encoding` resolves."""
 

@@ -28,7 +28,7 @@ EXPECTED: dict[Mark, str] = {
         student.timeout_s student.max_failures
         loss.memory_mib train.micro_batch_size train.eval_every
         checkpoint.every_steps checkpoint.every_minutes checkpoint.keep checkpoint.best
-        cache.directory cache.disk_gib tracking.wandb tracking.mlflow
+        cache.directory cache.disk_gib tracking.wandb tracking.mlflow data.store
     """,
     MOVABLE: "data.train data.valid",
     SETS_STEPS: "train.steps train.epochs",
@@ -44,7 +44,7 @@ EXPECTED: dict[Mark, str] = {
         student.lora.rank student.lora.alpha student.lora.dropout student.lora.target_modules
         data.format data.loss_on data.turns data.sequence_length data.pack data.overlong loss.name loss.memory_mib
     """,
-    TRAINING_ONLY: "data.train data.split data.block_documents",
+    TRAINING_ONLY: "data.train data.split data.order data.store data.block_documents",
     EVALUATED: """
         device
         teacher.model teacher.revision teacher.dtype teacher.quantization teacher.attention teacher.trust_remote_code
@@ -74,6 +74,7 @@ def test_keys_that_all_trials_of_a_search_share() -> None:
         "cache.directory",
         "cache.disk_gib",
         "checkpoint.storage",
+        "data.store",
     }
 
 

@@ -198,10 +198,23 @@ def test_the_removed_key_of_the_cache_is_refused_with_what_to_set_instead() -> N
 @pytest.mark.parametrize("memory_gib", [0.0, 8.0])
 def test_a_stored_configuration_of_an_older_version_is_read(memory_gib: float) -> None:
     tree = tree_with(cache__memory_gib=memory_gib, cache__disk_gib=9)
-    assert stored_config(tree) == build_config(tree_with(cache__disk_gib=9))
+    assert stored_config(tree) == build_config(tree_with(cache__disk_gib=9, data__order="blocks"))
     assert tree["cache"] == {"memory_gib": memory_gib, "disk_gib": 9}
     with pytest.raises(ConfigError, match=r"^cache\.memory: unknown key"):
         stored_config(tree_with(cache__memory=1))
+
+
+def test_a_stream_is_shuffled_in_blocks() -> None:
+    streamed = tree_with(data__streaming=True, train__steps=10)
+    assert build_config(tree_with()).data.order == "global"
+    assert build_config(streamed).data.order == "blocks"
+    with pytest.raises(ConfigError, match=r"data\.order: global needs data with an end"):
+        build_config(tree_with(data__streaming=True, train__steps=10, data__order="global"))
+
+
+def test_the_store_of_encoded_data_is_beside_the_run() -> None:
+    assert build_config(tree_with(out="/somewhere/run")).data_store == "/somewhere/encoded-data"
+    assert build_config(tree_with(data__store="s3://bucket/data")).data_store == "s3://bucket/data"
 
 
 @pytest.mark.parametrize("tree", [None, 3, "text", ["a"]])
