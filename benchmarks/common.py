@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from taid_ray.data.dataset import Cursor
+from taid_ray.data.cursor import Cursor
 from taid_ray.run.metrics import StepMetrics
 from taid_ray.scheduler.aggregate import GO_ON, StepResult
 

@@ -23,7 +23,7 @@ from rich.table import Table
 from benchmarks.common import StepLines, median, write
 from taid_ray.config.schema import DistillConfig, build_config
 from taid_ray.data.batch import NO_LABEL, Batch, Row, collate
-from taid_ray.data.dataset import Cursor
+from taid_ray.data.cursor import BlockCursor
 from taid_ray.scheduler.client import SchedulerClient
 from taid_ray.scheduler.owner import SchedulerOwner
 from taid_ray.student.deepspeed_internals import use_deepspeed_on
@@ -113,7 +113,7 @@ def _step(number: int) -> StepBatches:
         rows.append(Row(ids, np.arange(LENGTH), np.append(ids[1:], NO_LABEL)))
     size = ROWS // ACCUMULATION
     batches = [collate(rows[start : start + size]) for start in range(0, ROWS, size)]
-    return StepBatches(batches, ROWS * (LENGTH - 1), Cursor())
+    return StepBatches(batches, ROWS * (LENGTH - 1), BlockCursor())
 
 
 def build(directory: Path) -> DistillConfig:

@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks.common import StepLines, local_ray, median, write
 from taid_ray.config.schema import ScheduleConfig, TeacherConfig, TrainConfig
 from taid_ray.data.batch import Batch, Row
-from taid_ray.data.dataset import Cursor
+from taid_ray.data.cursor import BlockCursor, Cursor
 from taid_ray.distributed.world import World
 from taid_ray.losses.chunked import LossParts
 from taid_ray.losses.projection import LogitTransform
@@ -156,7 +156,7 @@ def train(
 def global_batches(world_size: int) -> Iterator[tuple[list[Row], Cursor]]:
     """A row for each worker; every position carries loss."""
     row = Row(np.arange(TOKENS), np.arange(TOKENS), np.arange(TOKENS))
-    return repeat(([row] * world_size, Cursor()), TOTAL_STEPS)
+    return repeat(([row] * world_size, BlockCursor()), TOTAL_STEPS)
 
 
 def main() -> None:

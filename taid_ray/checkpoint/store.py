@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from taid_ray.data.dataset import Cursor
+from taid_ray.data.cursor import Cursor, read_cursor
 from taid_ray.errors import CheckpointError, ConfigError
 from taid_ray.scheduler.aggregate import StepResult
 from taid_ray.scheduler.schedule import ScheduleState
@@ -71,7 +71,7 @@ class TrainingState:
                     "wrote it"
                 )
             schedule = ScheduleState.from_dict(content["result"].pop("schedule"))
-            result, cursor = StepResult(schedule=schedule, **content["result"]), Cursor(**content["cursor"])
+            result, cursor = StepResult(schedule=schedule, **content["result"]), read_cursor(content["cursor"])
             data = content.get("data")
             if not isinstance(content["record"], dict) or not isinstance(data, dict | None):
                 raise TypeError("record or data")

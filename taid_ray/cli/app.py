@@ -146,7 +146,8 @@ def check(config: Annotated[Path, typer.Argument(help="YAML configuration.")], o
     check_installed(loaded)
     spec = prepare(loaded)
     console = Console()
-    console.print(f"ok: {spec.total_steps} optimizer steps, {spec.vocabulary.num_shared} shared token ids")
+    steps = f"{spec.total_steps}" if spec.total_steps else f"{loaded.train.epochs:g} epochs of"
+    console.print(f"ok: {steps} optimizer steps, {spec.vocabulary.num_shared} shared token ids")
     say_notes(loaded, spec, partial(print_line, console))
     data_commands.print_samples(console, first_samples(loaded, SAMPLES_SHOWN)[1], shorten=True)
 

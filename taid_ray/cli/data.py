@@ -1,4 +1,4 @@
-"""`taid-ray data`: a look at what a model will be trained on."""
+"""`taid-ray data`: a look at what a model will be trained on, and its preparation ahead of a run."""
 
 import json
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from taid_ray.config.schema import load_config
@@ -15,7 +16,7 @@ from taid_ray.report.format import print_line
 if TYPE_CHECKING:
     from taid_ray.data.preview import SamplePreview
 
-app = typer.Typer(help="Look at the training data as the model will see them.", no_args_is_help=True)
+app = typer.Typer(help="Look at the training data, or prepare them.", no_args_is_help=True)
 LOSS_STYLE = "bold green"
 LOSS_MARKS = "⟦", "⟧"
 """Around the text that carries loss, where there are no colours."""
@@ -25,7 +26,7 @@ MOST_CHARACTERS = 400
 
 @app.callback()
 def options() -> None:
-    """Look at the training data as the model will see them."""
+    """Look at the training data, or prepare them."""
 
 
 @app.command()
@@ -49,6 +50,27 @@ def show(
     for line in description:
         print_line(console, line)
     print_samples(console, found)
+
+
+@app.command()
+def prepare(
+    config: Annotated[Path, typer.Argument(help="YAML configuration.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Dotted key=value pairs.")] = None,
+) -> None:
+    """Encode the training data into their store ahead of a run, on all CPUs of the cluster.
+
+    Runs and searches on the same data find them there. What is interrupted goes on when the command is given again. Joins
+    the Ray cluster that RAY_ADDRESS names, or starts one here."""
+    loaded = load_config(config, overrides or [])
+    from taid_ray.driver.prepare import prepare_ahead
+
+    totals = prepare_ahead(loaded)
+    table = Table("documents", "rows", "tokens", "tokens with loss", "steps of an epoch", box=None, header_style="bold")
+    steps = max(1, totals.rows // loaded.train.batch_size)
+    table.add_row(
+        *(f"{n:,}" for n in (totals.counts["documents"], totals.rows, totals.tokens, totals.loss_tokens, steps))
+    )
+    Console().print(table)
 
 
 def print_samples(console: Console, samples: "Sequence[SamplePreview]", shorten: bool = False) -> None:

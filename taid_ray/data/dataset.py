@@ -7,13 +7,13 @@ any restart, streamed or not.
 
 import random
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from taid_ray.config.schema import DataConfig
 from taid_ray.data.batch import Row
+from taid_ray.data.cursor import BlockCursor
 from taid_ray.data.documents import Documents, open_documents
 from taid_ray.data.encoding import Columns, Counts, Encoder
 from taid_ray.data.packing import Sample, to_rows
@@ -22,27 +22,7 @@ from taid_ray.errors import DataError
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Cursor:
-    """A place in the endless order of rows: everything before row `row` of block `block` of `epoch` has been used."""
-
-    epoch: int = 0
-    block: int = 0
-    row: int = 0
-    samples: int = 0
-    """Samples (documents, pieces of them, or conversations) used since the beginning of the run."""
-
-    def to_dict(self) -> dict[str, int]:
-        """Returns the cursor as JSON can hold it."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, state: dict[str, int]) -> "Cursor":
-        """Reads what `to_dict` gave."""
-        return cls(**state)
-
-
-START = Cursor()
+START = BlockCursor()
 
 
 class TrainingData:
@@ -91,7 +71,7 @@ class TrainingData:
         """Counts of the documents that this process has read since it started (it reads ahead of the training)."""
         return self._encoder.counts
 
-    def batches(self, start: Cursor = START) -> Iterator[tuple[list[Row], Cursor]]:
+    def batches(self, start: BlockCursor = START) -> Iterator[tuple[list[Row], BlockCursor]]:
         """Yields global batches of `batch_size` rows for ever, each with the cursor after it.
 
         From a cursor that was yielded, exactly the batches that followed it. Raises DataError for a bad row, and if the
@@ -119,7 +99,7 @@ class TrainingData:
                 found = True
                 yield sample
         if not found:
-            raise _nothing_to_learn(self._source, self.counts)
+            raise nothing_to_learn(self._source, self.counts)
 
     def rows_per_epoch(self) -> int:
         """Counts the rows in one pass over the data, the same in every epoch. Reads and encodes all of it."""
@@ -127,7 +107,7 @@ class TrainingData:
         blocks = enumerate(self._blocks(0))
         return sum(len(self._block_rows(encoder, 0, block, *documents)) for block, documents in blocks)
 
-    def _rows(self, start: Cursor) -> Iterator[tuple[Row, Cursor]]:
+    def _rows(self, start: BlockCursor) -> Iterator[tuple[Row, BlockCursor]]:
         epoch, first, skip, samples = start.epoch, start.block, start.row, start.samples
         while True:
             found = 0
@@ -136,10 +116,10 @@ class TrainingData:
                 found += len(rows)
                 for number, row in enumerate(rows[skip:], skip + 1):
                     samples += row.num_samples
-                    yield row, Cursor(epoch, block, number, samples)
+                    yield row, BlockCursor(epoch, block, number, samples)
                 skip = 0
             if first == 0 and not found:
-                raise _nothing_to_learn(self._source, self.counts)
+                raise nothing_to_learn(self._source, self.counts)
             epoch, first, skip = epoch + 1, 0, 0
 
     def _blocks(self, first: int) -> Iterator[tuple[int, Columns]]:
@@ -176,11 +156,12 @@ def validation_rows(
     first_row, columns = next(documents.blocks(0, config.valid_documents))
     samples = encoder.encode(columns, first_row)
     if not samples:
-        raise _nothing_to_learn(source, encoder.counts)
+        raise nothing_to_learn(source, encoder.counts)
     return to_rows(samples, config.sequence_length, config.pack)
 
 
-def _nothing_to_learn(source: str, counts: Counts) -> DataError:
+def nothing_to_learn(source: str, counts: Counts) -> DataError:
+    """Makes the error for documents of which none gave a sample. source: the key of the data and their name."""
     return DataError(
         f"{source} has no loss position: none of {counts.documents} documents gave a sample ({counts.dropped} were "
         f"dropped as empty, too long, or with their response cut off). Check data.sequence_length and data.overlong."

@@ -22,6 +22,10 @@ UNREADABLE = "cannot be read. Check its permissions"
 class Documents(Protocol):
     """Rows that can be read again and again, in the same order."""
 
+    @property
+    def files(self) -> list[DataFile]:
+        """The files that hold the rows, in order. Raises DataError for data without files of their own."""
+
     def count(self) -> int | None:
         """Counts the rows; None for a stream. The first time all of them are read and parsed, so that damage shows."""
 
@@ -71,7 +75,7 @@ class FileDocuments:
 
         Raises DataError if there is no row, or if the first file with rows lacks a required column.
         """
-        self._files, self._said, self._source, self._config = files, said, source, config
+        self.files, self._said, self._source, self._config = files, said, source, config
         self._columns = columns_of(config)
         self._names = [name for column in self._columns for name in column.names]
         self._counts: dict[str, int] = {}
@@ -82,7 +86,7 @@ class FileDocuments:
         """Counts the rows; None with `data.streaming`. The first time all of them are read and parsed. Raises DataError."""
         if self._config.streaming:
             return None
-        for file in self._files:
+        for file in self.files:
             if file.name not in self._counts:
                 self._counts[file.name] = sum(1 for _ in self._file_rows(file, 0))
         return sum(self._counts.values())
@@ -97,8 +101,8 @@ class FileDocuments:
     def outline(self) -> dict[str, Any]:
         """Returns `files`: name, kind and bytes of each."""
         with explained(self._source, UNREADABLE):
-            sizes = [file.path.stat().st_size for file in self._files]
-        found = zip(self._files, sizes, strict=True)
+            sizes = [file.path.stat().st_size for file in self.files]
+        found = zip(self.files, sizes, strict=True)
         return {"files": [{"name": file.name, "kind": file.kind, "bytes": size} for file, size in found]}
 
     def fingerprint(self) -> dict[str, Any]:
@@ -106,16 +110,16 @@ class FileDocuments:
         found = self.outline()
         if self.count() is not None:
             with explained(self._source, UNREADABLE):
-                for file, said in zip(self._files, found["files"], strict=True):
+                for file, said in zip(self.files, found["files"], strict=True):
                     said |= {"digest": digest_of(file.path), "rows": self._counts[file.name]}
         return found
 
     def description(self) -> list[str]:
         """Says in sentences which files are read, what was left out, and what columns are taken for others."""
-        kinds = " and ".join(sorted({file.kind for file in self._files}))
-        names = listed([file.name for file in self._files])
-        rows = f", {counted(sum(self._counts.values()), 'row')}" if len(self._counts) == len(self._files) else ""
-        said = [f"{self._source}: {counted(len(self._files), 'file')} of the kind {kinds}{rows} ({names})", *self._said]
+        kinds = " and ".join(sorted({file.kind for file in self.files}))
+        names = listed([file.name for file in self.files])
+        rows = f", {counted(sum(self._counts.values()), 'row')}" if len(self._counts) == len(self.files) else ""
+        said = [f"{self._source}: {counted(len(self.files), 'file')} of the kind {kinds}{rows} ({names})", *self._said]
         if without := [name for name, rows in self._counts.items() if not rows]:
             said.append(f"{self._source}: without a row: {listed(without)}")
         if self._config.streaming:
@@ -128,14 +132,14 @@ class FileDocuments:
     def _check_first_rows(self) -> None:
         """Reads on until every required column was there."""
         missing, found = self._required(), False
-        for file in self._files:
+        for file in self.files:
             for row in self._file_rows(file, 0):
                 missing, found = self._still_missing(missing, row or {}), True
                 if not missing:
                     return
         if not found:
             raise empty(self._source)
-        names = [name for file in self._files for name in columns_found(file)]
+        names = [name for file in self.files for name in columns_found(file)]
         raise no_column(self._source, missing[0], list(dict.fromkeys(names)), self._config.format)
 
     def _required(self) -> list[Column]:
@@ -150,7 +154,7 @@ class FileDocuments:
         return [column for column in columns if row.keys().isdisjoint(column.names)]
 
     def _rows(self, skip: int) -> Iterator[Row]:
-        for file in self._files:
+        for file in self.files:
             if self._counts.get(file.name, skip + 1) <= skip:
                 skip -= self._counts[file.name]
                 continue

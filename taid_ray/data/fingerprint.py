@@ -3,7 +3,8 @@
 Of local files it holds name, size, a hash of the content and the number of rows; of a data set of the hub a hash of what is
 read; of a stream, which is not read at once, names and sizes of files, or the name only. Two fingerprints are the same if the
 files hold the same, in the same order, under whatever names, and if their first rows have the same
-tokens, which another tokenizer or chat template changes.
+tokens, which another tokenizer or chat template changes. With `data.order: global` the documents are known when they are
+prepared; until then there are only names and sizes to compare.
 """
 
 import json
@@ -19,15 +20,19 @@ from taid_ray.data.reading.splits import counted
 from taid_ray.errors import DataError
 
 Fingerprint: TypeAlias = dict[str, Any]
-"""`train` and `valid` (None without `data.valid`), each as `Documents.fingerprint` gives it; `rows`, a hash of the first rows. As
-JSON can hold it."""
+"""`train` and `valid` (None without `data.valid`), each as `Documents.fingerprint` gives it; `rows`, a hash of the first rows;
+with `data.order: global`, once the data are prepared, `index`, which identifies all rows. As JSON can hold it."""
 
 MOST_SHOWN = 3
 
 
-def fingerprint(train: Documents, valid: Documents | None) -> Fingerprint:
-    """Takes the fingerprint of a run's documents. Reads all of them once, unless they are streams. Raises DataError."""
-    return {"train": train.fingerprint(), "valid": None if valid is None else valid.fingerprint()}
+def fingerprint(train: Documents, valid: Documents | None, read_train: bool = True) -> Fingerprint:
+    """Takes the fingerprint of a run's documents. Reads all of them once, unless they are streams. Raises DataError.
+
+    read_train: whether to read the training data, too; else there are only their names and sizes in it.
+    """
+    found = train.fingerprint() if read_train else train.outline()
+    return {"train": found, "valid": None if valid is None else valid.fingerprint()}
 
 
 def rows_digest(rows: Iterable[Row]) -> str:
@@ -43,14 +48,19 @@ def changes(before: Fingerprint, now: Fingerprint) -> list[str]:
     found = []
     for which in ("train", "valid"):
         old, new = before.get(which), now.get(which)
-        if _contents(old) != _contents(new):
+        if not _same(old, new):
             found.append(f"data.{which}: {_difference(old, new)}")
-    if not found and "rows" in before and before["rows"] != now.get("rows"):
+    if not found and any(key in before and key in now and before[key] != now[key] for key in ("rows", "index")):
         found.append(
-            "the documents are the same, but their tokens are not: the tokenizer, the chat template or taid-ray itself has "
-            "changed"
+            f"{'the documents are the same, but their tokens are not' if _is_read(now) else 'the first rows are not the same'}: "
+            f"{'' if _is_read(now) else 'the documents, '}the tokenizer, the chat template or taid-ray itself has changed"
         )
     return found
+
+
+def _is_read(found: Fingerprint) -> bool:
+    """Whether the training data were read for it, not only their names and sizes."""
+    return all("digest" in file for file in (found.get("train") or {}).get("files", []))
 
 
 def check_outline(driver: Fingerprint, train: Documents) -> None:
@@ -61,7 +71,7 @@ def check_outline(driver: Fingerprint, train: Documents) -> None:
     then, now = (
         {"files": [_outline(file) for file in data.get("files", [])]} for data in (driver["train"], train.outline())
     )
-    if _contents(then) != _contents(now):
+    if not _same(then, now):
         raise DataError(
             f"data.train: node {os.uname().nodename} does not find the files that the driver has read: "
             f"{_difference(then, now)}. Give all nodes the same files, and start the run again to resume it."
@@ -72,11 +82,19 @@ def _outline(file: Mapping[str, Any]) -> dict[str, Any]:
     return {key: file[key] for key in ("name", "kind", "bytes")}
 
 
-def _contents(data: Mapping[str, Any] | None) -> Any:
-    """Lists what must be the same."""
-    if data is None or "files" not in data:
-        return data
-    return [(file["kind"], file.get("digest") or (file["name"], file["bytes"])) for file in data["files"]]
+def _same(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> bool:
+    """Compares what both know: contents of files, or names and sizes; sizes alone if only one of them has read the files."""
+    if old is None or new is None:
+        return old is new
+    if "files" not in old or "files" not in new:
+        return all(old[key] == new[key] for key in old.keys() & new.keys()) and ("files" in old) == ("files" in new)
+    return len(old["files"]) == len(new["files"]) and all(map(_same_file, old["files"], new["files"]))
+
+
+def _same_file(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    read = ["digest" in file for file in (old, new)]
+    keys = ("kind", "digest") if all(read) else ("kind", "bytes") if any(read) else ("kind", "name", "bytes")
+    return all(old[key] == new[key] for key in keys)
 
 
 def _difference(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> str:
@@ -89,7 +107,11 @@ def _difference(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) ->
         ((name, one),), (other,) = before.items(), now.values()
         return _change(name, one, other)
     said = [
-        *(_change(name, before[name], now[name]) for name in before if name in now and before[name] != now[name]),
+        *(
+            _change(name, before[name], now[name])
+            for name in before
+            if name in now and not _same_file(before[name], now[name])
+        ),
         *(f"{name} is gone" for name in before if name not in now),
         *(f"{name} is new" for name in now if name not in before),
     ]
@@ -97,7 +119,8 @@ def _difference(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) ->
 
 
 def _change(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    sizes = [counted(*((f["rows"], "row") if "rows" in f else (f["bytes"], "byte"))) for f in (old, new)]
+    what = "row" if "rows" in old and "rows" in new else "byte"
+    sizes = [counted(file[f"{what}s"], what) for file in (old, new)]
     return f"{name} has changed" + (f" ({sizes[0]} then, {sizes[1]} now)" if sizes[0] != sizes[1] else "")
 
 

@@ -13,7 +13,8 @@ import torch
 from taid_ray.config.paths import with_absolute_paths
 from taid_ray.config.schema import DistillConfig
 from taid_ray.data.batch import Row, collate
-from taid_ray.data.dataset import START, Cursor, TrainingData, validation_rows
+from taid_ray.data.cursor import Cursor
+from taid_ray.data.dataset import START, TrainingData, validation_rows
 from taid_ray.data.shared_ids import check_ids
 from taid_ray.distributed.capacity import check_capacity, demand_of
 from taid_ray.distributed.cluster import cluster_has_gpus, ray_cluster

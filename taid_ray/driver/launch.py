@@ -16,16 +16,18 @@ from rich.console import Console
 
 from taid_ray.config.paths import with_absolute_paths
 from taid_ray.config.schema import DistillConfig
+from taid_ray.data.store.prepared import PreparedData
 from taid_ray.distributed.capacity import Demand, capacity_note, check_capacity, check_object_store, demand_of
 from taid_ray.distributed.cluster import cluster_has_gpus, ray_cluster
 from taid_ray.distributed.device import collective_backend, resolve
 from taid_ray.distributed.network import RayNetworkConfig
 from taid_ray.driver.attempts import AttemptContext, AttemptLoop
 from taid_ray.driver.live import announce_cluster, liveness_file
-from taid_ray.driver.notes import say_notes
+from taid_ray.driver.notes import lost_documents, say_notes, schedule_notes
 from taid_ray.driver.orphans import ending_orphaned_cleaners, own_job
 from taid_ray.driver.pool import PoolKeeper, SharedPool
-from taid_ray.driver.preflight import prepare
+from taid_ray.driver.preflight import prepare, with_data
+from taid_ray.driver.prepare import Preparation, prepare_data
 from taid_ray.driver.progress import ProgressView
 from taid_ray.driver.progress_relay import progress_relay
 from taid_ray.driver.same_data import check_same_data
@@ -73,6 +75,8 @@ class RunContext:
     """Output instead of the terminal."""
     pool: Callable[[DistillConfig, RunSpec], str | None] | None = None
     """Names the teacher pool that the run may use; None: it needs one of its own."""
+    data: Callable[[DistillConfig], PreparedData | None] | None = None
+    """Gives the training data of the run if they are prepared already; None: the run prepares them."""
     stop: StopRequest | None = None
     """Request to stop of somebody else, instead of this process's signals."""
     on_validation: Callable[[dict[str, Any]], None] | None = None
@@ -141,28 +145,64 @@ def run_distillation(config: DistillConfig, context: RunContext) -> RunResult:
 def run_on_cluster(
     config: DistillConfig, spec: RunSpec, demand: Demand, run: RunManifest, view: ProgressView, context: RunContext
 ) -> dict[str, Any]:
-    """Starts scheduler, teacher pool and student workers side by side; the workers wait for the pool, which outlives them."""
+    """Starts scheduler, teacher pool and student workers; the workers wait for the pool, which outlives them.
+
+    The data are prepared while the pool loads; before it where they decide the number of steps, which comes first.
+    """
     shared = context.pool(config, spec) if context.pool else None
     own_pool = None if shared or config.teacher.mode != "pool" else POOL_PREFIX + run.id
     schedule, most = config.effective_schedule, config.student.workers.max
     with ExitStack() as parts:
         # First, so that taking everything down is not interrupted halfway; and nobody asks for a stop before it is told of.
         stop = context.stop or parts.enter_context(stop_signals())
-        announce_cluster(config.run_dir, own_pool, spec.total_steps)
+        context = replace(context, stop=stop)
         parts.enter_context(ending_orphaned_cleaners(run.jobs))
+        data = None
+        if not spec.total_steps:
+            announce_cluster(config.run_dir, None)
+            spec, data = prepare_for_run(config, spec, demand, context, view)
+        announce_cluster(config.run_dir, own_pool, spec.total_steps)
         scheduler = SchedulerOwner(f"taid-scheduler-{run.id}", schedule, spec.total_steps, most)
         parts.enter_context(scheduler)
         if shared:
             parts.enter_context(SharedPool(shared, scheduler.set_pool))
         elif own_pool:
             parts.enter_context(PoolKeeper(config, spec, demand, own_pool, scheduler.set_pool, view))
+        if data is None and config.data.order == "global":
+            spec, data = prepare_for_run(config, spec, demand, context, view)
         progress = parts.enter_context(
             progress_relay(scheduler, config.run_dir, spec.total_steps, view, context.on_validation)
         )
         scratch = parts.enter_context(scratch_directory(config.run_dir))
-        worker = WorkerSpec(config, spec, demand.device, scheduler.actor, shared or own_pool or "", run.checkpoints)
+        worker = WorkerSpec(
+            config, spec, demand.device, scheduler.actor, shared or own_pool or "", run.checkpoints, data
+        )
         attempts = AttemptLoop(config.student, AttemptContext(demand, scheduler, progress, stop, view))
         return attempts.run(TrainLauncher(worker, demand, run, scratch))
+
+
+def prepare_for_run(
+    config: DistillConfig, spec: RunSpec, demand: Demand, context: RunContext, view: ProgressView
+) -> tuple[RunSpec, PreparedData]:
+    """Prepares the training data, unless `context` gives them; returns them with the facts of the run that they complete.
+
+    Raises what `prepare_data` and `check_same_data` raise, and the end that was requested meanwhile.
+    """
+
+    data = context.data(config) if context.data else None
+    if data is None:
+        cpus = min(1.0, demand.workers * demand.worker_cpus)  # of those that the workers will have
+        work = Preparation(view.say, view.wait_for, context.stop, cpus)
+        data = prepare_data(config, spec.vocabulary.num_shared, work)
+    for note in lost_documents(config, f"{data.counts.documents:,}", data.counts.dropped, data.counts.truncated):
+        view.say(f"note: {note}")
+    complete = with_data(config, spec, data)
+    if complete.fingerprint:
+        check_same_data(config, complete.fingerprint)
+    if not spec.total_steps:
+        for note in schedule_notes(config, complete.total_steps):
+            view.say(f"note: {note}")
+    return complete, data
 
 
 @dataclass(frozen=True)

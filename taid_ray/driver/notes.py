@@ -13,7 +13,7 @@ def say_notes(config: DistillConfig, spec: RunSpec, say: Callable[[str], None], 
     """Says how the data were understood, then all notes. with_schedule: also those on the schedule's values."""
     for line in spec.data.description:
         say(line)
-    schedule = schedule_notes(config, spec.total_steps) if with_schedule else []
+    schedule = schedule_notes(config, spec.total_steps) if with_schedule and spec.total_steps else []
     for note in [*model_notes(spec), *data_notes(config, spec), *schedule]:
         say(f"note: {note}")
 
@@ -33,13 +33,17 @@ def model_notes(spec: RunSpec) -> list[str]:
 
 def data_notes(config: DistillConfig, spec: RunSpec) -> list[str]:
     """Counts the documents that are lost or cut short, and says what else may not be meant."""
-    if not spec.data.dropped and not spec.data.truncated:
-        return [*spec.data.notes]
+    first = f"the first {config.data.block_documents}"
+    return [*spec.data.notes, *lost_documents(config, first, spec.data.dropped, spec.data.truncated)]
+
+
+def lost_documents(config: DistillConfig, which: str, dropped: int, truncated: int) -> list[str]:
+    """Says how many of `which` documents are lost or cut short; nothing if none is."""
+    if not dropped and not truncated:
+        return []
     return [
-        *spec.data.notes,
-        f"of the first {config.data.block_documents} documents, {spec.data.dropped} are left out (empty, too long, or "
-        f"nothing left of the response) and {spec.data.truncated} are cut short (data.overlong: {config.data.overlong}); "
-        "a larger data.sequence_length keeps more",
+        f"of {which} documents, {dropped:,} are left out (empty, too long, or nothing left of the response) and {truncated:,} "
+        f"are cut short (data.overlong: {config.data.overlong}); a larger data.sequence_length keeps more"
     ]
 
 

@@ -1,5 +1,6 @@
 """Preflight: finds what is wrong with models and data before a cluster is touched, and what all processes must agree on."""
 
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -9,6 +10,7 @@ from taid_ray.data.documents import Documents
 from taid_ray.data.fingerprint import fingerprint, rows_digest
 from taid_ray.data.preview import SamplePreview, preview
 from taid_ray.data.shared_ids import check_ids
+from taid_ray.data.store.prepared import PreparedData
 from taid_ray.errors import ConfigError
 from taid_ray.models.hub import offline_if_unreachable
 from taid_ray.models.pair import check_models, check_run_tokenizer, model_configs, run_tokenizer, shared_vocabulary
@@ -36,10 +38,11 @@ def prepare(config: DistillConfig) -> RunSpec:
         find_record(config, vocabulary.num_shared)
     data = training_data(config, tokenizer)
     held_out = open_validation(config.data)
-    found = fingerprint(data.documents, held_out if config.data.valid is not None else None)
+    encodes_here = config.data.order == "blocks"  # else tasks read the training data, see driver/prepare.py
+    found = fingerprint(data.documents, held_out if config.data.valid is not None else None, encodes_here)
     checked = check_data(config.data, data, tokenizer, vocabulary.num_shared, held_out)
     return RunSpec(
-        total_steps=config.train.steps or steps_of_epochs(config, data),
+        total_steps=config.train.steps or (steps_of_epochs(config, data.rows_per_epoch()) if encodes_here else 0),
         vocabulary=vocabulary,
         payload_bytes=largest_payload(config, teacher_config, vocabulary),
         data=checked,
@@ -91,14 +94,20 @@ def largest_payload(config: DistillConfig, teacher_config: Any, vocabulary: Voca
     return config.train.micro_batch_size * config.data.sequence_length * per_token
 
 
-def steps_of_epochs(config: DistillConfig, data: TrainingData) -> int:
-    """Optimizer steps of `train.epochs` passes; whole global batches only, at least one.
+def with_data(config: DistillConfig, spec: RunSpec, data: PreparedData) -> RunSpec:
+    """Completes the facts of a run by those of its prepared data. Raises ConfigError as `steps_of_epochs` does."""
+    found = (spec.fingerprint or {}) | {"train": data.fingerprint, "index": data.totals.digest}
+    return replace(spec, total_steps=spec.total_steps or steps_of_epochs(config, data.rows), fingerprint=found)
+
+
+def steps_of_epochs(config: DistillConfig, rows: int) -> int:
+    """Optimizer steps of `train.epochs` passes over `rows` rows; whole global batches only, at least one.
 
     Raises ConfigError if the warm-up is longer.
     """
     train = config.train
     assert train.epochs is not None
-    steps = max(1, int(train.epochs * data.rows_per_epoch() / train.batch_size))
+    steps = max(1, int(train.epochs * rows / train.batch_size))
     if train.warmup_steps > steps:
         raise ConfigError(
             f"train.warmup_steps = {train.warmup_steps} exceeds the {steps} steps of train.epochs = {train.epochs:g}; "

@@ -2,8 +2,9 @@
 
 from taid_ray.checkpoint.store import STATE_FILE, STORAGE_ERRORS, CheckpointStore, TrainingState, step_of
 from taid_ray.config.schema import DistillConfig
+from taid_ray.data.cursor import BlockCursor
 from taid_ray.data.fingerprint import Fingerprint, changes
-from taid_ray.errors import CheckpointError, DataError
+from taid_ray.errors import CheckpointError, ConfigError, DataError
 from taid_ray.run.directory import RunManifest, moved_data
 
 
@@ -11,13 +12,19 @@ def check_same_data(config: DistillConfig, now: Fingerprint) -> str | None:
     """Compares the fingerprint of the data with the one in the newest checkpoint of the run that is in `config.run_dir`.
 
     Returns a note if that cannot be done, because the checkpoint is of an older version. Raises DataError, which says what
-    has changed, and CheckpointError if the storage cannot be reached. Without a checkpoint the run begins at step 1, with
-    whatever data.
+    has changed, ConfigError if it was made in another order of the data, and CheckpointError if the storage cannot be
+    reached. Without a checkpoint the run begins at step 1, with whatever data.
     """
     newest = _newest_state(CheckpointStore(RunManifest(config).checkpoints))
     if newest is None:
         return None
     step, state = newest
+    if isinstance(state.cursor, BlockCursor) != (config.data.order == "blocks"):
+        then = "blocks" if isinstance(state.cursor, BlockCursor) else "global"
+        raise ConfigError(
+            f"data.order: {config.data.order}, but the checkpoint of step {step} in {config.run_dir} was made with {then}; set "
+            f"data.order={then} to resume the run, or begin a new one with --out"
+        )
     if state.data is None:
         if moved := moved_data(config):
             raise DataError(

@@ -32,7 +32,8 @@ def base_config(config: DistillConfig, out: str | Path | None, share_outputs: bo
     workers = Range(min=config.student.workers.min, max=config.student.workers.min)  # more would take room from trials
     student = config.student.model_copy(update={"workers": workers})
     config = with_absolute_paths(config.model_copy(update={"out": str(directory), "cache": cache, "student": student}))
-    return on_its_day(config, directory / SEARCH_FILE)
+    data = config.data.model_copy(update={"store": config.data_store})  # not one in the directory of each trial
+    return on_its_day(config.model_copy(update={"data": data}), directory / SEARCH_FILE)
 
 
 @contextmanager

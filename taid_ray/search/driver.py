@@ -20,6 +20,7 @@ from taid_ray.config.space import Space
 from taid_ray.distributed.capacity import Demand, check_capacity, check_object_store, demand_of, room_for_trials
 from taid_ray.distributed.cluster import cluster_has_gpus, ray_cluster
 from taid_ray.distributed.device import resolve
+from taid_ray.driver.launch import RunContext, prepare_for_run
 from taid_ray.driver.live import announce_cluster, liveness_file
 from taid_ray.driver.notes import say_notes
 from taid_ray.driver.orphans import ending_orphaned_cleaners
@@ -38,7 +39,7 @@ from taid_ray.run.log import run_logging
 from taid_ray.search.book import TrialBook
 from taid_ray.search.callbacks import TrialsShown, Watcher
 from taid_ray.search.directory import base_config, search_directory
-from taid_ray.search.trial import STOP_FILE, SearchJob, pool_spec, run_trial
+from taid_ray.search.trial import STOP_FILE, SearchJob, data_spec, pool_spec, run_trial
 from taid_ray.search.tuning import sampled, scheduler, searcher
 from taid_ray.student.spec import RunSpec
 from taid_ray.tracking.follow import check_installed, tell_stopped
@@ -82,7 +83,8 @@ def run_search(
     with restoring_hub_mode(), ProgressView(above=shown.table) as view:
         view.say("checking models, data and the search space")
         spec = prepare(config)
-        space.check(config.model_dump(mode="json"), spec.total_steps)
+        if spec.total_steps:  # else the data must be prepared before
+            space.check(config.model_dump(mode="json"), spec.total_steps)
         say_notes(config, spec, view.say, not any(key.startswith("schedule.") for key in space.space))
         with (
             search_directory(config, space) as (book, name),
@@ -168,13 +170,25 @@ class SearchDriver:
             PoolKeeper(config, self.spec, together, pool, tell, self.view) if pool else nullcontext(),
         ):
             announce_cluster(config.run_dir, pool)  # now that a request to stop is heard
+            spec, data = self.spec, None
+            if config.data.order == "global":
+                spec, data = prepare_for_run(config, spec, demand, RunContext(stop=stop), self.view)
+                self.space.check(config.model_dump(mode="json"), spec.total_steps)
             if pool:
                 wait_for_pool(up, stop)
             concurrent = self._concurrent(demand)
             finished, stopped = self.book.with_status("finished"), frozenset(self.book.with_status("stopped"))
             self.view.say(f"{self.space.num_trials} trials, {concurrent} at a time, {len(finished)} finished before")
-            tree, steps = config.model_dump(mode="json"), self.spec.total_steps
-            job = SearchJob(config.run_dir, tree, steps, pool, pool_spec(config, self.spec), stopped)
+            job = SearchJob(
+                config.run_dir,
+                config.model_dump(mode="json"),
+                spec.total_steps,
+                pool,
+                pool_spec(config, spec),
+                data_spec(config),
+                data,
+                stopped,
+            )
             self._tune(job, concurrent, stop)
             if stop.requested:
                 raise stop.end()

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from taid_ray.config.schema import DistillConfig
 from taid_ray.config.space import trial_config
+from taid_ray.data.store.prepared import PreparedData
 from taid_ray.driver.launch import RunContext, run_distillation
 from taid_ray.driver.signals import POLL_S, StopRequest
 from taid_ray.errors import TaidRayError
@@ -40,6 +41,10 @@ class SearchJob:
     """Name of the teacher pool's Serve application; None: the trials have teachers of their own."""
     pool_spec: Any
     """Result of `pool_spec` for the base configuration."""
+    data_spec: Any
+    """Result of `data_spec` for the base configuration."""
+    data: PreparedData | None
+    """Training data of the base configuration; None with `data.order: blocks`."""
     stopped: frozenset[str]
     """Trials that the scheduler stopped while an earlier driver ran."""
 
@@ -48,6 +53,15 @@ def pool_spec(config: DistillConfig, spec: RunSpec) -> Any:
     """The settings that two runs must have in common to share a teacher pool. The others of the section are the clients' own."""
     own = {"window", "window_mib", "hedge_after", "timeout_s"}
     return config.teacher.model_dump(mode="json", exclude=own), spec.vocabulary.num_shared
+
+
+def data_spec(config: DistillConfig) -> Any:
+    """The settings that two runs must have in common to train on the same prepared data."""
+    models = [
+        model.model_dump(mode="json", include={"model", "revision", "trust_remote_code"})
+        for model in (config.teacher, config.student)
+    ]
+    return config.data.model_dump(mode="json", exclude={"block_documents"}), models, config.student.resize_to_teacher
 
 
 def run_trial(params: dict[str, Any], job: SearchJob) -> None:
@@ -81,6 +95,9 @@ def distil_trial(tree: dict[str, Any], params: dict[str, Any], job: SearchJob) -
     def shared(own: DistillConfig, spec: RunSpec) -> str | None:
         return job.pool if job.pool and pool_spec(own, spec) == job.pool_spec else None
 
+    def data(own: DistillConfig) -> PreparedData | None:
+        return job.data if data_spec(own) == job.data_spec else None
+
     config.run_dir.parent.mkdir(parents=True, exist_ok=True)
     with (
         config.run_dir.with_suffix(LOG_SUFFIX).open("a", encoding="utf-8") as log,
@@ -88,7 +105,7 @@ def distil_trial(tree: dict[str, Any], params: dict[str, Any], job: SearchJob) -
     ):
         console = Console(file=log, width=130)
         try:
-            result = run_distillation(config, RunContext(console, shared, stop, report))
+            result = run_distillation(config, RunContext(console, shared, data, stop, report))
         except (KeyboardInterrupt, SystemExit):
             return  # the search was asked to stop, and the run has a checkpoint
     if finished_before:

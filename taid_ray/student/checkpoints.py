@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from taid_ray.checkpoint.save import CheckpointWriter
 from taid_ray.checkpoint.store import TrainingState
-from taid_ray.data.dataset import Cursor
+from taid_ray.data.cursor import Cursor
 from taid_ray.data.fingerprint import Fingerprint
 from taid_ray.scheduler.aggregate import GO_ON, SAVE, StepResult
 from taid_ray.student.engine import Student

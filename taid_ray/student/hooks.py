@@ -2,7 +2,7 @@
 
 from contextlib import nullcontext, suppress
 
-from taid_ray.data.dataset import Cursor
+from taid_ray.data.cursor import Cursor
 from taid_ray.errors import CheckpointError
 from taid_ray.run.metrics import StepMetrics
 from taid_ray.scheduler.aggregate import GO_ON, STOP, StepResult

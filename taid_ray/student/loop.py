@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from taid_ray.data.batch import Batch
-from taid_ray.data.dataset import Cursor
+from taid_ray.data.cursor import Cursor
 from taid_ray.errors import AttemptError
 from taid_ray.losses.chunked import LossParts
 from taid_ray.run.metrics import PHASES, StepMetrics

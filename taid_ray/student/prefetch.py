@@ -3,14 +3,14 @@
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TypeVar
 
 from taid_ray.data.batch import Batch, Row, collate
 from taid_ray.data.batching import split_evenly
-from taid_ray.data.dataset import Cursor
+from taid_ray.data.cursor import Cursor
 from taid_ray.distributed.world import World
 from taid_ray.errors import DataError
 from taid_ray.student.clock import PhaseClock
@@ -31,11 +31,19 @@ class StepBatches:
 
     batches: list[Batch]
     num_loss_tokens: int
-    """Loss positions of the GLOBAL batch: the one denominator. Every rank reads all rows, so it needs no collective."""
+    """Loss positions of the GLOBAL batch: the one denominator. Every rank has it from the index, or from reading all rows, so it
+    needs no collective."""
     cursor: Cursor
     """Where the data stand after this step; what a checkpoint stores (prefetch has read further)."""
     documents: list[int] = field(default_factory=list)
     """The documents in this rank's rows, ascending and each once, by their numbers from 1 in the dataset."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], accumulation: int, num_loss_tokens: int, cursor: Cursor) -> "StepBatches":
+        """Cuts this rank's rows of a global batch into `accumulation` micro-batches."""
+        batches = [collate(part) for part in split_evenly(rows, accumulation)]
+        documents = sorted({document for row in rows for document in row.documents})
+        return cls(batches, num_loss_tokens, cursor, documents)
 
 
 def step_batches(
@@ -44,9 +52,7 @@ def step_batches(
     """Cuts each global batch into this rank's contiguous share, and that into `accumulation` micro-batches."""
     for rows, cursor in global_batches:
         own = split_evenly(rows, world.size)[world.rank]
-        batches = [collate(part) for part in split_evenly(own, accumulation)]
-        documents = sorted({document for row in own for document in row.documents})
-        yield StepBatches(batches, sum(row.num_loss_tokens for row in rows), cursor, documents)
+        yield StepBatches.of(own, accumulation, sum(row.num_loss_tokens for row in rows), cursor)
 
 
 def read_ahead(items: Iterator[T], depth: int) -> Iterator[T]:

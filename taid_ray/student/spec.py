@@ -6,6 +6,7 @@ from typing import Any
 
 from taid_ray.config.schema import DistillConfig
 from taid_ray.data.fingerprint import Fingerprint
+from taid_ray.data.store.prepared import PreparedData
 from taid_ray.models.vocabulary import Vocabulary
 
 
@@ -32,6 +33,7 @@ class RunSpec:
     """Facts that every process of the run has to agree on."""
 
     total_steps: int
+    """Number of optimizer steps; 0 until the data are prepared, where `train.epochs` decides it."""
     vocabulary: Vocabulary
     payload_bytes: int
     """Of one request to the teacher, at most."""
@@ -56,6 +58,8 @@ class WorkerSpec:
     """Name of the teacher pool's Serve application (unused with a local teacher)."""
     checkpoints: str
     """Where this run's checkpoints are: a directory or a URI."""
+    data: PreparedData | None = None
+    """The encoded training data; None with `data.order: blocks`."""
     attempt: int = 1
     """Number of the attempt, from 1 over all drivers of the run."""
 

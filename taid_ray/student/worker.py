@@ -9,10 +9,9 @@ from torch import Tensor
 from taid_ray.checkpoint.restore import Checkpoint, restore
 from taid_ray.checkpoint.save import CheckpointWriter
 from taid_ray.config.schema import DistillConfig
-from taid_ray.data.batch import Row
-from taid_ray.data.batching import num_micro_batches
 from taid_ray.data.chat import chat_template
-from taid_ray.data.dataset import START, Cursor, TrainingData, validation_rows
+from taid_ray.data.dataset import validation_rows
+from taid_ray.data.documents import open_documents
 from taid_ray.data.fingerprint import check_outline
 from taid_ray.data.shared_ids import check_ids
 from taid_ray.errors import CheckpointError, NonFiniteLossError, RunError, shortened
@@ -31,10 +30,11 @@ from taid_ray.student.engine_check import check_engine
 from taid_ray.student.hooks import StepHooks
 from taid_ray.student.loop import train_loop
 from taid_ray.student.open_teacher import measured_payload_error, open_teacher
-from taid_ray.student.prefetch import READ_AHEAD_STEPS, Prefetcher, read_ahead, step_batches
-from taid_ray.student.spec import Finished, Outcome, RunSpec, Stopped, WorkerSpec
+from taid_ray.student.prefetch import READ_AHEAD_STEPS, Prefetcher, read_ahead
+from taid_ray.student.spec import Finished, Outcome, Stopped, WorkerSpec
 from taid_ray.student.telemetry import MainTelemetry, Telemetry
 from taid_ray.student.totals import RunTotals
+from taid_ray.student.training_data import open_training_data
 from taid_ray.student.validation import ValidationBatches
 from taid_ray.student.validator import Validator
 from taid_ray.teacher.cache.cached import CachedTeacher
@@ -98,11 +98,11 @@ class TrainingRun:
         config, worker, world = context.config, context.worker, context.world
         self._context, self._student, self._teacher = context, student, teacher
         self._start = context.scheduler.join(worker.attempt, world.size, checkpoint.result if checkpoint else None)
-        self._cursor = checkpoint.cursor if checkpoint else START
+        self._cursor = checkpoint.cursor if checkpoint else None
         self._tokenizer = run_tokenizer(config)
-        self._data = TrainingData(config.data, self._tokenizer, config.train.seed, config.train.batch_size)
-        if worker.spec.fingerprint:
-            check_outline(worker.spec.fingerprint, self._data.documents)
+        self._data = open_training_data(worker, self._tokenizer, world)
+        if worker.spec.fingerprint and (worker.data is None or config.data.valid is None):
+            check_outline(worker.spec.fingerprint, open_documents(config.data, "train"))
         rows = validation_rows(config.data, self._tokenizer)
         check_ids(rows, worker.spec.vocabulary.num_shared, self._tokenizer.get_vocab())
         if checkpoint:
@@ -122,10 +122,8 @@ class TrainingRun:
     def train(self) -> StepResult:
         """Trains to the end of the run or of the attempt. Returns the result of the last step. Collective."""
         context, student, config = self._context, self._student, self._context.config
-        spec, world = context.worker.spec, context.world
-        accumulation = num_micro_batches(config.train.batch_size, config.train.micro_batch_size, world.size)
-        batches = training_batches(self._data, spec, self._tokenizer, self._start.step, self._cursor)
-        steps = step_batches(read_ahead(batches, READ_AHEAD_STEPS), world, accumulation)
+        spec = context.worker.spec
+        steps = read_ahead(self._data.steps(self._start.step, self._cursor), READ_AHEAD_STEPS)
         stream = Prefetcher(steps, self._teacher, *request_window(config), student.clock)
         checkpoints = StudentCheckpoints(self._writer, student, self._teacher, self._totals, spec.fingerprint)
         hooks = StepHooks(
@@ -215,16 +213,6 @@ def write_results(config: DistillConfig, summary: dict[str, Any], tokenizer: Any
         tokenizer.chat_template = chat_template(config.data.chat_template, tokenizer)
     tokenizer.save_pretrained(config.run_dir / "model")
     write_json(config.run_dir / SUMMARY_FILE, summary)
-
-
-def training_batches(
-    data: TrainingData, spec: RunSpec, tokenizer: Any, done: int = 0, start: Cursor = START
-) -> Iterator[tuple[list[Row], Cursor]]:
-    """The run's global batches after step `done`, each checked to hold shared ids only; ends with the last step."""
-    tokens = tokenizer.get_vocab()
-    for _, (rows, cursor) in zip(range(done, spec.total_steps), data.batches(start), strict=False):
-        check_ids(rows, spec.vocabulary.num_shared, tokens)
-        yield rows, cursor
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from taid_ray.checkpoint.restore import restore
 from taid_ray.checkpoint.store import STATE_FILE, CheckpointStore, TrainingState, checkpoint_name, step_of, tensor_file
-from taid_ray.data.dataset import Cursor
+from taid_ray.data.cursor import BlockCursor
 from taid_ray.distributed.world import World
 from taid_ray.errors import CheckpointError
 from taid_ray.scheduler.aggregate import StepResult
@@ -65,7 +65,7 @@ def tensors_of(name: str) -> dict[str, torch.Tensor]:
 def state_of(name: str) -> TrainingState:
     schedule = ScheduleState(0.5, 0.1, 0.01, 2.5, step_of(name))
     return TrainingState(
-        StepResult(step_of(name), schedule, 1.5, 2.5, tokens=9), Cursor(1, 2, 3, step_of(name)), {"best": None}
+        StepResult(step_of(name), schedule, 1.5, 2.5, tokens=9), BlockCursor(1, 2, 3, step_of(name)), {"best": None}
     )
 
 

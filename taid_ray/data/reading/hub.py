@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -11,7 +12,7 @@ from taid_ray.config.schema import DataConfig
 from taid_ray.data.columns import columns_of
 from taid_ray.data.encoding import Columns
 from taid_ray.data.reading.complaints import empty, explained, no_column
-from taid_ray.data.reading.kinds import SUPPORTED
+from taid_ray.data.reading.kinds import SUPPORTED, DataFile
 from taid_ray.data.reading.splits import Choice, counted
 from taid_ray.errors import DataError
 
@@ -66,6 +67,15 @@ class HubDocuments:
         if not self._is_stream:
             wanted = {name for column in self._columns for name in column.names}
             self._rows = rows.select_columns([name for name in present if name in wanted])
+
+    @property
+    def files(self) -> list[DataFile]:
+        """The Arrow files in the cache of the library datasets. Raises DataError if the rows are not just these files'."""
+        found = [] if self._is_stream or self._rows._indices is not None else self._rows.cache_files
+        if not found:
+            raise DataError(f"{self._source}: there are no files of it in the cache to encode; set data.order=blocks")
+        paths = [Path(each["filename"]) for each in found]
+        return [DataFile(path, path.name, "arrow") for path in paths]
 
     def count(self) -> int | None:
         """Returns the number of rows; None for a stream."""

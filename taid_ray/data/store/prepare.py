@@ -87,7 +87,8 @@ def prepare_span(span: Span, encoding: Encoding, directory: Path, notify: Callab
     source = f"data.train: {span.file.path}"
     with explained(source, f"cannot be read as {span.file.kind}. Repair or convert the file"):
         version = _version(span)
-        digest = xxhash.xxh3_128(f"{hash_content(span)} {span.skip} {encoding.key}".encode()).hexdigest()
+        content = hash_content(span)
+    digest = xxhash.xxh3_128(f"{content} {span.skip} {encoding.key}".encode()).hexdigest()
     path = directory / f"{digest}.arrow"
     if said := read_sealed(path, notify):
         return ShardFacts.from_dict(said)
@@ -97,7 +98,7 @@ def prepare_span(span: Span, encoding: Encoding, directory: Path, notify: Callab
         said = read_sealed(path, lambda _: None)
         if said is None:
             shard = _ShardMaker(span, encoding, source, version)
-            said = write_sealed(path, SCHEMA, shard.record_batches(), lambda whole: shard.facts(digest, whole))
+            said = write_sealed(path, SCHEMA, shard.record_batches(), lambda whole: shard.facts(digest, content, whole))
         return ShardFacts.from_dict(said)
 
 
@@ -140,14 +141,14 @@ class _ShardMaker:
         if samples:
             yield self._packed(samples)
 
-    def facts(self, digest: str, path: Path) -> dict[str, Any]:
+    def facts(self, digest: str, content: str, path: Path) -> dict[str, Any]:
         """Says what is in the shard when all blocks were taken. Raises DataError if the file was changed meanwhile."""
         if _version(self._span) != self._version:
             raise DataError(f"{self._source} was changed while it was read. Start again when it is complete.")
         found = [column.name for column in self._columns if column.name in self._found]
         counts = asdict(self._encoder.counts)
         numbers = (self._tokens, self._loss_tokens, self._highest_id, self._documents)
-        return ShardFacts(digest, *numbers, counts, found, locate_blocks(path)).to_dict()
+        return ShardFacts(digest, content, *numbers, counts, found, locate_blocks(path)).to_dict()
 
     def _blocks(self) -> Iterator[tuple[Columns, int]]:
         """Yields the documents that are not skipped, in blocks, with the first one's number in the span, from 1."""

@@ -45,6 +45,8 @@ class ShardFacts:
 
     digest: str
     """Name of the shard: a hash of everything that its rows depend on."""
+    content: str
+    """Hash of the bytes of its span alone."""
     tokens: int
     loss_tokens: int
     highest_id: int

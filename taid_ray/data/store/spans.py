@@ -13,7 +13,11 @@ from typing import Any, BinaryIO, Literal, TypeAlias
 
 import xxhash
 
+from taid_ray.config.schema import DataConfig
+from taid_ray.data.columns import columns_of
+from taid_ray.data.documents import open_documents
 from taid_ray.data.reading.arrow_rows import read_row_groups
+from taid_ray.data.reading.complaints import explained
 from taid_ray.data.reading.json_rows import is_json_lines, objects_of_line
 from taid_ray.data.reading.kinds import COMPRESSIONS, DataFile, not_utf8
 from taid_ray.data.reading.rows import read_rows
@@ -40,6 +44,18 @@ class Span:
 
     def __str__(self) -> str:
         return str(self.file.path) + ("" if self.part == "all" else f" ({self.part} {self.start} to {self.stop})")
+
+
+def spans_of(config: DataConfig) -> list[Span]:
+    """Divides all files of `data.train` into spans, in order, without the documents that are kept for validation.
+
+    Raises DataError if they cannot be read.
+    """
+    documents = open_documents(config, "train")
+    names = [name for column in columns_of(config) for name in column.names]
+    with explained(f"data.train: {config.train}", "cannot be read. Repair or convert it"):
+        spans = [span for file in documents.files for span in cut(file)]
+        return without_first(spans, config.valid_documents if config.valid is None else 0, names)
 
 
 def cut(file: DataFile) -> list[Span]:

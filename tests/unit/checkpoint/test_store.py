@@ -25,7 +25,7 @@ from taid_ray.checkpoint.store import (
     tensor_file,
 )
 from taid_ray.config.schema import CheckpointConfig, build_config
-from taid_ray.data.dataset import Cursor
+from taid_ray.data.cursor import BlockCursor
 from taid_ray.distributed.world import World
 from taid_ray.errors import CheckpointError, ConfigError
 from taid_ray.scheduler.aggregate import StepResult
@@ -63,7 +63,9 @@ def writer_config(**changes: Any) -> Any:
 
 
 def state_of(step: int) -> TrainingState:
-    return TrainingState(StepResult(step, ScheduleState(0.4 + step / 100)), Cursor(samples=step), {"tokens": step * 10})
+    return TrainingState(
+        StepResult(step, ScheduleState(0.4 + step / 100)), BlockCursor(samples=step), {"tokens": step * 10}
+    )
 
 
 def tensors_of(step: int, shapes: dict[str, tuple[int, ...]] = SHAPES) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import pytest
 
 from taid_ray.checkpoint.store import STATE_FILE, CheckpointStore, TrainingState, checkpoint_name
 from taid_ray.config.schema import DistillConfig, build_config
-from taid_ray.data.dataset import Cursor
+from taid_ray.data.cursor import BlockCursor
 from taid_ray.driver import launch
 from taid_ray.driver.preflight import prepare
 from taid_ray.driver.same_data import check_same_data
@@ -36,7 +36,7 @@ def config_of(root: Path, **data: Any) -> DistillConfig:
 
 def checkpoint(config: DistillConfig, step: int, data: Any, whole: bool = True) -> None:
     """What is left of a run that was stopped after `step`."""
-    state = TrainingState(StepResult(step, ScheduleState(0.4)), Cursor(), {}, data)
+    state = TrainingState(StepResult(step, ScheduleState(0.4)), BlockCursor(), {}, data)
     store, name = CheckpointStore(RunManifest(config).checkpoints), checkpoint_name(step, 1)
     files = {STATE_FILE: store.write(name, STATE_FILE, state.to_json(), [])}
     if whole:

@@ -10,7 +10,7 @@ import torch
 from taid_ray.cli.quickstart import quickstart_config
 from taid_ray.config.schema import DistillConfig, build_config
 from taid_ray.data.batch import NO_LABEL, Row, collate
-from taid_ray.data.dataset import Cursor
+from taid_ray.data.cursor import Cursor
 from taid_ray.driver.preflight import prepare
 from taid_ray.errors import AttemptError, ModelError, NonFiniteLossError
 from taid_ray.losses.projection import LogitTransform

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from taid_ray.data.batch import NO_LABEL, Batch, Row, collate
 from taid_ray.data.batching import num_micro_batches, split_evenly
-from taid_ray.data.dataset import Cursor
+from taid_ray.data.cursor import BlockCursor
 from taid_ray.distributed.world import World
 from taid_ray.student.clock import PhaseClock
 from taid_ray.student.prefetch import Prefetcher, StepBatches, read_ahead, step_batches
@@ -32,10 +32,10 @@ def numbers(batch: Batch) -> list[int]:
     return [n for n in batch.inputs["input_ids"][:, 0].tolist() if n]
 
 
-def global_batches(steps: int, size: int) -> Iterator[tuple[list[Row], Cursor]]:
+def global_batches(steps: int, size: int) -> Iterator[tuple[list[Row], BlockCursor]]:
     for step in range(steps):
         first = step * size + 1
-        yield [row(n) for n in range(first, first + size)], Cursor(samples=first + size - 1)
+        yield [row(n) for n in range(first, first + size)], BlockCursor(samples=first + size - 1)
 
 
 @settings(deadline=None)
@@ -174,7 +174,7 @@ def test_wait_is_the_time_spent_in_collect(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_an_error_in_the_data_comes_out() -> None:
     def broken() -> Iterator[StepBatches]:
-        yield StepBatches([collate([row(1)])], 2, Cursor())
+        yield StepBatches([collate([row(1)])], 2, BlockCursor())
         raise ValueError("bad row")
 
     teacher: Any = FakeTeacher()

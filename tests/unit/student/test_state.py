@@ -27,7 +27,7 @@ def train(stage: int, kind: str, world: Any, directory: Path, restored: Any) -> 
     from taid_ray.checkpoint.save import CheckpointWriter
     from taid_ray.checkpoint.store import CheckpointStore, TrainingState
     from taid_ray.data.batch import Batch
-    from taid_ray.data.dataset import Cursor
+    from taid_ray.data.cursor import BlockCursor
     from taid_ray.driver.preflight import prepare
     from taid_ray.models.student_init import build_student
     from taid_ray.scheduler.aggregate import StepResult
@@ -54,7 +54,7 @@ def train(stage: int, kind: str, world: Any, directory: Path, restored: Any) -> 
         losses.append(world.sum([total.item() / ids.numel()])[0])
         if step + 1 == SAVED and not restored:
             saver = CheckpointWriter(CheckpointStore(str(directory)), config, world, 1, None, print)
-            state = TrainingState(StepResult(SAVED, ScheduleState(0.4)), Cursor(), {})
+            state = TrainingState(StepResult(SAVED, ScheduleState(0.4)), BlockCursor(), {})
             saver.save(SAVED, state, student.state(), None)
             saver.close()
     state = student.gathered_state()

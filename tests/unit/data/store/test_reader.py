@@ -203,7 +203,7 @@ def many_rows(directory: Path, rows: int) -> Path:
     """The index of a data set of very short rows."""
     directory.mkdir()
     row = Row(*map(np.array, ([5, 6], [0, 1], [6, NO_LABEL])), (0,))
-    facts = ShardFacts("few", 0, 0, 6, 1, {"documents": 1}, ["text"], [])
+    facts = ShardFacts("few", "content", 0, 0, 6, 1, {"documents": 1}, ["text"], [])
 
     def said(path: Path) -> dict[str, Any]:
         return replace(facts, blocks=locate_blocks(path)).to_dict()

@@ -1,0 +1,239 @@
+"""Preparing training data: Ray tasks encode what the store lacks, on all nodes, and the driver makes the index of the whole.
+
+Each task makes one shard from one span of the data (`data.store`). Tasks of this run and of others that prepare the same
+share the work; after a node or a driver was lost, the shards that are there are found again.
+"""
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import ray
+import xxhash
+from ray.exceptions import RayError, RayTaskError
+
+from taid_ray.config.paths import with_absolute_paths
+from taid_ray.config.schema import DistillConfig
+from taid_ray.data.dataset import nothing_to_learn
+from taid_ray.data.documents import open_documents
+from taid_ray.data.encoding import Counts
+from taid_ray.data.shared_ids import not_shared
+from taid_ray.data.store.index import Totals, write_index
+from taid_ray.data.store.prepare import Encoding, check_columns, prepare_span
+from taid_ray.data.store.prepared import PreparedData
+from taid_ray.data.store.shard import ShardFacts
+from taid_ray.data.store.spans import Span, spans_of
+from taid_ray.distributed.cluster import ray_cluster
+from taid_ray.driver import preflight
+from taid_ray.driver.notes import say_notes
+from taid_ray.driver.progress import ProgressView
+from taid_ray.driver.signals import POLL_S, StopRequest, stop_signals
+from taid_ray.errors import ConfigError, DataError, RunError, TaidRayError, shortened
+from taid_ray.models.hub import restoring_hub_mode
+from taid_ray.models.pair import run_tokenizer
+from taid_ray.run.directory import on_its_day
+
+TASK_RETRIES = 3
+"""Times that a span is prepared again after the loss of a node or of a process."""
+TASKS_PER_CPU = 2
+"""Tasks that are submitted, so that no CPU waits for the driver."""
+PAUSE_S = 1.0
+"""Time between two looks at spans that other runs are preparing."""
+
+Told = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Who is told of the work, and what it may use."""
+
+    say: Told
+    """Told what is to be kept in the log."""
+    show: Told
+    """Told, again and again, how far it is."""
+    stop: StopRequest | None
+    """Somebody's wish that the driver stops."""
+    cpus: float = 1.0
+    """CPUs that a task asks Ray for."""
+
+
+def prepare_data(config: DistillConfig, num_shared: int, preparation: Preparation) -> PreparedData:
+    """Prepares the training data of `config` in its store, on the connected cluster; takes what is there already.
+
+    num_shared: token ids below it are known to both models. Raises DataError for documents that cannot be read or encoded,
+    or that leave nothing to train on; RunError if the store cannot be written.
+    """
+    encoding = Encoding(config.data, run_tokenizer(config))
+    spans = spans_of(config.data)
+    directory = Path(config.data_store) / encoding.key
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"data.store: {directory} cannot be made ({error}); set data.store to another directory"
+        ) from None
+    shards = SpanQueue(config, directory, spans, preparation).run()
+    check_columns(spans, shards, encoding)
+    prepared = PreparedData(write_index(directory, shards, preparation.say), _fingerprint(config, spans, shards))
+    check_rows(config, prepared.counts, spans, shards)
+    check_highest_id(encoding, num_shared, spans, shards)
+    found = prepared.totals
+    said = f"{prepared.counts.documents:,} documents are {found.rows:,} rows of {found.tokens:,} tokens in {directory}"
+    preparation.say(f"data.train: {said}")
+    return prepared
+
+
+def prepare_ahead(config: DistillConfig) -> Totals:
+    """Prepares the training data of `config` without a run; returns what is known of them.
+
+    Joins Ray or starts it, as a run does. Raises what a run raises until its data are prepared; KeyboardInterrupt or
+    SystemExit after a request to stop.
+    """
+    config = on_its_day(with_absolute_paths(config))
+    if config.data.order == "blocks":
+        raise ConfigError("data.order: blocks encodes the data while it trains, so there is nothing to prepare")
+    with restoring_hub_mode(), ProgressView() as view:
+        view.say("checking models and data")
+        spec = preflight.prepare(config)
+        say_notes(config, spec, view.say, with_schedule=False)
+        view.say("connecting to Ray" if os.environ.get("RAY_ADDRESS") else "starting Ray here")
+        with ray_cluster(), stop_signals() as stop:
+            prepared = prepare_data(config, spec.vocabulary.num_shared, Preparation(view.say, view.wait_for, stop))
+    return prepared.totals
+
+
+@dataclass
+class SpanQueue:
+    """The spans of a data set, each of which waits for a task, is with one, or is done."""
+
+    config: DistillConfig
+    directory: Path
+    """Place of the shards; exists."""
+    spans: Sequence[Span]
+    preparation: Preparation
+    _running: dict[ray.ObjectRef, int] = field(default_factory=dict)
+    _done: dict[int, ShardFacts] = field(default_factory=dict)
+    _began: float = field(default_factory=time.monotonic)
+
+    def run(self) -> list[ShardFacts]:
+        """Prepares all spans; returns the facts of their shards, in order. Raises what a task raised."""
+        waiting = deque(range(len(self.spans)))
+        task = ray.remote(encode).options(
+            num_cpus=self.preparation.cpus, max_retries=TASK_RETRIES, scheduling_strategy="SPREAD"
+        )
+        most = TASKS_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1)))
+        settings, retry_at = self.config.model_dump_json(), 0.0
+        try:
+            while len(self._done) < len(self.spans):
+                if (stop := self.preparation.stop) is not None and stop.requested:
+                    raise stop.end()
+                while waiting and len(self._running) < most and time.monotonic() >= retry_at:
+                    number = waiting.popleft()
+                    self._running[task.remote(self.spans[number], settings, self.directory)] = number
+                found = self._take(waiting)
+                if waiting and not found and len(waiting) + len(self._running) == len(self.spans) - len(self._done):
+                    # What is left is perhaps all with other runs; to ask them in a hurry would only take their time.
+                    retry_at = time.monotonic() + PAUSE_S
+                self.preparation.show(self.progress())
+        finally:
+            for reference in self._running:
+                ray.cancel(reference)
+        return [self._done[number] for number in range(len(self.spans))]
+
+    def _take(self, waiting: deque[int]) -> int:
+        """Takes the results that have come; spans that another run prepares wait again. Returns the number of shards."""
+        if not self._running:
+            time.sleep(POLL_S)
+            return 0
+        ready, _ = ray.wait([*self._running], num_returns=len(self._running), timeout=POLL_S)
+        before = len(self._done)
+        for reference in ready:
+            number = self._running.pop(reference)
+            try:
+                facts, said = ray.get(reference)
+            except RayTaskError as error:
+                if isinstance(error.cause, TaidRayError):
+                    raise error.cause from None
+                raise RunError(f"{self.spans[number]} cannot be prepared: {shortened(error.cause)}") from error
+            except RayError as error:
+                raise RunError(
+                    f"{self.spans[number]} cannot be prepared: {shortened(error)}; the task was tried {TASK_RETRIES + 1} "
+                    f"times. If it ran out of memory, cut the file into smaller ones; start again to go on from what is there"
+                ) from error
+            for line in said:
+                self.preparation.say(line)
+            if facts is None:
+                waiting.append(number)
+            else:
+                self._done[number] = facts
+        return len(self._done) - before
+
+    def progress(self) -> str:
+        """Says how far the work is: documents, tokens, documents per second, and the time left by the share of spans."""
+        seconds, share = time.monotonic() - self._began, len(self._done) / len(self.spans)
+        documents = sum(shard.documents for shard in self._done.values())
+        tokens = sum(shard.tokens for shard in self._done.values())
+        left = f", {seconds * (1 - share) / share:.0f} s left" if share else ""
+        return (
+            f"preparing data: {documents:,} documents, {tokens:,} tokens, {documents / max(seconds, 1e-3):,.0f} documents/s, "
+            f"{len(self._done)} of {len(self.spans)} parts{left}"
+        )
+
+
+def encode(span: Span, settings: str, directory: Path) -> tuple[ShardFacts | None, list[str]]:
+    """Prepares one span in a Ray worker. settings: the configuration as JSON.
+
+    Returns the facts of its shard, or None if another run is preparing it, and what is to be said.
+    """
+    said: list[str] = []
+    facts = prepare_span(span, _encoding(settings), directory, lambda line: said.append(f"{line}; it is made anew"))
+    return facts, said
+
+
+@lru_cache(maxsize=1)
+def _encoding(settings: str) -> Encoding:
+    """Loads the tokenizer once per process; one with code of its own could not be sent from the driver."""
+    os.environ["RAYON_NUM_THREADS"] = "1"  # before the tokenizer starts its threads: a task has one CPU
+    config = DistillConfig.model_validate_json(settings)
+    return Encoding(config.data, run_tokenizer(config))
+
+
+def check_rows(config: DistillConfig, counts: Counts, spans: Sequence[Span], shards: Sequence[ShardFacts]) -> None:
+    """Raises DataError if no document is left to train on, or none gave a row."""
+    if any(shard.blocks for shard in shards):
+        return
+    kept = sum(span.skip for span in spans)
+    if not counts.documents and kept:
+        raise DataError(
+            f"data.train: {config.data.train} has {kept} documents and the first data.valid_documents = "
+            f"{config.data.valid_documents} are held out for validation, so none is left to train on. Set data.valid, or a "
+            f"smaller data.valid_documents."
+        )
+    raise nothing_to_learn(f"data.train: {config.data.train}", counts)
+
+
+def check_highest_id(encoding: Encoding, num_shared: int, spans: Sequence[Span], shards: Sequence[ShardFacts]) -> None:
+    """Raises DataError, which names the part of the data, if a token is not known to both models."""
+    for span, shard in zip(spans, shards, strict=True):
+        if shard.highest_id >= num_shared:
+            raise not_shared(str(span), shard.highest_id, num_shared, encoding.tokenizer.get_vocab())
+
+
+def _fingerprint(config: DistillConfig, spans: Sequence[Span], shards: Sequence[ShardFacts]) -> dict[str, Any]:
+    """What `Documents.fingerprint` returns, from what the tasks have read; digests are of the spans' hashes."""
+    outline, found = open_documents(config.data, "train").outline(), {}
+    for file, pairs in groupby(zip(spans, shards, strict=True), key=lambda pair: pair[0].file.name):
+        parts = [shard for _, shard in pairs]
+        digest = xxhash.xxh3_128_hexdigest(" ".join(part.content for part in parts).encode())
+        found[file] = {"digest": digest, "rows": sum(part.documents for part in parts)}
+    if "files" not in outline:
+        whole = xxhash.xxh3_128_hexdigest(" ".join(part.content for part in shards).encode())
+        return outline | {"digest": whole, "rows": sum(part.documents for part in shards)}
+    nothing = {"digest": xxhash.xxh3_128_hexdigest(b""), "rows": 0}  # a file without a row group
+    return {"files": [file | found.get(file["name"], nothing) for file in outline["files"]]}
