@@ -24,6 +24,8 @@ Fingerprint: TypeAlias = dict[str, Any]
 with `data.order: global`, once the data are prepared, `index`, which identifies all rows. As JSON can hold it."""
 
 MOST_SHOWN = 3
+UNREAD = "unread"
+"""Key in what is known of documents whose names and sizes are all that is known yet."""
 
 
 def fingerprint(train: Documents, valid: Documents | None, read_train: bool = True) -> Fingerprint:
@@ -31,7 +33,7 @@ def fingerprint(train: Documents, valid: Documents | None, read_train: bool = Tr
 
     read_train: whether to read the training data, too; else there are only their names and sizes in it.
     """
-    found = train.fingerprint() if read_train else train.outline()
+    found = train.fingerprint() if read_train else train.outline() | {UNREAD: True}
     return {"train": found, "valid": None if valid is None else valid.fingerprint()}
 
 
@@ -51,16 +53,11 @@ def changes(before: Fingerprint, now: Fingerprint) -> list[str]:
         if not _same(old, new):
             found.append(f"data.{which}: {_difference(old, new)}")
     if not found and any(key in before and key in now and before[key] != now[key] for key in ("rows", "index")):
-        found.append(
-            f"{'the documents are the same, but their tokens are not' if _is_read(now) else 'the first rows are not the same'}: "
-            f"{'' if _is_read(now) else 'the documents, '}the tokenizer, the chat template or taid-ray itself has changed"
-        )
+        begin = "the documents are the same, but their tokens are not: the tokenizer"
+        if UNREAD in (now.get("train") or {}):
+            begin = "the first rows are not the same: the documents, the tokenizer"
+        found.append(f"{begin}, the chat template or taid-ray itself has changed")
     return found
-
-
-def _is_read(found: Fingerprint) -> bool:
-    """Whether the training data were read for it, not only their names and sizes."""
-    return all("digest" in file for file in (found.get("train") or {}).get("files", []))
 
 
 def check_outline(driver: Fingerprint, train: Documents) -> None:
@@ -83,18 +80,20 @@ def _outline(file: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _same(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> bool:
-    """Compares what both know: contents of files, or names and sizes; sizes alone if only one of them has read the files."""
+    """Compares the contents; where the new ones are still unread, kinds and sizes of files."""
     if old is None or new is None:
         return old is new
     if "files" not in old or "files" not in new:
-        return all(old[key] == new[key] for key in old.keys() & new.keys()) and ("files" in old) == ("files" in new)
-    return len(old["files"]) == len(new["files"]) and all(map(_same_file, old["files"], new["files"]))
+        return old.get("hub") == new.get("hub") if UNREAD in new else old == new
+    pairs = zip(old["files"], new["files"], strict=False)
+    return len(old["files"]) == len(new["files"]) and all(_same_file(*pair, UNREAD in new) for pair in pairs)
 
 
-def _same_file(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    read = ["digest" in file for file in (old, new)]
-    keys = ("kind", "digest") if all(read) else ("kind", "bytes") if any(read) else ("kind", "name", "bytes")
-    return all(old[key] == new[key] for key in keys)
+def _same_file(old: Mapping[str, Any], new: Mapping[str, Any], unread: bool) -> bool:
+    if unread:
+        return bool((old["kind"], old["bytes"]) == (new["kind"], new["bytes"]))
+    then, now = (file.get("digest") or (file["name"], file["bytes"]) for file in (old, new))
+    return bool((old["kind"], then) == (new["kind"], now))
 
 
 def _difference(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> str:
@@ -110,7 +109,7 @@ def _difference(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) ->
         *(
             _change(name, before[name], now[name])
             for name in before
-            if name in now and not _same_file(before[name], now[name])
+            if name in now and not _same_file(before[name], now[name], UNREAD in new)
         ),
         *(f"{name} is gone" for name in before if name not in now),
         *(f"{name} is new" for name in now if name not in before),

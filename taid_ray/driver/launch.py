@@ -175,7 +175,7 @@ def run_on_cluster(
         )
         scratch = parts.enter_context(scratch_directory(config.run_dir))
         worker = WorkerSpec(
-            config, spec, demand.device, scheduler.actor, shared or own_pool or "", run.checkpoints, data
+            config, spec, demand.device, scheduler.actor, shared or own_pool or "", run.checkpoints, data=data
         )
         attempts = AttemptLoop(config.student, AttemptContext(demand, scheduler, progress, stop, view))
         return attempts.run(TrainLauncher(worker, demand, run, scratch))

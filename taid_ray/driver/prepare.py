@@ -10,22 +10,16 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import ray
-import xxhash
 from ray.exceptions import RayError, RayTaskError
 
 from taid_ray.config.paths import with_absolute_paths
 from taid_ray.config.schema import DistillConfig
-from taid_ray.data.dataset import nothing_to_learn
-from taid_ray.data.documents import open_documents
-from taid_ray.data.encoding import Counts
-from taid_ray.data.shared_ids import not_shared
-from taid_ray.data.store.index import Totals, write_index
-from taid_ray.data.store.prepare import Encoding, check_columns, prepare_span
+from taid_ray.data.store.assemble import assemble
+from taid_ray.data.store.index import Totals
+from taid_ray.data.store.prepare import Encoding, prepare_span
 from taid_ray.data.store.prepared import PreparedData
 from taid_ray.data.store.shard import ShardFacts
 from taid_ray.data.store.spans import Span, spans_of
@@ -34,7 +28,7 @@ from taid_ray.driver import preflight
 from taid_ray.driver.notes import say_notes
 from taid_ray.driver.progress import ProgressView
 from taid_ray.driver.signals import POLL_S, StopRequest, stop_signals
-from taid_ray.errors import ConfigError, DataError, RunError, TaidRayError, shortened
+from taid_ray.errors import ConfigError, RunError, TaidRayError, shortened
 from taid_ray.models.hub import restoring_hub_mode
 from taid_ray.models.pair import run_tokenizer
 from taid_ray.run.directory import on_its_day
@@ -79,10 +73,7 @@ def prepare_data(config: DistillConfig, num_shared: int, preparation: Preparatio
             f"data.store: {directory} cannot be made ({error}); set data.store to another directory"
         ) from None
     shards = SpanQueue(config, directory, spans, preparation).run()
-    check_columns(spans, shards, encoding)
-    prepared = PreparedData(write_index(directory, shards, preparation.say), _fingerprint(config, spans, shards))
-    check_rows(config, prepared.counts, spans, shards)
-    check_highest_id(encoding, num_shared, spans, shards)
+    prepared = assemble(encoding, spans, shards, directory, num_shared, preparation.say)
     found = prepared.totals
     said = f"{prepared.counts.documents:,} documents are {found.rows:,} rows of {found.tokens:,} tokens in {directory}"
     preparation.say(f"data.train: {said}")
@@ -202,38 +193,3 @@ def _encoding(settings: str) -> Encoding:
     os.environ["RAYON_NUM_THREADS"] = "1"  # before the tokenizer starts its threads: a task has one CPU
     config = DistillConfig.model_validate_json(settings)
     return Encoding(config.data, run_tokenizer(config))
-
-
-def check_rows(config: DistillConfig, counts: Counts, spans: Sequence[Span], shards: Sequence[ShardFacts]) -> None:
-    """Raises DataError if no document is left to train on, or none gave a row."""
-    if any(shard.blocks for shard in shards):
-        return
-    kept = sum(span.skip for span in spans)
-    if not counts.documents and kept:
-        raise DataError(
-            f"data.train: {config.data.train} has {kept} documents and the first data.valid_documents = "
-            f"{config.data.valid_documents} are held out for validation, so none is left to train on. Set data.valid, or a "
-            f"smaller data.valid_documents."
-        )
-    raise nothing_to_learn(f"data.train: {config.data.train}", counts)
-
-
-def check_highest_id(encoding: Encoding, num_shared: int, spans: Sequence[Span], shards: Sequence[ShardFacts]) -> None:
-    """Raises DataError, which names the part of the data, if a token is not known to both models."""
-    for span, shard in zip(spans, shards, strict=True):
-        if shard.highest_id >= num_shared:
-            raise not_shared(str(span), shard.highest_id, num_shared, encoding.tokenizer.get_vocab())
-
-
-def _fingerprint(config: DistillConfig, spans: Sequence[Span], shards: Sequence[ShardFacts]) -> dict[str, Any]:
-    """What `Documents.fingerprint` returns, from what the tasks have read; digests are of the spans' hashes."""
-    outline, found = open_documents(config.data, "train").outline(), {}
-    for file, pairs in groupby(zip(spans, shards, strict=True), key=lambda pair: pair[0].file.name):
-        parts = [shard for _, shard in pairs]
-        digest = xxhash.xxh3_128_hexdigest(" ".join(part.content for part in parts).encode())
-        found[file] = {"digest": digest, "rows": sum(part.documents for part in parts)}
-    if "files" not in outline:
-        whole = xxhash.xxh3_128_hexdigest(" ".join(part.content for part in shards).encode())
-        return outline | {"digest": whole, "rows": sum(part.documents for part in shards)}
-    nothing = {"digest": xxhash.xxh3_128_hexdigest(b""), "rows": 0}  # a file without a row group
-    return {"files": [file | found.get(file["name"], nothing) for file in outline["files"]]}

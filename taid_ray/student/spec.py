@@ -58,10 +58,10 @@ class WorkerSpec:
     """Name of the teacher pool's Serve application (unused with a local teacher)."""
     checkpoints: str
     """Where this run's checkpoints are: a directory or a URI."""
-    data: PreparedData | None = None
-    """The encoded training data; None with `data.order: blocks`."""
     attempt: int = 1
     """Number of the attempt, from 1 over all drivers of the run."""
+    data: PreparedData | None = None
+    """The encoded training data; None with `data.order: blocks`."""
 
 
 @dataclass(frozen=True)

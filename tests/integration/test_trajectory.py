@@ -23,23 +23,39 @@ from taid_ray.teacher.pool.deployment import PoolSpec
 from taid_ray.teacher.pool.lifecycle import start_pool, stop_pool
 from tests.support.paths import BUNDLE
 from tests.support.reference import reference_run
+from tests.support.store import prepare_here
 
 STEPS = 6
 
 # replicas, shards, payload
 POOLS = {"1x1": (1, 1, "hidden"), "2x1": (2, 1, "hidden"), "1x2": (1, 2, "hidden"), "logits": (1, 1, "logits")}
-Layout = tuple[str, int, int]
-"""Pool, or `local` for a teacher in the workers; ZeRO stage; micro-batch size."""
+Layout = tuple[str, int, int, str]
+"""Pool, or `local` for a teacher in the workers; ZeRO stage; micro-batch size; order of the data."""
 # By number of workers. 5 rows per step: on 2 workers the split is uneven, and with micro-batches of 1 the smaller share
 # leaves a worker an empty micro-batch.
 LAYOUTS: dict[int, list[Layout]] = {
-    1: [("local", 2, 5), ("1x1", 0, 2), ("2x1", 3, 1), ("1x2", 1, 5), ("logits", 2, 2)],
-    2: [("local", 0, 3), ("2x1", 1, 1), ("1x2", 3, 1), ("logits", 2, 3), ("1x1", 3, 3)],
+    1: [
+        ("local", 2, 5, "global"),
+        ("1x1", 0, 2, "global"),
+        ("2x1", 3, 1, "global"),
+        ("1x2", 1, 5, "blocks"),
+        ("logits", 2, 2, "global"),
+    ],
+    2: [
+        ("local", 0, 3, "global"),
+        ("2x1", 1, 1, "blocks"),
+        ("1x2", 3, 1, "global"),
+        ("logits", 2, 3, "global"),
+        ("1x1", 3, 3, "blocks"),
+    ],
 }
-ALL_LAYOUTS = {workers: list(product(["local", *POOLS], [0, 1, 2, 3], [1, 2, 5])) for workers in (1, 2, 3)}
+ALL_LAYOUTS = {
+    workers: list(product(["local", *POOLS], [0, 1, 2, 3], [1, 2, 5], ["global", "blocks"])) for workers in (1, 2, 3)
+}
 
 
-def config_for(pool: str, zero_stage: int, micro_batch_size: int, workers: int, out: str) -> DistillConfig:
+def config_for(layout: Layout, workers: int, out: str) -> DistillConfig:
+    pool, zero_stage, micro_batch_size, order = layout
     replicas, shards, payload = POOLS.get(pool, (1, 1, "hidden"))
     return build_config(
         {
@@ -67,6 +83,7 @@ def config_for(pool: str, zero_stage: int, micro_batch_size: int, workers: int, 
                 "valid_documents": 3,
                 "sequence_length": 96,
                 "block_documents": 16,
+                "order": order,
             },
             # alpha far above the default, so that the adaptive rule and not the floor moves t
             "schedule": {"alpha": 1.0, "beta": 0.5},
@@ -84,8 +101,9 @@ def config_for(pool: str, zero_stage: int, micro_batch_size: int, workers: int, 
 
 
 @pytest.fixture(scope="module")
-def reference() -> list[dict[str, float]]:
-    return reference_run(config_for("local", 0, 5, 1, "unused"))
+def references() -> dict[str, list[dict[str, float]]]:
+    """The plain run in each order of the data."""
+    return {order: reference_run(config_for(("local", 0, 5, order), 1, "unused")) for order in ("global", "blocks")}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +112,7 @@ def pools(ray_cluster: Any) -> Iterator[dict[str, str]]:
     names = {kind: f"trajectory-{kind}" for kind in POOLS}
 
     def start(kind: str) -> None:
-        config = config_for(kind, 2, 5, 1, "unused")
+        config = config_for((kind, 2, 5, "global"), 1, "unused")
         num_shared = prepare(config).vocabulary.num_shared
         start_pool(PoolSpec(config.teacher, num_shared, "cpu", use_role_resources=True), names[kind])
 
@@ -132,16 +150,24 @@ def runs(
     workers, layouts = request.param
     root = tmp_path_factory.mktemp(f"trajectory-{workers}")
     jobs, schedulers = [], []
-    for pool, stage, micro in layouts:
-        config = config_for(pool, stage, micro, workers, str(root / f"{pool}-zero{stage}-micro{micro}"))
+    for layout in layouts:
+        pool, order = layout[0], layout[3]
+        label = "-".join(map(str, layout))
+        config = config_for(layout, workers, str(root / label))
         write_config(config)
         spec = prepare(config)
-        name = f"scheduler-{workers}-{pool}-{stage}-{micro}"
+        name = f"scheduler-{workers}-{label}"
         schedulers.append(SchedulerOwner(name, config.schedule, spec.total_steps, workers))
         schedulers[-1].set_pool(None)
         jobs.append(
             WorkerSpec(
-                config, spec, "cpu", schedulers[-1].actor, pools.get(pool, ""), str(config.run_dir / "checkpoints")
+                config,
+                spec,
+                "cpu",
+                schedulers[-1].actor,
+                pools.get(pool, ""),
+                str(config.run_dir / "checkpoints"),
+                data=prepare_here(config) if order == "global" else None,
             )
         )
     TorchTrainer(
@@ -160,19 +186,21 @@ def runs(
 
 
 def test_every_layout_follows_the_reference(
-    runs: dict[Layout, list[dict[str, Any]]], reference: list[dict[str, float]]
+    runs: dict[Layout, list[dict[str, Any]]], references: dict[str, list[dict[str, float]]]
 ) -> None:
     for layout, lines in runs.items():
         assert [line["step"] for line in lines] == list(range(1, STEPS + 1)), layout
-        for line, expected in zip(lines, reference, strict=True):
+        for line, expected in zip(lines, references[layout[3]], strict=True):
             for key in ("t", "loss", "kl"):
                 assert line[key] == pytest.approx(expected[key], rel=0, abs=1e-5), (layout, line["step"], key)
             assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4), (layout, line["step"])
             assert line["tokens"] == expected["tokens"], layout
 
 
-def test_the_reference_is_worth_following(reference: list[dict[str, float]]) -> None:
+@pytest.mark.parametrize("order", ["global", "blocks"])
+def test_the_reference_is_worth_following(order: str, references: dict[str, list[dict[str, float]]]) -> None:
     """The setting exercises what the comparison is about: t moves off its floor, gradients are clipped, ragged counts."""
+    reference = references[order]
     floor = [0.4 + 0.6 * n / STEPS for n in range(STEPS)]
     assert all(step["t"] > floor[i] + 1e-3 for i, step in enumerate(reference) if i >= 2)
     assert any(step["grad_norm"] > 0.8 for step in reference)

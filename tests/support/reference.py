@@ -5,15 +5,28 @@ trajectory tests are about (loss, normalisation, clipping, optimizer, schedule) 
 """
 
 import math
+from collections.abc import Iterator
+from itertools import count
 
 import torch
 
 from taid_ray.config.schema import DistillConfig
-from taid_ray.data.batch import NO_LABEL
+from taid_ray.data.batch import NO_LABEL, Row
 from taid_ray.data.dataset import TrainingData
 from taid_ray.models.loading import load_causal_lm
 from taid_ray.models.pair import run_tokenizer
 from taid_ray.models.student_init import build_student
+from tests.support.store import prepare_here
+
+
+def global_batches(config: DistillConfig) -> Iterator[list[Row]]:
+    """The rows of one global batch after another."""
+    seed, batch_size = config.train.seed, config.train.batch_size
+    if config.data.order == "global":
+        reader = prepare_here(config).reader(seed, batch_size)
+        yield from (reader.read(step, 0, 1).rows for step in count())
+    data = TrainingData(config.data, run_tokenizer(config), seed, batch_size)
+    yield from (rows for rows, _ in data.batches())
 
 
 def reference_run(config: DistillConfig) -> list[dict[str, float]]:
@@ -29,11 +42,11 @@ def reference_run(config: DistillConfig) -> list[dict[str, float]]:
         betas=train.betas,
         eps=train.epsilon,
     )
-    data = TrainingData(config.data, run_tokenizer(config), train.seed, train.batch_size).batches()
+    data = global_batches(config)
     t, momentum, previous = schedule.t_start, 0.0, None
     history = []
     for n in range(train.steps):
-        rows, _ = next(data)
+        rows = next(data)
         cross_entropy = entropy = torch.zeros((), dtype=torch.float64)
         tokens = sum(int(target) != NO_LABEL for row in rows for target in row.targets)
         optimizer.zero_grad()

@@ -1,8 +1,18 @@
-"""Data files for tests of the store of encoded data."""
+"""Data files for tests of the store of encoded data, and their preparation without Ray."""
 
+import tempfile
 from pathlib import Path
 
+from taid_ray.config.schema import DistillConfig
 from taid_ray.data.reading.kinds import DataFile, kind_of
+from taid_ray.data.store.assemble import assemble
+from taid_ray.data.store.prepare import Encoding, prepare_span
+from taid_ray.data.store.prepared import PreparedData
+from taid_ray.data.store.spans import spans_of
+from taid_ray.models.pair import run_tokenizer
+
+STORE = tempfile.TemporaryDirectory(prefix="taid-store-")
+"""Shared by the tests of a process, since what is in it never changes."""
 
 
 def data_file(path: Path) -> DataFile:
@@ -10,6 +20,16 @@ def data_file(path: Path) -> DataFile:
     kind = kind_of(path)
     assert kind is not None
     return DataFile(path, path.name, kind)
+
+
+def prepare_here(config: DistillConfig, num_shared: int = 1 << 32) -> PreparedData:
+    """Prepares the training data of `config` in this process, one span after another."""
+    encoding = Encoding(config.data, run_tokenizer(config))
+    directory = Path(STORE.name) / encoding.key
+    directory.mkdir(exist_ok=True)
+    spans = spans_of(config.data)
+    shards = [shard for span in spans if (shard := prepare_span(span, encoding, directory, print))]
+    return assemble(encoding, spans, shards, directory, num_shared, print)
 
 
 def story(number: int) -> str:

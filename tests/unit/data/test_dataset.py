@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from taid_ray.config.schema import DataConfig
 from taid_ray.data.batch import NO_LABEL, Row
-from taid_ray.data.cursor import BlockCursor
+from taid_ray.data.cursor import read_cursor
 from taid_ray.data.dataset import TrainingData, validation_rows
 from taid_ray.data.turns import inside
 from taid_ray.driver.preflight import check_data as check_opened_data
@@ -147,7 +147,7 @@ def test_a_cursor_continues_exactly(tmp_path: Path, tokenizer: Any, streaming: b
     config = config_of(stories(tmp_path / "d.jsonl"), streaming=streaming)
     whole = list(islice(TrainingData(config, tokenizer, 3, batch_size).batches(), 60))
     for at in range(0, 60, 7):
-        cursor = BlockCursor.from_dict(json.loads(json.dumps(whole[at][1].to_dict())))
+        cursor = read_cursor(json.loads(json.dumps(whole[at][1].to_dict())))
         again = list(islice(TrainingData(config, tokenizer, 3, batch_size).batches(cursor), 59 - at))
         assert again == whole[at + 1 :]
     last = whole[-1][1]

@@ -27,7 +27,7 @@ def config_of(root: Path, **data: Any) -> DistillConfig:
     tree = {
         "teacher": {"model": str(BUNDLE / "stories260k"), "mode": "local"},
         "student": {"init": "cut", "layers": [0, 4], "dtype": "float32"},
-        "data": {"train": str(root / "d.jsonl"), "valid_documents": 2, "sequence_length": 32} | data,
+        "data": {"train": str(root / "d.jsonl"), "valid_documents": 2, "sequence_length": 32, "order": "blocks"} | data,
         "train": {"steps": 2, "batch_size": 2},
         "out": str(root / "run"),
     }

@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 
-from taid_ray.config.schema import build_config
+from taid_ray.config.schema import DistillConfig, build_config
 from taid_ray.data import dataset as data
 from taid_ray.data.batch import NO_LABEL, Row
 from taid_ray.data.shared_ids import check_ids
-from taid_ray.driver.preflight import prepare
+from taid_ray.driver.preflight import prepare, with_data
 from taid_ray.errors import ConfigError, DataError, ModelError
 from taid_ray.models.vocabulary import align
 from taid_ray.student.spec import DataCheck, RunSpec
 from tests.support.paths import BUNDLE, SHARED
+from tests.support.store import prepare_here
 
 BASE = {token: index for index, token in enumerate("abcdef")}
 TOKENIZERS = SHARED / "tokenizers"
@@ -148,7 +149,12 @@ def test_real_tokenizers() -> None:
 
 
 def prepared(tmp_path: Path, train: list[str], valid: list[str] | None, **changes: Any) -> RunSpec:
-    """The plan for texts, each the response to a short prompt; the student's ids end at `vocab_size`."""
+    """The plan for texts; arguments as for `configured`."""
+    return prepare(configured(tmp_path, train, valid, **changes))
+
+
+def configured(tmp_path: Path, train: list[str], valid: list[str] | None, **changes: Any) -> DistillConfig:
+    """The configuration for texts, each the response to a short prompt; the student's ids end at `vocab_size`."""
     files = {}
     for name, texts in (("train", train), ("valid", valid)):
         if texts is not None:
@@ -170,7 +176,7 @@ def prepared(tmp_path: Path, train: list[str], valid: list[str] | None, **change
         },
         "train": {"batch_size": 2} | (changes or {"steps": 1}),
     }
-    return prepare(build_config(tree | {"data": tree["data"] | files}))
+    return build_config(tree | {"data": tree["data"] | files, "out": str(tmp_path / "run")})
 
 
 SHORT, LONG = "a", "Tom and his dog went home. " * 4
@@ -187,7 +193,7 @@ def test_the_plan_says_what_became_of_the_data(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(data, "open_documents", open_documents)
     found = prepared(tmp_path, [SHORT, LONG, SHORT, SHORT], [SHORT, LONG]).data
     assert replace(found, description=[], rows_digest="") == DataCheck(3, 1, 0, 1, [])
-    assert "1 file of the kind json, 4 rows (train.jsonl)" in found.description[0]
+    assert "1 file of the kind json (train.jsonl)" in found.description[0]  # counted when they are prepared
     assert opened == ["train", "valid"]
 
 
@@ -201,6 +207,13 @@ def test_validation_rows_hold_shared_ids_only(tmp_path: Path) -> None:
 
 def test_a_warm_up_longer_than_the_epochs_is_refused(tmp_path: Path) -> None:
     texts = [SHORT] * 7  # 3 whole batches of 2 rows
-    assert prepared(tmp_path, texts, [SHORT], epochs=1.0, warmup_steps=3).total_steps == 3
-    with pytest.raises(ConfigError, match=r"train\.warmup_steps = 4 exceeds the 3 steps of train\.epochs = 1;"):
-        prepared(tmp_path, texts, [SHORT], epochs=1.0, warmup_steps=4)
+    for warmup_steps in (3, 4):
+        config = configured(tmp_path, texts, [SHORT], epochs=1.0, warmup_steps=warmup_steps)
+        spec = prepare(config)
+        assert spec.total_steps == 0  # not known before the data are prepared
+        data = prepare_here(config)
+        if warmup_steps == 3:
+            assert with_data(config, spec, data).total_steps == 3
+        else:
+            with pytest.raises(ConfigError, match=r"train\.warmup_steps = 4 exceeds the 3 steps of train\.epochs = 1;"):
+                with_data(config, spec, data)

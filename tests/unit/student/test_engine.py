@@ -15,7 +15,6 @@ from taid_ray.driver.preflight import prepare
 from taid_ray.errors import AttemptError, ModelError, NonFiniteLossError
 from taid_ray.losses.projection import LogitTransform
 from taid_ray.models.head import Head, hidden_states
-from taid_ray.models.pair import run_tokenizer
 from taid_ray.run.metrics import StepMetrics
 from taid_ray.scheduler.aggregate import GO_ON, LossAggregator, LossSums, StepResult
 from taid_ray.scheduler.schedule import TAIDSchedule
@@ -23,6 +22,7 @@ from taid_ray.student import engine
 from taid_ray.student.engine_check import check_engine
 from taid_ray.teacher.payload import TeacherOutput, needs_head
 from tests.support.reference import reference_run
+from tests.support.store import prepare_here
 from tests.support.students import TIED, config_for
 
 pytestmark = pytest.mark.usefixtures("one_process_group")
@@ -62,14 +62,12 @@ class StepLines:
 
 def train(config: DistillConfig, checked: bool = False) -> tuple[list[StepMetrics], Any]:
     """Runs the product's loop in this process. Returns its metrics and the student. checked: its engine, before."""
-    from taid_ray.data.batching import num_micro_batches
-    from taid_ray.data.dataset import TrainingData
     from taid_ray.distributed.world import World
     from taid_ray.models.student_init import build_student
     from taid_ray.student.engine import Student
     from taid_ray.student.loop import train_loop
-    from taid_ray.student.prefetch import Prefetcher, step_batches
-    from taid_ray.student.worker import training_batches
+    from taid_ray.student.prefetch import Prefetcher
+    from taid_ray.student.training_data import StoredSteps
     from taid_ray.teacher.local import LocalTeacher
 
     spec, world, device = prepare(config), World(), torch.device("cpu")
@@ -78,10 +76,7 @@ def train(config: DistillConfig, checked: bool = False) -> tuple[list[StepMetric
         check_engine(student, spec.vocabulary.student_rows)
     teacher = LocalTeacher(config.teacher, spec.vocabulary.num_shared, device)
     scheduler = LocalScheduler(config, spec.total_steps)
-    accumulation = num_micro_batches(config.train.batch_size, config.train.micro_batch_size, 1)
-    tokenizer = run_tokenizer(config)
-    data = TrainingData(config.data, tokenizer, config.train.seed, config.train.batch_size)
-    batches = step_batches(training_batches(data, spec, tokenizer), world, accumulation)
+    batches = StoredSteps(config, prepare_here(config), spec.total_steps, world).steps(0, None)
     lines = StepLines()
     start = scheduler.aggregator.result
     stream = Prefetcher(batches, teacher, config.teacher.window, config.teacher.window_mib * 2**20, student.clock)

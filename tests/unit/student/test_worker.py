@@ -20,6 +20,7 @@ from taid_ray.scheduler.schedule import TAIDSchedule
 from taid_ray.student import context, engine, open_teacher
 from taid_ray.student.spec import Finished, Outcome, WorkerSpec
 from taid_ray.student.worker import run_worker, uses_dropout
+from tests.support.store import prepare_here
 from tests.support.students import TIED, config_for
 
 
@@ -125,7 +126,9 @@ def worked(config: DistillConfig, attempt: int) -> Outcome | None:
     aggregator = LossAggregator(TAIDSchedule(config.schedule, spec.total_steps), config.schedule.signal)
     with run_directory(config) as run:
         run.begin_attempt(1, "")
-        return run_worker(WorkerSpec(config, spec, "cpu", aggregator, "", run.checkpoints, attempt))
+        return run_worker(
+            WorkerSpec(config, spec, "cpu", aggregator, "", run.checkpoints, attempt, prepare_here(config))
+        )
 
 
 @pytest.mark.usefixtures("lone_worker")
