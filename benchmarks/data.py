@@ -141,7 +141,7 @@ def index_of(directory: Path, rows: int) -> Path:
     """Writes the index of a data set of at least so many rows: the shards again and again."""
     shards = [ShardFacts.from_dict(facts) for facts in json.loads((directory / "shards.json").read_text())]
     repeats = -(-rows // sum(shard.rows for shard in shards))
-    return write_index(directory / "store", shards * repeats, print)
+    return Path(write_index(directory / "store", shards * repeats, print))
 
 
 def measure_reading(path: Path) -> dict[str, Any]:

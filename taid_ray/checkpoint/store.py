@@ -16,9 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import xxhash
-from fsspec.core import url_to_fs
-from pyarrow import ArrowException, ArrowInvalid
-from pyarrow.fs import FileSelector, FileSystem, FileType, FSSpecHandler, PyFileSystem
+from pyarrow.fs import FileSelector, FileType
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -27,10 +25,10 @@ from taid_ray.data.cursor import Cursor, read_cursor
 from taid_ray.errors import CheckpointError, ConfigError
 from taid_ray.scheduler.aggregate import StepResult
 from taid_ray.scheduler.schedule import ScheduleState
+from taid_ray.storage import STORAGE_ERRORS, open_storage
 
 FORMAT = 1
 STATE_FILE = "state.json"
-STORAGE_ERRORS = (OSError, ArrowException)
 
 
 class TornCheckpointError(CheckpointError):
@@ -102,7 +100,7 @@ class CheckpointStore:
         """location: a directory or a URI. Raises ConfigError if there is no such kind of storage here."""
         self.location = location
         try:
-            self._fs, self._root = _file_system(location)
+            self._fs, self._root = open_storage(location)
         except (ValueError, ImportError, *STORAGE_ERRORS) as error:
             raise ConfigError(
                 f"checkpoint.storage: {location} cannot be used: {error}; name a directory or a URI such as "
@@ -241,17 +239,6 @@ def _digest(content: dict[str, Any]) -> str:
 def _is_name(name: str) -> bool:
     parts = name.split("-")
     return len(parts) == 3 and parts[0] == "step" and all(part.isdecimal() for part in parts[1:])
-
-
-def _file_system(location: str) -> tuple[FileSystem, str]:
-    """Opens a location as Ray does: Arrow's own kinds (local, s3, gs, hdfs), and all that fsspec has a package for."""
-    if "://" not in location:
-        return FileSystem.from_uri(location)
-    try:
-        return FileSystem.from_uri(location)
-    except ArrowInvalid:
-        fs, path = url_to_fs(location)
-        return PyFileSystem(FSSpecHandler(fs)), path
 
 
 def share(sizes: Iterable[tuple[str, int]], world_size: int) -> dict[str, int]:

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -21,6 +20,7 @@ from taid_ray.data.store.assemble import assemble
 from taid_ray.data.store.index import Totals
 from taid_ray.data.store.prepare import Encoding, prepare_span
 from taid_ray.data.store.prepared import PreparedData
+from taid_ray.data.store.remote import inside, open_store
 from taid_ray.data.store.shard import ShardFacts
 from taid_ray.data.store.spans import Span, spans_of
 from taid_ray.distributed.cluster import ray_cluster
@@ -65,17 +65,12 @@ def prepare_data(config: DistillConfig, num_shared: int, preparation: Preparatio
     """
     encoding = Encoding(config.data, run_tokenizer(config))
     spans = spans_of(config.data)
-    directory = Path(config.data_store) / encoding.key
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(
-            f"data.store: {directory} cannot be made ({error}); set data.store to another directory"
-        ) from None
-    shards = SpanQueue(config, directory, spans, preparation).run()
-    prepared = assemble(encoding, spans, shards, directory, num_shared, preparation.say)
+    location = str(inside(config.data_store, encoding.key))
+    open_store(location).create()
+    shards = SpanQueue(config, location, spans, preparation).run()
+    prepared = assemble(encoding, spans, shards, location, num_shared, preparation.say)
     found = prepared.totals
-    said = f"{prepared.counts.documents:,} documents are {found.rows:,} rows of {found.tokens:,} tokens in {directory}"
+    said = f"{prepared.counts.documents:,} documents are {found.rows:,} rows of {found.tokens:,} tokens in {location}"
     preparation.say(f"data.train: {said}")
     return prepared
 
@@ -104,8 +99,8 @@ class SpanQueue:
     """The spans of a data set, each of which waits for a task, is with one, or is done."""
 
     config: DistillConfig
-    directory: Path
-    """Place of the shards; exists."""
+    location: str
+    """The store of the shards; exists."""
     spans: Sequence[Span]
     preparation: Preparation
     _running: dict[ray.ObjectRef, int] = field(default_factory=dict)
@@ -126,7 +121,7 @@ class SpanQueue:
                     raise stop.end()
                 while waiting and len(self._running) < most and time.monotonic() >= retry_at:
                     number = waiting.popleft()
-                    self._running[task.remote(self.spans[number], settings, self.directory)] = number
+                    self._running[task.remote(self.spans[number], settings, self.location)] = number
                 found = self._take(waiting)
                 if waiting and not found and len(waiting) + len(self._running) == len(self.spans) - len(self._done):
                     # What is left is perhaps all with other runs; to ask them in a hurry would only take their time.
@@ -177,13 +172,13 @@ class SpanQueue:
         )
 
 
-def encode(span: Span, settings: str, directory: Path) -> tuple[ShardFacts | None, list[str]]:
+def encode(span: Span, settings: str, location: str) -> tuple[ShardFacts | None, list[str]]:
     """Prepares one span in a Ray worker. settings: the configuration as JSON.
 
     Returns the facts of its shard, or None if another run is preparing it, and what is to be said.
     """
     said: list[str] = []
-    facts = prepare_span(span, _encoding(settings), directory, lambda line: said.append(f"{line}; it is made anew"))
+    facts = prepare_span(span, _encoding(settings), location, lambda line: said.append(f"{line}; it is made anew"))
     return facts, said
 
 

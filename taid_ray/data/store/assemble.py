@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -15,6 +14,7 @@ from taid_ray.data.shared_ids import not_shared
 from taid_ray.data.store.index import write_index
 from taid_ray.data.store.prepare import Encoding, check_columns
 from taid_ray.data.store.prepared import PreparedData
+from taid_ray.data.store.remote import Location
 from taid_ray.data.store.shard import ShardFacts
 from taid_ray.data.store.spans import Span
 from taid_ray.errors import DataError
@@ -24,19 +24,19 @@ def assemble(
     encoding: Encoding,
     spans: Sequence[Span],
     shards: Sequence[ShardFacts],
-    directory: Path,
+    location: Location,
     num_shared: int,
     notify: Callable[[str], None],
 ) -> PreparedData:
     """Makes the index of the data set whose spans have these shards, and checks the whole.
 
-    directory: that of the shards. num_shared: token ids below it are known to both models. notify: is told of a damaged index.
+    location: that of the shards. num_shared: token ids below it are known to both models. notify: is told of a damaged index.
     Raises DataError if a file lacks a column, if there is nothing to train on, or for a token that is not shared; RunError if
     the index cannot be written.
     """
     check_columns(spans, shards, encoding)
     _check_highest_id(encoding, num_shared, spans, shards)
-    prepared = PreparedData(write_index(directory, shards, notify), _fingerprint(encoding.config, spans, shards))
+    prepared = PreparedData(write_index(location, shards, notify), _fingerprint(encoding.config, spans, shards))
     _check_rows(encoding.config, prepared.counts, spans, shards)
     return prepared
 

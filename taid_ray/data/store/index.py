@@ -18,6 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from taid_ray.data.batch import Ints
+from taid_ray.data.store.remote import Location, Store, inside, open_store, parted
 from taid_ray.data.store.sealed import making, read_sealed, sealed_facts, write_sealed
 from taid_ray.data.store.shard import Block, ShardFacts, row_sizes
 from taid_ray.errors import DataError
@@ -70,16 +71,17 @@ class Totals:
 class Index:
     """The rows of a data set, as its index describes them."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, location: Location) -> None:
         """Opens the index that `write_index` wrote. Raises DataError if it is not there whole."""
-        blocks_path = path.with_name(path.name.replace("index-", "blocks-"))
+        place, name = parted(location)
+        self.store = open_store(place)
+        """That of the shards."""
+        path, blocks_path = (self.store.fetch(file) for file in (name, name.replace("index-", "blocks-")))
         said = sealed_facts(path)
         if said is None or sealed_facts(blocks_path) is None:
             raise DataError(
                 f"the index {path} of encoded data is missing or damaged; start the run again to have it made"
             )
-        self.directory = path.parent
-        """That of the shards."""
         self.totals = Totals(**{name: said[name] for name in Totals.__dataclass_fields__})
         rows, blocks = _mapped(path), _mapped(blocks_path)
         self._columns: dict[str, NDArray[np.uint32]] = {name: rows.column(name).to_numpy() for name in ROW_COLUMNS}
@@ -110,20 +112,26 @@ class Index:
         return list(map(Place, shards, *(values.tolist() for values in numbers)))
 
 
-def write_index(directory: Path, shards: Sequence[ShardFacts], notify: Callable[[str], None]) -> Path:
-    """Writes the index of the data set made of these shards, in this order, unless it is there whole; returns its path.
+def write_index(location: Location, shards: Sequence[ShardFacts], notify: Callable[[str], None]) -> Location:
+    """Writes the index of the data set made of these shards, in this order, unless it is there whole; returns its location.
 
-    directory: that of the shards. notify: is told if there was a damaged one. Raises RunError if it cannot be written.
+    location: the store of the shards, a directory or a URI, which needs every shard on this node then. notify: is told if there
+    was a damaged index. Raises RunError if it cannot be written, DataError if a shard is missing.
     """
     digest = hashlib.sha256(" ".join(shard.digest for shard in shards).encode()).hexdigest()[:32]
-    path, blocks_path = (directory / f"{name}-{digest}.arrow" for name in ("index", "blocks"))
-    totals = asdict(_totals(digest, shards))
-    with making(path, wait=True):
-        if read_sealed(blocks_path, notify) is None:
-            write_sealed(blocks_path, BLOCKS, [_all_blocks(shards)], lambda _: {})
-        if read_sealed(path, notify) is None:
-            write_sealed(path, ROWS, _all_rows(directory, shards), lambda _: totals)
-    return path
+    store = open_store(location)
+    path, blocks_path = (store.directory / f"{name}-{digest}.arrow" for name in ("index", "blocks"))
+    found = [store.find(file.name, notify) is not None for file in (blocks_path, path)]
+    if not all(found):
+        totals = asdict(_totals(digest, shards))
+        with making(path, wait=True):
+            if read_sealed(blocks_path, lambda _: None) is None:
+                write_sealed(blocks_path, BLOCKS, [_all_blocks(shards)], lambda _: {})
+            if read_sealed(path, lambda _: None) is None:
+                write_sealed(path, ROWS, _all_rows(store, shards), lambda _: totals)
+            for file in (blocks_path, path):
+                store.publish(file.name)
+    return inside(location, path.name)
 
 
 def _mapped(path: Path) -> pa.RecordBatch:
@@ -161,12 +169,12 @@ def _all_blocks(shards: Sequence[ShardFacts]) -> pa.RecordBatch:
     return pa.record_batch([digests, *(pa.array(column, pa.int64()) for column in columns)], schema=BLOCKS)
 
 
-def _all_rows(directory: Path, shards: Sequence[ShardFacts]) -> Iterator[pa.RecordBatch]:
+def _all_rows(store: Store, shards: Sequence[ShardFacts]) -> Iterator[pa.RecordBatch]:
     """The whole index as one record batch, so that each column is one piece of memory."""
     columns = np.empty((len(ROW_COLUMNS), sum(shard.rows for shard in shards)), dtype=np.uint32)
     start = 0
     for shard in shards:
-        for tokens, samples, loss_tokens in row_sizes(directory / f"{shard.digest}.arrow"):
+        for tokens, samples, loss_tokens in row_sizes(store.fetch(f"{shard.digest}.arrow")):
             block = columns[:, start : start + len(tokens)]
             block[:] = np.cumsum(tokens) - tokens, tokens, np.cumsum(samples) - samples, samples, loss_tokens
             start += len(tokens)

@@ -26,6 +26,7 @@ from taid_ray.data.encoding import Columns, Encoder
 from taid_ray.data.packing import Sample, to_rows
 from taid_ray.data.reading.complaints import explained, no_column
 from taid_ray.data.reading.rows import columns_found
+from taid_ray.data.store.remote import Location, open_store
 from taid_ray.data.store.sealed import making, read_sealed, write_sealed
 from taid_ray.data.store.shard import SCHEMA, ShardFacts, locate_blocks, to_record_batch
 from taid_ray.data.store.spans import Span, documents_before, hash_content, read_documents
@@ -78,19 +79,22 @@ class Encoding:
         return [name for column in self.columns for name in column.names]
 
 
-def prepare_span(span: Span, encoding: Encoding, directory: Path, notify: Callable[[str], None]) -> ShardFacts | None:
+def prepare_span(
+    span: Span, encoding: Encoding, location: Location, notify: Callable[[str], None]
+) -> ShardFacts | None:
     """Returns the facts of the span's shard, and makes it first if it is not there whole; None if another process makes it now.
 
-    directory: the one of this encoding; exists. notify: is told of a damaged shard, which is made anew. Raises DataError for
-    documents that cannot be read or encoded, RunError if the shard cannot be written.
+    location: the store of this encoding, a directory that exists or a URI (`remote`). notify: is told of a damaged shard, which
+    is made anew. Raises DataError for documents that cannot be read or encoded, RunError if the shard cannot be written.
     """
     source = f"data.train: {span.file.path}"
     with explained(source, f"cannot be read as {span.file.kind}. Repair or convert the file"):
         version = _version(span)
         content = hash_content(span)
     digest = xxhash.xxh3_128(f"{content} {span.skip} {encoding.key}".encode()).hexdigest()
-    path = directory / f"{digest}.arrow"
-    if said := read_sealed(path, notify):
+    store = open_store(location)
+    path = store.directory / f"{digest}.arrow"
+    if said := store.find(path.name, notify):
         return ShardFacts.from_dict(said)
     with making(path, wait=False) as granted:
         if not granted:
@@ -99,6 +103,7 @@ def prepare_span(span: Span, encoding: Encoding, directory: Path, notify: Callab
         if said is None:
             shard = _ShardMaker(span, encoding, source, version)
             said = write_sealed(path, SCHEMA, shard.record_batches(), lambda whole: shard.facts(digest, content, whole))
+        store.publish(path.name)
         return ShardFacts.from_dict(said)
 
 

@@ -2,21 +2,21 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from taid_ray.data.encoding import Counts
 from taid_ray.data.store.index import Index, Totals
 from taid_ray.data.store.order import GlobalOrder
 from taid_ray.data.store.reader import BatchReader, StoredRows
+from taid_ray.data.store.remote import Location
 
 
 @dataclass(frozen=True)
 class PreparedData:
     """Training data that are in the store as a whole."""
 
-    index: Path
-    """The index of their rows, see `index.write_index`."""
+    index: Location
+    """The index of their rows, see `index.write_index`; remote or in a directory that all nodes see."""
     fingerprint: dict[str, Any]
     """What tells these documents from others, see `data.fingerprint`."""
 

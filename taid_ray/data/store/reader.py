@@ -1,7 +1,6 @@
 """Reading of stored rows: any rows by their numbers, and of global batch n just the rows of one rank."""
 
 import os
-import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,12 +14,11 @@ from taid_ray.data.batch import NO_LABEL, Ints, Row
 from taid_ray.data.batching import share
 from taid_ray.data.store.index import Index, Place
 from taid_ray.data.store.order import Order
+from taid_ray.data.store.remote import persistently
 from taid_ray.errors import DataError
 
 OPEN_FILES = 64
 """Shards that a reader keeps open."""
-READ_TRIES, PAUSE_S, LONGEST_PAUSE_S = 20, 0.05, 10.0
-"""A read that fails is tried again after pauses that double, for two minutes altogether."""
 UINT8, INT32, UINT32 = np.dtype("u1"), np.dtype("<i4"), np.dtype("<u4")
 
 
@@ -43,7 +41,7 @@ class StoredRows:
         for number, index, where in self._by_index(rows):
             places = index.places(rows[where] - self._first_rows[number])
             for at, place in zip(where.tolist(), places, strict=True):
-                file = index.directory / f"{place.shard}.arrow"
+                file = index.store.fetch(f"{place.shard}.arrow")
                 found[at] = self._row(file, place, self._first_documents[number] + place.first_document)
         return [found[at] for at in range(len(rows))]
 
@@ -82,23 +80,25 @@ class StoredRows:
 
     def _values(self, file: Path, at: int, count: int, dtype: np.dtype[Any]) -> NDArray[Any]:
         """Reads `count` values from byte `at` on, if need be several times."""
-        for attempt in range(READ_TRIES):
-            try:
-                content = os.pread(self._open(file), count * dtype.itemsize, at)
-                break
-            except FileNotFoundError:
-                raise _damaged(file) from None
-            except OSError as error:
-                if attempt == READ_TRIES - 1:
-                    raise DataError(
-                        f"the file {file} of encoded data cannot be read ({error}); check the disk or the network that it "
-                        f"is on, and start the run again"
-                    ) from None
-                self.close()  # a handle can be stale when the server of a network file system is back
-                time.sleep(min(PAUSE_S * 2**attempt, LONGEST_PAUSE_S))
+        try:
+            content = persistently(lambda: self._bytes(file, count * dtype.itemsize, at))
+        except OSError as error:
+            raise DataError(
+                f"the file {file} of encoded data cannot be read ({error}); check the disk or the network that it is on, and "
+                f"start the run again"
+            ) from None
         if len(content) != count * dtype.itemsize:
             raise _damaged(file)
         return np.frombuffer(content, dtype)
+
+    def _bytes(self, file: Path, count: int, at: int) -> bytes:
+        try:
+            return os.pread(self._open(file), count, at)
+        except FileNotFoundError:
+            raise _damaged(file) from None
+        except OSError:
+            self.close()  # a handle can be stale when the server of a network file system is back
+            raise
 
     def _open(self, file: Path) -> int:
         """Returns the number of the open file, and closes the one that was not used for longest if there are too many."""
