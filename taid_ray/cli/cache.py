@@ -40,6 +40,35 @@ def warm(
 
 
 @app.command()
+def export(
+    config: Annotated[
+        Path, typer.Argument(help="YAML configuration whose cache is filled, with teacher.payload: topk.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Parquet file to write.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Dotted key=value pairs.")] = None,
+) -> None:
+    """Write the teacher's outputs for all data of a configuration into one parquet file.
+
+    Other tools can read it, and a run with teacher.mode=file trains from it."""
+    loaded = load_config(config, overrides or [])
+    console = Console()
+    console.print("loading torch and transformers", highlight=False)
+    from taid_ray.driver.cache_export import export_cache
+
+    done = export_cache(loaded, out)
+    shown = [
+        ("file", str(out)),
+        ("samples", f"{done.samples:,} with {done.positions:,} loss positions"),
+        ("ids", f"{done.record.info.topk} of {done.record.info.num_shared:,} per position"),
+        ("outside", f"{done.record.payload_error:.2g} of the probability, on the first validation rows"),
+        ("size", shown_bytes(done.bytes)),
+        ("teacher", done.record.model),
+    ]
+    for key, value in shown:
+        print(f"{key:<9}{value}")
+
+
+@app.command()
 def stats(directory: Directory) -> None:
     """Show what a cache holds."""
     from taid_ray.teacher.cache.files import SUFFIX, total_bytes

@@ -29,7 +29,9 @@ def with_absolute_paths(config: DistillConfig) -> DistillConfig:
     return config.model_copy(
         update={
             "out": str(config.run_dir),
-            "teacher": config.teacher.model_copy(update={"model": absolute(config.teacher.model)}),
+            "teacher": config.teacher.model_copy(
+                update={"model": absolute(config.teacher.model), "outputs": absolute_storage(config.teacher.outputs)}
+            ),
             "student": config.student.model_copy(update={"model": absolute(config.student.model)}),
             "checkpoint": config.checkpoint.model_copy(update={"storage": absolute_storage(config.checkpoint.storage)}),
             "data": config.data.model_copy(update=data),

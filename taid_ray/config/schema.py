@@ -81,9 +81,13 @@ class TeacherConfig(Section):
     `sdpa`. The flash ones need the package flash-attn and a GPU."""
     trust_remote_code: Annotated[bool, EVALUATED] = False
     """Allow Python code that comes with the teacher's checkpoint to run."""
-    mode: Annotated[Literal["pool", "local", "cache"], RESUMABLE] = "pool"
+    mode: Annotated[Literal["pool", "local", "cache", "file"], RESUMABLE] = "pool"
     """Where the teacher runs. `pool`: in Ray actors of its own. `local`: inside every student worker (for small teachers and
-    for debugging). `cache`: nowhere; every output is read from what `taid-ray cache warm` left in `cache.directory`."""
+    for debugging). `cache`: nowhere; every output is read from what `taid-ray cache warm` left in `cache.directory`. `file`:
+    nowhere; every output comes from the file `outputs`."""
+    outputs: Name | None = None
+    """With `mode: file`: a parquet file of the teacher's outputs, which `taid-ray cache export` or another tool wrote. Its
+    outputs are copied into `cache.directory` when the run starts."""
     replicas: Annotated[Range, RESUMABLE] = Range(min=1, max=1)
     """Copies of the teacher in the pool: a number, or a range such as `{min: 1, max: 4}`. With a range the pool starts with
     the smallest number, adds replicas while requests queue up, and removes them when they are idle."""
@@ -112,6 +116,11 @@ class TeacherConfig(Section):
     """Seconds to wait until the pool has started, and for each answer, before the run stops with an error."""
     idle_timeout_s: Annotated[Positive, RESUMABLE] = 600.0
     """Seconds without any run that uses it after which the pool removes itself from the cluster."""
+
+    @property
+    def is_stored(self) -> bool:
+        """True if all outputs are there already, so that no teacher is loaded."""
+        return self.mode in ("cache", "file")
 
     def in_flight_bytes(self, answer_bytes: float) -> float:
         """The most that the answers of one worker's requests in flight take, each of `answer_bytes`; one always may be."""
@@ -544,6 +553,7 @@ class DistillConfig(Section):
                 "teacher.mode: cache reads what `taid-ray cache warm` left in cache.directory, and that is not set; set it, or "
                 "set teacher.mode: pool"
             )
+        self._outputs_fit()
         if self.data.streaming and self.train.epochs is not None:
             raise ValueError(
                 "train.epochs needs the length of the data, which is not known for a stream; set train.steps"
@@ -555,6 +565,29 @@ class DistillConfig(Section):
         if self.train.warmup_steps and self.train.steps and self.train.warmup_steps > self.train.steps:
             raise ValueError(f"train.warmup_steps = {self.train.warmup_steps} exceeds train.steps = {self.train.steps}")
         return self
+
+    def _outputs_fit(self) -> None:
+        """Raises ValueError unless what teacher.mode: file needs is set, and teacher.outputs is set for nothing else."""
+        teacher = self.teacher
+        if teacher.mode != "file":
+            if teacher.outputs is not None:
+                raise ValueError(
+                    f"teacher.outputs goes with teacher.mode: file (found teacher.mode: {teacher.mode}); set that, or remove it"
+                )
+        elif teacher.outputs is None:
+            raise ValueError(
+                "teacher.mode: file reads the file teacher.outputs, and that is not set; name a parquet file"
+            )
+        elif teacher.payload != "topk":
+            raise ValueError(
+                f"teacher.mode: file has the likeliest ids of every position (found teacher.payload: {teacher.payload}); set "
+                "teacher.payload: topk, and teacher.topk to the number of ids in the file"
+            )
+        elif self.cache.directory is None:
+            raise ValueError(
+                "teacher.mode: file copies the outputs into cache.directory, where the workers find them, and that is not set; "
+                "name a directory that all nodes see"
+            )
 
     @property
     def run_dir(self) -> Path:

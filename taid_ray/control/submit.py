@@ -101,6 +101,7 @@ def check_travels(config: DistillConfig, working_dir: Path | None) -> None:
         )
     read = {
         "teacher.model": config.teacher.model,
+        "teacher.outputs": config.teacher.outputs,
         "student.model": config.student.model,
         **{f"data.{key}": getattr(config.data, key) for key in ("train", "valid", "chat_template")},
     }

@@ -21,7 +21,8 @@ from taid_ray.errors import DataError
 
 Fingerprint: TypeAlias = dict[str, Any]
 """`train` and `valid` (None without `data.valid`), each as `Documents.fingerprint` gives it; `rows`, a hash of the first rows;
-with `data.order: global`, once the data are prepared, `index`, which identifies all rows. As JSON can hold it."""
+with `data.order: global`, once the data are prepared, `index`, which identifies all rows; with teacher.mode: file `outputs`, a
+hash of teacher.outputs. As JSON can hold it."""
 
 MOST_SHOWN = 3
 UNREAD = "unread"
@@ -52,6 +53,8 @@ def changes(before: Fingerprint, now: Fingerprint) -> list[str]:
         old, new = before.get(which), now.get(which)
         if not _same(old, new):
             found.append(f"data.{which}: {_difference(old, new)}")
+    if before.get("outputs") != now.get("outputs"):
+        found.append("teacher.outputs: the content of the file has changed")
     if not found and any(key in before and key in now and before[key] != now[key] for key in ("rows", "index")):
         begin = "the documents are the same, but their tokens are not: the tokenizer"
         if UNREAD in (now.get("train") or {}):

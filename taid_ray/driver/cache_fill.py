@@ -88,11 +88,16 @@ def fill_cache(config: DistillConfig) -> FillResult:
 
 
 def fill_config(config: DistillConfig) -> DistillConfig:
-    """The configuration with a teacher pool in place of teacher.mode: cache. Raises ConfigError if it has no cache."""
+    """The configuration with a teacher pool in place of teacher.mode: cache. Raises ConfigError if it has no cache,
+    or no teacher but a file."""
     if config.cache.directory is None:
         raise ConfigError(
             "cache.directory is not set: name the directory to keep the teacher's outputs in, for example "
             "cache.directory=cache"
+        )
+    if config.teacher.mode == "file":
+        raise ConfigError(
+            "teacher.mode: file has all outputs in teacher.outputs already; set teacher.mode to pool or local"
         )
     mode = "pool" if config.teacher.mode == "cache" else config.teacher.mode
     return config.model_copy(update={"teacher": config.teacher.model_copy(update={"mode": mode})})

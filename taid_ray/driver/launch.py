@@ -25,6 +25,7 @@ from taid_ray.driver.attempts import AttemptContext, AttemptLoop
 from taid_ray.driver.live import announce_cluster, liveness_file
 from taid_ray.driver.notes import lost_documents, say_notes, schedule_notes
 from taid_ray.driver.orphans import ending_orphaned_cleaners, own_job
+from taid_ray.driver.outputs_import import import_outputs
 from taid_ray.driver.pool import PoolKeeper, SharedPool
 from taid_ray.driver.preflight import prepare, with_data
 from taid_ray.driver.prepare import Preparation, prepare_data
@@ -114,6 +115,8 @@ def run_distillation(config: DistillConfig, context: RunContext) -> RunResult:
         view.say("checking models and data")
         spec = prepare(config)
         unchecked = check_same_data(config, spec.fingerprint) if state == "unfinished" and spec.fingerprint else None
+        if config.teacher.mode == "file":
+            import_outputs(config, spec, view)
         say_notes(config, spec, view.say)
         if unchecked:
             view.say(f"note: {unchecked}")

@@ -17,6 +17,7 @@ from taid_ray.models.pair import check_models, check_run_tokenizer, model_config
 from taid_ray.models.vocabulary import Vocabulary
 from taid_ray.student.spec import DataCheck, RunSpec
 from taid_ray.teacher.cache.offline import find_record
+from taid_ray.teacher.cache.outputs_file import outputs_file
 from taid_ray.teacher.cache.store import check_directory
 from taid_ray.teacher.payload import check_topk, payload_bytes_per_token
 
@@ -40,6 +41,8 @@ def prepare(config: DistillConfig) -> RunSpec:
     held_out = open_validation(config.data)
     encodes_here = config.data.order == "blocks"  # else tasks read the training data, see driver/prepare.py
     found = fingerprint(data.documents, held_out if config.data.valid is not None else None, encodes_here)
+    if config.teacher.mode == "file":
+        found["outputs"] = outputs_file(config, vocabulary.num_shared).fingerprint
     checked = check_data(config.data, data, tokenizer, vocabulary.num_shared, held_out)
     return RunSpec(
         total_steps=config.train.steps or (steps_of_epochs(config, data.rows_per_epoch()) if encodes_here else 0),

@@ -30,9 +30,9 @@ def check_models(config: DistillConfig, teacher_config: Any, student_config: Any
     teacher, student = config.teacher, config.student
     check_causal_lm(teacher_config, "teacher.model")
     check_divisible(teacher_config, teacher.shards)
-    if teacher.mode != "cache" or student.init == "cut":
+    if not teacher.is_stored or student.init == "cut":
         check_weights(teacher)
-    if teacher.mode != "cache":
+    if not teacher.is_stored:
         check_attention(teacher, teacher_config)
     if student.model is not None:
         check_causal_lm(student_config, "student.model")

@@ -66,8 +66,8 @@ class PlanInputs:
 
     @property
     def mode(self) -> str:
-        """Place where the teacher computes: the value of teacher.mode."""
-        return self.config.teacher.mode
+        """Place where the teacher computes: the value of teacher.mode; `cache` also for a file, whose outputs go there."""
+        return "cache" if self.config.teacher.is_stored else self.config.teacher.mode
 
     @property
     def workers(self) -> int:

@@ -148,7 +148,8 @@ def _data_read(history: History) -> str:
 
 
 def _parameters(summary: dict[str, Any], key: str) -> str:
-    return f", {summary[key]['parameters']:,} parameters" if key in summary else ""
+    known = summary.get(key, {}).get("parameters")  # of a teacher that is only a file there may be 0
+    return f", {known:,} parameters" if known else ""
 
 
 def _last_loss(history: History) -> str:

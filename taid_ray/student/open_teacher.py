@@ -42,8 +42,8 @@ def connect_teacher(context: WorkerContext) -> TeacherClient:
     claims: ClaimRegistry = NoClaims()
     if config.teacher.mode == "local":
         teacher = LocalTeacher(config.teacher, num_shared, context.device)
-    elif config.teacher.mode == "cache":
-        teacher = OfflineTeacher(config, num_shared)
+    elif config.teacher.is_stored:
+        teacher = OfflineTeacher(config, num_shared, (worker.spec.fingerprint or {}).get("outputs", ""))
     else:
         scheduler.wait_for_pool(config.teacher.timeout_s + POOL_MARGIN_S)
         answers_at = torch.device("cpu") if config.cache.on else context.device

@@ -31,6 +31,7 @@ from taid_ray.teacher.protocol import TeacherClient, TeacherInfo
 TEACHER_FILE, HEAD_FILE = "teacher.json", "head.safetensors"
 FORMAT = 1
 END_BYTES = 2**20
+COPY = "give the same command again, which copies them there from teacher.outputs"
 WARM = "run `taid-ray cache warm` with this configuration"
 
 
@@ -51,20 +52,21 @@ class TeacherRecord:
 
 
 class OfflineTeacher:
-    """The TeacherClient of teacher.mode: cache. It knows the teacher's record and computes nothing."""
+    """The TeacherClient of teacher.mode: cache and file. It knows the teacher's record and computes nothing."""
 
     tokens = 0
 
-    def __init__(self, config: DistillConfig, num_shared: int):
-        """Raises ConfigError as `find_record`."""
-        self._directory, self._record = find_record(config, num_shared)
+    def __init__(self, config: DistillConfig, num_shared: int, outputs: str = ""):
+        """outputs: with mode file, the fingerprint of teacher.outputs. Raises ConfigError as `find_record` and `file_record`."""
+        self._mode = config.teacher.mode
+        self._directory, self._record = file_record(config, outputs) if outputs else find_record(config, num_shared)
 
     def submit(self, batch: Batch) -> NoReturn:
         """Raises TeacherError, because only samples that the cache does not hold are asked for."""
         count = len(samples_of(batch, "", with_labels=False))
         raise TeacherError(
-            f"teacher.mode: cache: {count} sample(s) of a batch are not in the cache {self._directory.parents[1]}; {WARM}. If "
-            "you did, they were removed since: raise cache.disk_gib"
+            f"teacher.mode: {self._mode}: {count} sample(s) of a batch are not in the cache {self._directory.parents[1]}; "
+            f"{WARM if self._mode == 'cache' else COPY}. If you did, they were removed since: raise cache.disk_gib"
         )
 
     def collect(self, request: NoReturn) -> TeacherOutput:
@@ -115,7 +117,29 @@ def save_record(config: DistillConfig, teacher: TeacherClient, payload_error: fl
         payload_error=payload_error,
         at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    write_json(directory / TEACHER_FILE, {"format": FORMAT} | asdict(record))
+    write_record(str(config.cache.directory), record)
+
+
+def write_record(directory: str, record: TeacherRecord) -> None:
+    """Writes a teacher.json into a cache.directory. Raises RunError if it cannot be written."""
+    path = teachers_directory(directory) / record.info.fingerprint / TEACHER_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"format": FORMAT} | asdict(record))
+
+
+def file_record(config: DistillConfig, fingerprint: str) -> tuple[Path, TeacherRecord]:
+    """Reads the record of a file of outputs that was copied into the cache; returns its directory, too.
+
+    Raises ConfigError if there is none.
+    """
+    directory = teachers_directory(str(config.cache.directory)) / fingerprint
+    try:
+        return directory, _read(directory / TEACHER_FILE)
+    except (OSError, ValueError, TypeError, LookupError):
+        raise ConfigError(
+            f"teacher.mode: file: {directory} holds no record of the outputs in teacher.outputs; {COPY}, and name a "
+            "cache.directory that all nodes see"
+        ) from None
 
 
 def find_record(config: DistillConfig, num_shared: int) -> tuple[Path, TeacherRecord]:
@@ -212,6 +236,12 @@ def _read(path: Path) -> TeacherRecord:
     content: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if content["format"] != FORMAT:
         raise ValueError("of another version")
-    values = {key: value for key, value in content.items() if key != "format"}
+    return record_of({key: value for key, value in content.items() if key != "format"})
+
+
+def record_of(values: Mapping[str, Any]) -> TeacherRecord:
+    """Makes a record of what `asdict` made of it. Raises TypeError or LookupError if that is something else."""
     info = values["info"]
-    return TeacherRecord(**values | {"info": TeacherInfo(**info | {"transform": LogitTransform(**info["transform"])})})
+    return TeacherRecord(
+        **dict(values) | {"info": TeacherInfo(**info | {"transform": LogitTransform(**info["transform"])})}
+    )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from taid_ray.data.batch import NO_LABEL, Batch, Row, collate
+from taid_ray.data.batch import NO_LABEL, Batch, Ints, Row, collate
 from taid_ray.data.packing import best_fit
 
 FORMAT = "taid-ray sample 1"
@@ -26,6 +26,16 @@ class KeyedSample:
     row: Row
     num_positions: int
     """Number of its loss positions. In the batch they follow those of the sample before it, without a gap."""
+
+    @property
+    def tokens(self) -> Ints:
+        """Its token ids, up to and including its last label."""
+        return np.append(self.row.input_ids, self.row.targets[-1])
+
+    @property
+    def loss_positions(self) -> Ints:
+        """Its loss positions, counted from its first token; position i predicts tokens[i + 1]."""
+        return np.flatnonzero(self.row.targets != NO_LABEL)
 
 
 def samples_of(batch: Batch, fingerprint: str, with_labels: bool) -> list[KeyedSample]:
@@ -54,6 +64,20 @@ def samples_of(batch: Batch, fingerprint: str, with_labels: bool) -> list[KeyedS
         row = Row(ids[part], positions[part], targets)
         samples.append(KeyedSample(key, row, int(last - first)))
     return samples
+
+
+def samples_of_row(row: Row, fingerprint: str) -> list[tuple[KeyedSample, int]]:
+    """The samples of a row that have loss positions, keyed for payload topk, each with the number of its document."""
+    starts = np.flatnonzero(row.position_ids == 0)
+    counts = np.add.reduceat((row.targets != NO_LABEL).astype(np.int64), starts)
+    documents = [document for document, count in zip(row.documents, counts, strict=True) if count]
+    return list(zip(samples_of(collate([row]), fingerprint, with_labels=True), documents, strict=True))
+
+
+def topk_key(fingerprint: str, tokens: Ints, loss_positions: Ints) -> str:
+    """The key that `samples_of` gives, with labels, to a sample of these tokens; position i predicts tokens[i + 1]."""
+    ids = tokens[: loss_positions[-1] + 1]
+    return _key(fingerprint, ids, np.arange(len(ids)), loss_positions, tokens[loss_positions + 1])
 
 
 def batch_of_samples(samples: Sequence[KeyedSample], length: int, pack: bool) -> tuple[Batch, list[KeyedSample]]:

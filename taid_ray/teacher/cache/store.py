@@ -101,6 +101,10 @@ class CacheStore:
                 os.utime(path)
         return tensors
 
+    def has(self, key: str) -> bool:
+        """Tells whether there is a sample's file. It may be damaged, of which `get` takes care."""
+        return self._path(key).exists()
+
     def put(self, key: str, tensors: dict[str, Tensor]) -> None:
         """Keeps the tensors of a sample if there is room for them. Waits up to LOCK_S for the lock, which it seldom needs."""
         content = seal(key, tensors)

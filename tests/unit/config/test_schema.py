@@ -429,6 +429,16 @@ def test_every_problem_is_reported_at_once() -> None:
             ["teacher.mode: cache", "taid-ray cache warm", "cache.directory", "teacher.mode: pool"],
         ),
         ({"teacher__mode": "local", "teacher__shards": 3}, ["teacher.mode", "local", "shards: 3", "pool"]),
+        ({"teacher__outputs": "o.parquet"}, ["teacher.outputs", "teacher.mode: file", "found teacher.mode: pool"]),
+        ({"teacher__mode": "file"}, ["teacher.mode: file", "teacher.outputs", "not set"]),
+        (
+            {"teacher__mode": "file", "teacher__outputs": "o.parquet"},
+            ["teacher.mode: file", "found teacher.payload: hidden", "teacher.payload: topk", "teacher.topk"],
+        ),
+        (
+            {"teacher__mode": "file", "teacher__outputs": "o.parquet", "teacher__payload": "topk"},
+            ["teacher.mode: file", "cache.directory", "not set"],
+        ),
     ],
 )
 def test_contradictions_name_both_sides(values: dict[str, Any], expected: list[str]) -> None:
