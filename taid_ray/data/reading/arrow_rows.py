@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 BATCH_ROWS = 1024
+FILE_MARK = b"ARROW1\0\0"
+"""Begins an Arrow file with a footer; what follows is as in a stream."""
 
 
 def read_parquet(path: Path, names: Sequence[str], skip: int) -> Iterator[dict[str, Any] | None]:
@@ -53,6 +55,51 @@ def read_arrow(path: Path, names: Sequence[str], skip: int) -> Iterator[dict[str
             skip = max(0, skip - batch.num_rows)
 
 
+def read_batches(path: Path, names: Sequence[str], start: int, stop: int) -> Iterator[dict[str, Any]]:
+    """Yields the rows of the record batches that begin at the bytes from `start` to `stop`, as `read_arrow` does."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as source:
+        schema = _schema(source)
+        columns = _present(schema.names, names)
+        source.seek(max(start, source.tell()))
+        while source.tell() < stop:
+            batch = pa.ipc.read_record_batch(pa.ipc.read_message(source), schema).select(columns)
+            batch.validate(full=True)
+            yield from _full_rows(batch, columns)
+
+
+def batch_ends(path: Path) -> list[int]:
+    """Lists the byte after each record batch of an Arrow file, without reading more than the headers of the batches.
+
+    Empty if batches cannot be read apart, because they share dictionaries.
+    """
+    import pyarrow as pa
+
+    ends = []
+    with pa.memory_map(str(path)) as source, suppress(EOFError):
+        _schema(source)
+        while True:
+            if pa.ipc.read_message(source).type != "record batch":
+                return []
+            ends.append(source.tell())
+    return ends
+
+
+def arrow_schema(path: Path) -> Any:
+    """Returns the schema of an Arrow file."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as source:
+        return _schema(source)
+
+
+def count_arrow_rows(path: Path) -> int:
+    """Counts the rows of an Arrow file that is not compressed, from the headers of its record batches."""
+    with _batches(path) as (_, batches):
+        return sum(batch.num_rows for batch in batches)
+
+
 def arrow_columns(path: Path) -> list[str]:
     """Lists the columns of a file of Arrow record batches."""
     with _batches(path) as (found, _):
@@ -72,6 +119,14 @@ def _batches(path: Path) -> Iterator[tuple[list[str], Iterator[Any]]]:
         else:
             names, batches = stream.schema.names, iter(stream)
         yield names, batches
+
+
+def _schema(source: Any) -> Any:
+    """Reads the schema at the beginning, after which the record batches come; a file with a footer has them as a stream does."""
+    import pyarrow as pa
+
+    source.seek(len(FILE_MARK) if source.read(len(FILE_MARK)) == FILE_MARK else 0)
+    return pa.ipc.read_schema(source)
 
 
 def _present(found: list[str], names: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ import xxhash
 from taid_ray.config.schema import DataConfig
 from taid_ray.data.columns import columns_of
 from taid_ray.data.encoding import Columns
+from taid_ray.data.reading.arrow_rows import count_arrow_rows
 from taid_ray.data.reading.complaints import empty, explained, no_column
 from taid_ray.data.reading.kinds import SUPPORTED, DataFile
 from taid_ray.data.reading.splits import Choice, counted
@@ -70,11 +71,21 @@ class HubDocuments:
 
     @property
     def files(self) -> list[DataFile]:
-        """The Arrow files in the cache of the library datasets. Raises DataError if the rows are not just these files'."""
+        """The Arrow files in the cache of the library datasets, on this node.
+
+        Raises DataError if there are none, as of data in memory, or if the rows are not all rows of these files.
+        """
         found = [] if self._is_stream or self._rows._indices is not None else self._rows.cache_files
         if not found:
             raise DataError(f"{self._source}: there are no files of it in the cache to encode; set data.order=blocks")
-        paths = [Path(each["filename"]) for each in found]
+        paths = [Path(each["filename"]).absolute() for each in found]
+        with explained(self._source, "cannot be read from the cache of the library datasets. Repair or remove that"):
+            rows = sum(map(count_arrow_rows, paths))
+        if rows != len(self._rows):
+            raise DataError(
+                f"{self._source}: it has {counted(len(self._rows), 'row')} of the {rows:,} in its files in the cache, and only "
+                f"whole files are encoded. Name whole splits in data.split, or set data.order=blocks."
+            )
         return [DataFile(path, path.name, "arrow") for path in paths]
 
     def count(self) -> int | None:

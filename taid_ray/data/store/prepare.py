@@ -6,6 +6,7 @@ store, and a killed one is in nobody's way.
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -196,8 +197,14 @@ def _from_zero(row: Row) -> Row:
 
 
 def _version(span: Span) -> tuple[int, int]:
-    """What changes when the file does."""
-    status = span.file.path.stat()
+    """What changes when the file does. Raises DataError if this node does not see it."""
+    try:
+        status = span.file.path.stat()
+    except FileNotFoundError:
+        raise DataError(
+            f"data.train: node {os.uname().nodename} does not find {span.file.path}. Give all nodes the same files; those of a "
+            f"data set of the hub are where HF_HOME says, which must be a directory that all nodes see."
+        ) from None
     return status.st_size, status.st_mtime_ns
 
 

@@ -16,7 +16,7 @@ import xxhash
 from taid_ray.config.schema import DataConfig
 from taid_ray.data.columns import columns_of
 from taid_ray.data.documents import open_documents
-from taid_ray.data.reading.arrow_rows import read_row_groups
+from taid_ray.data.reading.arrow_rows import arrow_schema, batch_ends, read_batches, read_row_groups
 from taid_ray.data.reading.complaints import explained
 from taid_ray.data.reading.json_rows import is_json_lines, objects_of_line
 from taid_ray.data.reading.kinds import COMPRESSIONS, DataFile, not_utf8
@@ -35,8 +35,9 @@ class Span:
     """A part of a data file."""
 
     file: DataFile
-    part: Literal["all", "lines", "row_groups"]
-    """What `start` and `stop` count: nothing, for the whole file; bytes, of which the lines that begin there; row groups."""
+    part: Literal["all", "lines", "row_groups", "batches"]
+    """What `start` and `stop` count: nothing, for the whole file; bytes, of which the lines that begin there; row groups; bytes,
+    of which the record batches that begin there."""
     start: int = 0
     stop: int = 0
     skip: int = 0
@@ -49,7 +50,9 @@ class Span:
 def spans_of(config: DataConfig) -> list[Span]:
     """Divides all files of `data.train` into spans, in order, without the documents that are kept for validation.
 
-    Raises DataError if they cannot be read.
+    The Arrow files of a data set of the hub are in the cache of the library datasets, so all nodes that read spans must see
+    that: HF_HOME must be on storage that they share. Raises DataError if the files cannot be read, or are not the rows of a
+    data set of the hub.
     """
     documents = open_documents(config, "train")
     names = [name for column in columns_of(config) for name in column.names]
@@ -59,15 +62,17 @@ def spans_of(config: DataConfig) -> list[Span]:
 
 
 def cut(file: DataFile) -> list[Span]:
-    """Divides a file into spans of about SPAN_BYTES, if it can be divided: plain JSON Lines and text, and parquet.
+    """Divides a file into spans of about SPAN_BYTES, if it can be divided: plain JSON Lines and text, parquet and Arrow.
 
-    Others (csv, where a line break may be inside a cell; compressed files; one JSON value; Arrow) are one span. Raises
-    OSError, ValueError or an error of pyarrow if the file cannot be read.
+    Others (csv, where a line break may be inside a cell; compressed files; one JSON value; Arrow with dictionaries) are one
+    span. Raises OSError, ValueError or an error of pyarrow if the file cannot be read.
     """
     path = file.path
     if file.kind == "parquet":
         return _row_group_spans(file)
     size = path.stat().st_size
+    if file.kind == "arrow" and size > SPAN_BYTES:
+        return _batch_spans(file) or [Span(file, "all")]
     is_plain = size > SPAN_BYTES and path.suffix.lower() not in COMPRESSIONS
     if is_plain and (file.kind == "text" or (file.kind == "json" and is_json_lines(path))):
         count = -(-size // SPAN_BYTES)
@@ -101,6 +106,8 @@ def hash_content(span: Span) -> str:
         import pyarrow.parquet as pq
 
         result.update(str(pq.read_schema(span.file.path)).encode())
+    if span.part == "batches":
+        result.update(str(arrow_schema(span.file.path)).encode())
     return result.hexdigest()
 
 
@@ -111,6 +118,8 @@ def read_documents(span: Span, names: Sequence[str]) -> Rows:
         return
     if span.part == "row_groups":
         rows = read_row_groups(span.file.path, names, range(span.start, span.stop))
+    elif span.part == "batches":
+        rows = read_batches(span.file.path, names, span.start, span.stop)
     elif span.file.kind == "text":
         rows = _text_documents(span)
     else:
@@ -163,6 +172,8 @@ def _byte_range(span: Span, file: BinaryIO) -> tuple[int, int]:
         return 0, span.file.path.stat().st_size
     if span.part == "row_groups":
         return _row_group_bytes(span.file.path, span.start, span.stop)
+    if span.part == "batches":
+        return span.start, span.stop
     return _next_line(file, span.start), _next_line(file, span.stop)
 
 
@@ -185,6 +196,16 @@ def _row_group_spans(file: DataFile) -> list[Span]:
         if size >= SPAN_BYTES or group == metadata.num_row_groups - 1:
             spans.append(Span(file, "row_groups", start, group + 1))
             start, size = group + 1, 0
+    return spans
+
+
+def _batch_spans(file: DataFile) -> list[Span]:
+    spans, start = [], 0
+    ends = batch_ends(file.path)
+    for end in ends:
+        if end - start >= SPAN_BYTES or end == ends[-1]:
+            spans.append(Span(file, "batches", start, end))
+            start = end
     return spans
 
 

@@ -185,6 +185,8 @@ def test_any_damage_is_found(
     ending: str, where: float, change: int, cut_off: bool, stories: list[Span], encoding: Encoding, store: Path
 ) -> None:
     """One byte is changed, or the file ends there. JSON may stay the same with other white space."""
+    for path in store.iterdir():
+        path.unlink()  # what the example before may have left with other white space
     facts = prepare_span(stories[0], encoding, store, print)
     assert facts is not None
     before, path = contents(store), store / f"{facts.digest}{ending}"
@@ -317,3 +319,9 @@ def test_a_span_without_rows(tmp_path: Path, encoding: Encoding, store: Path, st
     facts = prepare_span(nothing, encoding, store, print)
     assert facts is not None and (facts.rows, facts.tokens, facts.highest_id) == (0, 0, -1)
     assert facts.documents == nothing.skip and table_of(store, facts) == []
+
+
+def test_a_file_that_this_node_does_not_see_is_said(stories: list[Span], encoding: Encoding, store: Path) -> None:
+    stories[0].file.path.unlink()
+    with pytest.raises(DataError, match=r"data\.train: node .* does not find .*stories\.jsonl\. .* HF_HOME"):
+        prepare_span(stories[0], encoding, store, print)

@@ -5,16 +5,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from taid_ray.config.schema import DataConfig
 from taid_ray.data.reading.kinds import DataFile
 from taid_ray.data.reading.rows import read_rows
 from taid_ray.data.store import spans
-from taid_ray.data.store.spans import Span, cut, documents_before, hash_content, read_documents, without_first
+from taid_ray.data.store.spans import Span, cut, documents_before, hash_content, read_documents, spans_of, without_first
+from taid_ray.errors import DataError
 from tests.support.store import data_file
 
 NAMES = ["text"]
@@ -68,6 +71,70 @@ def test_spans_of_parquet_are_row_groups(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(spans, "SPAN_BYTES", 1000)
     assert 1 < len(cut(file)) < 15 and documents(cut(file)) == list(read_rows(file, NAMES))
     assert len({hash_content(span) for span in cut(file)}) == len(cut(file))
+
+
+def write_arrow(path: Path, rows: int, group: int, form: Any = pa.ipc.new_stream, **extra: Any) -> DataFile:
+    table = pa.table({"text": [f"row {i}" for i in range(rows)], "other": list(range(rows))} | extra)
+    with form(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=group)
+    return data_file(path)
+
+
+@pytest.mark.parametrize("form", [pa.ipc.new_stream, pa.ipc.new_file])
+@pytest.mark.parametrize("size", [24, 600, 10**6])
+def test_spans_of_arrow_are_record_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Any, size: int
+) -> None:
+    file = write_arrow(tmp_path / "d.arrow", 100, 7, form)
+    monkeypatch.setattr(spans, "SPAN_BYTES", size)
+    found = cut(file)
+    assert {24: 15, 10**6: 1}.get(size, len(found)) == len(found) == len({hash_content(span) for span in found})
+    assert documents(found) == list(read_rows(file, NAMES)) and len(documents(found)) == 100
+    assert 1 < len(found) < 15 or size != 600
+    skipped = without_first(found, 10, NAMES)
+    assert documents(skipped) == [None] * 10 + documents(found)[10:]
+    assert [documents_before(span, NAMES) for span in skipped] == [
+        sum(len(documents([earlier])) for earlier in found[:number]) for number in range(len(found))
+    ]
+    content = file.path.read_bytes()
+    file.path.write_bytes(content[: len(content) * 2 // 3])
+    with pytest.raises((OSError, ValueError)):
+        documents(cut(file))
+
+
+def test_arrow_with_dictionaries_is_one_span(tmp_path: Path) -> None:
+    words = pa.array([f"word {i % 3}" for i in range(100)]).dictionary_encode()
+    file = write_arrow(tmp_path / "d.arrow", 100, 7, word=words)
+    (span,) = cut(file)
+    assert span.part == "all" and len(documents([span])) == 100
+
+
+def test_spans_of_a_data_set_of_the_hub_are_those_of_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for part in "ab":
+        (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps({"text": f"{part} {i}"}) + "\n" for i in range(30)))
+    names = {part: str(tmp_path / f"{part}.jsonl") for part in "ab"}
+
+    def load(name: str, choice: Any, streaming: bool) -> Any:
+        whole = "memory" not in name
+        return datasets.load_dataset(
+            "json", data_files=names, split=choice.split, cache_dir=str(tmp_path / "cache"), keep_in_memory=not whole
+        )
+
+    monkeypatch.setattr("taid_ray.data.documents.load_from_hub", load)
+    texts = [{"text": f"{part} {i}"} for part in "ab" for i in range(30)]
+    found = spans_of(DataConfig(train="some/data", split="a+b", valid_documents=7))
+    assert documents(found) == [None] * 7 + texts[7:] and len(found) > 1
+    assert documents(spans_of(DataConfig(train="some/data", split="b", valid="other"))) == texts[30:]
+    for name, split, message in [
+        (
+            "some/data",
+            "a[:10]",
+            "it has 10 rows of the 30 in its files .* Name whole splits in data.split, or set data.order",
+        ),
+        ("some/memory", "a", "no files of it in the cache to encode; set data.order=blocks"),
+    ]:
+        with pytest.raises(DataError, match=rf"^data\.train: {name}: .*{message}"):
+            spans_of(DataConfig(train=name, split=split))
 
 
 def test_what_cannot_be_cut_is_one_span(tmp_path: Path) -> None:
