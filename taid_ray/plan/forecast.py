@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+from taid_ray.plan.data import DataPreparation, data_preparation
 from taid_ray.plan.from_run import RunFigures
 from taid_ray.plan.inputs import PlanInputs, check_device
 from taid_ray.plan.notes import plan_notes
@@ -41,6 +42,8 @@ class Forecast:
     per_billion: CostEstimate
     whole: CostEstimate | None
     """Cost of --tokens, else of train.steps."""
+    data: DataPreparation | None
+    """Preparing a billion tokens of documents; None if nothing is prepared."""
     scaling: list[ScalingPoint]
 
     @property
@@ -73,7 +76,17 @@ class Forecast:
         shapes = {name: asdict(getattr(inputs, name)) for name in ("student", "teacher")}
         for shape in shapes.values():
             shape.pop("sizes")
-        figures = ("times", "rates", "assumed", "per_billion", "whole", "worker_memory", "shard_memory", "scaling")
+        figures = (
+            "times",
+            "rates",
+            "assumed",
+            "per_billion",
+            "whole",
+            "data",
+            "worker_memory",
+            "shard_memory",
+            "scaling",
+        )
         return shapes | {
             "name": config.name,
             "hardware": asdict(inputs.hardware),
@@ -141,6 +154,7 @@ def forecast(
         processors=processors,
         per_billion=cost(BILLION),
         whole=cost(wanted) if wanted else None,
+        data=data_preparation(inputs.config, inputs.workers, BILLION),
         scaling=scaling(inputs, rates, times.replicas),
     )
 

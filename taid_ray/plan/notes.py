@@ -16,7 +16,7 @@ RATE_NAMES = {
     "optimizer_s": "optimizer, one step",
     "data_s": "making and sending a request",
     "request_s": "a request's way, there and back",
-    "read_s": "reading and encoding one row",
+    "read_s": "reading one row of data",
 }
 """Fields of Rates that are seconds, in words."""
 
@@ -82,9 +82,11 @@ def _scaling_notes(found: "Forecast") -> list[str]:
     first = {point.waits_for: point for point in reversed(found.scaling)}
     rows, lines = found.inputs.workload.worker_rows, []
     if reading := first.get("data"):
+        blocks = found.inputs.config.data.order == "blocks"
+        why = ": every worker reads and encodes the whole batch; with data.order: global it reads its own rows only"
         lines.append(
-            f"on {reading.workers:,} workers with {rows} rows each, reading the data takes longer than training: every "
-            "worker reads and encodes the whole batch"
+            f"on {reading.workers:,} workers with {rows} rows each, reading the data takes longer than training"
+            f"{why if blocks else ''}"
         )
     if scheduler := first.get("schedule"):
         lines.append(

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from taid_ray.plan.data import row_s, step_read_s
 from taid_ray.plan.inputs import PlanInputs
 from taid_ray.plan.pipeline import Pipeline, collective_s
 from taid_ray.plan.simulation import simulate
@@ -12,7 +13,6 @@ from taid_ray.scheduler.aggregate import BEATS_PER_S, HEARTBEAT_S
 from taid_ray.student.prefetch import READ_AHEAD_STEPS
 
 # Assumptions; those from REQUEST_S on are from benchmarks/results (scheduler, payload) on 2 CPU cores.
-READ_TOKENS_PER_S = 1e6
 DATA_S = 1e-3
 NOISE = 0.03
 REQUEST_S, COPIED_BYTES_PER_S = 5e-3, 1e9
@@ -44,7 +44,7 @@ class Rates:
     optimizer_s: float
     """Update of one worker's share of the parameters."""
     read_s: float
-    """Reading and encoding one row; every worker reads all rows of a step, in a thread of its own."""
+    """Reading one row, in a thread of its own; with `data.order: blocks` encoding it, too."""
     data_s: float
     """Making and sending one request."""
     request_s: float
@@ -98,7 +98,7 @@ def assumed_rates(inputs: PlanInputs, utilisation: float) -> Rates:
         loss_s=loss_s / inputs.accumulation,
         backward_s=body * (1 - forward),
         optimizer_s=optimizer_s,
-        read_s=inputs.workload.length / READ_TOKENS_PER_S,
+        read_s=row_s(inputs.config),
         data_s=DATA_S,
         request_s=0.0 if inputs.mode == "local" else REQUEST_S + inputs.answer_bytes / COPIED_BYTES_PER_S,
         noise=NOISE,
@@ -202,7 +202,7 @@ def _pipeline(inputs: PlanInputs, rates: Rates, workers: int, replicas: int) -> 
         teacher_s=rates.teacher_s,
         read_ahead_steps=READ_AHEAD_STEPS,
         window=int(inputs.in_flight_bytes / inputs.answer_bytes),
-        read_s=rates.read_s * inputs.workload.worker_rows * workers,
+        read_s=step_read_s(inputs.config, rates.read_s, inputs.workload.worker_rows, workers),
         data_s=rates.data_s,
         request_s=rates.request_s / 2,
         answer_s=rates.request_s / 2,

@@ -150,6 +150,12 @@ def time_table(found: Forecast) -> Table:
     for cost in (found.per_billion, found.whole):
         if cost is not None:
             table.add_row(f"{cost.tokens:,.0f} tokens", _cost_text(cost, unit))
+    if (data := found.data) is not None:
+        table.add_row(
+            "before the first step",
+            f"{_si(data.tokens)} tokens of documents are encoded in {_seconds(data.seconds)} on {data.cpus:g} CPU(s), once",
+        )
+        table.add_row("", f"and take {_si(data.store_bytes, 'B')}, with an index of {_si(data.index_bytes, 'B')}")
     return table
 
 

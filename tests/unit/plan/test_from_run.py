@@ -314,9 +314,7 @@ def test_the_command_says_what_is_known_and_what_is_assumed(tmp_path: Path, conf
     assert "stays assumed" in printed and "its steps took 9.5 s" in printed
     assert max(len(text) for text in printed.splitlines() if not text.startswith("note: ")) <= 100
     assert f"note: from {run} (2 worker(s), teacher: 1, means of 47 steps): teacher, one request; student's" in printed
-    assert (
-        "note: still assumed: a request's way, there and back; reading and encoding one row; memory, links" in printed
-    )
+    assert "note: still assumed: a request's way, there and back; reading one row of data; memory, links" in printed
     assert "that of run is taken to be cpu" in printed
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     found = json.loads(invoke(config_file, "--from", str(run), "--gpu", "cpu", "--json").stdout)

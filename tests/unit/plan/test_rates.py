@@ -2,10 +2,12 @@
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from taid_ray.cli.quickstart import quickstart_config
+from taid_ray.plan import data as plan_data
 from taid_ray.plan import rates as plan_rates
 from taid_ray.plan.forecast import forecast
 from taid_ray.plan.from_run import RunFigures
@@ -69,8 +71,12 @@ def test_the_table_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     for point in points:
         alone = 16 * 256 / (OWN + 0.05 / point.workers)
         assert point.tokens_per_s == pytest.approx(point.workers * alone, rel=0.02)
-    slow = scaling(inputs(), replace(RATES, read_s=OWN / 64), 2)
-    assert slow[-1].waits_for == "data" and slow[-1].efficiency == pytest.approx(1 / 4, rel=0.1)
+    slow = replace(RATES, read_s=OWN / 64)
+    blocks, own = (scaling(inputs(f"data.order={order}"), slow, 2) for order in ("blocks", "global"))
+    assert blocks[-1].waits_for == "data" and blocks[-1].efficiency == pytest.approx(1 / 4, rel=0.1)
+    assert own[-1].waits_for != "data" and own[-1].efficiency > 0.98  # 16 rows of 256 only
+    slower = scaling(inputs(), replace(RATES, read_s=OWN / 4), 2)
+    assert {point.waits_for for point in slower} == {"data"}
     starved = scaling(inputs(), replace(RATES, teacher_s=3.0), 1)
     assert {point.waits_for for point in starved} == {"teacher"}
 
@@ -79,15 +85,23 @@ def test_what_limits_many_workers_is_said(monkeypatch: pytest.MonkeyPatch) -> No
     """16 workers' reading, and 4 workers' reports where each takes the scheduler a tenth of a second."""
     monkeypatch.setattr(plan_rates, "WORKERS", (1, 4, 16))
 
-    def said(name: str, value: float, start: str) -> bool:
+    def said(module: Any, name: str, value: float, start: str, order: str = "global") -> bool:
         with monkeypatch.context() as changed:
-            changed.setattr(plan_rates, name, value)
-            return any(note.startswith(start) for note in forecast(inputs(), utilisation=0.4).notes)
+            changed.setattr(module, name, value)
+            return any(start in note for note in forecast(inputs(f"data.order={order}"), utilisation=0.4).notes)
 
-    reading = "on 16 workers with 16 rows each, reading the data takes longer than training"
-    assert said("READ_TOKENS_PER_S", 256 / 0.002, reading) and not said("READ_TOKENS_PER_S", 1e6, reading)
+    reading = (
+        "on 16 workers with 16 rows each, reading the data takes longer than training: every worker reads and encodes"
+    )
+    assert said(plan_data, "ENCODE_TOKENS_PER_S", 256 / 0.002, reading, "blocks")
+    assert not said(plan_data, "ENCODE_TOKENS_PER_S", 1e6, reading, "blocks")
+    assert not said(plan_data, "ENCODE_TOKENS_PER_S", 256 / 0.002, "reading the data takes")
+    stored = "on 1 workers with 16 rows each, reading the data takes longer than training"
+    assert said(plan_data, "STORED_TOKENS_PER_S", 1e3, stored) and not said(
+        plan_data, "STORED_TOKENS_PER_S", 1e6, stored
+    )
     reports = "on 4 workers with 16 rows each, steps wait for the scheduler actor, one process that is busy"
-    assert said("REPORT_S", 0.08, reports) and not said("REPORT_S", 0.001, reports)
+    assert said(plan_rates, "REPORT_S", 0.08, reports) and not said(plan_rates, "REPORT_S", 0.001, reports)
 
 
 def test_the_scheduler_is_busy_with_reports_and_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
