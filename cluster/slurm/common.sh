@@ -6,6 +6,7 @@ if [[ $# -eq 0 ]]; then
     exit 2
 fi
 
+# Run directories, the encoded data beside them, and a data.store elsewhere must be on disks that all nodes see.
 # EDIT: where taid-ray is installed, visible to all nodes (`make install` makes .venv).
 export PATH="$SLURM_SUBMIT_DIR/.venv/bin:$PATH"
 export HF_HOME="${HF_HOME:-$SLURM_SUBMIT_DIR/huggingface}"

@@ -88,6 +88,7 @@ def check_travels(config: DistillConfig, working_dir: Path | None) -> None:
         "out": config.out,
         "checkpoint.storage": config.checkpoint.storage,
         "cache.directory": config.cache.directory,
+        "data.store": config.data.store,
     }
     for key, value in written.items():
         if value is not None and "://" not in value and not Path(value).is_absolute():

@@ -80,7 +80,9 @@ def config_of(command: str, overrides: tuple[str, ...] = ()) -> DistillConfig:
     name = str(context.params.get("config", IN_IMAGE + "taid_ray/configs/quickstart.yaml"))
     assert name.startswith(IN_IMAGE)
     path = ROOT / name.removeprefix(IN_IMAGE)
-    return load_config(path, [*(context.params["overrides"] or []), *overrides])
+    config = load_config(path, [*(context.params["overrides"] or []), f"out={context.params['out']}", *overrides])
+    assert config.data_store == "/mnt/taid/runs/encoded-data"  # on the volume that all nodes see
+    return config
 
 
 def check_fits(config: DistillConfig, kinds: list[tuple[int, dict[str, float]]]) -> None:

@@ -93,6 +93,7 @@ def begun(cluster: Cluster, job_spec: JobSpec = SPEC) -> tuple[str, bool, list[s
         ({"out": "~/x"}, "out: ~/x is relative"),
         ({"checkpoint__storage": "ckpt"}, "checkpoint.storage: ckpt is relative"),
         ({"cache__directory": "outputs"}, "cache.directory: outputs is relative"),
+        ({"data__store": "encoded"}, "data.store: encoded is relative"),
         ({"data__train": "here.jsonl"}, "data.train: here.jsonl is a path on this machine, .* --working-dir"),
     ],
 )
@@ -109,7 +110,7 @@ def test_paths_that_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here.jsonl").touch()
     check_travels(config(data__train="/not/here.jsonl", checkpoint__storage="s3://bucket/x"), None)
-    check_travels(config(data__train="here.jsonl"), tmp_path)
+    check_travels(config(data__train="here.jsonl", data__store="gs://bucket/x"), tmp_path)
 
 
 def test_a_directory_has_one_name() -> None:
