@@ -3,7 +3,7 @@
 A run, top to bottom: `launch.distill` -> `preflight.prepare` (gives the `RunSpec`) -> `launch.run_on_cluster` ->
 `student.worker.run_worker` in each Ray Train process -> `student.loop.train_loop`. The driver never holds tensors; they go
 from pool to worker. Others use `launch` (distill, run_distillation), `preflight`, `pool.PoolKeeper`, `progress`,
-`signals` and `cache_fill`.
+`signals`, `cache_fill` and `cache_export`.
 
 Traps:
 - Restarts are ours, not Ray Train's (`attempts` says why): each attempt is one `fit` without retries. An AttemptError is

@@ -85,8 +85,8 @@ def _write_all(
         view.wait_for(f"exported {samples:,} samples")
     if missing:
         raise ConfigError(
-            f"cache.directory: {config.cache.directory} lacks those of {missing:,} of the data's {samples:,} samples; {WARM}, "
-            "and export again"
+            f"cache.directory: {config.cache.directory} lacks the outputs of {missing:,} of the data's {samples:,} samples; "
+            f"{WARM}, and export again"
         )
     return samples, positions
 

@@ -52,9 +52,10 @@ def result_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
         figures = summary[key]
         cross_entropy, kl = figures["cross_entropy"], figures.get("kl")
         shown_kl = "-" if kl is None else f"{kl:.4f}"
-        rows.append(
-            (name, f"{cross_entropy:.4f}", f"{perplexity(cross_entropy):.2f}", shown_kl, f"{figures['parameters']:,}")
-        )
+        size = (
+            f"{figures['parameters']:,}" if figures["parameters"] else "-"
+        )  # unknown of a teacher that is only a file
+        rows.append((name, f"{cross_entropy:.4f}", f"{perplexity(cross_entropy):.2f}", shown_kl, size))
     return rows
 
 

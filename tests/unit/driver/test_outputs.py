@@ -22,9 +22,10 @@ from taid_ray.driver.cache_fill import all_rows, fill_cache
 from taid_ray.driver.outputs_import import import_outputs
 from taid_ray.driver.preflight import prepare
 from taid_ray.driver.progress import ProgressView
-from taid_ray.errors import ConfigError, DataError, TeacherError
+from taid_ray.errors import ConfigError, DataError, RunError, TeacherError
 from taid_ray.models.pair import run_tokenizer
 from taid_ray.student.spec import RunSpec
+from taid_ray.teacher.cache import outputs
 from taid_ray.teacher.cache.cached import CachedTeacher
 from taid_ray.teacher.cache.claims import NoClaims
 from taid_ray.teacher.cache.offline import OfflineTeacher
@@ -59,8 +60,8 @@ def config(base: Path, **values: Any) -> DistillConfig:
 
 
 def from_file(base: Path, directory: Path, file: Path | None = None, **values: Any) -> DistillConfig:
-    outputs = {"teacher__mode": "file", "teacher__outputs": str(file or base / "outputs.parquet")}
-    return config(base, **outputs | {"cache__directory": str(directory / "copied")} | values)
+    mode = {"teacher__mode": "file", "teacher__outputs": str(file or base / "outputs.parquet")}
+    return config(base, **mode | {"cache__directory": str(directory / "copied")} | values)
 
 
 def begin(settings: DistillConfig) -> RunSpec:
@@ -73,8 +74,8 @@ def begin(settings: DistillConfig) -> RunSpec:
 
 def answers(settings: DistillConfig, spec: RunSpec) -> list[dict[str, torch.Tensor]]:
     """What the workers get for all rows of the data, five at a time."""
-    outputs = (spec.fingerprint or {}).get("outputs", "")
-    inner = OfflineTeacher(settings, spec.vocabulary.num_shared, outputs)
+    fingerprint = (spec.fingerprint or {}).get("outputs", "")
+    inner = OfflineTeacher(settings, spec.vocabulary.num_shared, fingerprint)
     teacher = CachedTeacher(inner, CacheStore(settings.cache, print), NoClaims(), CPU)
     rows = list(all_rows(settings, spec, run_tokenizer(settings)))
     try:
@@ -180,7 +181,9 @@ def test_what_cannot_be_exported_leaves_no_file(base: Path, tmp_path: Path) -> N
     lost = list((tmp_path / "cache" / "samples").glob("*/*.safetensors"))[:2]
     for path in lost:
         path.unlink()
-    with pytest.raises(ConfigError, match=r"lacks those of [234] of the data's \d+ samples; run `taid-ray cache warm`"):
+    with pytest.raises(
+        ConfigError, match=r"lacks the outputs of [234] of the data's \d+ samples; run `taid-ray cache warm`"
+    ):
         export_cache(settings, out)
     with pytest.raises(ConfigError, match=r"payload: hidden cannot be exported.*teacher.payload=topk"):
         export_cache(config(base, teacher__payload="hidden", cache__directory=str(base / "cache")), out)
@@ -200,6 +203,26 @@ def test_a_sample_that_left_the_cache_is_said_in_the_workers(base: Path, tmp_pat
     shutil.rmtree(tmp_path / "copied" / "teachers")
     with pytest.raises(ConfigError, match=r"holds no record of the outputs in teacher.outputs"):
         answers(settings, spec)
+
+
+def test_the_file_is_written_in_groups(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outputs, "GROUP_BYTES", 20_000)
+    settings = config(base, cache__directory=str(base / "cache"))
+    export_cache(settings, tmp_path / "groups.parquet")
+    assert pq.ParquetFile(tmp_path / "groups.parquet").num_row_groups > 5
+    assert pq.read_table(tmp_path / "groups.parquet").equals(pq.read_table(base / "outputs.parquet"))
+    (tmp_path / ".taken.parquet.tmp").mkdir()
+    with pytest.raises(RunError, match=r"taken.parquet cannot be written"):
+        export_cache(settings, tmp_path / "taken.parquet")
+
+
+def test_a_full_cache_is_said_at_the_start(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cache.disk_gib: 0.0001 is too small"):
+        begin(from_file(base, tmp_path, cache__disk_gib=0.0001))
+    (tmp_path / "copied").mkdir()
+    (tmp_path / "copied" / "samples").write_text("no directory")
+    with pytest.raises(RunError, match=r"cache.directory does not take the outputs"):
+        begin(from_file(base, tmp_path))
 
 
 def test_the_command_says_what_it_wrote(base: Path, tmp_path: Path) -> None:
