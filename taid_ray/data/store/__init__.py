@@ -6,6 +6,7 @@
 
 ENCODING names all that rows depend on beside the documents; SHARD is a hash of that and of the bytes of the span; DATA is one
 of the names of the shards, in order. Nothing here is ever changed, so whoever finds a file whole may use it.
+STORE is a directory that all nodes see, or a URI: then `remote` keeps copies of its files on each node, and reads those.
 
 From files to batches: `spans.cut` divides files, `prepare.prepare_span` makes a shard of each span, `index.write_index` puts
 shards together, `order` says which row comes when, and `reader.BatchReader` reads of a global batch what one rank needs.

@@ -1,7 +1,9 @@
 """A store in remote storage: two nodes, of which each has a directory of its own, and one storage between them."""
 
+import multiprocessing
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -228,3 +230,32 @@ def test_locations(tmp_path: Path, on_node: OnNode) -> None:
     assert len(directories) == 2 and isinstance(open_store(URI), RemoteStore)
     assert {oct(path.parent.parent.stat().st_mode & 0o777) for path in directories} == {"0o700"}
     assert open_store(str(tmp_path)).directory == open_store(tmp_path).directory == tmp_path
+
+
+def read_all(location: str, log: Path) -> list[Any]:
+    plain = RemoteStore._take
+
+    def taken(self: RemoteStore, path: Path) -> Any:
+        with log.open("a") as file:
+            file.write(f"{path.name}\n")
+        return plain(self, path)
+
+    RemoteStore._take = taken  # type: ignore[method-assign]
+    return StoredRows([Index(location)]).read(np.arange(40))
+
+
+def test_processes_of_a_node_copy_each_file_once(
+    stories: list[Span], encoding: Encoding, tmp_path: Path, on_node: OnNode
+) -> None:
+    uri = f"file://{tmp_path}/bucket"
+    on_node("a")
+    shards = [facts for span in stories if (facts := prepare_span(span, encoding, uri, print))]
+    location, log = str(write_index(uri, shards, print)), tmp_path / "log"
+    rows = StoredRows([Index(location)]).read(np.arange(40))
+    on_node("b")
+    with ProcessPoolExecutor(4, multiprocessing.get_context("fork")) as pool:
+        for found in [pool.submit(read_all, location, log) for _ in range(4)]:
+            assert found.result() == rows
+    copied = log.read_text().split()
+    assert len(copied) == len({*copied}) > 4
+    assert not [*open_store(uri).directory.glob("copy-of-*")]
