@@ -99,7 +99,7 @@ def _record(
     now = datetime.now(UTC).isoformat(timespec="seconds")
     settings, k, num_shared = f"file {file.path}", config.teacher.topk, spec.vocabulary.num_shared
     if file.teacher is not None:
-        info = replace(file.teacher.info, fingerprint=fingerprint, packing_error=None)
+        info = replace(file.teacher.info, fingerprint=fingerprint, payload="topk", topk=k, num_shared=num_shared)
         return replace(file.teacher, info=info, settings=settings, model=file.path, at=now)
     info = TeacherInfo(
         fingerprint=fingerprint,

@@ -34,7 +34,7 @@ from taid_ray.teacher.cache.offline import TeacherRecord
 FORM = 1
 METADATA = b"taid_ray_outputs"
 GROUP_BYTES = 32 * 2**20
-"""Bytes of ids and log-probabilities in a row group, more or less: what the writer holds in memory."""
+"""Bytes in a row group before compression, more or less: what the writer holds in memory."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class OutputsWriter:
     def write(self, sample: SampleOutputs) -> None:
         """Adds a sample. Raises RunError if the disk does not take it."""
         self._group.append(sample)
-        self._waiting += len(sample.loss_positions) * self._k * 8
+        self._waiting += 8 * (len(sample.tokens) + len(sample.loss_positions) * self._k)
         if self._waiting >= GROUP_BYTES:
             self._flush()
 

@@ -19,6 +19,8 @@ from taid_ray.teacher.cache.outputs_rows import COLUMNS, OutputRows, fault
 
 BATCH_ROWS = 64
 """Rows that are read and checked at a time."""
+BUFFER_BYTES = 2**20
+"""Bytes of a column that are read ahead. Without it pyarrow would read whole row groups, which other tools may make large."""
 
 
 class OutputsFile:
@@ -30,7 +32,7 @@ class OutputsFile:
         self.labels_outside = 0
         """Loss positions read so far for whose label the file has no probability."""
         try:
-            self._file = pq.ParquetFile(path, pre_buffer=False)
+            self._file = pq.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False)
         except FileNotFoundError:
             raise fault(
                 self.path, "there is no such file on this machine; name the parquet file of the outputs"
