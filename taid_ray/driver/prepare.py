@@ -105,6 +105,7 @@ class SpanQueue:
     preparation: Preparation
     _running: dict[ray.ObjectRef, int] = field(default_factory=dict)
     _done: dict[int, ShardFacts] = field(default_factory=dict)
+    _ask_again_at: float = 0.0
     _began: float = field(default_factory=time.monotonic)
 
     def run(self) -> list[ShardFacts]:
@@ -114,29 +115,26 @@ class SpanQueue:
             num_cpus=self.preparation.cpus, max_retries=TASK_RETRIES, scheduling_strategy="SPREAD"
         )
         most = TASKS_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1)))
-        settings, retry_at = self.config.model_dump_json(), 0.0
+        settings = self.config.model_dump_json()
         try:
             while len(self._done) < len(self.spans):
                 if (stop := self.preparation.stop) is not None and stop.requested:
                     raise stop.end()
-                while waiting and len(self._running) < most and time.monotonic() >= retry_at:
+                while waiting and len(self._running) < most and time.monotonic() >= self._ask_again_at:
                     number = waiting.popleft()
                     self._running[task.remote(self.spans[number], settings, self.location)] = number
-                found = self._take(waiting)
-                if waiting and not found and len(waiting) + len(self._running) == len(self.spans) - len(self._done):
-                    # What is left is perhaps all with other runs; to ask them in a hurry would only take their time.
-                    retry_at = time.monotonic() + PAUSE_S
+                self._take(waiting)
                 self.preparation.show(self.progress())
         finally:
             for reference in self._running:
                 ray.cancel(reference)
         return [self._done[number] for number in range(len(self.spans))]
 
-    def _take(self, waiting: deque[int]) -> int:
-        """Takes the results that have come; spans that another run prepares wait again. Returns the number of shards."""
+    def _take(self, waiting: deque[int]) -> None:
+        """Takes the results that have come; spans that another run prepares wait again."""
         if not self._running:
             time.sleep(POLL_S)
-            return 0
+            return
         ready, _ = ray.wait([*self._running], num_returns=len(self._running), timeout=POLL_S)
         before = len(self._done)
         for reference in ready:
@@ -158,7 +156,9 @@ class SpanQueue:
                 waiting.append(number)
             else:
                 self._done[number] = facts
-        return len(self._done) - before
+        if ready and len(self._done) == before:
+            # What is left is perhaps all with other runs; to ask in a hurry would only take their time.
+            self._ask_again_at = time.monotonic() + PAUSE_S
 
     def progress(self) -> str:
         """Says how far the work is: documents, tokens, documents per second, and the time left by the share of spans."""

@@ -8,15 +8,16 @@ import pytest
 
 from taid_ray.checkpoint.store import STATE_FILE, CheckpointStore, TrainingState, checkpoint_name
 from taid_ray.config.schema import DistillConfig, build_config
-from taid_ray.data.cursor import BlockCursor
+from taid_ray.data.cursor import BlockCursor, Position
 from taid_ray.driver import launch
-from taid_ray.driver.preflight import prepare
+from taid_ray.driver.preflight import prepare, with_data
 from taid_ray.driver.same_data import check_same_data
-from taid_ray.errors import DataError
-from taid_ray.run.directory import RunManifest, run_directory
+from taid_ray.errors import ConfigError, DataError
+from taid_ray.run.directory import RunManifest, inspect_run_dir, run_directory
 from taid_ray.scheduler.aggregate import StepResult
 from taid_ray.scheduler.schedule import ScheduleState
 from tests.support.paths import BUNDLE
+from tests.support.store import prepare_here
 
 
 def stories(path: Path, count: int) -> None:
@@ -82,6 +83,40 @@ def test_a_checkpoint_of_before_resumes_with_a_note_from_the_same_path_only(
     moved = config_of(tmp_path, train=str(tmp_path / "e.jsonl"))
     with pytest.raises(DataError, match=r"data\.train \(was .*d\.jsonl.*holds no fingerprint.*Give the old path"):
         check_same_data(moved, found)
+
+
+def test_a_run_of_before_the_global_order_goes_on_in_blocks_only(begun: DistillConfig, tmp_path: Path) -> None:
+    checkpoint(begun, 6, prepare(begun).fingerprint)
+    path = tmp_path / "run/config.yaml"
+    path.write_text(path.read_text().replace("  order: blocks\n", ""))  # as older versions wrote it
+    now = config_of(tmp_path, order="global")
+    with pytest.raises(ConfigError, match=r"data\.order \(was \"blocks\", now \"global\"\)\. Give them their old values"):
+        inspect_run_dir(now)
+    with pytest.raises(ConfigError, match=r"step 6 .* was made with blocks; set data\.order=blocks to resume the run"):
+        check_same_data(now, prepare(now).fingerprint or {})
+    assert inspect_run_dir(begun) == "unfinished" and check_same_data(begun, prepare(begun).fingerprint or {}) is None
+
+
+def test_prepared_data_that_have_changed_are_refused(tmp_path: Path) -> None:
+    stories(tmp_path / "d.jsonl", 20)
+    config = config_of(tmp_path, order="global")
+    spec = prepare(config)
+    with run_directory(config):
+        begun = with_data(config, spec, prepare_here(config)).fingerprint
+        state = TrainingState(StepResult(4, ScheduleState(0.4)), Position(8, 0, 9), {}, begun)
+        store, name = CheckpointStore(RunManifest(config).checkpoints), checkpoint_name(4, 1)
+        store.finish(name, 0, 1, {STATE_FILE: store.write(name, STATE_FILE, state.to_json(), [])})
+    assert check_same_data(config, spec.fingerprint or {}) is None  # by sizes, before they are read
+    assert check_same_data(config, begun or {}) is None
+    lines = (tmp_path / "d.jsonl").read_text()
+    (tmp_path / "d.jsonl").write_text(lines[:-4] + lines[-4:].upper())  # of the same size
+    changed = prepare(config)
+    assert check_same_data(config, changed.fingerprint or {}) is None
+    with pytest.raises(DataError, match=r"up to step 4: data\.train: d\.jsonl has changed\. Bring the old data back"):
+        check_same_data(config, with_data(config, changed, prepare_here(config)).fingerprint or {})
+    stories(tmp_path / "d.jsonl", 21)
+    with pytest.raises(DataError, match=r"data\.train: d\.jsonl has changed \(.* bytes then, .* bytes now\)"):
+        check_same_data(config, prepare(config).fingerprint or {})
 
 
 def test_a_template_that_was_replaced_is_refused(tmp_path: Path) -> None:
