@@ -101,7 +101,7 @@ def test_a_run_of_before_the_global_order_goes_on_in_blocks_only(begun: DistillC
 
 def test_prepared_data_that_have_changed_are_refused(tmp_path: Path) -> None:
     stories(tmp_path / "d.jsonl", 20)
-    config = config_of(tmp_path, order="global")
+    config = config_of(tmp_path, order="global", block_documents=8)  # which are read before Ray is started
     spec = prepare(config)
     with run_directory(config):
         begun = with_data(config, spec, prepare_here(config)).fingerprint
