@@ -13,6 +13,11 @@ def absolute_storage(value: str | None) -> str | None:
     return value if value is None or "://" in value else str(Path(value).expanduser().absolute())
 
 
+def is_pattern(name: str) -> bool:
+    """Tells whether a name, if nothing exists under it, is a pattern for several files, as Python's glob understands it."""
+    return "://" not in name and any(sign in name for sign in "*?[")
+
+
 def with_absolute_paths(config: DistillConfig) -> DistillConfig:
     """Makes the paths of local files and directories absolute: workers on a cluster start in other directories."""
 
@@ -24,7 +29,13 @@ def with_absolute_paths(config: DistillConfig) -> DistillConfig:
             return str(path.absolute()) if path.exists() else value
         return value
 
-    data = {key: absolute(getattr(config.data, key)) for key in ("train", "valid", "chat_template")}
+    def absolute_data(value: str | None) -> str | None:
+        with suppress(RuntimeError):
+            return str(Path(value).expanduser().absolute()) if value and is_pattern(value) else absolute(value)
+        return value
+
+    data = {key: absolute_data(getattr(config.data, key)) for key in ("train", "valid")}
+    data["chat_template"] = absolute(config.data.chat_template)
     data["store"] = absolute_storage(config.data.store)
     return config.model_copy(
         update={

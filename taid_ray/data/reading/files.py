@@ -1,9 +1,11 @@
 """The files that the name of local data stands for."""
 
+import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from taid_ray.config.paths import is_pattern
 from taid_ray.data.reading.kinds import COMPRESSIONS, SUPPORTED, DataFile, Kind, kind_of
 from taid_ray.data.reading.layouts import METADATA, configured_files, saved_files
 from taid_ray.data.reading.splits import Choice, files_of_split, listed
@@ -17,13 +19,13 @@ POINTER_BYTES = 1024
 
 
 def is_local(name: str) -> bool:
-    """Tells whether data of this name are local: it exists, begins with '.', '/' or '~', or ends like a data file.
+    """Tells whether data of this name are local: it exists, begins with '.', '/' or '~', is a pattern, or ends like a data file.
 
     Raises ValueError if it cannot be the name of a file.
     """
     try:
         path = Path(name).expanduser()
-        return path.exists() or name.startswith((".", "/", "~")) or kind_of(path) is not None
+        return path.exists() or name.startswith((".", "/", "~")) or is_pattern(name) or kind_of(path) is not None
     except (OSError, RuntimeError, ValueError) as error:  # too long, of an unknown user, or with a NUL
         raise ValueError(f"this cannot be the name of a file ({error})") from None
 
@@ -32,10 +34,11 @@ def select_files(path: Path, choice: Choice) -> tuple[list[DataFile], list[str]]
     """Lists the files to read, in their order, and sentences that say what was chosen and what was left out.
 
     path: the file itself; a directory that `save_to_disk` wrote; the clone of a hub data set whose README.md names files;
-    or any other directory, of which all data files of one kind are read, sorted by their paths. Hidden files and directories
-    are left out, links are followed. Raises DataError.
+    any other directory, of which all data files of one kind are read, sorted by their paths; or, if nothing has this name, a
+    pattern for files, which are chosen and sorted as those of a directory. Hidden files and directories are left out, links
+    are followed. Raises DataError.
     """
-    if not path.exists():
+    if not path.exists() and not is_pattern(str(path)):
         raise DataError(
             f"{choice.source}: no such file or directory. Name an existing one ({SUPPORTED}) or a hub dataset."
         )
@@ -49,18 +52,25 @@ def select_files(path: Path, choice: Choice) -> tuple[list[DataFile], list[str]]
                 f"{choice.source}: files of the kind {path.suffix!r} cannot be read. Convert it to one of: {SUPPORTED}."
             )
         found: tuple[list[DataFile], list[str]] = [DataFile(path, path.name, kind)], []
+    elif path.is_dir():
+        found = (
+            saved_files(path, choice) or configured_files(path, choice) or _plain_files(path, _below(path, ()), choice)
+        )
     else:
-        found = saved_files(path, choice) or configured_files(path, choice) or _plain_files(path, choice)
+        root = next(parent for parent in path.parents if parent.is_dir())  # taken literally, whatever signs are in it
+        found = _plain_files(root, _matching(root, str(path.relative_to(root)), choice.source), choice)
     for file in found[0]:
         _refuse_pointer(file.path, choice.source)
     return found
 
 
-def _plain_files(directory: Path, choice: Choice) -> tuple[list[DataFile], list[str]]:
-    """The data files below a directory whose layout nothing describes."""
+def _plain_files(
+    directory: Path, entries: Iterable[tuple[Path, str]], choice: Choice
+) -> tuple[list[DataFile], list[str]]:
+    """The data files among `entries` below a directory whose layout nothing describes."""
     found: list[DataFile] = []
     left: list[str] = []
-    for path, reason in sorted(_below(directory, ()), key=lambda each: each[0].parts):
+    for path, reason in sorted(entries, key=lambda each: each[0].parts):
         kind = None if reason else kind_of(path)
         name = path.relative_to(directory).as_posix()
         if kind is None:
@@ -75,9 +85,7 @@ def _plain_files(directory: Path, choice: Choice) -> tuple[list[DataFile], list[
     files = _of_one_kind(found, left, choice.source)
     files, said = files_of_split(files, choice)
     if choice.subset is not None:
-        said.append(
-            f"{choice.source}: data.subset {choice.subset!r} is not used, for the directory describes no subsets"
-        )
+        said.append(f"{choice.source}: data.subset {choice.subset!r} is not used, for nothing there describes subsets")
     if left:
         said.append(f"{choice.source}: left out: {listed(left)}")
     return files, said
@@ -91,6 +99,23 @@ def _once_each(found: list[DataFile], left: list[str], directory: Path) -> list[
         if known is not file:
             left.append(f"{file.name} (the same file as {known.name})")
     return [file for file in found if first[os.path.realpath(file.path)] is file]
+
+
+def _matching(root: Path, pattern: str, source: str) -> Iterator[tuple[Path, str]]:
+    """What a pattern matches below a directory, with the reason why it is left out, if it is. Raises DataError for nothing."""
+    names = glob.glob(pattern, root_dir=root, recursive=True)
+    if not names:
+        raise DataError(
+            f"{source}: no file matches this pattern, of which {root} exists. Correct it (** stands for folders of any depth; "
+            f"hidden files are not matched), or name an existing file or directory."
+        )
+    for path in (root / name for name in names):
+        if path.is_file():
+            yield path, ""
+        elif not path.is_dir():
+            yield path, "a link to nothing"
+        elif "**" not in pattern:
+            yield path, "a directory"
 
 
 def _below(directory: Path, above: tuple[str, ...]) -> Iterator[tuple[Path, str]]:
@@ -122,12 +147,12 @@ def _of_one_kind(found: list[DataFile], left: list[str], source: str) -> list[Da
         kinds = _kinds([file for file in found if file.kind in kinds])
     if not found:
         raise DataError(
-            f"{source}: the directory holds no data files. Put files of one kind there ({SUPPORTED})."
+            f"{source} holds no data files. Put files of one kind there ({SUPPORTED})."
             + (f" Left out: {listed(left)}." if left else "")
         )
     if len(kinds) > 1:
         raise DataError(
-            f"{source}: the directory mixes {' and '.join(kinds)} files. Keep those of one kind, or name a file."
+            f"{source} mixes {' and '.join(kinds)} files. Keep those of one kind, or name a file or a pattern."
         )
     left.extend(f"{file.name} (the others are {kinds[0]} files)" for file in found if file.kind not in kinds)
     return [file for file in found if file.kind in kinds]

@@ -9,7 +9,8 @@ from typing import Any
 import datasets
 import pytest
 
-from taid_ray.config.schema import DataConfig
+from taid_ray.config.paths import with_absolute_paths
+from taid_ray.config.schema import DataConfig, DistillConfig
 from taid_ray.data.documents import open_documents
 from taid_ray.errors import DataError
 
@@ -206,3 +207,42 @@ def test_a_column_of_the_prompt_may_be_absent_from_a_file(tmp_path: Path) -> Non
     assert block["input"] == [None, "1"]
     with pytest.raises(DataError, match=r"has no column 'inputs' \(it has: instruction, output, input\)"):
         open_documents(config.model_copy(update={"prompt_columns": ["instruction", "inputs"]}), "train")
+
+
+def test_a_pattern_stands_for_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its fixed part is taken literally; the files are chosen and sorted as those of a directory."""
+    root = put(
+        tmp_path / "x[1]",
+        "c/b.jsonl",
+        "c/a.jsonl",
+        "c/.h.jsonl",
+        "c/a.jsonl.gz",
+        "c/d/e.jsonl",
+        "c/words.txt",
+        "c/d[2].jsonl",
+    )
+    (root / "c/gone.jsonl").symlink_to(tmp_path / "gone")
+    found, said = read(root / "c/*.jsonl")
+    assert found == ["c/a.jsonl", "c/b.jsonl", "c/d[2].jsonl"]
+    assert f"data.train: {root}/c/*.jsonl: 3 files of the kind json (a.jsonl, b.jsonl, d[2].jsonl)" in said
+    assert "left out: gone.jsonl (a link to nothing)" in said
+    assert read(root / "**/[ae].jsonl*")[0] == ["c/a.jsonl", "c/d/e.jsonl"]
+    assert "a.jsonl.gz (the file beside it is read)" in read(root / "c/a*")[1]
+    assert "d (a directory)" in read(root / "c/*[!t]")[1] and "a directory" not in read(root / "**/*.jsonl")[1]
+    assert read(root / "c/d[2].jsonl")[0] == ["c/d[2].jsonl"]  # a path that exists
+    assert "mixes json and text files" in refused(root / "c/*")
+    put(root, "s/train-1.jsonl", "s/test-1.jsonl")
+    assert read(root / "s/*.jsonl")[0] == ["s/train-1.jsonl"]
+    assert read(root / "s/*.jsonl", split="test")[0] == ["s/test-1.jsonl"]
+    message = f"data.valid: {root}/c/z*.jsonl: no file matches this pattern, of which {root}/c exists. Correct it"
+    assert refused(root / "c/z*.jsonl", "valid", train=str(root / "s")).startswith(message)
+    monkeypatch.chdir(root)
+    config = DistillConfig(
+        teacher={"model": "t"},
+        student={"model": "s"},
+        data={"train": "c/*.jsonl", "valid": "org/name"},
+        train={"steps": 1},
+    )
+    made = with_absolute_paths(config).data
+    assert (made.train, made.valid) == (f"{root}/c/*.jsonl", "org/name")
+    assert read(Path("[c]/*.jsonl"))[0] == found
