@@ -253,7 +253,8 @@ class DataConfig(Section):
 
     train: Annotated[Name, MOVABLE, TRAINING_ONLY]
     """Training data: the name of a dataset on the Hugging Face hub, a local file (jsonl, json, parquet, csv, tsv, txt or arrow;
-    text also compressed as gz, zst or bz2), a directory of such files, or what `save_to_disk` of the library datasets wrote."""
+    text also compressed as gz, zst or bz2), a directory of such files, a pattern for them such as `corpus/**/part-*.parquet`, or
+    what `save_to_disk` of the library datasets wrote."""
     valid: Annotated[Name | None, MOVABLE] = None
     """Validation data, given like `train`. Without it the first `valid_documents` documents of `train` are kept for
     validation, and not trained on."""

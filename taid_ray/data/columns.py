@@ -1,5 +1,6 @@
 """The columns that each `data.format` reads: under which names they are looked for, and which key sets the name."""
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 from taid_ray.config.schema import DataConfig
@@ -44,6 +45,15 @@ def columns_of(config: DataConfig) -> list[Column]:
                 *(_column(name, "data.prompt_columns") for name in dict.fromkeys(config.prompt_columns)),
                 _column(config.response_column, "data.response_column"),
             ]
+
+
+def lacking(columns: list[Column], found: Container[str]) -> list[Column]:
+    """Lists the required columns that a file lacks. Of those of one key, which are the prompt's, one is enough.
+
+    columns: those of the format. found: the preferred names of the ones that the file has.
+    """
+    keys = {column.key for column in columns if column.name in found}
+    return [column for column in columns if column.required and column.key not in keys]
 
 
 def _column(name: str, key: str) -> Column:

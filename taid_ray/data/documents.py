@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from taid_ray.config.schema import DataConfig
-from taid_ray.data.columns import Column, columns_of
+from taid_ray.data.columns import Column, columns_of, lacking
 from taid_ray.data.encoding import Columns
 from taid_ray.data.reading.complaints import empty, explained, no_column
 from taid_ray.data.reading.files import is_local, select_files
@@ -133,7 +133,8 @@ class FileDocuments:
         """Reads on until every required column was there."""
         missing, found = self._required(), False
         for file in self.files:
-            for row in self._file_rows(file, 0):
+            rows = self._file_rows(file, 0)
+            for row in rows if file.kind == "json" else islice(rows, 1):  # others have the same columns in all rows
                 missing, found = self._still_missing(missing, row or {}), True
                 if not missing:
                     return
@@ -167,7 +168,7 @@ class FileDocuments:
     def _file_rows(self, file: DataFile, skip: int) -> Iterator[Row | None]:
         """Yields the rows of a file, None in place of the first `skip`.
 
-        Raises DataError at the end if none of the rows had a required column; of the prompt's columns one is enough.
+        Raises DataError if none of the rows has a required column, of JSON at the end; of the prompt's columns one is enough.
         """
         source = f"{self._source.partition(': ')[0]}: {file.path}"
         missing, found = self._required(), False
@@ -175,12 +176,17 @@ class FileDocuments:
             for row in read_rows(file, self._names, skip):
                 if row is not None and missing:
                     missing = self._still_missing(missing, row)
+                    if file.kind != "json":  # all rows have the columns of the first one
+                        self._check_lacking(file, source, missing)
+                        missing = []
                 found = True
                 yield row
-            lost = {column.key for column in missing} - {c.key for c in self._required() if c not in missing}
-            missing = [column for column in missing if column.key in lost]
-            if found and missing and not skip:
-                raise no_column(source, missing[0], columns_found(file), self._config.format)
+            if found and not skip:
+                self._check_lacking(file, source, missing)
+
+    def _check_lacking(self, file: DataFile, source: str, missing: list[Column]) -> None:
+        if lost := lacking(self._columns, {column.name for column in self._columns if column not in missing}):
+            raise no_column(source, lost[0], columns_found(file), self._config.format)
 
 
 def _value(row: Row, column: Column) -> Any:

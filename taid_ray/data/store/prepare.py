@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from taid_ray.config.schema import DataConfig
 from taid_ray.data import chat
 from taid_ray.data.batch import Row
-from taid_ray.data.columns import Column, columns_of
+from taid_ray.data.columns import Column, columns_of, lacking
 from taid_ray.data.encoding import Columns, Encoder
 from taid_ray.data.packing import Sample, to_rows
 from taid_ray.data.reading.complaints import explained, no_column
@@ -109,14 +109,19 @@ def prepare_span(
 
 
 def check_columns(spans: Sequence[Span], shards: Sequence[ShardFacts], encoding: Encoding) -> None:
-    """Raises DataError if none of the documents of a file has a column that the format needs. shards: those of the spans."""
+    """Raises DataError if none of the documents of a file has a column that the format needs. shards: those of the spans.
+
+    Of the prompt's columns a file needs one only, if the others are in other files.
+    """
+    anywhere = {name for shard in shards for name in shard.columns}
+    nowhere = [column for column in encoding.columns if column.required and column.name not in anywhere]
     for file, pairs in groupby(zip(spans, shards, strict=True), key=lambda pair: pair[0].file):
         found: set[str] = set()
         documents = 0
         for span, shard in pairs:
             found.update(shard.columns)
             documents += shard.documents - span.skip
-        missing = [column for column in encoding.columns if column.required and column.name not in found]
+        missing = lacking(encoding.columns, found) or nowhere
         if documents and missing:
             raise no_column(f"data.train: {file.path}", missing[0], columns_found(file), encoding.config.format)
 
@@ -177,6 +182,11 @@ class _ShardMaker:
         try:
             return self._encoder.encode(columns, first)
         except DataError:
+            file = self._span.file
+            if missing := lacking(self._columns, self._found):
+                has = columns_found(file)
+                if set(missing[0].names).isdisjoint(has):  # which says more than the first row without it
+                    raise no_column(self._source, missing[0], has, self._encoding.config.format) from None
             before = documents_before(self._span, self._encoding.column_names)
             if before:  # say it again, with the document's number in the file
                 self._encoder.encode(columns, first + before)

@@ -246,3 +246,12 @@ def test_a_pattern_stands_for_files(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     made = with_absolute_paths(config).data
     assert (made.train, made.valid) == (f"{root}/c/*.jsonl", "org/name")
     assert read(Path("[c]/*.jsonl"))[0] == found
+
+
+def test_files_with_a_header_are_not_read_on_for_a_column(tmp_path: Path) -> None:
+    """What is wrong further on is not met: the first row tells the columns of all."""
+    (tmp_path / "a.csv").write_text('instruction,output\nadd,2\nsing,"la\n')
+    (tmp_path / "b.csv").write_text('instruction,input,output\nadd,1,2\nsing,"la\n')
+    columns: dict[str, Any] = {"prompt_columns": ["instruction", "input"], "response_column": "output"}
+    open_documents(DataConfig(train=str(tmp_path), format="prompt_response", **columns), "train")
+    assert "a.csv has no column 'text' (it has: instruction, output)" in refused(tmp_path)

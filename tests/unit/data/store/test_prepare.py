@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
@@ -25,7 +26,7 @@ from taid_ray.data.packing import to_rows
 from taid_ray.data.store import prepare, sealed
 from taid_ray.data.store.prepare import Encoding, check_columns, prepare_span
 from taid_ray.data.store.shard import ShardFacts
-from taid_ray.data.store.spans import Span, cut, read_documents, without_first
+from taid_ray.data.store.spans import Span, cut, read_documents, spans_of, without_first
 from taid_ray.errors import DataError, RunError
 from tests.support.store import data_file
 
@@ -325,3 +326,60 @@ def test_a_file_that_this_node_does_not_see_is_said(stories: list[Span], encodin
     stories[0].file.path.unlink()
     with pytest.raises(DataError, match=r"data\.train: node .* does not find .*stories\.jsonl\. .* HF_HOME"):
         prepare_span(stories[0], encoding, store, print)
+
+
+def prepared_parquet(
+    root: Path, encoding: Encoding, tables: dict[str, dict[str, Any]], **settings: Any
+) -> list[ShardFacts]:
+    """Writes one file per table, and prepares them all in a store beside them."""
+    (root / "data").mkdir()
+    (root / "store").mkdir()
+    for name, columns in tables.items():
+        pq.write_table(pa.table(columns), root / "data" / f"{name}.parquet", row_group_size=1)
+    config = DataConfig(train=str(root / "data"), valid="other", sequence_length=64, **settings)
+    encoding = Encoding(config, encoding.tokenizer)
+    spans = spans_of(config)
+    found = [prepare_span(span, encoding, root / "store", print) for span in spans]
+    shards = [facts for facts in found if facts is not None]
+    check_columns(spans, shards, encoding)
+    return shards
+
+
+def test_parquet_files_may_have_other_columns_and_types(tmp_path: Path, encoding: Encoding) -> None:
+    """The same conversation gives the same tokens, whatever the types that hold it and the columns around it."""
+
+    def messages(kind: Any, *names: str) -> Any:
+        text = pa.large_string() if kind is pa.large_list else pa.string()
+        talk = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "the dog"}]
+        return pa.array([talk, talk], kind(pa.struct([(name, text) for name in names])))
+
+    parts = pa.StructArray.from_arrays(
+        [pa.array(["human", "gpt"] * 2), pa.array(["the cat", "the dog"] * 2)], ["from", "value"]
+    )
+    tables: dict[str, dict[str, Any]] = {
+        "a": {"messages": messages(pa.list_, "role", "content")},
+        "b": {
+            "id": [1, 2],
+            "messages": messages(pa.large_list, "content", "role", "name"),
+            "tools": pa.array(["[]", None]).dictionary_encode(),
+        },
+        "c": {"conversations": pa.ListArray.from_arrays([0, 2, 4], parts), "system": pa.nulls(2)},
+        "d": {"messages": messages(pa.list_, "role", "content")[:0], "tools": pa.array([], pa.list_(pa.string()))},
+    }
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
+    shards = prepared_parquet(tmp_path, encoding, tables, format="chat", chat_template=template)
+    assert sum(shard.documents for shard in shards) == 6
+    rows = [row for shard in shards for row in table_of(tmp_path / "store", shard)]
+    assert len({str(row["input_ids"]) for row in rows}) == 1 and all(any(row["loss_mask"]) for row in rows)
+
+
+def test_a_parquet_file_without_a_needed_column_is_named(tmp_path: Path, encoding: Encoding) -> None:
+    with pytest.raises(DataError, match=r"b\.parquet has no column 'text' \(it has: body\)\. Set data\.text_column"):
+        prepared_parquet(tmp_path, encoding, {"a": {"text": ["the cat"]}, "b": {"body": ["the dog"]}})
+
+
+def test_a_prompt_column_may_be_absent_from_a_file(tmp_path: Path, encoding: Encoding) -> None:
+    whole = {"prompt": ["the"], "more": ["big"], "response": ["cat"]}
+    tables = {"a": whole, "b": {"prompt": ["the"], "response": ["dog"]}}
+    settings: dict[str, Any] = {"format": "prompt_response", "prompt_columns": ["prompt", "more"]}
+    assert len(prepared_parquet(tmp_path, encoding, tables, **settings)) == 2
