@@ -8,6 +8,7 @@ shards, one shard after another, in the order of the data.
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,7 +81,8 @@ class Index:
         said = sealed_facts(path)
         if said is None or sealed_facts(blocks_path) is None:
             raise DataError(
-                f"the index {path} of encoded data is missing or damaged; start the run again to have it made"
+                f"the index {path} of encoded data is missing or damaged on node {os.uname().nodename}; make sure that all nodes "
+                f"see the directory that data.store names, and start the run again to have it made"
             )
         self.totals = Totals(**{name: said[name] for name in Totals.__dataclass_fields__})
         rows, blocks = _mapped(path), _mapped(blocks_path)
