@@ -9,8 +9,8 @@ import pytest
 
 from tests.support.harness import BUNDLE, NewRun, Run, Tree, small_config
 
-BAD_DOCUMENT = 61
-"""Of the training data, by its number from 1; read somewhere after the first checkpoint, as documents come in blocks of 8."""
+BAD_DOCUMENT = 62
+"""Of the training data, by its number from 1; the order of the default seed brings it at step 26, after some checkpoints."""
 
 
 def poisoned_student(path: Path) -> str:
@@ -59,7 +59,7 @@ def check_ended(run: Run) -> re.Match[str]:
 def test_a_document_that_makes_the_loss_nan(new_run: NewRun, tmp_path: Path) -> None:
     config: Tree = small_config(
         "nan",
-        data={"train": documents(tmp_path / "train.jsonl"), "block_documents": 8},
+        data={"train": documents(tmp_path / "train.jsonl")},
         student={"init": "pretrained", "model": poisoned_student(tmp_path / "student"), "layers": None},
     )
     run = new_run(config)
