@@ -1,6 +1,6 @@
 """A place in the order of training rows, as a checkpoint keeps it."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TypeAlias
 
 
@@ -14,10 +14,6 @@ class Position:
     samples: int = 0
     """Samples (documents, pieces of them, or conversations) used since the beginning of the run."""
 
-    def to_dict(self) -> dict[str, int]:
-        """Returns the place as JSON can hold it."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class BlockCursor:
@@ -29,14 +25,10 @@ class BlockCursor:
     samples: int = 0
     """Samples used since the beginning of the run, as in `Position`."""
 
-    def to_dict(self) -> dict[str, int]:
-        """Returns the place as JSON can hold it."""
-        return asdict(self)
-
 
 Cursor: TypeAlias = Position | BlockCursor
 
 
 def read_cursor(state: dict[str, int]) -> Cursor:
-    """Reads what `to_dict` gave. Raises TypeError for anything else."""
+    """Reads a place from its fields, as a checkpoint has them. Raises TypeError for anything else."""
     return Position(**state) if "position" in state else BlockCursor(**state)

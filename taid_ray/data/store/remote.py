@@ -17,7 +17,8 @@ from typing import Any, BinaryIO, TypeVar
 
 from pyarrow.fs import FileType
 
-from taid_ray.data.store.sealed import PIECE, making, read_sealed, sealed_facts
+from taid_ray.data.reading.kinds import BUFFER_BYTES
+from taid_ray.data.store.sealed import making, read_sealed, sealed_facts
 from taid_ray.errors import ConfigError, DataError, RunError
 from taid_ray.storage import STORAGE_ERRORS, open_storage
 
@@ -166,7 +167,7 @@ class RemoteStore(Store):
             target.seek(0)
             target.truncate()
             with self._fs.open_input_stream(f"{self._root}/{name}") as source:
-                shutil.copyfileobj(source, target, PIECE)
+                shutil.copyfileobj(source, target, BUFFER_BYTES)
 
         try:
             persistently(download)
@@ -177,7 +178,7 @@ class RemoteStore(Store):
         def upload() -> None:
             goal = f"{self._root}/{name}"
             with (self.directory / name).open("rb") as source, self._fs.open_output_stream(goal) as target:
-                shutil.copyfileobj(source, target, PIECE)
+                shutil.copyfileobj(source, target, BUFFER_BYTES)
 
         self._written(name, upload)
 

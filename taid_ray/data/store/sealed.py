@@ -14,10 +14,9 @@ import pyarrow as pa
 import xxhash
 from filelock import FileLock, Timeout
 
+from taid_ray.data.reading.kinds import digest_of
 from taid_ray.errors import RunError
 from taid_ray.files import read_json, write_json
-
-PIECE = 1 << 20
 
 
 @contextmanager
@@ -53,7 +52,7 @@ def write_sealed(
                     writer.write_batch(batch)
             file.flush()
             os.fsync(file.fileno())
-        said = facts(temporary) | {"size": temporary.stat().st_size, "checksum": checksum(temporary)}
+        said = facts(temporary) | {"size": temporary.stat().st_size, "checksum": digest_of(temporary)}
         temporary.replace(path)
     except OSError as error:
         raise RunError(f"{path} cannot be written ({error}); make room there, and start again") from error
@@ -79,20 +78,11 @@ def read_sealed(path: Path, notify: Callable[[str], None]) -> dict[str, Any] | N
     notify: is told if the file is there and damaged. Raises OSError if it cannot be read.
     """
     said = sealed_facts(path)
-    if said is not None and checksum(path) == said["checksum"]:
+    if said is not None and digest_of(path) == said["checksum"]:
         return said
     if path.with_suffix(".json").exists():
         notify(f"{path} is damaged")
     return None
-
-
-def checksum(path: Path) -> str:
-    """Hashes a file's content (XXH3, 128 bits)."""
-    result = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while piece := file.read(PIECE):
-            result.update(piece)
-    return result.hexdigest()
 
 
 def _seal(said: dict[str, Any]) -> str:

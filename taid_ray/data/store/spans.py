@@ -19,12 +19,11 @@ from taid_ray.data.documents import open_documents
 from taid_ray.data.reading.arrow_rows import arrow_schema, batch_ends, read_batches, read_row_groups
 from taid_ray.data.reading.complaints import explained
 from taid_ray.data.reading.json_rows import is_json_lines, objects_of_line
-from taid_ray.data.reading.kinds import COMPRESSIONS, DataFile, not_utf8
+from taid_ray.data.reading.kinds import BUFFER_BYTES, COMPRESSIONS, DataFile, not_utf8
 from taid_ray.data.reading.rows import read_rows
 
 SPAN_BYTES = 16 << 20
 """About as much of a file makes a span: some seconds of work, and a shard of some ten megabytes."""
-PIECE_BYTES = 1 << 20
 
 Rows: TypeAlias = Iterator[dict[str, Any] | None]
 """Documents; None in place of one that is left out."""
@@ -99,7 +98,7 @@ def hash_content(span: Span) -> str:
     with span.file.path.open("rb") as file:
         begin, end = _byte_range(span, file)
         file.seek(begin)
-        while begin < end and (piece := file.read(min(PIECE_BYTES, end - begin))):
+        while begin < end and (piece := file.read(min(BUFFER_BYTES, end - begin))):
             result.update(piece)
             begin += len(piece)
     if span.part == "row_groups":

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from taid_ray.config.schema import DistillConfig
 from taid_ray.data.batch import Ints
-from taid_ray.data.store.sealed import checksum
+from taid_ray.data.reading.kinds import digest_of
 from taid_ray.teacher.cache.offline import TeacherRecord, record_of
 from taid_ray.teacher.cache.outputs import FORM, METADATA, SampleOutputs
 from taid_ray.teacher.cache.outputs_rows import COLUMNS, OutputRows, fault
@@ -47,7 +47,7 @@ class OutputsFile:
     def fingerprint(self) -> str:
         """SHA-256 that stands for the teacher: of the file's content and of what it is read as. Reads all of it, once."""
         return hashlib.sha256(
-            f"outputs {FORM} {self._k} {self._vocabulary} {checksum(Path(self.path))}".encode()
+            f"outputs {FORM} {self._k} {self._vocabulary} {digest_of(Path(self.path))}".encode()
         ).hexdigest()
 
     @property

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,7 @@ def test_a_cursor_continues_exactly(tmp_path: Path, tokenizer: Any, streaming: b
     config = config_of(stories(tmp_path / "d.jsonl"), streaming=streaming)
     whole = list(islice(TrainingData(config, tokenizer, 3, batch_size).batches(), 60))
     for at in range(0, 60, 7):
-        cursor = read_cursor(json.loads(json.dumps(whole[at][1].to_dict())))
+        cursor = read_cursor(json.loads(json.dumps(asdict(whole[at][1]))))
         again = list(islice(TrainingData(config, tokenizer, 3, batch_size).batches(cursor), 59 - at))
         assert again == whole[at + 1 :]
     last = whole[-1][1]

@@ -107,7 +107,7 @@ def make_until(death: str, store: Path, encoding: Encoding, stories: list[Span])
     if death == "between two blocks":
         prepare.to_record_batch = partial(counted, prepare.to_record_batch, 4)
     elif death == "before the name":
-        sealed.checksum = partial(counted, sealed.checksum, 2)
+        sealed.digest_of = partial(counted, sealed.digest_of, 2)
     else:
         sealed.write_json = partial(counted, sealed.write_json, 2)
     for span in stories:
