@@ -56,12 +56,16 @@ def show(
 def prepare(
     config: Annotated[Path, typer.Argument(help="YAML configuration.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Dotted key=value pairs.")] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(help="Run directory, as for `train`: without data.store the encoded data go beside it."),
+    ] = None,
 ) -> None:
     """Encode the training data into their store ahead of a run, on all CPUs of the cluster.
 
     Runs and searches on the same data find them there. What is interrupted goes on when the command is given again. Joins
     the Ray cluster that RAY_ADDRESS names, or starts one here."""
-    loaded = load_config(config, overrides or [])
+    loaded = load_config(config, overrides or [], {} if out is None else {"out": out})
     from taid_ray.driver.prepare import prepare_ahead
 
     totals = prepare_ahead(loaded)

@@ -101,16 +101,25 @@ def test_a_driver_that_is_killed_leaves_what_its_next_one_goes_on_from(
     ray_cluster: str, tmp_path: Path, many_parts: None
 ) -> None:
     def driver(store: Path) -> Callable[[], subprocess.Popen[bytes]]:
-        config = small_config("prepare", data={"store": str(store)})
+        config = small_config("prepare")  # whose store is beside the run
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
         code = (
             f"from taid_ray.data.store import spans; spans.SPAN_BYTES = {spans.SPAN_BYTES};"
             "from taid_ray.cli.app import main; main()"
         )
-        command = [sys.executable, "-c", code, "data", "prepare", str(tmp_path / "config.yaml")]
+        command = [
+            sys.executable,
+            "-c",
+            code,
+            "data",
+            "prepare",
+            str(tmp_path / "config.yaml"),
+            "--out",
+            str(store.parent / "run"),
+        ]
         return lambda: subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
-    store = tmp_path / "store"
+    store = tmp_path / "there" / "encoded-data"
     start = driver(store)
     first = start()
 
