@@ -6,13 +6,15 @@ from taid_ray.config.schema import DistillConfig, build_config
 from tests.support.paths import BUNDLE
 
 TIED: dict[str, Any] = {"init": "cut", "layers": [0, 4]}
+SMALL_BUCKETS = {"zero_optimization": {"reduce_bucket_size": 1_000_000}}
+"""By default every engine reserves 2 GB for gradients, and a process that has made many of them cannot fork any more."""
 
 
 def config_for(student: dict[str, Any], **train: Any) -> DistillConfig:
     return build_config(
         {
             "teacher": {"model": str(BUNDLE / "stories260k"), "dtype": "float32", "mode": "local"},
-            "student": {"dtype": "float32"} | student,
+            "student": {"dtype": "float32", "deepspeed": SMALL_BUCKETS} | student,
             "data": {
                 "train": str(BUNDLE / "tinystories_train.jsonl"),
                 "valid_documents": 4,
