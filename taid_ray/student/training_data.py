@@ -24,7 +24,7 @@ class StepSource(Protocol):
 
     @property
     def counts(self) -> Counts:
-        """What became of the documents: of all, or, where documents are read as they are needed, of those read so far."""
+        """Numbers of documents by what became of them: of all or, where they are read as needed, of those read so far."""
 
     def steps(self, done: int, start: Cursor | None) -> Iterator[StepBatches]:
         """Yields the steps after step `done`, up to the run's last one.
@@ -52,7 +52,7 @@ class StoredSteps:
 
     @property
     def counts(self) -> Counts:
-        """What became of all documents."""
+        """Numbers of all documents by what became of them."""
         return self._data.counts
 
     def steps(self, done: int, start: Cursor | None) -> Iterator[StepBatches]:
@@ -85,7 +85,7 @@ class BlockSteps:
 
     @property
     def counts(self) -> Counts:
-        """What became of the documents that this process has read; it reads ahead of the training."""
+        """Numbers of the documents that this process has read, by what became of them; it reads ahead of the training."""
         return self._data.counts
 
     def steps(self, done: int, start: Cursor | None) -> Iterator[StepBatches]:

@@ -102,7 +102,7 @@ def _once_each(found: list[DataFile], left: list[str], directory: Path) -> list[
 
 
 def _matching(root: Path, pattern: str, source: str) -> Iterator[tuple[Path, str]]:
-    """What a pattern matches below a directory, with the reason why it is left out, if it is. Raises DataError for nothing."""
+    """Yields what a pattern matches below a directory, with the reason if it is left out. Raises DataError for nothing."""
     names = glob.glob(pattern, root_dir=root, recursive=True)
     if not names:
         raise DataError(

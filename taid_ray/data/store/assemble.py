@@ -63,7 +63,7 @@ def _check_highest_id(encoding: Encoding, num_shared: int, spans: Sequence[Span]
 
 
 def _fingerprint(config: DataConfig, spans: Sequence[Span], shards: Sequence[ShardFacts]) -> dict[str, Any]:
-    """What `Documents.fingerprint` returns, from what the tasks have read; digests are of the spans' hashes."""
+    """Makes what `Documents.fingerprint` returns, from what the tasks have read; digests are of the spans' hashes."""
     outline, found = open_documents(config, "train").outline(), {}
     for file, pairs in groupby(zip(spans, shards, strict=True), key=lambda pair: pair[0].file.name):
         parts = [shard for _, shard in pairs]

@@ -173,7 +173,7 @@ class _ShardMaker:
                     yield {column.name: self._values(kept, column) for column in self._columns}, first
 
     def _values(self, rows: Sequence[dict[str, Any]], column: Column) -> list[Any]:
-        """Of each document the first value that it has under one of the column's names; None without any."""
+        """Lists each document's first value under one of the column's names; None without any."""
         if column.name not in self._found and any(not row.keys().isdisjoint(column.names) for row in rows):
             self._found.add(column.name)
         return [next((row[name] for name in column.names if row.get(name) is not None), None) for row in rows]
@@ -207,7 +207,7 @@ def _from_zero(row: Row) -> Row:
 
 
 def _version(span: Span) -> tuple[int, int]:
-    """What changes when the file does. Raises DataError if this node does not see it."""
+    """Returns size and time of the last change of the file. Raises DataError if this node does not see it."""
     try:
         status = span.file.path.stat()
     except FileNotFoundError:

@@ -26,7 +26,7 @@ class PreparedData:
 
     @property
     def totals(self) -> Totals:
-        """What is known of the data as a whole. Raises DataError if the index is missing."""
+        """Facts of the data as a whole. Raises DataError if the index is missing."""
         return self._opened.totals
 
     @property
@@ -36,7 +36,7 @@ class PreparedData:
 
     @property
     def counts(self) -> Counts:
-        """What became of the documents, of which those kept for validation are not counted."""
+        """Numbers of documents by what became of them; those kept for validation are not among them."""
         return Counts(**self.totals.counts)
 
     def __getstate__(self) -> dict[str, Any]:

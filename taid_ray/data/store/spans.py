@@ -166,7 +166,7 @@ def _lines(span: Span) -> bytes:
 
 
 def _byte_range(span: Span, file: BinaryIO) -> tuple[int, int]:
-    """Where the bytes of the span begin and end in the file."""
+    """Returns the first byte of the span in the file, and the one behind its last."""
     if span.part == "all":
         return 0, span.file.path.stat().st_size
     if span.part == "row_groups":
