@@ -19,7 +19,8 @@ from ray.actor import ActorHandle
 from rich.table import Table
 
 from benchmarks.common import local_ray, write
-from taid_ray.config.schema import ScheduleConfig, TeacherConfig
+from taid_ray.config.models import TeacherConfig
+from taid_ray.config.objective import ScheduleConfig
 from taid_ray.driver.pool import RETELL_S
 from taid_ray.driver.progress_relay import POLL_S
 from taid_ray.scheduler import owner

@@ -21,7 +21,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from benchmarks.common import ROOT, PeakMemory, in_fresh_process, median, write
-from taid_ray.config.schema import DataConfig
+from taid_ray.config.data import DataConfig
 from taid_ray.data.batch import collate
 from taid_ray.data.reading.kinds import DataFile
 from taid_ray.data.store.index import Index, write_index

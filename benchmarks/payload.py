@@ -19,7 +19,8 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.common import ROOT, local_ray, median, write
-from taid_ray.config.schema import DataConfig, Payload, TeacherConfig
+from taid_ray.config.data import DataConfig
+from taid_ray.config.models import Payload, TeacherConfig
 from taid_ray.data.batch import Batch, collate
 from taid_ray.data.dataset import validation_rows
 from taid_ray.losses.projection import LogitTransform

@@ -22,7 +22,9 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.common import StepLines, local_ray, median, write
-from taid_ray.config.schema import ScheduleConfig, TeacherConfig, TrainConfig
+from taid_ray.config.models import TeacherConfig
+from taid_ray.config.objective import ScheduleConfig
+from taid_ray.config.training import TrainConfig
 from taid_ray.data.batch import Batch, Row
 from taid_ray.data.cursor import BlockCursor, Cursor
 from taid_ray.distributed.world import World

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import MIN_WIDTH, ROOT
-from taid_ray.config.schema import ScheduleConfig
+from taid_ray.config.objective import ScheduleConfig
 from taid_ray.scheduler.schedule import ScheduleState, TAIDSchedule
 
 PICTURE = ROOT / "docs" / "images" / "schedule.png"

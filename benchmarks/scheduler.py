@@ -16,7 +16,7 @@ from ray.actor import ActorHandle
 from rich.table import Table
 
 from benchmarks.common import local_ray, median, write
-from taid_ray.config.schema import ScheduleConfig
+from taid_ray.config.objective import ScheduleConfig
 from taid_ray.scheduler.actor import Report
 from taid_ray.scheduler.aggregate import HEARTBEAT_S, LossSums, StepResult
 from taid_ray.scheduler.client import SchedulerClient

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ROOT
-from taid_ray.config.schema import DistillConfig, TeacherConfig, build_config
+from taid_ray.config.models import TeacherConfig
+from taid_ray.config.schema import DistillConfig, build_config
 from taid_ray.data.batch import Batch, collate
 from taid_ray.data.dataset import TrainingData
 from taid_ray.models.loading import load_tokenizer

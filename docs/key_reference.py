@@ -1,4 +1,4 @@
-"""The reference of all configuration keys, written from the fields of taid_ray/config/schema.py, so it cannot fall behind."""
+"""The reference of all configuration keys, written from the fields of taid_ray/config/, so it cannot fall behind."""
 
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from taid_ray.config.schema import CacheConfig, load_config
+from taid_ray.config.schema import load_config
+from taid_ray.config.training import CacheConfig
 from taid_ray.errors import ConfigError
 from taid_ray.report.format import print_line
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from taid_ray.config.schema import DistillConfig, StudentConfig, build_config
+from taid_ray.config.models import StudentConfig
+from taid_ray.config.schema import DistillConfig, build_config
 from taid_ray.config.text import read_tree, set_key
 from taid_ray.models.loading import load_causal_lm, load_tokenizer
 from taid_ray.models.student_init import build_student

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from taid_ray.config.schema import DataConfig
+from taid_ray.config.data import DataConfig
 from taid_ray.data.chat import ChatTemplate, Tools, chat_template
 from taid_ray.data.messages import Message, Understood, read_messages, read_tools
 from taid_ray.data.turns import THINK_END, Conversation, Rendered

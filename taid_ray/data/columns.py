@@ -3,7 +3,7 @@
 from collections.abc import Container
 from dataclasses import dataclass
 
-from taid_ray.config.schema import DataConfig
+from taid_ray.config.data import DataConfig
 
 USUAL_NAMES = {
     "data.messages_column": ("messages", "conversations", "conversation"),

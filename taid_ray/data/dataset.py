@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from taid_ray.config.schema import DataConfig
+from taid_ray.config.data import DataConfig
 from taid_ray.data.batch import Row
 from taid_ray.data.cursor import BlockCursor
 from taid_ray.data.documents import Documents, open_documents

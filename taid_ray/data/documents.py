@@ -5,7 +5,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from taid_ray.config.schema import DataConfig
+from taid_ray.config.data import DataConfig
 from taid_ray.data.columns import Column, columns_of, lacking
 from taid_ray.data.encoding import Columns
 from taid_ray.data.reading.complaints import empty, explained, no_column

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from taid_ray.config.schema import DataConfig
+from taid_ray.config.data import DataConfig
 from taid_ray.data.answers import AnswerRenderer
 from taid_ray.data.messages import shown
 from taid_ray.data.packing import Sample, cut

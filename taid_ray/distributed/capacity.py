@@ -6,7 +6,8 @@ from typing import Any
 
 import ray
 
-from taid_ray.config.schema import DistillConfig, TeacherConfig
+from taid_ray.config.models import TeacherConfig
+from taid_ray.config.schema import DistillConfig
 from taid_ray.distributed.ray_internals import draining_nodes, free_resources
 from taid_ray.errors import ClusterError
 

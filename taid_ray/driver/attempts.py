@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from ray.exceptions import RayActorError, RayError
 from ray.train import ControllerError, TrainingFailedError
 
-from taid_ray.config.schema import StudentConfig
+from taid_ray.config.models import StudentConfig
 from taid_ray.distributed.capacity import Demand, free_room, workers_now
 from taid_ray.driver.progress import ProgressView
 from taid_ray.driver.progress_relay import RunProgress

@@ -4,7 +4,8 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-from taid_ray.config.schema import DataConfig, DistillConfig
+from taid_ray.config.data import DataConfig
+from taid_ray.config.schema import DistillConfig
 from taid_ray.data.dataset import TrainingData, open_validation, validation_rows
 from taid_ray.data.documents import Documents
 from taid_ray.data.fingerprint import fingerprint, rows_digest

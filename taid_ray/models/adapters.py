@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from taid_ray.config.schema import LoraConfig
+from taid_ray.config.models import LoraConfig
 from taid_ray.errors import ConfigError, ModelError, shortened
 from taid_ray.models.head import hidden_states
 from taid_ray.models.probes import attention_that_runs, of_the_machine, probe_inputs

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from taid_ray.config.schema import StudentConfig, TeacherConfig
+from taid_ray.config.models import StudentConfig, TeacherConfig
 from taid_ray.errors import ModelError, shortened
 from taid_ray.models.tokenizer import check_tokenizer
 

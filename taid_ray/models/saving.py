@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taid_ray.config.schema import DistillConfig, LoraConfig
+from taid_ray.config.models import LoraConfig
+from taid_ray.config.schema import DistillConfig
 from taid_ray.errors import ConfigError, ModelError, shortened
 from taid_ray.files import give_usual_mode
 from taid_ray.models.adapters import add_lora

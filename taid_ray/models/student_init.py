@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from taid_ray.config.schema import DistillConfig, StudentConfig, TeacherConfig
+from taid_ray.config.models import StudentConfig, TeacherConfig
+from taid_ray.config.schema import DistillConfig
 from taid_ray.errors import ConfigError, ModelError, shortened
 from taid_ray.models.adapters import add_lora
 from taid_ray.models.cut import keep_layers, kept_state

@@ -7,7 +7,8 @@ from typing import Any, get_args
 
 import torch
 
-from taid_ray.config.schema import DistillConfig, Payload
+from taid_ray.config.models import Payload
+from taid_ray.config.schema import DistillConfig
 from taid_ray.data.batching import num_micro_batches
 from taid_ray.distributed.device import loss_memory_mib
 from taid_ray.errors import ConfigError

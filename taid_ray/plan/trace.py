@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from taid_ray.config.schema import LoraConfig
+from taid_ray.config.models import LoraConfig
 from taid_ray.errors import ModelError, shortened
 from taid_ray.models.adapters import add_lora
 from taid_ray.models.head import hidden_states

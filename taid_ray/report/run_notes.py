@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from taid_ray.config.schema import ScheduleConfig
+from taid_ray.config.objective import ScheduleConfig
 from taid_ray.report.history import History
 from taid_ray.run.bottleneck import Usage, verdict
 from taid_ray.scheduler.schedule import adaptive_is_linear, sigmoid

@@ -9,7 +9,7 @@ import pickle
 from contextlib import suppress
 from typing import NamedTuple
 
-from taid_ray.config.schema import ScheduleConfig
+from taid_ray.config.objective import ScheduleConfig
 from taid_ray.scheduler.aggregate import LossAggregator, LossSums, StepResult
 from taid_ray.scheduler.board import Board
 from taid_ray.scheduler.schedule import TAIDSchedule

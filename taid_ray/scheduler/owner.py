@@ -6,7 +6,7 @@ from typing import Self
 import ray
 from ray.actor import ActorHandle
 
-from taid_ray.config.schema import ScheduleConfig
+from taid_ray.config.objective import ScheduleConfig
 from taid_ray.errors import ClusterError
 from taid_ray.names import NAMESPACE
 from taid_ray.scheduler.actor import News, SchedulerActor

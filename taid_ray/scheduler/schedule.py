@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from taid_ray.config.schema import ScheduleConfig
+from taid_ray.config.objective import ScheduleConfig
 from taid_ray.errors import NonFiniteLossError
 
 _EPSILON = 1e-15  # of the published code, in the relative change of the loss

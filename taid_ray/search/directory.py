@@ -11,9 +11,10 @@ import yaml
 
 from taid_ray.config.fields import Range
 from taid_ray.config.paths import with_absolute_paths
-from taid_ray.config.schema import CacheConfig, DistillConfig, stored_config
+from taid_ray.config.schema import DistillConfig, stored_config
 from taid_ray.config.space import Space
 from taid_ray.config.text import read_tree
+from taid_ray.config.training import CacheConfig
 from taid_ray.errors import ConfigError, TaidRayError
 from taid_ray.files import replace_text
 from taid_ray.run.directory import changed_keys, locked, on_its_day

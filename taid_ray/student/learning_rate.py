@@ -2,7 +2,7 @@
 
 import math
 
-from taid_ray.config.schema import TrainConfig
+from taid_ray.config.training import TrainConfig
 
 
 def learning_rate(step: int, config: TrainConfig, total_steps: int) -> float:

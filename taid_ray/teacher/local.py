@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from taid_ray.config.schema import TeacherConfig
+from taid_ray.config.models import TeacherConfig
 from taid_ray.data.batch import Batch
 from taid_ray.models.head import Head
 from taid_ray.teacher.model import TeacherModel

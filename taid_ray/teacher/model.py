@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taid_ray.config.schema import TeacherConfig
+from taid_ray.config.models import TeacherConfig
 from taid_ray.errors import ModelError, TeacherError
 from taid_ray.models.head import Head, head_of, hidden_states
 from taid_ray.models.isolation import check_packing, check_probe

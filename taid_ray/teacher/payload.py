@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taid_ray.config.schema import DistillConfig, Payload
+from taid_ray.config.models import Payload
+from taid_ray.config.schema import DistillConfig
 from taid_ray.errors import ConfigError, TeacherError
 from taid_ray.losses.chunked import Target
 from taid_ray.losses.projection import Projection

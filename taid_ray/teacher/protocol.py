@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from taid_ray.config.schema import Payload
+from taid_ray.config.models import Payload
 from taid_ray.data.batch import Batch
 from taid_ray.errors import ModelError
 from taid_ray.losses.projection import LogitTransform

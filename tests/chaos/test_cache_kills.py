@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from taid_ray.config.schema import CacheConfig
+from taid_ray.config.training import CacheConfig
 from taid_ray.teacher.cache import store as cache_store
 from taid_ray.teacher.cache.files import ABANDONED_S, SUFFIX, seal, total_bytes
 from taid_ray.teacher.cache.store import CacheStore

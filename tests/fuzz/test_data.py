@@ -13,7 +13,7 @@ import pytest
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from taid_ray.config.schema import DataConfig
+from taid_ray.config.data import DataConfig
 from taid_ray.data.batch import NO_LABEL, Row
 from taid_ray.data.columns import columns_of
 from taid_ray.data.dataset import TrainingData, validation_rows

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from taid_ray.config.schema import Payload
+from taid_ray.config.models import Payload
 from taid_ray.errors import MessageError, TeacherError
 from taid_ray.teacher.payload import PayloadFormat, check_output
 from taid_ray.teacher.wire import digest, pack, unpack, verify

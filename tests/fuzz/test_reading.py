@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from taid_ray.config.schema import DataConfig
+from taid_ray.config.data import DataConfig
 from taid_ray.data.dataset import TrainingData
 from taid_ray.data.documents import open_documents
 from taid_ray.errors import DataError

@@ -14,7 +14,8 @@ import torch
 from ray.exceptions import RayActorError
 
 from taid_ray.cli.quickstart import BUNDLE
-from taid_ray.config.schema import CacheConfig, TeacherConfig
+from taid_ray.config.models import TeacherConfig
+from taid_ray.config.training import CacheConfig
 from taid_ray.data.batch import Batch, collate
 from taid_ray.data.packing import Sample, to_rows
 from taid_ray.teacher.cache.cached import CachedTeacher

@@ -15,7 +15,7 @@ import torch
 from ray import serve
 from ray.serve.handle import DeploymentResponse
 
-from taid_ray.config.schema import TeacherConfig
+from taid_ray.config.models import TeacherConfig
 from taid_ray.data.batch import NO_LABEL, Batch, Row, collate
 from taid_ray.distributed.world import World
 from taid_ray.errors import ModelError, TeacherError

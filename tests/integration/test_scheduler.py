@@ -13,7 +13,7 @@ import pytest
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from taid_ray.config.schema import ScheduleConfig
+from taid_ray.config.objective import ScheduleConfig
 from taid_ray.errors import AttemptError, NonFiniteLossError, TeacherError
 from taid_ray.scheduler import client as scheduler
 from taid_ray.scheduler.actor import News

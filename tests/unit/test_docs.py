@@ -9,7 +9,9 @@ import pytest
 from typer.main import get_command
 
 from taid_ray.cli.app import app
-from taid_ray.config.schema import DataConfig, DistillConfig, LossName, known_keys
+from taid_ray.config.data import DataConfig
+from taid_ray.config.objective import LossName
+from taid_ray.config.schema import DistillConfig, known_keys
 from taid_ray.config.space import ALPHA_STEPS
 from tests.support.paths import ROOT
 

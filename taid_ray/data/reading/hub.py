@@ -8,7 +8,7 @@ from typing import Any
 
 import xxhash
 
-from taid_ray.config.schema import DataConfig
+from taid_ray.config.data import DataConfig
 from taid_ray.data.columns import columns_of
 from taid_ray.data.encoding import Columns
 from taid_ray.data.reading.arrow_rows import count_arrow_rows

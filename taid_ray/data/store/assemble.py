@@ -6,7 +6,7 @@ from typing import Any
 
 import xxhash
 
-from taid_ray.config.schema import DataConfig
+from taid_ray.config.data import DataConfig
 from taid_ray.data.dataset import nothing_to_learn
 from taid_ray.data.documents import open_documents
 from taid_ray.data.encoding import Counts

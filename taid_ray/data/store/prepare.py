@@ -19,7 +19,7 @@ import pyarrow as pa
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
-from taid_ray.config.schema import DataConfig
+from taid_ray.config.data import DataConfig
 from taid_ray.data import chat
 from taid_ray.data.batch import Row
 from taid_ray.data.columns import Column, columns_of, lacking

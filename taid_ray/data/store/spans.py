@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Literal, TypeAlias
 
 import xxhash
 
-from taid_ray.config.schema import DataConfig
+from taid_ray.config.data import DataConfig
 from taid_ray.data.columns import columns_of
 from taid_ray.data.documents import open_documents
 from taid_ray.data.reading.arrow_rows import arrow_schema, batch_ends, read_batches, read_row_groups

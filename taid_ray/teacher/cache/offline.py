@@ -16,7 +16,8 @@ import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from taid_ray.config.schema import DistillConfig, TeacherConfig
+from taid_ray.config.models import TeacherConfig
+from taid_ray.config.schema import DistillConfig
 from taid_ray.data.batch import Batch
 from taid_ray.errors import ConfigError, TeacherError
 from taid_ray.files import give_usual_mode, write_json

@@ -22,7 +22,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from taid_ray.config.schema import CacheConfig
+from taid_ray.config.training import CacheConfig
 from taid_ray.errors import ConfigError
 from taid_ray.teacher.cache.files import (
     SUFFIX,

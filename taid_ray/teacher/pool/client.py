@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from ray import serve
 
-from taid_ray.config.schema import TeacherConfig
+from taid_ray.config.models import TeacherConfig
 from taid_ray.data.batch import Batch
 from taid_ray.distributed.world import World
 from taid_ray.errors import MessageError, TeacherError

@@ -9,7 +9,7 @@ import ray
 from ray import serve
 from ray.serve.schema import LoggingConfig
 
-from taid_ray.config.schema import TeacherConfig
+from taid_ray.config.models import TeacherConfig
 from taid_ray.distributed.capacity import TEACHER_RESOURCE
 from taid_ray.names import NAMESPACE
 from taid_ray.teacher.pool.autoscaling import serve_scaling

@@ -18,7 +18,7 @@ from ray import serve
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
-from taid_ray.config.schema import TeacherConfig
+from taid_ray.config.models import TeacherConfig
 from taid_ray.errors import TaidRayError, TeacherError
 from taid_ray.names import NAMESPACE
 from taid_ray.teacher.cache.claims import Claims

@@ -13,7 +13,7 @@ from ray.exceptions import ActorAlreadyExistsError, RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, DeploymentStatusTrigger
 
-from taid_ray.config.schema import TeacherConfig
+from taid_ray.config.models import TeacherConfig
 from taid_ray.errors import TeacherError
 from taid_ray.teacher.pool.client import replica_states
 from taid_ray.teacher.pool.deployment import DEPLOYMENT, PoolSpec, teacher_app

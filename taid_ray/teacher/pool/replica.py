@@ -20,7 +20,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 from torch.distributed import TCPStore
 
-from taid_ray.config.schema import TeacherConfig
+from taid_ray.config.models import TeacherConfig
 from taid_ray.distributed.device import collective_backend, torch_device
 from taid_ray.errors import MessageError, TaidRayError, TeacherError
 from taid_ray.models.hub import offline_if_unreachable

@@ -19,7 +19,7 @@ from ray.exceptions import (
 )
 from ray.serve.exceptions import DeploymentUnavailableError, RequestCancelledError
 
-from taid_ray.config.schema import TeacherConfig
+from taid_ray.config.models import TeacherConfig
 from taid_ray.errors import MessageError, TaidRayError, TeacherError
 from taid_ray.teacher.pool.hedging import Hedge
 from taid_ray.teacher.pool.lease import find_lease

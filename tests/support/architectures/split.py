@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed import TCPStore
 
-from taid_ray.config.schema import TeacherConfig
+from taid_ray.config.models import TeacherConfig
 from taid_ray.data.batch import Batch
 from taid_ray.errors import TaidRayError
 from tests.support.architectures.fields import VOCAB

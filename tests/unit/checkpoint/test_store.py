@@ -24,7 +24,8 @@ from taid_ray.checkpoint.store import (
     share,
     tensor_file,
 )
-from taid_ray.config.schema import CheckpointConfig, build_config
+from taid_ray.config.schema import build_config
+from taid_ray.config.training import CheckpointConfig
 from taid_ray.data.cursor import BlockCursor
 from taid_ray.distributed.world import World
 from taid_ray.errors import CheckpointError, ConfigError

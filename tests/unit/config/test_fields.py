@@ -5,6 +5,7 @@ A new key has none of these marks unless somebody decides so: then its name is a
 
 import pytest
 
+from taid_ray.config.data import DataConfig
 from taid_ray.config.fields import (
     EVALUATED,
     MOVABLE,
@@ -16,7 +17,7 @@ from taid_ray.config.fields import (
     Mark,
     SharedByTrials,
 )
-from taid_ray.config.schema import DataConfig, known_keys, marks_of
+from taid_ray.config.schema import known_keys, marks_of
 
 RANGES = {"min", "max"}
 EXPECTED: dict[Mark, str] = {

@@ -2,7 +2,7 @@
 
 import pytest
 
-from taid_ray.config.schema import DataConfig
+from taid_ray.config.data import DataConfig
 from taid_ray.data.columns import Column, columns_of
 
 

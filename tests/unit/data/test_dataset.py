@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from taid_ray.config.schema import DataConfig
+from taid_ray.config.data import DataConfig
 from taid_ray.data.batch import NO_LABEL, Row
 from taid_ray.data.cursor import read_cursor
 from taid_ray.data.dataset import TrainingData, validation_rows

@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from taid_ray.config.schema import DataConfig
+from taid_ray.config.data import DataConfig
 from taid_ray.data.batch import NO_LABEL, Row
 from taid_ray.data.documents import open_documents
 from taid_ray.data.fingerprint import Fingerprint, changes, check_outline, fingerprint, rows_digest

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from taid_ray.config.schema import TeacherConfig
+from taid_ray.config.models import TeacherConfig
 from taid_ray.distributed.capacity import check_object_store
 from taid_ray.errors import ClusterError
 

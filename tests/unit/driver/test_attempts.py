@@ -12,7 +12,7 @@ from ray.train import ControllerError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from taid_ray.config.fields import Range
-from taid_ray.config.schema import StudentConfig
+from taid_ray.config.models import StudentConfig
 from taid_ray.distributed.capacity import Demand
 from taid_ray.driver import attempts, signals
 from taid_ray.driver.attempts import AttemptContext, AttemptLoop

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from taid_ray.config.schema import ScheduleConfig, build_config
+from taid_ray.config.objective import ScheduleConfig
+from taid_ray.config.schema import build_config
 from taid_ray.driver.notes import say_notes
 from taid_ray.models.vocabulary import Vocabulary
 from taid_ray.scheduler.schedule import TAIDSchedule

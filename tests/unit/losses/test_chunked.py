@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from taid_ray import losses
-from taid_ray.config.schema import LossName
+from taid_ray.config.objective import LossName
 from taid_ray.losses.chunked import chunk_tokens_for, chunked_loss, chunked_scores
 from taid_ray.losses.objective import Objective
 from taid_ray.losses.projection import LogitTransform, Projection, add_product_

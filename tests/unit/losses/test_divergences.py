@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from taid_ray import losses
-from taid_ray.config.schema import WEIGHTED_LOSSES, LossName
+from taid_ray.config.objective import WEIGHTED_LOSSES, LossName
 from tests.support.entropy import target_entropy
 from tests.support.paths import GOLDEN_FILE
 

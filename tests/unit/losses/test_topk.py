@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from taid_ray import losses
-from taid_ray.config.schema import WEIGHTED_LOSSES, LossName
+from taid_ray.config.objective import WEIGHTED_LOSSES, LossName
 from taid_ray.losses import TopK
 from taid_ray.losses.chunked import chunked_loss, chunked_scores
 from taid_ray.losses.objective import Objective

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from taid_ray.config.schema import DistillConfig, StudentConfig, TeacherConfig, build_config
+from taid_ray.config.models import StudentConfig, TeacherConfig
+from taid_ray.config.schema import DistillConfig, build_config
 from taid_ray.data.batch import NO_LABEL, Row, collate
 from taid_ray.errors import ConfigError, ModelError, TeacherError
 from taid_ray.losses.projection import LogitTransform

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, GPT2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
-from taid_ray.config.schema import TeacherConfig
+from taid_ray.config.models import TeacherConfig
 from taid_ray.errors import ModelError
 from taid_ray.models.loading import load_tokenizer
 from taid_ray.models.tokenizer import check_saved_tokenizer, check_size, check_tokenizer

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from taid_ray.config.schema import DistillConfig, TeacherConfig, build_config
+from taid_ray.config.models import TeacherConfig
+from taid_ray.config.schema import DistillConfig, build_config
 from taid_ray.data.batch import Batch
 from taid_ray.distributed.capacity import check_object_store
 from taid_ray.distributed.world import World

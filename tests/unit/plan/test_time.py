@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
-from taid_ray.config.schema import LoraConfig
+from taid_ray.config.models import LoraConfig
 from taid_ray.errors import ConfigError
 from taid_ray.models.adapters import add_lora
 from taid_ray.models.head import hidden_states

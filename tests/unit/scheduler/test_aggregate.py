@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taid_ray.config.schema import ScheduleConfig
+from taid_ray.config.objective import ScheduleConfig
 from taid_ray.errors import NonFiniteLossError
 from taid_ray.scheduler.aggregate import LossAggregator, LossSums, StaleReportError, StepResult
 from taid_ray.scheduler.schedule import TAIDSchedule

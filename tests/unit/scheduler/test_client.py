@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from taid_ray.config.schema import ScheduleConfig
+from taid_ray.config.objective import ScheduleConfig
 from taid_ray.errors import AttemptError
 from taid_ray.scheduler import client as module
 from taid_ray.scheduler import owner

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from taid_ray.config.schema import ScheduleConfig, TrainConfig
+from taid_ray.config.objective import ScheduleConfig
+from taid_ray.config.training import TrainConfig
 from taid_ray.errors import NonFiniteLossError
 from taid_ray.scheduler.schedule import ScheduleState, TAIDSchedule, adaptive_is_linear, sigmoid
 from taid_ray.student.learning_rate import learning_rate

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from taid_ray.cli import app as cli
-from taid_ray.config.schema import StudentConfig, TeacherConfig
+from taid_ray.config.models import StudentConfig, TeacherConfig
 from taid_ray.data.packing import Sample
 from taid_ray.errors import ConfigError, ModelError
 from taid_ray.models.loading import load_causal_lm, load_tokenizer

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from taid_ray.config.schema import StudentConfig, TeacherConfig
+from taid_ray.config.models import StudentConfig, TeacherConfig
 from taid_ray.data.batch import NO_LABEL, Batch, Row, collate
 from taid_ray.distributed import device
 from taid_ray.errors import ClusterError, ConfigError, ModelError, TeacherError

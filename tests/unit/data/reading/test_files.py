@@ -9,8 +9,9 @@ from typing import Any
 import datasets
 import pytest
 
+from taid_ray.config.data import DataConfig
 from taid_ray.config.paths import with_absolute_paths
-from taid_ray.config.schema import DataConfig, DistillConfig
+from taid_ray.config.schema import DistillConfig
 from taid_ray.data.documents import open_documents
 from taid_ray.errors import DataError
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from taid_ray.config.schema import DataConfig
+from taid_ray.config.data import DataConfig
 from taid_ray.data.documents import open_documents
 from taid_ray.errors import DataError
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from taid_ray.config.schema import DataConfig
+from taid_ray.config.data import DataConfig
 from taid_ray.data.store import prepare, spans
 from taid_ray.data.store.prepare import Encoding, prepare_span
 from taid_ray.data.store.shard import ShardFacts

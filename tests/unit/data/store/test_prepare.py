@@ -19,7 +19,7 @@ from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from taid_ray.config.schema import DataConfig
+from taid_ray.config.data import DataConfig
 from taid_ray.data.batch import NO_LABEL
 from taid_ray.data.encoding import Encoder
 from taid_ray.data.packing import to_rows

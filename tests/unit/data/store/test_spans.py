@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from taid_ray.config.schema import DataConfig
+from taid_ray.config.data import DataConfig
 from taid_ray.data.reading.kinds import DataFile
 from taid_ray.data.reading.rows import read_rows
 from taid_ray.data.store import spans

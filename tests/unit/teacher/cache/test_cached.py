@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from taid_ray.config.schema import CacheConfig
+from taid_ray.config.training import CacheConfig
 from taid_ray.data.batch import Batch, collate
 from taid_ray.data.packing import Sample, to_rows
 from taid_ray.errors import TeacherError

@@ -12,7 +12,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from taid_ray.config.schema import CacheConfig
+from taid_ray.config.training import CacheConfig
 from taid_ray.errors import ConfigError
 from taid_ray.teacher.cache import store as cache_store
 from taid_ray.teacher.cache.files import Entry, total_bytes

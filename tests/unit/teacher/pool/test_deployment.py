@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import ray
 
-from taid_ray.config.schema import TeacherConfig
+from taid_ray.config.models import TeacherConfig
 from taid_ray.teacher.pool import deployment as module
 from taid_ray.teacher.pool.deployment import CALLER_GONE, LEAST_QUEUE, PoolSpec, replica_environment, teacher_app
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from taid_ray.config.schema import TeacherConfig
+from taid_ray.config.models import TeacherConfig
 from taid_ray.errors import TeacherError
 from taid_ray.teacher.pool import lifecycle
 from taid_ray.teacher.pool.deployment import PoolSpec

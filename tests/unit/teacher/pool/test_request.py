@@ -8,7 +8,7 @@ import pytest
 import torch
 from ray.exceptions import ActorDiedError, RaySystemError, RayTaskError
 
-from taid_ray.config.schema import TeacherConfig
+from taid_ray.config.models import TeacherConfig
 from taid_ray.data.batch import Batch
 from taid_ray.distributed.world import World
 from taid_ray.errors import MessageError, TeacherError
