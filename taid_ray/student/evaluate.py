@@ -1,8 +1,8 @@
 """`taid-ray eval`: measures a finished model against its teacher on any data, in one process and without Ray."""
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -12,12 +12,9 @@ from taid_ray.config.fields import EVALUATED, TRAINING_ONLY
 from taid_ray.config.schema import DistillConfig, build_config, known_keys, marks_of
 from taid_ray.data.batch import Batch, collate
 from taid_ray.data.dataset import validation_rows
-from taid_ray.data.documents import open_documents
-from taid_ray.data.encoding import Encoder
-from taid_ray.data.packing import Sample
 from taid_ray.data.shared_ids import check_ids
 from taid_ray.distributed.device import loss_memory_mib, resolve, torch_device
-from taid_ray.errors import ConfigError, DataError, ModelError
+from taid_ray.errors import ConfigError, ModelError
 from taid_ray.losses.chunked import chunk_tokens_for, chunked_scores
 from taid_ray.losses.projection import Projection
 from taid_ray.models.head import Head, hidden_states
@@ -27,12 +24,12 @@ from taid_ray.models.loading import load_causal_lm
 from taid_ray.models.pair import check_models, model_configs, run_tokenizer, shared_vocabulary
 from taid_ray.models.probes import long_probe, not_finite
 from taid_ray.models.self_test import tested_head
-from taid_ray.models.stopping import own_stop_ids
 from taid_ray.run.metrics import perplexity
+from taid_ray.student.rouge import check_rouge_score, conversations, rouge_scores
 from taid_ray.teacher.model import TeacherModel
 from taid_ray.teacher.payload import TeacherOutput
 
-ROUGE_ROWS, ROUGE_NEW_TOKENS = 64, 128
+ROUGE_ROWS = 64
 BATCH_ROWS = 8
 
 
@@ -82,8 +79,11 @@ def _measure(config: DistillConfig, rouge: bool) -> Measurement:
         sums += _score(student, head.rows(vocabulary.num_shared), teacher, batch, device)
     scores: list[float | None] = [None, None]
     if rouge:
-        samples, stop_ids = _conversations(config, tokenizer)
-        scores = [rouge_l(each, tokenizer, samples, device, stop_ids) for each in (student, teacher.model)]
+        samples, stop_ids = conversations(config.data, tokenizer, min(ROUGE_ROWS, config.data.valid_documents))
+        scores = [
+            statistics.fmean(rouge_scores(each, tokenizer, samples, device, stop_ids))
+            for each in (student, teacher.model)
+        ]
     student_ce, teacher_ce, kl, tokens = sums.tolist()
     length = config.data.sequence_length
     return Measurement(student_ce / tokens, teacher_ce / tokens, kl / tokens, int(tokens), length, *scores)
@@ -176,52 +176,4 @@ def check_rouge(config: DistillConfig) -> None:
     """Raises ConfigError if the data have no responses, or the package rouge-score is missing."""
     if config.data.format == "text":
         raise ConfigError("--rouge needs prompts and responses; set format=chat or format=prompt_response (found text)")
-    if find_spec("rouge_score") is None:
-        raise ConfigError("--rouge needs the package rouge-score; run `pip install 'taid-ray[eval]'`")
-
-
-def _conversations(config: DistillConfig, tokenizer: Any) -> tuple[list[Sample], list[int]]:
-    """Reads the conversations to answer, and the ids of the tokens that end their responses."""
-    # Whatever carries loss, it is responses that are generated.
-    data = config.data.model_copy(update={"loss_on": "response"})
-    source = f"data.valid: {data.valid}"
-    size = min(ROUGE_ROWS, data.valid_documents)
-    first_row, columns = next(open_documents(data, "valid").blocks(0, size))
-    encoder = Encoder(data, tokenizer, source)
-    samples = encoder.encode(columns, first_row)
-    if not samples:
-        raise DataError(f"{source}: none of the first {size} rows fits into data.sequence_length; make it larger")
-    return samples, encoder.stop_ids()
-
-
-@torch.no_grad()
-def rouge_l(
-    model: Any, tokenizer: Any, samples: Sequence[Sample], device: torch.device, stop_ids: Sequence[int] = ()
-) -> float:
-    """Mean ROUGE-L F1 of greedy generations against each sample's first response. Needs the package rouge-score.
-
-    stop_ids: tokens at which a generation ends, beside the model's own.
-    """
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    stops = list(dict.fromkeys([*own_stop_ids(model), *stop_ids]))
-    total = 0.0
-    for sample in samples:
-        start = sample.loss_mask.index(True)
-        stop = start + next((i for i, kept in enumerate(sample.loss_mask[start:]) if not kept), len(sample.loss_mask))
-        prompt = torch.tensor([sample.input_ids[:start]], device=device)
-        generated = model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=ROUGE_NEW_TOKENS,
-            do_sample=False,
-            eos_token_id=stops or None,
-            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
-        )
-        texts = [
-            tokenizer.decode(ids, skip_special_tokens=True)
-            for ids in (sample.input_ids[start:stop], generated[0][start:])
-        ]
-        total += scorer.score(*texts)["rougeL"].fmeasure
-    return total / len(samples)
+    check_rouge_score("--rouge")

@@ -11,11 +11,10 @@ import torch
 
 from taid_ray.cli import app as cli
 from taid_ray.config.models import StudentConfig, TeacherConfig
-from taid_ray.data.packing import Sample
 from taid_ray.errors import ConfigError, ModelError
 from taid_ray.models.loading import load_causal_lm, load_tokenizer
 from taid_ray.student import evaluate as measure
-from taid_ray.student.evaluate import evaluate_model, rouge_l
+from taid_ray.student.evaluate import evaluate_model
 from taid_ray.teacher import model as teacher_model
 from tests.support.paths import BUNDLE
 
@@ -112,7 +111,7 @@ def test_rouge_loads_no_model_again(pairs: str, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(teacher_model, "load_causal_lm", load)
     generating = []
-    monkeypatch.setattr(measure, "rouge_l", lambda model, *_: generating.append(model.dtype) or 0.5)
+    monkeypatch.setattr(measure, "rouge_scores", lambda model, *_: generating.append(model.dtype) or [0.5])
     keys = ["teacher.dtype=bfloat16", "data.format=prompt_response", "data.valid_documents=2"]
     assert evaluate_model(STORIES, STORIES, pairs, keys, rouge=True).teacher_rouge_l == 0.5
     assert (teachers, generating) == (["bfloat16"], [torch.float32, torch.bfloat16])
@@ -139,32 +138,6 @@ def test_a_model_whose_hidden_states_are_not_finite_is_named(monkeypatch: pytest
 def test_keys_without_a_use_are_refused(key: str) -> None:
     with pytest.raises(ConfigError, match="makes no use"):
         evaluate_model(STORIES, STORIES, VALID, [key], rouge=False)
-
-
-class Parrot:
-    """Answers every prompt with fixed tokens."""
-
-    def __init__(self, answer: list[int]) -> None:
-        self.answer = answer
-
-    def generate(self, input_ids: Any, **options: Any) -> Any:
-        return torch.cat([input_ids, torch.tensor([self.answer])], 1)
-
-
-def test_rouge_compares_with_the_response() -> None:
-    tokenizer = load_tokenizer(TeacherConfig(model=STORIES))
-    prompt, response, other = (
-        tokenizer(text, add_special_tokens=False)["input_ids"]
-        for text in ("Tom went to the park.", "It was a sunny day.", "It was a day.")
-    )
-    sample = Sample([*prompt, *response], [False] * len(prompt) + [True] * len(response))
-
-    def score(answer: list[int]) -> float:
-        return rouge_l(Parrot(answer), tokenizer, [sample], torch.device("cpu"))
-
-    assert score(response) == 1
-    assert score(prompt) == 0
-    assert score(other) == pytest.approx(2 * 4 / (4 + 5))  # four words in common, of four and of five
 
 
 def test_the_table_of_prompts_and_responses(
