@@ -10,22 +10,16 @@ Traps:
 - Numbers are tested against `tests/golden` (the reference implementation) or a plainly written single-process loop.
 """
 
+from taid_ray.losses.adaptive_kl import adaptive_kl
 from taid_ray.losses.chunked import LossParts, Scores, Target, chunk_tokens_for, chunked_loss, chunked_scores
-from taid_ray.losses.divergences import (
-    Divergence,
-    entropy,
-    forward_kl,
-    js,
-    reverse_kl,
-    sft,
-    skew_forward_kl,
-    skew_reverse_kl,
-    tvd,
-)
+from taid_ray.losses.decoupled import dkd
+from taid_ray.losses.divergences import Divergence, entropy, forward_kl, reverse_kl, sft, tvd
+from taid_ray.losses.learned_temperature import ctkd
+from taid_ray.losses.mixtures import gkd, js, skew_forward_kl, skew_reverse_kl
 from taid_ray.losses.objective import Objective
 from taid_ray.losses.projection import LogitTransform, Projection
 from taid_ray.losses.registry import divergence, log_target
-from taid_ray.losses.taid import taid
+from taid_ray.losses.taid import taid, taid_reverse_kl
 from taid_ray.losses.topk import TopK
 
 __all__ = [
@@ -37,12 +31,16 @@ __all__ = [
     "Scores",
     "Target",
     "TopK",
+    "adaptive_kl",
     "chunk_tokens_for",
     "chunked_loss",
     "chunked_scores",
+    "ctkd",
     "divergence",
+    "dkd",
     "entropy",
     "forward_kl",
+    "gkd",
     "js",
     "log_target",
     "reverse_kl",
@@ -50,5 +48,6 @@ __all__ = [
     "skew_forward_kl",
     "skew_reverse_kl",
     "taid",
+    "taid_reverse_kl",
     "tvd",
 ]

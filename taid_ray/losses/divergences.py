@@ -5,7 +5,9 @@ no mask and no reduction: the caller selects the loss positions, sums and divide
 distribution and q the student's.
 
 Precision: everything after the logits is float32 (float64 for float64 logits), so bfloat16 logits are safe.
-Gradients: to the student only; the teacher's logits are detached.
+Temperature: `temperature` T divides the logits of both sides, and no factor T^2 makes up for it. It is a float above 0 (else
+ValueError), or a 0-dim tensor.
+Gradients: to the student, and to a temperature that is a tensor; the teacher's logits are detached.
 Masked vocabulary: a logit of -inf means probability 0, on either side, and each row needs one finite logit.
 0 * log 0 counts as 0, also where a probability is too small to be represented. Where a KL meets p > 0 with q = 0 it is
 +inf, its true value. No gradient is ever NaN: terms that are infinite contribute no gradient through the probability in
@@ -21,18 +23,26 @@ from torch import Tensor
 Divergence = Callable[[Tensor, Tensor, float | Tensor], Tensor]
 """A loss as a function (student_logits [N, V], teacher_logits [N, V], t) -> [N]; registry.log_target gives -> [N, V]."""
 
-# Stands in for log 0 inside a mixture: exp(-1e4) is exactly 0, and unlike -inf it has a derivative.
-_LOG_ZERO = -1e4
-
 
 def at_least_float32(logits: Tensor) -> Tensor:
     """Returns the logits in float32, or unchanged if they are float64."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def log_probs(logits: Tensor) -> Tensor:
+def tempered(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """Computes logits / temperature in at least float32; -inf stays -inf. Raises ValueError for a float that is not above 0."""
+    logits = at_least_float32(logits)
+    if isinstance(temperature, Tensor):
+        excluded = logits == -math.inf  # divided, they would give the temperature a gradient of 0 * inf
+        return (logits.masked_fill(excluded, 0.0) / temperature).masked_fill(excluded, -math.inf)
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"the temperature must be above 0, found {temperature}")
+    return logits if temperature == 1 else logits / temperature
+
+
+def log_probs(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """Computes the log-softmax over the last dimension in at least float32; -inf stays -inf."""
-    return torch.log_softmax(at_least_float32(logits), dim=-1)
+    return torch.log_softmax(tempered(logits, temperature), dim=-1)
 
 
 def kl_from_log_probs(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -54,46 +64,20 @@ def entropy(logits: Tensor) -> Tensor:
     return entropy_from_log_probs(log_probs(logits))
 
 
-def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """KL(p || q). Its gradient with respect to the student's logits is q - p."""
-    return kl_from_log_probs(log_probs(teacher_logits.detach()), log_probs(student_logits))
+def forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+    """KL(p || q). Its gradient with respect to the student's logits is (q - p) / T."""
+    return kl_from_log_probs(log_probs(teacher_logits.detach(), temperature), log_probs(student_logits, temperature))
 
 
-def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """KL(q || p); +inf where the teacher excludes an id that the student allows."""
-    return kl_from_log_probs(log_probs(student_logits), log_probs(teacher_logits.detach()))
+    return kl_from_log_probs(log_probs(student_logits, temperature), log_probs(teacher_logits.detach(), temperature))
 
 
-def tvd(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+def tvd(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """Total variation distance: half of sum_v |p - q|, within [0, 1]."""
-    return (log_probs(teacher_logits.detach()).exp() - log_probs(student_logits).exp()).abs().sum(dim=-1) / 2
-
-
-def js(student_logits: Tensor, teacher_logits: Tensor, teacher_weight: float = 0.1) -> Tensor:
-    """Generalised Jensen-Shannon divergence (GKD): (1-w) KL(q || m) + w KL(p || m), m = w p + (1-w) q.
-
-    w is teacher_weight; the gradient also flows through m. Always finite, and 0 everywhere at w = 0 and w = 1.
-    """
-    log_p, log_q = log_probs(teacher_logits.detach()), log_probs(student_logits)
-    log_m = _log_mixture(log_p, log_q, teacher_weight)
-    from_student = kl_from_log_probs(log_q, log_m)
-    return (1 - teacher_weight) * from_student + teacher_weight * kl_from_log_probs(log_p, log_m)
-
-
-def skew_forward_kl(student_logits: Tensor, teacher_logits: Tensor, weight: float = 0.1) -> Tensor:
-    """DistiLLM's skew KL: KL(p || w p + (1-w) q), the gradient flowing through the mixture. Finite for w > 0."""
-    if weight == 0:
-        return forward_kl(student_logits, teacher_logits)
-    log_p = log_probs(teacher_logits.detach())
-    return kl_from_log_probs(log_p, _log_mixture(log_p, log_probs(student_logits), weight))
-
-
-def skew_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, weight: float = 0.1) -> Tensor:
-    """DistiLLM's skew reverse KL: KL(q || (1-w) p + w q), otherwise as skew_forward_kl."""
-    if weight == 0:
-        return reverse_kl(student_logits, teacher_logits)
-    log_q = log_probs(student_logits)
-    return kl_from_log_probs(log_q, _log_mixture(log_q, log_probs(teacher_logits.detach()), weight))
+    p, q = log_probs(teacher_logits.detach(), temperature).exp(), log_probs(student_logits, temperature).exp()
+    return (p - q).abs().sum(dim=-1) / 2
 
 
 def sft(student_logits: Tensor, labels: Tensor) -> Tensor:
@@ -102,9 +86,3 @@ def sft(student_logits: Tensor, labels: Tensor) -> Tensor:
     Every label must be an id: NO_LABEL or an id beyond V raises, because a loss position always has a label.
     """
     return -log_probs(student_logits).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-
-
-def _log_mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
-    """Computes log(weight * a + (1 - weight) * b), formed in log space because small probabilities underflow."""
-    log_weight, log_rest = (math.log(w) if w > 0 else -math.inf for w in (weight, 1 - weight))
-    return torch.logaddexp(log_a.clamp(min=_LOG_ZERO) + log_weight, log_b.clamp(min=_LOG_ZERO) + log_rest)

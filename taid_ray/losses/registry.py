@@ -4,16 +4,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from taid_ray.losses.divergences import (
-    Divergence,
-    forward_kl,
-    js,
-    log_probs,
-    reverse_kl,
-    skew_forward_kl,
-    skew_reverse_kl,
-    tvd,
-)
+from taid_ray.losses.divergences import Divergence, forward_kl, log_probs, reverse_kl, tvd
+from taid_ray.losses.mixtures import check_weight, js, skew_forward_kl, skew_reverse_kl
 from taid_ray.losses.taid import log_taid_target, taid
 
 _PLAIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "tvd": tvd}
@@ -31,8 +23,8 @@ def divergence(name: str, weight: float | None = None) -> Divergence:
     Raises ValueError for an unknown name, a weight outside [0, 1], or a weight for a loss that has none.
     """
     _check_name(name)
-    if weight is not None and not 0 <= weight <= 1:
-        raise ValueError(f"the mixing weight must lie within [0, 1], found {weight}")
+    if weight is not None:
+        check_weight(weight)
     if name in _WEIGHTED:
         weighted, weights = _WEIGHTED[name], () if weight is None else (weight,)
         return lambda student_logits, teacher_logits, t: weighted(student_logits, teacher_logits, *weights)

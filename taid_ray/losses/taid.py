@@ -19,23 +19,41 @@ from taid_ray.losses.divergences import at_least_float32, kl_from_log_probs, log
 _FLOOR, EXCLUDED = -1e38, -1e20
 
 
-def taid(student_logits: Tensor, teacher_logits: Tensor, t: float | Tensor) -> Tensor:
+def taid(
+    student_logits: Tensor, teacher_logits: Tensor, t: float | Tensor, temperature: float | Tensor = 1.0
+) -> Tensor:
     """Computes KL(p_t || q) [N] of student_logits [N, V] and teacher_logits [N, V]; see divergences for precision and -inf.
 
     t within [0, 1] is a float, else ValueError, or a 0-dim tensor, whose value the host never looks at.
     """
-    return kl_from_log_probs(log_taid_target(student_logits, teacher_logits, t), log_probs(student_logits))
+    return kl_from_log_probs(
+        log_taid_target(student_logits, teacher_logits, t, temperature), log_probs(student_logits, temperature)
+    )
+
+
+def taid_reverse_kl(
+    student_logits: Tensor, teacher_logits: Tensor, t: float | Tensor, temperature: float | Tensor = 1.0
+) -> Tensor:
+    """Computes KL(q || p_t) [N], TAID's other direction; arguments as in `taid`.
+
+    Nobody publishes it: the reverse KL of TAID's code was not given p_t. Its gradient is exactly t times that of KL(q || p).
+    """
+    return kl_from_log_probs(
+        log_probs(student_logits, temperature), log_taid_target(student_logits, teacher_logits, t, temperature)
+    )
 
 
 @torch.no_grad()
-def log_taid_target(student_logits: Tensor, teacher_logits: Tensor, t: float | Tensor) -> Tensor:
+def log_taid_target(
+    student_logits: Tensor, teacher_logits: Tensor, t: float | Tensor, temperature: float | Tensor = 1.0
+) -> Tensor:
     """Computes log p_t [N, V], without gradient. Arguments as in `taid`."""
     student_logits, teacher_logits = at_least_float32(student_logits), at_least_float32(teacher_logits)
     mixed = mix(student_logits, teacher_logits, _as_tensor(t, student_logits))
     mixed.masked_fill_(mixed < EXCLUDED, -math.inf)
     # No shared id: any target will do, since the student excludes some id and the KL comes out as +inf.
     mixed.masked_fill_(mixed.amax(dim=-1, keepdim=True) == -math.inf, 0.0)
-    return log_probs(mixed)
+    return log_probs(mixed, temperature)
 
 
 def mix(student_logits: Tensor, teacher_logits: Tensor, t: Tensor) -> Tensor:
