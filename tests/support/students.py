@@ -1,8 +1,14 @@
 """Configurations of small students of the bundled teacher, for tests in one process."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from taid_ray.config.models import TeacherConfig
 from taid_ray.config.schema import DistillConfig, build_config
+from taid_ray.models.loading import load_causal_lm
 from tests.support.paths import BUNDLE
 
 TIED: dict[str, Any] = {"init": "cut", "layers": [0, 4]}
@@ -32,3 +38,16 @@ def config_for(student: dict[str, Any], **train: Any) -> DistillConfig:
             | train,
         }
     )
+
+
+def noisy_teacher(path: Path) -> Path:
+    """Saves the bundled model with noise on its weights."""
+    stories = str(BUNDLE / "stories260k")
+    shutil.copytree(stories, path)
+    model = load_causal_lm(TeacherConfig(model=stories))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.02 * torch.randn(weight.shape, generator=generator)
+    model.save_pretrained(path)
+    return path

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import sys
 from typing import Any
 
@@ -17,6 +16,7 @@ from taid_ray.student import evaluate as measure
 from taid_ray.student.evaluate import evaluate_model
 from taid_ray.teacher import model as teacher_model
 from tests.support.paths import BUNDLE
+from tests.support.students import noisy_teacher
 
 STORIES, VALID = str(BUNDLE / "stories260k"), str(BUNDLE / "tinystories_valid.jsonl")
 DOCUMENTS = 6
@@ -24,16 +24,7 @@ DOCUMENTS = 6
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The bundled model with noise on its weights."""
-    path = tmp_path_factory.mktemp("other") / "model"
-    shutil.copytree(STORIES, path)
-    model = load_causal_lm(TeacherConfig(model=STORIES))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight += 0.02 * torch.randn(weight.shape, generator=generator)
-    model.save_pretrained(path)
-    return str(path)
+    return str(noisy_teacher(tmp_path_factory.mktemp("other") / "model"))
 
 
 @pytest.fixture(scope="module")
