@@ -23,6 +23,7 @@ from taid_ray.cli import data as data_commands
 from taid_ray.cli.control import JobEnd, scale, status, stop, submit
 from taid_ray.cli.plan import plan
 from taid_ray.cli.report import report
+from taid_ray.cli.simulate import simulate_command
 from taid_ray.config.schema import DistillConfig, load_config
 from taid_ray.driver.signals import ATTEMPT_THREAD
 from taid_ray.errors import TaidRayError, WorkerError
@@ -52,6 +53,7 @@ app = typer.Typer(
 )
 app.command()(plan)
 app.command()(report)
+app.command("simulate")(simulate_command)
 for command in (submit, status, scale, stop):
     app.command()(command)
 app.add_typer(cache_commands.app, name="cache")

@@ -34,17 +34,19 @@ class LossConfig(Section):
 class ScheduleConfig(Section):
     """Course of TAID's interpolation t during a run, between the student (0) and the teacher (1)."""
 
-    mode: Literal["adaptive", "normalised", "linear", "constant"] = "adaptive"
+    mode: Literal["adaptive", "normalised", "exponential", "linear", "constant"] = "adaptive"
     """`adaptive`: the paper's rule, which moves t faster while the loss falls. `normalised`: the same rule with the fall of the
-    loss divided by its usual size, so that fast and slow learning really differ. `linear`: from t_start towards t_end.
-    `constant`: t stays at t_start."""
+    loss divided by its usual size, so that fast and slow learning really differ. `exponential`: the curve that the paper's
+    rule takes while the loss stands still, whatever the loss does. `linear`: from t_start towards t_end. `constant`: t stays at
+    t_start."""
     t_start: Unit = 0.4
     """Value of t at the first step. The paper uses 0.4 for Phi-3, and 0.2 for its other pairs."""
     t_end: Unit = 1.0
     """Value that t moves to; 1 is the teacher itself. As in the published code the last step uses the value of two steps
     before, so that a linear schedule ends just below it."""
     alpha: Unit = 5e-4
-    """Step size of the adaptive rule. What matters is alpha times the number of steps, so a short run needs a larger one."""
+    """Step size of the adaptive rule and of `exponential`. What matters is alpha times the number of steps, so
+    a short run needs a larger one."""
     beta: Unit = 0.99
     """Momentum of the adaptive rule: how slowly its average of the loss's fall changes."""
     gain: Positive = 10.0

@@ -48,14 +48,16 @@ def lost_documents(config: DistillConfig, which: str, dropped: int, truncated: i
 
 
 def schedule_notes(config: DistillConfig, total_steps: int) -> list[str]:
-    """Names a schedule whose adaptive part does nothing."""
+    """Names a schedule whose alpha does nothing."""
     schedule, t_start, t_end = config.schedule, config.schedule.t_start, config.schedule.t_end
-    adaptive = config.loss.name == "taid" and schedule.mode in ("adaptive", "normalised") and t_start < t_end
+    has_alpha = config.loss.name == "taid" and schedule.mode in ("adaptive", "normalised", "exponential")
     gain = schedule.gain if schedule.mode == "normalised" else 0.0
-    if not adaptive or not adaptive_is_linear(t_start, t_end, schedule.alpha, total_steps, gain):
+    if not has_alpha or t_start == t_end or not adaptive_is_linear(t_start, t_end, schedule.alpha, total_steps, gain):
         return []
     enough = (t_end - t_start) / ((1 - t_start) * total_steps * sigmoid(gain))
+    # An exponential t moves one step earlier than the floor does.
+    place = "within a step of" if schedule.mode == "exponential" else "on"
     return [
-        f"with schedule.alpha {schedule.alpha:g} and {total_steps} steps, {schedule.mode} t stays on its linear floor; "
+        f"with schedule.alpha {schedule.alpha:g} and {total_steps} steps, {schedule.mode} t stays {place} its linear floor; "
         f"from about {enough:.2g} on it can leave it"
     ]

@@ -76,8 +76,10 @@ def write_model_card(run_dir: Path, config: DistillConfig, summary: dict[str, An
         shown_schedule = (
             f"{schedule.mode}, t {schedule.t_start} to {schedule.t_end} ({summary['t']:.3f} in the last step)"
         )
+        if schedule.mode not in ("linear", "constant"):
+            shown_schedule += f", alpha {schedule.alpha}"
         if schedule.mode in ("adaptive", "normalised"):
-            shown_schedule += f", alpha {schedule.alpha}, beta {schedule.beta}, signal {schedule.signal}"
+            shown_schedule += f", beta {schedule.beta}, signal {schedule.signal}"
         if schedule.mode == "normalised":
             shown_schedule += f", gain {schedule.gain:g}"
     trained = "all"

@@ -35,6 +35,13 @@ def _schedule(history: History) -> list[str]:
     if schedule.mode == "linear":
         line = f"t follows the line from {schedule.t_start:g} to {schedule.t_end:g}"
         return [f"schedule.mode is linear: {line}, whatever the loss does.", _end_of_t(history)]
+    if schedule.mode == "exponential":
+        curve = f"t follows its curve from {schedule.t_start:g} with alpha {schedule.alpha:g}"
+        return [
+            f"schedule.mode is exponential: {curve}, whatever the loss does.",
+            *_floor_share(history),
+            _end_of_t(history),
+        ]
     return [*_inactive(history), *_floor_share(history), *_sigmoid(history), _end_of_t(history)]
 
 
@@ -60,7 +67,7 @@ def _inactive(history: History) -> list[str]:
 
 
 def _floor_share(history: History) -> list[str]:
-    """Counts the steps whose t the linear floor decided, and those that the adaptive rule decided, until t was t_end."""
+    """Counts the steps whose t the linear floor decided, and those that the schedule's own rule decided, until t was t_end."""
     reached = _reached(history)
     decided = history["floor_active"][EARLY:reached] > 0
     if not len(decided):
@@ -68,9 +75,10 @@ def _floor_share(history: History) -> list[str]:
     of = f"of {_steps(len(decided))}{' until t was t_end' if reached else ''}"
     if decided.all():
         return [f"The linear floor decided t in all {of}: it was a straight line."]
+    rule = "the exponential curve" if history.config.schedule.mode == "exponential" else "the adaptive rule"
     found = f"The linear floor decided t in {decided.sum():,} {of} ({decided.mean():.1%})"
     last = int(np.flatnonzero(~decided)[-1]) + EARLY + 1
-    found += f", the adaptive rule in the others, the last time in step {last:,}."
+    found += f", {rule} in the others, the last time in step {last:,}."
     floor = history.floor()
     if floor is None:
         return [found]

@@ -136,9 +136,8 @@ def _loss_name(history: History) -> str:
     name: str = loss.name
     if name == "taid":
         name += f", schedule {schedule.mode}, t {schedule.t_start:g} to {schedule.t_end:g}"
-        name += (
-            f", alpha {schedule.alpha:g}, beta {schedule.beta:g}" if schedule.mode in ("adaptive", "normalised") else ""
-        )
+        name += f", alpha {schedule.alpha:g}" if schedule.mode not in ("linear", "constant") else ""
+        name += f", beta {schedule.beta:g}" if schedule.mode in ("adaptive", "normalised") else ""
     return f"{name}; {loss.sft_weight:g} of it cross-entropy on the labels" if loss.sft_weight else name
 
 

@@ -128,7 +128,7 @@ def _inactive_adaption(search: Search) -> list[str]:
         if trial.config is None or trial.total_steps is None or trial.config.loss.name != "taid":
             continue
         schedule = trial.config.schedule
-        if schedule.mode in ("linear", "constant"):
+        if schedule.mode not in ("adaptive", "normalised"):
             continue
         adaptive += 1
         gain = schedule.gain if schedule.mode == "normalised" else 0.0

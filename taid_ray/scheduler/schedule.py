@@ -51,11 +51,13 @@ class TAIDSchedule:
         floor = t_start + (t_end - t_start) * n / total_steps
         t     = min(t_end, max(floor, t + alpha * sigmoid(m) * (1 - t)))        mode adaptive
         t     = min(t_end, max(floor, t + alpha * sigmoid(gain * u) * (1 - t))) mode normalised
+        t     = min(t_end, max(floor, 1 - (1 - t_start) (1 - alpha/2)^(n + 1))) mode exponential
         t     = min(t_end, floor)                                               mode linear
         t     = t_start                                                         mode constant
 
     u is Adam's quotient: both averages divided by 1 - beta^n, which makes up for their start at 0. It lies within
-    [-1, 1] (Cauchy-Schwarz) and does not depend on the scale of the loss.
+    [-1, 1] (Cauchy-Schwarz) and does not depend on the scale of the loss. Mode exponential is the adaptive rule with 1/2
+    in place of the sigmoid; it needs no loss, so t moves after the first one already.
     """
 
     def __init__(self, config: ScheduleConfig, total_steps: int) -> None:
@@ -76,7 +78,8 @@ class TAIDSchedule:
         if not math.isfinite(loss):
             raise NonFiniteLossError(f"the loss of optimizer step {old.step + 1} is {loss}; t stays {old.t}")
         if old.prev_loss is None:
-            self._state = old._replace(prev_loss=loss, step=old.step + 1)
+            t, floor_active = self._next_t(old, 0.0, 0.0) if config.mode == "exponential" else (old.t, False)
+            self._state = old._replace(t=t, prev_loss=loss, step=old.step + 1, floor_active=floor_active)
             return self._state
         fall = _relative_fall(old.prev_loss, loss)
         momentum = config.beta * old.momentum + (1 - config.beta) * fall
@@ -93,9 +96,10 @@ class TAIDSchedule:
         floor = config.t_start + (config.t_end - config.t_start) * old.step / self._total_steps
         if config.mode == "linear":
             return min(config.t_end, floor), True
+        if config.mode == "exponential":
+            return above_floor(exponential(config.t_start, config.alpha / 2, old.step + 1), floor, config.t_end)
         x = momentum if config.mode == "adaptive" else config.gain * self._normalised(momentum, variance, old.step)
-        adaptive = old.t + config.alpha * sigmoid(x) * (1 - old.t)
-        return min(config.t_end, max(floor, adaptive)), floor > adaptive
+        return above_floor(approach(old.t, config.alpha * sigmoid(x)), floor, config.t_end)
 
     def _normalised(self, momentum: float, variance: float, falls: int) -> float:
         """The quotient u after `falls` relative falls."""
@@ -105,6 +109,21 @@ class TAIDSchedule:
     def resume(self, state: ScheduleState) -> None:
         """Continues from `state`, which a schedule of the same settings was in."""
         self._state = state
+
+
+def approach(t: float, rate: float) -> float:
+    """t, moved by the share `rate` of its distance from 1."""
+    return t + rate * (1 - t)
+
+
+def exponential(t_start: float, rate: float, updates: int) -> float:
+    """`approach` repeated from t_start on, in closed form: 1 - (1 - t_start) (1 - rate)^updates."""
+    return 1 - (1 - t_start) * (1 - rate) ** updates
+
+
+def above_floor(t: float, floor: float, t_end: float) -> tuple[float, bool]:
+    """t, raised to the linear floor and capped at t_end, and whether the floor decided."""
+    return min(t_end, max(floor, t)), floor > t
 
 
 def adaptive_is_linear(t_start: float, t_end: float, alpha: float, total_steps: int, gain: float = 0.0) -> bool:

@@ -30,6 +30,19 @@ def test_a_short_run_at_the_published_alpha_is_named(mode: str) -> None:
     assert "alpha 0.0005" in note and "250 steps" in note and f"{mode} t stays on its linear floor" in note
 
 
+def test_a_short_exponential_run_is_named() -> None:
+    (note,) = said(mode="exponential")
+    assert "exponential t stays within a step of its linear floor" in note and not said(mode="exponential", alpha=0.02)
+
+
+@pytest.mark.parametrize("alpha", [0.001, 0.0039])
+def test_a_short_exponential_run_stays_within_a_step_of_its_floor(alpha: float) -> None:
+    assert said(mode="exponential", alpha=alpha)
+    schedule = TAIDSchedule(ScheduleConfig(alpha=alpha, mode="exponential"), 250)
+    lead = [schedule.update(3.0).t - (0.4 + 0.6 * n / 250) for n in range(250)]
+    assert max(lead) <= 0.6 / 250 + 1e-12
+
+
 def test_normalised_moves_where_adaptive_does_not_yet() -> None:
     """alpha N = 1.5: half of it is too little, all of it is not."""
     assert said(mode="adaptive", alpha=0.006)

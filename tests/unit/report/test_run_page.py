@@ -55,7 +55,7 @@ def test_history_of_a_finished_run(tmp_path: Path) -> None:
     assert len(history.validations) == 5 and len(history.attempts) == 2
 
 
-@pytest.mark.parametrize("mode", ["linear", "adaptive", "normalised"])
+@pytest.mark.parametrize("mode", ["linear", "adaptive", "normalised", "exponential"])
 def test_the_floor_is_that_of_the_schedule(mode: str, tmp_path: Path) -> None:
     history = made(tmp_path, schedule={"mode": mode, "t_start": 0.3, "t_end": 0.9, "alpha": 0.02})
     floor, t, on_it = history.floor(), history["t"], history["floor_active"] > 0

@@ -13,10 +13,11 @@ from taid_ray.config.training import TrainConfig
 from taid_ray.errors import NonFiniteLossError
 from taid_ray.scheduler.schedule import ScheduleState, TAIDSchedule, adaptive_is_linear, sigmoid
 from taid_ray.student.learning_rate import learning_rate
-from tests.support.paths import GOLDEN_FILE
+from tests.support.paths import CURVES_FILE, GOLDEN_FILE
 
+CURVES = json.loads(CURVES_FILE.read_text())["curves"]
 GOLDEN = json.loads(GOLDEN_FILE.read_text())["schedule"]
-Mode = Literal["adaptive", "normalised", "linear", "constant"]
+Mode = Literal["adaptive", "normalised", "exponential", "linear", "constant"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 
@@ -69,6 +70,35 @@ def test_linear_is_clamped_after_the_last_step_and_keeps_the_momentum() -> None:
 def test_constant_keeps_t_start() -> None:
     schedule = make("constant")
     assert {schedule.update(3.0 - n / 10).t for n in range(20)} == {0.4}
+
+
+# Mode exponential
+
+
+@pytest.mark.parametrize("curve", CURVES, ids=lambda curve: f"{curve['alpha']}-{curve['sigma']}")
+def test_exponential_is_the_seeds_curve_whatever_the_loss(curve: dict[str, Any]) -> None:
+    """Its rate is alpha / 2, so alpha sigma needs an alpha of twice that."""
+    steps, numbers = curve["total_steps"], random.Random(0)
+    schedule = make("exponential", steps, t_start=0.0, alpha=2 * curve["alpha"] * curve["sigma"])
+    states = [schedule.update(numbers.uniform(1.0, 5.0)) for _ in range(steps)]
+    assert [states[step].t for step in curve["step"]] == pytest.approx(curve["t"], abs=1e-9)
+    on_floor = [step for step, state in enumerate(states) if state.floor_active]
+    assert (on_floor[0] if on_floor else None) == curve["first_step_on_the_floor"]
+    assert on_floor == list(range(on_floor[0], steps) if on_floor else [])
+
+
+def test_exponential_is_adaptive_where_the_loss_stands_still_one_step_ahead() -> None:
+    ahead, behind = make("exponential", 10**9, alpha=0.02), make("adaptive", 10**9, alpha=0.02)
+    behind.update(2.0)
+    for _ in range(50):
+        assert ahead.update(2.0).t == pytest.approx(behind.update(2.0).t, abs=1e-12)
+
+
+def test_exponential_ends_at_t_end_and_keeps_the_momentum() -> None:
+    schedule = make("exponential", t_end=0.6, alpha=0.5, beta=0.5)
+    states = [schedule.update(loss) for loss in (4.0, 3.0, 3.0)]
+    assert [s.t for s in states] == pytest.approx([0.55, 0.6, 0.6])
+    assert states[1].momentum == pytest.approx(0.125)
 
 
 # Mode normalised
