@@ -20,6 +20,8 @@ from taid_ray.config.text import explain, read_tree
 from taid_ray.errors import ConfigError
 
 ALPHA_STEPS = "schedule.alpha_steps"
+VARIANT = "variant"
+"""Key of a space that chooses among `Space.variants`."""
 MAX_GRID = 500
 """Largest number of trials of a grid: the files of a search are written anew for each of them."""
 DRAWS = 64
@@ -47,6 +49,9 @@ class Space(Section):
     """With `asha`: one of this many trials goes on at every rung."""
     space: Annotated[dict[str, Distribution], Field(min_length=1)]
     """Dotted configuration keys, each with the distribution of its values."""
+    variants: dict[str, Annotated[dict[str, Any], Field(min_length=1)]] = {}
+    """Groups of values that go together: a name, and the dotted keys with their values. The key `variant` under `space` chooses
+    among the names, as in `variant: {choice: [linear, adaptive]}`."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Space":
@@ -65,7 +70,27 @@ class Space(Section):
             raise ValueError(
                 f"search: grid has {self.num_trials:,} combinations, more than {MAX_GRID:,}; use search: random"
             )
+        self._variants_fit()
         return self
+
+    def _variants_fit(self) -> None:
+        """Raises ValueError unless the key `variant` chooses among variants that there are, of keys not searched besides."""
+        chosen = self.space.get(VARIANT)
+        names = chosen.arguments if chosen else []
+        if set(map(str, names)) != self.variants.keys():
+            raise ValueError(
+                f"variants: space.{VARIANT} must be a choice of exactly the names there (found {names} for "
+                f"{[*self.variants]})"
+            )
+        for name, values in self.variants.items():
+            if both := [key for key in values if key in self.space]:
+                raise ValueError(f"variants.{name}: {both[0]} is also under space; leave it out in one of them")
+
+    @property
+    def keys(self) -> list[str]:
+        """Dotted configuration keys that trials may differ in: searched ones, and those of the variants."""
+        varied = [key for values in self.variants.values() for key in values]
+        return list(dict.fromkeys([*(key for key in self.space if key != VARIANT), *varied]))
 
     @property
     def num_trials(self) -> int:
@@ -84,7 +109,7 @@ class Space(Section):
         self._check_lengths(base)
         for params in self._candidates():
             try:
-                self._check_length(trial_config(tree, params, total_steps), total_steps)
+                self._check_length(trial_config(tree, params, total_steps, self.variants), total_steps)
             except ConfigError as error:
                 values = ", ".join(f"{key} = {value!r}" for key, value in params.items())
                 raise ConfigError(f"{error}\nThis comes from the search space, which allows {values}.") from None
@@ -109,20 +134,20 @@ class Space(Section):
         # A range such as student.workers is a section too, but one that a number stands for.
         known = [key for key in known_keys() if not key.endswith((".min", ".max"))]
         sections = {key[:dot] for key in known for dot in range(len(key)) if key[dot] == "."}
-        for key in self.space:
+        for key in self.keys:
             for mark in marks_of(key):
                 if isinstance(mark, SharedByTrials):
                     raise ConfigError(
                         f"space.{key}: cannot be searched, because {mark.meaning}; set it in the configuration"
                     )
-            if key in sections:
+            if key in sections and key in self.space:
                 raise ConfigError(f"space.{key}: is a whole section; name one of its keys, for example {_below(key)}")
 
     def _check_lengths(self, base: DistillConfig) -> None:
         """Refuses keys that change the number of steps where trials are compared by steps, or alpha is divided by them."""
         rows_change = base.train.epochs is not None  # so that steps do
         changing = {SETS_STEPS, SETS_ROWS} if rows_change else {SETS_STEPS}
-        lengths = [key for key in self.space if changing.intersection(marks_of(key))]
+        lengths = [key for key in self.keys if changing.intersection(marks_of(key))]
         if lengths and self.scheduler != "fifo":
             # ASHA would end a longer trial at the base's last step, and call it worse than others.
             raise ConfigError(
@@ -134,9 +159,9 @@ class Space(Section):
                     else ", or set train.steps instead of train.epochs in the configuration"
                 )
             )
-        if ALPHA_STEPS not in self.space:
+        if ALPHA_STEPS not in self.keys:
             return
-        if "schedule.alpha" in self.space:
+        if "schedule.alpha" in self.keys:
             raise ConfigError(f"space: schedule.alpha and {ALPHA_STEPS} set the same value; remove one")
         if lengths and base.train.steps is None and "train.steps" not in self.space:
             raise ConfigError(
@@ -162,13 +187,20 @@ def load_space(path: str | Path, values: Mapping[str, Any] | None = None) -> Spa
         raise ConfigError("\n".join(lines)) from None
 
 
-def trial_config(tree: Mapping[str, Any], params: Mapping[str, Any], total_steps: int | None) -> DistillConfig:
-    """Makes the configuration of one trial: the base tree with params (dotted keys) set.
+def trial_config(
+    tree: Mapping[str, Any],
+    params: Mapping[str, Any],
+    total_steps: int | None,
+    variants: Mapping[str, Mapping[str, Any]] | None = None,
+) -> DistillConfig:
+    """Makes the configuration of one trial: the base tree with params (dotted keys) set, and the values of its variant.
 
     schedule.alpha_steps becomes schedule.alpha by the trial's own train.steps or, where it has epochs, by total_steps.
     Raises ConfigError.
     """
     values = dict(params)
+    if (name := values.pop(VARIANT, None)) is not None:
+        values = {**(variants or {})[name], **values}
     product = values.pop(ALPHA_STEPS, None)
     config = build_config(tree, values=values)
     if product is None:

@@ -68,7 +68,10 @@ def search_directory(config: DistillConfig, space: Space) -> Iterator[tuple[Tria
 def _check_same(before: dict[str, Any], config: DistillConfig, space: Space, book: TrialBook) -> None:
     """Raises ConfigError if the directory's search was begun with something else."""
     changed = changed_keys(stored_config(before["config"]), config)
-    now, old = space.model_dump(mode="json"), before["space"]
+    now, old = (
+        space.model_dump(mode="json"),
+        {"variants": {}, **before["space"]},
+    )  # searches of before there were variants
     changed += [
         f"{key} (was {old.get(key)}, now {now[key]})" for key in now if key != "trials" and now[key] != old.get(key)
     ]

@@ -85,7 +85,7 @@ def run_search(
         spec = prepare(config)
         if spec.total_steps:  # else the data must be prepared before
             space.check(config.model_dump(mode="json"), spec.total_steps)
-        say_notes(config, spec, view.say, not any(key.startswith("schedule.") for key in space.space))
+        say_notes(config, spec, view.say, not any(key.startswith("schedule.") for key in space.keys))
         with (
             search_directory(config, space) as (book, name),
             run_logging(config.run_dir, name, view),
@@ -132,7 +132,7 @@ class SearchDriver:
     @property
     def own_teachers(self) -> bool:
         """True if trials differ in their teachers, so that each has its own."""
-        return any(key.startswith("teacher.") for key in self.space.space)
+        return any(key.startswith("teacher.") for key in self.space.keys)
 
     @property
     def pool(self) -> str | None:
@@ -188,6 +188,7 @@ class SearchDriver:
                 data_spec(config),
                 data,
                 stopped,
+                self.space.variants,
             )
             self._tune(job, concurrent, stop)
             if stop.requested:

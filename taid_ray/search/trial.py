@@ -47,6 +47,8 @@ class SearchJob:
     """Training data of the base configuration; None with `data.order: blocks`."""
     stopped: frozenset[str]
     """Trials that the scheduler stopped while an earlier driver ran."""
+    variants: dict[str, dict[str, Any]]
+    """Values by the name of a variant, see `Space`."""
 
 
 def pool_spec(config: DistillConfig, spec: RunSpec) -> Any:
@@ -89,7 +91,7 @@ def run_trial(params: dict[str, Any], job: SearchJob) -> None:
 
 def distil_trial(tree: dict[str, Any], params: dict[str, Any], job: SearchJob) -> None:
     """Runs a trial to its end, or until the search is asked to stop."""
-    config = trial_config(tree, params, job.total_steps)
+    config = trial_config(tree, params, job.total_steps, job.variants)
     finished_before = inspect_run_dir(config) == "finished"
 
     def shared(own: DistillConfig, spec: RunSpec) -> str | None:

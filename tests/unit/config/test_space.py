@@ -354,3 +354,40 @@ def test_all_distributions_are_ray_tunes() -> None:
         drawn = [getattr(tune, kind)(*distribution.arguments).sample() for _ in range(200)]
         assert all(lower - 1e-9 <= value <= upper + 1e-9 for value in drawn)
         assert math.isclose(min(drawn), lower) or "int" not in kind
+
+
+# Variants
+
+TWO = {"slow": {"schedule.mode": "linear", "loss": {"name": "taid"}}, "fast": {"schedule.alpha_steps": 5}}
+
+
+def test_a_variant_sets_its_values_together_and_counts_as_one_choice() -> None:
+    found = space(
+        {"variant": {"choice": ["slow", "fast"]}, "train.seed": {"choice": [0, 1]}}, search="grid", variants=TWO
+    )
+    found.check(base(), STEPS)
+    assert found.num_trials == 4 and set(found.keys) == {"train.seed", *TWO["slow"], *TWO["fast"]}
+    slow, fast = (
+        trial_config(base(), {"variant": name, "train.seed": 7}, STEPS, found.variants) for name in ("slow", "fast")
+    )
+    assert (slow.schedule.mode, slow.train.seed) == ("linear", 7)
+    assert fast.schedule.alpha == 5 / STEPS and fast.schedule.mode == "adaptive"
+
+
+@pytest.mark.parametrize(
+    ("keys", "variants", "said"),
+    [
+        ({"variant": {"choice": ["slow", "quick"]}}, TWO, "exactly the names there"),
+        ({"variant": {"choice": ["slow"]}}, TWO, "exactly the names there"),
+        ({"train.seed": {"choice": [1]}}, TWO, "exactly the names there"),
+        ({"variant": {"choice": ["slow"]}}, {}, "exactly the names there"),
+        ({"variant": {"uniform": [0, 1]}}, {}, "exactly the names there"),
+        ({"variant": {"choice": ["a"]}, "train.seed": {"choice": [1]}}, {"a": {"train.seed": 2}}, "also under space"),
+        ({"variant": {"choice": ["a"]}}, {"a": {"name": "x"}}, "cannot be searched"),
+        ({"variant": {"choice": ["a"]}}, {"a": {"schedule.mod": "linear"}}, "Did you mean schedule.mode"),
+    ],
+)
+def test_variants_that_do_not_fit_are_refused(
+    keys: dict[str, Any], variants: dict[str, Any], said: str, space_file: Path
+) -> None:
+    assert said in refusal(space_file, yaml.safe_dump({"space": keys, "variants": variants}))

@@ -45,7 +45,7 @@ def test_ray_tune_can_pickle_what_it_is_given(tmp_path: Path) -> None:
     """A thread, a lock or the terminal in it would end the search at its first trial."""
     search = searching(tmp_path)
     watcher = Watcher(search.book, StopRequest(), search.view)
-    tuner = search._tuner(SearchJob(tmp_path, {}, 10, None, None, None, None, frozenset()), 1, watcher)
+    tuner = search._tuner(SearchJob(tmp_path, {}, 10, None, None, None, None, frozenset(), {}), 1, watcher)
     name = tuner._local_tuner._tune_config.trial_name_creator
     copy = pickle.loads(cloudpickle.dumps(name))
     assert copy(SimpleNamespace(config={"schedule.beta": 0.5})) == "0001"
