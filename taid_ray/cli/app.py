@@ -20,6 +20,7 @@ from rich.console import Console
 
 from taid_ray.cli import cache as cache_commands
 from taid_ray.cli import data as data_commands
+from taid_ray.cli import demo as demo_commands
 from taid_ray.cli.control import JobEnd, scale, status, stop, submit
 from taid_ray.cli.plan import plan
 from taid_ray.cli.report import report
@@ -58,6 +59,7 @@ for command in (submit, status, scale, stop):
     app.command()(command)
 app.add_typer(cache_commands.app, name="cache")
 app.add_typer(data_commands.app, name="data")
+app.add_typer(demo_commands.app, name="demo")
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Dotted key=value pairs, for example schedule.t_start=0.3.")
 ]

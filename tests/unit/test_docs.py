@@ -41,7 +41,7 @@ def test_everything_that_is_named_exists(document: Path) -> None:
 def test_every_option_and_every_key_that_is_named_exists(document: Path) -> None:
     text = re.sub(r"\\\n\s*", "", document.read_text(encoding="utf-8"))
     commands = {name: options_of(command) for name, command in get_command(app).commands.items()}
-    for group in ("cache", "data"):
+    for group in ("cache", "data", "demo"):
         commands[group] |= {
             o for command in get_command(app).commands[group].commands.values() for o in options_of(command)
         }

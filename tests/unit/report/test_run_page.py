@@ -255,6 +255,11 @@ def test_notes_on_other_schedules_and_losses(tmp_path: Path) -> None:
     assert "The linear floor decided t in 0 of 2 steps until t was t_end (0.0%)" in fast
     linear = said(tmp_path / "b", schedule={"mode": "linear"})
     assert "schedule.mode is linear: t follows the line from 0.4 to 1" in linear
+    curve = made(tmp_path / "e", schedule={"mode": "exponential", "alpha": 0.1})
+    text = "\n".join(run_notes(curve))
+    assert "schedule.mode is exponential: t follows its curve from 0.4 with alpha 0.1, whatever the loss does." in text
+    assert "The linear floor decided t in" in text and "the exponential curve in the others" in text
+    assert dict(key_figures(curve))["loss"] == "taid, schedule exponential, t 0.4 to 1, alpha 0.1"
     assert "constant: t stays 0.4" in said(tmp_path / "c", schedule={"mode": "constant"})
     other = made(tmp_path / "d", loss={"name": "reverse_kl"})
     assert "The loss is reverse_kl" in run_notes(other)[0] and "floor" not in "\n".join(run_notes(other))
