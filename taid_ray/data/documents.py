@@ -12,6 +12,7 @@ from taid_ray.data.reading.complaints import empty, explained, no_column
 from taid_ray.data.reading.files import is_local, select_files
 from taid_ray.data.reading.hub import HubDocuments, load_from_hub
 from taid_ray.data.reading.kinds import DataFile, digest_of
+from taid_ray.data.reading.retried import size_of
 from taid_ray.data.reading.rows import Row, columns_found, read_rows
 from taid_ray.data.reading.splits import Choice, counted, listed
 from taid_ray.errors import DataError
@@ -101,7 +102,7 @@ class FileDocuments:
     def outline(self) -> dict[str, Any]:
         """Returns `files`: name, kind and bytes of each."""
         with explained(self._source, UNREADABLE):
-            sizes = [file.path.stat().st_size for file in self.files]
+            sizes = [size_of(file.path) for file in self.files]
         found = zip(self.files, sizes, strict=True)
         return {"files": [{"name": file.name, "kind": file.kind, "bytes": size} for file, size in found]}
 

@@ -6,6 +6,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from taid_ray.data.reading.retried import open_retried
+from taid_ray.storage import LASTING_ERRORS, persistently
+
 BATCH_ROWS = 1024
 FILE_MARK = b"ARROW1\0\0"
 """Begins an Arrow file with a footer; what follows is as in a stream."""
@@ -15,7 +18,7 @@ def read_parquet(path: Path, names: Sequence[str], skip: int) -> Iterator[dict[s
     """Yields the rows of a parquet file. See `rows.read_rows`. Whole row groups are passed over unread."""
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as file:
+    with open_retried(path) as source, pq.ParquetFile(source) as file:
         columns = _present(file.schema_arrow.names, names)
         groups = list(range(file.metadata.num_row_groups))
         while groups and skip and file.metadata.row_group(groups[0]).num_rows <= skip:
@@ -31,7 +34,7 @@ def read_row_groups(path: Path, names: Sequence[str], groups: Sequence[int]) -> 
     """Yields the rows of some row groups of a parquet file, as `read_parquet` does."""
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as file:
+    with open_retried(path) as source, pq.ParquetFile(source) as file:
         columns = _present(file.schema_arrow.names, names)
         for batch in file.iter_batches(BATCH_ROWS, row_groups=list(groups), columns=columns):
             yield from _full_rows(batch, columns)
@@ -39,9 +42,23 @@ def read_row_groups(path: Path, names: Sequence[str], groups: Sequence[int]) -> 
 
 def parquet_columns(path: Path) -> list[str]:
     """Lists the columns of a parquet file."""
+    return list(parquet_schema(path).names)
+
+
+def parquet_schema(path: Path) -> Any:
+    """Returns the schema of a parquet file."""
     import pyarrow.parquet as pq
 
-    return list(pq.read_schema(path).names)
+    with open_retried(path) as source:
+        return pq.read_schema(source)
+
+
+def parquet_metadata(path: Path) -> Any:
+    """Returns what a parquet file says of itself: row groups, their sizes and places."""
+    import pyarrow.parquet as pq
+
+    with open_retried(path) as source:
+        return pq.read_metadata(source)
 
 
 def read_arrow(path: Path, names: Sequence[str], skip: int) -> Iterator[dict[str, Any] | None]:
@@ -59,7 +76,7 @@ def read_batches(path: Path, names: Sequence[str], start: int, stop: int) -> Ite
     """Yields the rows of the record batches that begin at the bytes from `start` to `stop`, as `read_arrow` does."""
     import pyarrow as pa
 
-    with pa.memory_map(str(path)) as source:
+    with _mapped(path) as source:
         schema = _schema(source)
         columns = _present(schema.names, names)
         source.seek(max(start, source.tell()))
@@ -77,7 +94,7 @@ def batch_ends(path: Path) -> list[int]:
     import pyarrow as pa
 
     ends = []
-    with pa.memory_map(str(path)) as source, suppress(EOFError):
+    with _mapped(path) as source, suppress(EOFError):
         _schema(source)
         while True:
             if pa.ipc.read_message(source).type != "record batch":
@@ -88,9 +105,7 @@ def batch_ends(path: Path) -> list[int]:
 
 def arrow_schema(path: Path) -> Any:
     """Returns the schema of an Arrow file."""
-    import pyarrow as pa
-
-    with pa.memory_map(str(path)) as source:
+    with _mapped(path) as source:
         return _schema(source)
 
 
@@ -110,7 +125,7 @@ def arrow_columns(path: Path) -> list[str]:
 def _batches(path: Path) -> Iterator[tuple[list[str], Iterator[Any]]]:
     import pyarrow as pa
 
-    with pa.memory_map(str(path)) as source:
+    with _mapped(path) as source:
         try:
             stream = pa.ipc.open_stream(source)
         except pa.ArrowInvalid:
@@ -119,6 +134,16 @@ def _batches(path: Path) -> Iterator[tuple[list[str], Iterator[Any]]]:
         else:
             names, batches = stream.schema.names, iter(stream)
         yield names, batches
+
+
+def _mapped(path: Path) -> Any:
+    """Maps an Arrow file into memory, so that only what is asked for is read.
+
+    Opening it is tried again; a page that cannot be read ends the process, which whoever started it starts again.
+    """
+    import pyarrow as pa
+
+    return persistently(lambda: pa.memory_map(str(path)), LASTING_ERRORS)
 
 
 def _schema(source: Any) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from taid_ray.config.paths import is_pattern
 from taid_ray.data.reading.kinds import COMPRESSIONS, SUPPORTED, DataFile, Kind, kind_of
 from taid_ray.data.reading.layouts import METADATA, configured_files, saved_files
+from taid_ray.data.reading.retried import open_retried, size_of
 from taid_ray.data.reading.splits import Choice, files_of_split, listed
 from taid_ray.errors import DataError
 
@@ -174,7 +175,10 @@ def _without_copies(found: list[DataFile], left: list[str]) -> list[DataFile]:
 
 def _refuse_pointer(path: Path, source: str) -> None:
     """Raises DataError for what git leaves in place of a large file that was not downloaded."""
-    if path.stat().st_size <= POINTER_BYTES and path.read_bytes().startswith(LFS_POINTER):
-        raise DataError(
-            f"{source}: {path} is a Git LFS pointer, not the data. Run `git lfs pull` in the clone, or download it again."
-        )
+    if size_of(path) > POINTER_BYTES:
+        return
+    with open_retried(path) as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise DataError(
+                f"{source}: {path} is a Git LFS pointer, not the data. Run `git lfs pull` in the clone, or download it again."
+            )

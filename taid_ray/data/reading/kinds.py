@@ -7,6 +7,8 @@ from typing import Literal, TypeAlias
 
 import xxhash
 
+from taid_ray.data.reading.retried import BUFFER_BYTES, open_retried
+
 Kind: TypeAlias = Literal["json", "parquet", "csv", "text", "tsv", "arrow"]
 
 KINDS: dict[str, Kind] = {
@@ -23,7 +25,6 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 COMPRESSIBLE = ("json", "csv", "text", "tsv")
 SUPPORTED = f"{', '.join(KINDS)}; text also as {', '.join(COMPRESSIONS)}"
 """The kinds of files that can be read, in words."""
-BUFFER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -55,17 +56,17 @@ def open_bytes(path: Path) -> io.BufferedReader:
     """Opens a file for reading, decompressed if its name says that it is compressed. Raises OSError, also while reading."""
     compression = COMPRESSIONS.get(path.suffix.lower())
     if compression is None:
-        return io.BufferedReader(io.FileIO(path), BUFFER_BYTES)
+        return open_retried(path)
     import pyarrow
 
-    stream = pyarrow.input_stream(str(path), compression=compression, buffer_size=BUFFER_BYTES)
+    stream = pyarrow.input_stream(open_retried(path), compression=compression, buffer_size=BUFFER_BYTES)
     return io.BufferedReader(stream, BUFFER_BYTES)
 
 
 def digest_of(path: Path) -> str:
     """Hashes the content of a file (xxh3, 128 bits), as it lies there. Raises OSError."""
     digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
+    with open_retried(path) as file:
         while part := file.read(BUFFER_BYTES):
             digest.update(part)
     return digest.hexdigest()

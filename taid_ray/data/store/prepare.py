@@ -32,6 +32,7 @@ from taid_ray.data.store.sealed import making, read_sealed, write_sealed
 from taid_ray.data.store.shard import SCHEMA, ShardFacts, locate_blocks, to_record_batch
 from taid_ray.data.store.spans import Span, documents_before, hash_content, read_documents
 from taid_ray.errors import DataError
+from taid_ray.storage import LASTING_ERRORS, persistently
 
 FORMAT = "taid-ray shard 1"
 """Part of every key. Change it whenever other code makes other rows of the same documents."""
@@ -209,7 +210,7 @@ def _from_zero(row: Row) -> Row:
 def _version(span: Span) -> tuple[int, int]:
     """Returns size and time of the last change of the file. Raises DataError if this node does not see it."""
     try:
-        status = span.file.path.stat()
+        status = persistently(span.file.path.stat, LASTING_ERRORS)
     except FileNotFoundError:
         raise DataError(
             f"data.train: node {os.uname().nodename} does not find {span.file.path}. Give all nodes the same files; those of a "

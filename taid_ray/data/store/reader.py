@@ -14,8 +14,8 @@ from taid_ray.data.batch import NO_LABEL, Ints, Row
 from taid_ray.data.batching import share
 from taid_ray.data.store.index import Index, Place
 from taid_ray.data.store.order import Order
-from taid_ray.data.store.remote import persistently
 from taid_ray.errors import DataError
+from taid_ray.storage import persistently
 
 OPEN_FILES = 64
 """Shards that a reader keeps open."""

@@ -9,24 +9,20 @@ import hashlib
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 from pyarrow.fs import FileType
 
-from taid_ray.data.reading.kinds import BUFFER_BYTES
+from taid_ray.data.reading.retried import BUFFER_BYTES
 from taid_ray.data.store.sealed import making, read_sealed, sealed_facts
 from taid_ray.errors import ConfigError, DataError, RunError
-from taid_ray.storage import STORAGE_ERRORS, open_storage
+from taid_ray.storage import STORAGE_ERRORS, open_storage, persistently
 
-READ_TRIES, PAUSE_S, LONGEST_PAUSE_S = 20, 0.05, 10.0
-"""What fails is tried again after pauses that double, for two minutes altogether."""
 Location = str | Path
 """A directory, or the URI of remote storage."""
-T = TypeVar("T")
 
 
 class Store:
@@ -226,16 +222,6 @@ def parted(location: Location) -> tuple[Location, str]:
         return location.parent, location.name
     store, _, name = location.rpartition("/")
     return store, name
-
-
-def persistently(action: Callable[[], T]) -> T:
-    """Returns what `action` returns. Calls it again while it raises one of STORAGE_ERRORS, READ_TRIES times in all."""
-    for attempt in range(READ_TRIES - 1):
-        try:
-            return action()
-        except STORAGE_ERRORS:
-            time.sleep(min(PAUSE_S * 2**attempt, LONGEST_PAUSE_S))
-    return action()
 
 
 def _json(name: str) -> str:

@@ -16,10 +16,18 @@ import xxhash
 from taid_ray.config.data import DataConfig
 from taid_ray.data.columns import columns_of
 from taid_ray.data.documents import open_documents
-from taid_ray.data.reading.arrow_rows import arrow_schema, batch_ends, read_batches, read_row_groups
+from taid_ray.data.reading.arrow_rows import (
+    arrow_schema,
+    batch_ends,
+    parquet_metadata,
+    parquet_schema,
+    read_batches,
+    read_row_groups,
+)
 from taid_ray.data.reading.complaints import explained
 from taid_ray.data.reading.json_rows import is_json_lines, objects_of_line
-from taid_ray.data.reading.kinds import BUFFER_BYTES, COMPRESSIONS, DataFile, not_utf8
+from taid_ray.data.reading.kinds import COMPRESSIONS, DataFile, not_utf8
+from taid_ray.data.reading.retried import BUFFER_BYTES, open_retried, size_of
 from taid_ray.data.reading.rows import read_rows
 
 SPAN_BYTES = 16 << 20
@@ -69,7 +77,7 @@ def cut(file: DataFile) -> list[Span]:
     path = file.path
     if file.kind == "parquet":
         return _row_group_spans(file)
-    size = path.stat().st_size
+    size = size_of(path)
     if file.kind == "arrow" and size > SPAN_BYTES:
         return _batch_spans(file) or [Span(file, "all")]
     is_plain = size > SPAN_BYTES and path.suffix.lower() not in COMPRESSIONS
@@ -95,16 +103,14 @@ def without_first(spans: Sequence[Span], documents: int, names: Sequence[str]) -
 def hash_content(span: Span) -> str:
     """Hashes the bytes of the span (XXH3, 128 bits), and how they are read."""
     result = xxhash.xxh3_128(f"{span.file.kind} {span.file.path.suffix.lower()} {span.part}".encode())
-    with span.file.path.open("rb") as file:
+    with open_retried(span.file.path) as file:
         begin, end = _byte_range(span, file)
         file.seek(begin)
         while begin < end and (piece := file.read(min(BUFFER_BYTES, end - begin))):
             result.update(piece)
             begin += len(piece)
     if span.part == "row_groups":
-        import pyarrow.parquet as pq
-
-        result.update(str(pq.read_schema(span.file.path)).encode())
+        result.update(str(parquet_schema(span.file.path)).encode())
     if span.part == "batches":
         result.update(str(arrow_schema(span.file.path)).encode())
     return result.hexdigest()
@@ -158,7 +164,7 @@ def _text_documents(span: Span) -> Iterator[dict[str, Any]]:
 
 def _lines(span: Span) -> bytes:
     """The lines that begin in the span, without the mark that some programs put before UTF-8 text."""
-    with span.file.path.open("rb") as file:
+    with open_retried(span.file.path) as file:
         begin, end = _byte_range(span, file)
         file.seek(begin)
         content = file.read(end - begin)
@@ -168,7 +174,7 @@ def _lines(span: Span) -> bytes:
 def _byte_range(span: Span, file: BinaryIO) -> tuple[int, int]:
     """Returns the first byte of the span in the file, and the one behind its last."""
     if span.part == "all":
-        return 0, span.file.path.stat().st_size
+        return 0, size_of(span.file.path)
     if span.part == "row_groups":
         return _row_group_bytes(span.file.path, span.start, span.stop)
     if span.part == "batches":
@@ -186,9 +192,7 @@ def _next_line(file: BinaryIO, at: int) -> int:
 
 
 def _row_group_spans(file: DataFile) -> list[Span]:
-    import pyarrow.parquet as pq
-
-    metadata = pq.read_metadata(file.path)
+    metadata = parquet_metadata(file.path)
     spans, start, size = [], 0, 0
     for group in range(metadata.num_row_groups):
         size += metadata.row_group(group).total_byte_size
@@ -209,9 +213,7 @@ def _batch_spans(file: DataFile) -> list[Span]:
 
 
 def _row_group_bytes(path: Path, start: int, stop: int) -> tuple[int, int]:
-    import pyarrow.parquet as pq
-
-    metadata = pq.read_metadata(path)
+    metadata = parquet_metadata(path)
     begins, ends = [], []
     for group in range(start, stop):
         for column in map(metadata.row_group(group).column, range(metadata.num_columns)):

@@ -1,9 +1,11 @@
 """Preparing spans: what is stored is what the plain way makes of the documents, whoever makes it, however often they die."""
 
+import gzip
 import hashlib
 import json
 import multiprocessing
 import os
+import random
 import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +21,7 @@ from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from taid_ray import storage
 from taid_ray.config.data import DataConfig
 from taid_ray.data.batch import NO_LABEL
 from taid_ray.data.encoding import Encoder
@@ -28,7 +31,7 @@ from taid_ray.data.store.prepare import Encoding, check_columns, prepare_span
 from taid_ray.data.store.shard import ShardFacts
 from taid_ray.data.store.spans import Span, cut, read_documents, spans_of, without_first
 from taid_ray.errors import DataError, RunError
-from tests.support.store import data_file
+from tests.support.store import data_file, story
 
 FORK = multiprocessing.get_context("fork")
 Prepared = Callable[[], list[ShardFacts]]
@@ -383,3 +386,59 @@ def test_a_prompt_column_may_be_absent_from_a_file(tmp_path: Path, encoding: Enc
     tables = {"a": whole, "b": {"prompt": ["the"], "response": ["dog"]}}
     settings: dict[str, Any] = {"format": "prompt_response", "prompt_columns": ["prompt", "more"]}
     assert len(prepared_parquet(tmp_path, encoding, tables, **settings)) == 2
+
+
+def test_source_files_on_storage_that_fails_half_of_the_reads(
+    tmp_path: Path, encoding: Encoding, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files of every kind that is not memory-mapped: hashed, divided, and encoded as if nothing had happened."""
+    texts, data = [story(number) for number in range(60)], tmp_path / "data"
+    data.mkdir()
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (data / "a.jsonl").write_text(lines)
+    (data / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (data / "c.txt").write_text("\n".join(texts))
+    (data / "d.csv").write_text("text\n" + "\n".join(texts).replace(",", ";"))
+    pq.write_table(pa.table({"text": texts}), data / "e.parquet", row_group_size=10)
+    names = sorted(path.name for path in data.iterdir())
+
+    def made(directory: Path) -> dict[str, str]:
+        directory.mkdir(exist_ok=True)
+        for name in names:
+            for span in spans_of(encoding.config.model_copy(update={"train": str(data / name), "valid_documents": 7})):
+                assert prepare_span(span, encoding, directory, print)
+        return contents(directory)
+
+    expected, plain, draw = made(store), os.preadv, random.Random(0)
+    failed = []
+
+    def preadv(*arguments: Any) -> int:
+        if draw.random() < 0.5:
+            failed.append(arguments)
+            raise OSError(5, "Input/output error")
+        return plain(*arguments)
+
+    monkeypatch.setattr(storage, "PAUSE_S", 0.0)
+    monkeypatch.setattr(os, "preadv", preadv)
+    assert made(tmp_path / "again") == expected and len(failed) > 50
+    monkeypatch.setattr(storage, "TRIES", 3)
+    draw.random = lambda: 0.0  # type: ignore[method-assign]
+    with pytest.raises(DataError, match=r"data\.train: .*a\.jsonl cannot be read.*Input/output error"):
+        made(tmp_path / "again")
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "gone"), PermissionError(13, "forbidden")])
+def test_source_files_that_are_missing_or_forbidden_are_refused_at_once(
+    error: OSError, stories: list[Span], encoding: Encoding, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(path: Any, *arguments: Any) -> int:
+        if path == stories[0].file.path:
+            raise error
+        return plain(path, *arguments)
+
+    plain = os.open
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: pytest.fail("waited"))
+    with pytest.raises(DataError, match=f"stories.jsonl cannot be read as json.*{error.strerror}"):
+        prepare_span(stories[0], encoding, store, print)
+    assert not list(store.glob("*.arrow"))

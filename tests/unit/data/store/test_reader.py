@@ -14,9 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from taid_ray import storage
 from taid_ray.data.batch import NO_LABEL, Row
 from taid_ray.data.encoding import Counts
-from taid_ray.data.store import reader, remote
+from taid_ray.data.store import reader
 from taid_ray.data.store.index import Index, Totals, write_index
 from taid_ray.data.store.order import GlobalOrder, MixedOrder
 from taid_ray.data.store.prepare import Encoding, prepare_span
@@ -167,7 +168,7 @@ def test_a_disk_that_fails_half_of_the_reads(index: Index, monkeypatch: pytest.M
             raise OSError(5, "Input/output error")
         return plain(*arguments)
 
-    monkeypatch.setattr(remote, "PAUSE_S", 0.0)
+    monkeypatch.setattr(storage, "PAUSE_S", 0.0)
     monkeypatch.setattr(reader.os, "pread", failing)
     before = len(os.listdir("/proc/self/fd"))
     stored = StoredRows([index])

@@ -12,6 +12,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 
+from taid_ray import storage
 from taid_ray.data.store import prepare, remote
 from taid_ray.data.store.index import Index, write_index
 from taid_ray.data.store.prepare import Encoding, prepare_span
@@ -193,7 +194,7 @@ def test_storage_that_fails_half_of_the_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rows = StoredRows([Index(write_index(store, prepared(), print))]).read(np.arange(40))
-    monkeypatch.setattr(remote, "PAUSE_S", 0.0)
+    monkeypatch.setattr(storage, "PAUSE_S", 0.0)
     failing = PyFileSystem(EverySecondFails(MemoryFileSystem()))
     monkeypatch.setattr(remote, "open_storage", lambda location: (failing, "/bucket/key"))
     on_node("a")
