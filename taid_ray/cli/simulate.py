@@ -75,7 +75,7 @@ def simulate_command(
 
 def _run_with_t(path: Path) -> History:
     history = read_history(path)
-    if history.config.loss.name != "taid":
+    if not history.config.loss.is_taid:
         raise ConfigError(
             f"--from {path}: the run's loss.name is {history.config.loss.name}, which has no t to draw; name a run of taid"
         )

@@ -4,19 +4,55 @@ from typing import Annotated, Literal
 
 from pydantic import model_validator
 
-from taid_ray.config.fields import RESUMABLE, SETS_RATES, Positive, PositiveInt, Section, Unit
+from taid_ray.config.fields import RESUMABLE, SETS_RATES, BelowOne, NonNegative, Positive, PositiveInt, Section, Unit
 
-LossName = Literal["taid", "forward_kl", "reverse_kl", "js", "tvd", "skew_forward_kl", "skew_reverse_kl"]
-WEIGHTED_LOSSES = ("js", "skew_forward_kl", "skew_reverse_kl")
+LossName = Literal[
+    "taid",
+    "taid_reverse_kl",
+    "forward_kl",
+    "reverse_kl",
+    "js",
+    "tvd",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "adaptive_kl",
+    "dkd",
+    "gkd",
+]
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "weight": ("js", "skew_forward_kl", "skew_reverse_kl"),
+    "alpha": ("dkd",),
+    "beta": ("gkd", "dkd"),
+    "mu": ("adaptive_kl",),
+}
+"""Keys of the section `loss` that are numbers of some divergences only, and which."""
+WITHOUT_TOPK = {
+    "adaptive_kl": "its head may reach beyond the ids that are sent, whose order is not known",
+}
+"""Losses that cannot learn from the likeliest ids alone, and why."""
 
 
 class LossConfig(Section):
     """The loss that the student minimises."""
 
     name: Annotated[LossName, SETS_RATES] = "taid"
-    """The divergence between teacher and student, per token. `taid` is the only one that uses the section `schedule`."""
+    """The divergence between teacher and student, per token. `taid` and `taid_reverse_kl` are the only ones that use the section
+    `schedule`."""
     weight: Unit | None = None
     """Mixing weight of `js` (the teacher's share), `skew_forward_kl` and `skew_reverse_kl`. Default: 0.1."""
+    alpha: NonNegative | None = None
+    """With `dkd`: weight of the term on the label's own probability. Default: 1."""
+    beta: NonNegative | None = None
+    """With `gkd`: the teacher's share of the mixture, within [0, 1]; 0 is the KL, 1 the reverse KL. Default: 0.5.
+    With `dkd`: weight of the term on all other ids. Default: 8."""
+    mu: BelowOne | None = None
+    """With `adaptive_kl`: the mass of the teacher's likeliest ids that count as head. Default: 0.5."""
+    temperature: Positive | None = None
+    """Divides the logits of both sides before the divergence is formed; the cross-entropy of `sft_weight` is not changed by it.
+    Default: 4 with `dkd`, else 1."""
+    temperature_squared: bool | None = None
+    """Whether the divergence is multiplied by temperature ** 2, so that gradients keep their size. Default: true with `dkd`, as
+    in its published code, else false."""
     sft_weight: Unit = 0.0
     """Share of plain cross-entropy on the data's own tokens:
     loss = (1 - sft_weight) * divergence + sft_weight * cross-entropy."""
@@ -25,10 +61,44 @@ class LossConfig(Section):
     128 on a CPU, 2048 on a GPU."""
 
     @model_validator(mode="after")
-    def _weight_fits(self) -> "LossConfig":
-        if self.weight is not None and self.name not in WEIGHTED_LOSSES:
-            raise ValueError(f"loss.weight only goes with {', '.join(WEIGHTED_LOSSES)} (found loss.name: {self.name})")
+    def _settings_fit(self) -> "LossConfig":
+        for key in self.settings:
+            if self.name not in SETTINGS[key]:
+                raise ValueError(
+                    f"loss.{key} only goes with {', '.join(SETTINGS[key])} (found loss.name: {self.name}); remove it"
+                )
+        if self.name == "gkd" and self.beta is not None and self.beta > 1:
+            raise ValueError(f"loss.beta lies within [0, 1] with loss.name: gkd (found {self.beta:g}); lower it")
         return self
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """The numbers of the divergence that are given; the others have their defaults."""
+        return {key: value for key in SETTINGS if (value := getattr(self, key)) is not None}
+
+    @property
+    def fixed_temperature(self) -> float:
+        """The temperature of the divergence."""
+        return self.temperature or (4.0 if self.name == "dkd" else 1.0)
+
+    @property
+    def squares_temperature(self) -> bool:
+        """True if the divergence is multiplied by the square of the temperature."""
+        return self.name == "dkd" if self.temperature_squared is None else self.temperature_squared
+
+    @property
+    def shown(self) -> str:
+        """Name of the divergence, with the numbers that are given, in words."""
+        numbers = [f"{key} {value:g}" for key, value in self.settings.items()]
+        if self.fixed_temperature != 1:
+            squared = ", times its square" if self.squares_temperature else ""
+            numbers.append(f"temperature {self.fixed_temperature:g}{squared}")
+        return f"{self.name} ({', '.join(numbers)})" if numbers else self.name
+
+    @property
+    def is_taid(self) -> bool:
+        """True if the student learns from an intermediate teacher, and t has a course."""
+        return self.name in ("taid", "taid_reverse_kl")
 
 
 class ScheduleConfig(Section):

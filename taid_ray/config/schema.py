@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from taid_ray.config.data import DataConfig
 from taid_ray.config.fields import EVALUATED, RESUMABLE, SETS_ROWS, Mark, Name, Section, SharedByTrials, home_checked
 from taid_ray.config.models import StudentConfig, TeacherConfig
-from taid_ray.config.objective import LossConfig, ScheduleConfig
+from taid_ray.config.objective import WITHOUT_TOPK, LossConfig, ScheduleConfig
 from taid_ray.config.text import apply_override, explain, read_tree, set_key
 from taid_ray.config.training import CacheConfig, CheckpointConfig, TrackingConfig, TrainConfig
 from taid_ray.errors import ConfigError
@@ -76,6 +76,7 @@ class DistillConfig(Section):
                 "set teacher.mode: pool"
             )
         self._outputs_fit()
+        self._loss_fits()
         if self.data.streaming and self.train.epochs is not None:
             raise ValueError(
                 "train.epochs needs the length of the data, which is not known for a stream; set train.steps"
@@ -87,6 +88,20 @@ class DistillConfig(Section):
         if self.train.warmup_steps and self.train.steps and self.train.warmup_steps > self.train.steps:
             raise ValueError(f"train.warmup_steps = {self.train.warmup_steps} exceeds train.steps = {self.train.steps}")
         return self
+
+    def _loss_fits(self) -> None:
+        """Raises ValueError unless the loss goes with what the teacher sends, and with the schedule."""
+        name, schedule = self.loss.name, self.schedule
+        if self.teacher.payload == "topk" and (reason := WITHOUT_TOPK.get(name)):
+            raise ValueError(
+                f"loss.name: {name} does not go with teacher.payload: topk: {reason}; set teacher.payload: hidden, or choose "
+                "another loss"
+            )
+        if name == "taid_reverse_kl" and schedule.mode in ("adaptive", "normalised") and schedule.t_start == 0:
+            raise ValueError(
+                f"loss.name: taid_reverse_kl needs schedule.t_start > 0 with schedule.mode: {schedule.mode}, because at t = 0 "
+                "the first loss is exactly 0 (found schedule.t_start: 0)"
+            )
 
     def _outputs_fit(self) -> None:
         """Raises ValueError unless what teacher.mode: file needs is set, and teacher.outputs is set for nothing else."""
@@ -124,7 +139,7 @@ class DistillConfig(Section):
     @property
     def effective_schedule(self) -> ScheduleConfig:
         """The schedule of the run: every loss but TAID compares with the teacher itself, which is t = 1 throughout."""
-        if self.loss.name == "taid":
+        if self.loss.is_taid:
             return self.schedule
         return self.schedule.model_copy(update={"mode": "constant", "t_start": 1.0, "t_end": 1.0})
 

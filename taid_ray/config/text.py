@@ -3,6 +3,7 @@
 import copy
 import difflib
 import math
+import re
 from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any
@@ -201,7 +202,9 @@ def explain(problem: Any, known_keys: Iterable[str]) -> str:
     if problem["type"] == "value_error" and isinstance(problem["input"], dict):
         return message if key in message else f"{key}: {message}"
     # What holds a secret is not shown.
-    return f"{key}: {message}" if CREDENTIALS in message else f"{key}: {message} (found {found})"
+    if CREDENTIALS in message:
+        return f"{key}: {message}"
+    return f"{key}: {message} (found {found}){_nearest_choice(problem)}"
 
 
 def _nearest(location: list[str], known: list[str]) -> str:
@@ -210,6 +213,7 @@ def _nearest(location: list[str], known: list[str]) -> str:
     word = word[:80]  # difflib takes seconds for pages
     sections = sorted({k.rpartition(".")[0] for k in known} - {""})
     elsewhere = [k for k in known if k.rpartition(".")[2] == word]
+    elsewhere.sort(key=lambda k: not k.endswith(f".{section}.{word}"))
     here = {k.rpartition(".")[2]: k for k in [*known, *sections] if k.rpartition(".")[0] == section}
     close = [here[match] for match in difflib.get_close_matches(word, here, n=1, cutoff=0.6)]
     similar = [k for k in known if difflib.get_close_matches(word, [k.rpartition(".")[2]], cutoff=0.8)]
@@ -217,6 +221,15 @@ def _nearest(location: list[str], known: list[str]) -> str:
         return f"Did you mean {suggestions[0]}?"
     siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == section]
     return f"Known keys here: {', '.join(siblings if section else [*siblings, *sections])}."
+
+
+def _nearest_choice(problem: Any) -> str:
+    """Suggests the closest of the values that a key may have; nothing where none is close, or where any value may be right."""
+    if problem["type"] != "literal_error":
+        return ""
+    choices = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
+    close = difflib.get_close_matches(str(problem["input"])[:80].lower(), choices, n=1, cutoff=0.5)
+    return f". Did you mean {close[0]}?" if close else ""
 
 
 def _fault(error: yaml.YAMLError) -> str:

@@ -50,7 +50,7 @@ def lost_documents(config: DistillConfig, which: str, dropped: int, truncated: i
 def schedule_notes(config: DistillConfig, total_steps: int) -> list[str]:
     """Names a schedule whose alpha does nothing."""
     schedule, t_start, t_end = config.schedule, config.schedule.t_start, config.schedule.t_end
-    has_alpha = config.loss.name == "taid" and schedule.mode in ("adaptive", "normalised", "exponential")
+    has_alpha = config.loss.is_taid and schedule.mode in ("adaptive", "normalised", "exponential")
     gain = schedule.gain if schedule.mode == "normalised" else 0.0
     if not has_alpha or t_start == t_end or not adaptive_is_linear(t_start, t_end, schedule.alpha, total_steps, gain):
         return []

@@ -13,12 +13,12 @@ Traps:
 from taid_ray.losses.adaptive_kl import adaptive_kl
 from taid_ray.losses.chunked import LossParts, Scores, Target, chunk_tokens_for, chunked_loss, chunked_scores
 from taid_ray.losses.decoupled import dkd
-from taid_ray.losses.divergences import Divergence, entropy, forward_kl, reverse_kl, sft, tvd
+from taid_ray.losses.divergences import entropy, forward_kl, reverse_kl, sft, tvd
 from taid_ray.losses.learned_temperature import ctkd
 from taid_ray.losses.mixtures import gkd, js, skew_forward_kl, skew_reverse_kl
 from taid_ray.losses.objective import Objective
 from taid_ray.losses.projection import LogitTransform, Projection
-from taid_ray.losses.registry import divergence, log_target
+from taid_ray.losses.registry import Divergence, divergence, log_target
 from taid_ray.losses.taid import taid, taid_reverse_kl
 from taid_ray.losses.topk import TopK
 

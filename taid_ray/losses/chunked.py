@@ -10,13 +10,14 @@ What each piece of memory holds at which moment, for one chunk (`out` is allocat
     ChunkLogits.load            output of the head             -                                 output of the head
     ChunkLogits.rows            (in float32: as the block)     final logits: the rows of `out`   final logits, in the same way
                                                                if float32, else a copy
-    Objective.evaluate_         (in float32: as the block)     gradient of the final logits (*)  read only
+    Objective.evaluate_         (in float32: as the block)     gradient of the final logits (*)  read only (**)
     ChunkLogits.put_gradient    gradient of the head's output  free                              free
     HeadGradients.add           read, then free                -                                 free
 
     (*) In the memory of the final logits for losses in closed form and for a TopK teacher, whose bucket functions hand the
-    same memory on: logits, then the tail's logits (`take_buckets_`), its shares (`tail_shares_`), the gradient (`spread_`).
+    same memory on: logits, then the tail's logits (`bucketed_`), its shares (`tail_shares_`), the gradient (`spread_`).
     With autograd it is a new tensor.
+    (**) A temperature other than 1 divides a copy of the block.
 
 A teacher that sent its logits, and a TopK, have no `out`: their tensors may lie in shared memory and are only read.
 
@@ -81,7 +82,7 @@ class _Work:
 
     def chunks(self, student: ChunkLogits, teacher: ChunkLogits | TopK) -> Iterator[tuple[slice, Iterator[slice]]]:
         """Loads each chunk's logits in turn; yields its tokens, whole and in blocks."""
-        length = block_rows(self.chunk_tokens, self.objective.in_graph(self.teacher))
+        length = block_rows(self.chunk_tokens, self.objective.many_tensors(self.teacher))
         for chunk in slices(0, len(self.student.hidden), self.chunk_tokens):
             student.load(chunk)
             if isinstance(teacher, ChunkLogits):
@@ -94,9 +95,9 @@ class _Work:
         return ChunkLogits(self.student, self.chunk_tokens), teacher
 
     def loss(self, gradients: HeadGradients | None) -> Tensor:
-        """Computes the sums [divergence, entropy, sft], float64, without graph, and adds to the gradients."""
+        """Computes the sums [divergence, entropy, sft, derivative by the temperature], float64, and adds to the gradients."""
         student, teacher = self.logits()
-        sums = torch.zeros(3, dtype=torch.float64, device=self.student.hidden.device)
+        sums = torch.zeros(4, dtype=torch.float64, device=self.student.hidden.device)
         for chunk, blocks in self.chunks(student, teacher):
             for rows in blocks:
                 sums += self._block(student, teacher, rows, gradients is not None)
@@ -112,7 +113,7 @@ class _Work:
         for _, blocks in self.chunks(student, teacher):
             for rows in blocks:
                 known, labels = teacher.rows(rows), self.labels[rows]
-                (kl, _, ce), _ = self.objective.evaluate_(student.rows(rows), known, labels, learn=False)
+                kl, _, ce = self.objective.evaluate_(student.rows(rows), known, labels, learn=False).values
                 teacher_ce = -known.label_log_probs if isinstance(known, TopK) else sft(known, labels)
                 sums += torch.stack([kl, ce, teacher_ce]).sum(dim=1, dtype=torch.float64)
         return sums
@@ -122,23 +123,37 @@ class _Work:
         logits = student.rows(rows)
         slope = self.student.transform.slope(logits) if learn else None
         labels = None if self.labels is None else self.labels[rows]
-        values, gradient = self.objective.evaluate_(logits, teacher.rows(rows), labels, learn)
-        if gradient is not None:
-            student.put_gradient(rows, gradient, slope)
-        return values.sum(dim=1, dtype=torch.float64)
+        found = self.objective.evaluate_(logits, teacher.rows(rows), labels, learn)
+        if found.gradient is not None:
+            student.put_gradient(rows, found.gradient, slope)
+        slope_of_temperature = found.temperature_slope
+        if slope_of_temperature is None:
+            slope_of_temperature = torch.zeros_like(found.values[0])
+        return torch.stack([*found.values, slope_of_temperature]).sum(dim=1, dtype=torch.float64)
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Function (hidden, head, bias) -> (loss sum, detached sums). Its backward pass only scales what its forward pass formed."""
+    """Function (hidden, head, bias, temperature) -> (loss sum, detached sums).
+
+    Its backward pass only scales what its forward pass formed.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, work: _Work, wanted: tuple[bool, bool, bool]
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        bias: Tensor | None,
+        temperature: Tensor | None,
+        work: _Work,
+        wanted: tuple[bool, ...],
     ) -> tuple[Tensor, Tensor]:
-        gradients = HeadGradients(work.student, wanted) if any(wanted) else None
+        gradients = HeadGradients(work.student, wanted[:3]) if any(wanted) else None
         sums = work.loss(gradients)
-        ctx.gradients = gradients.take() if gradients else None
-        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, head, bias)]
+        of_temperature = (1 - work.objective.sft_weight) * sums[3] if wanted[3] else None
+        ctx.gradients = (*gradients.take(), of_temperature) if gradients else None
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, head, bias, temperature)]
+        sums = sums[:3].clone()
         ctx.mark_non_differentiable(sums)
         return work.objective.total(sums[0], sums[2]).to(sum_dtype(hidden)), sums
 
@@ -160,14 +175,15 @@ def chunked_loss(
 ) -> tuple[Tensor, LossParts]:
     """Computes the sum over N tokens of `objective`, and its detached parts.
 
-    The student's hidden states, head and bias receive gradients, if they require them and gradients are enabled; the
-    teacher never does. labels: [N] int64. N = 0 gives 0 and keeps its graph.
+    The student's hidden states, head and bias, and a temperature that is a tensor, receive gradients, if they require them and
+    gradients are enabled; the teacher never does. labels: [N] int64. N = 0 gives 0 and keeps its graph.
 
     Returns a scalar, float32 (float64 for float64 hidden states), and the parts. Raises ValueError for an
     objective that its `check` refuses, and for shapes that do not fit together.
     """
     work = _work(student, teacher, labels, objective, chunk_tokens)
-    trained = (student.hidden, student.head, student.bias)
+    temperature = objective.temperature if isinstance(objective.temperature, Tensor) else None
+    trained = (student.hidden, student.head, student.bias, temperature)
     wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in trained)
     loss, sums = _apply_chunked_loss(*trained, work, wanted)
     kl, entropy_sum, sft_sum = sums.unbind()
@@ -201,10 +217,14 @@ def _work(
     """Checks that everything fits together, and brings it into the dtype of the matmuls."""
     objective.check(labels)
     _check_shapes(student, teacher, labels, chunk_tokens)
-    hidden = student.hidden
+    hidden, temperature = student.hidden, objective.temperature
     t = objective.t.to(hidden.device, sum_dtype(hidden), non_blocking=True)
+    if isinstance(temperature, Tensor):
+        learns = torch.is_grad_enabled() and temperature.requires_grad
+        temperature = temperature.detach().to(hidden.device, sum_dtype(hidden), non_blocking=True)
+        temperature = temperature.clone().requires_grad_(learns)
     teacher = teacher if isinstance(teacher, TopK) else teacher.prepared()
-    return _Work(student.prepared(), teacher, labels, replace(objective, t=t), chunk_tokens)
+    return _Work(student.prepared(), teacher, labels, replace(objective, t=t, temperature=temperature), chunk_tokens)
 
 
 def _check_shapes(student: Projection, teacher: Target, labels: Tensor | None, chunk_tokens: int) -> None:

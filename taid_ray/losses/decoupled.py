@@ -29,13 +29,13 @@ def dkd(
     Every label must be an id, as in `divergences.sft`.
     """
     labels = labels.unsqueeze(-1)
-    target_p, others_p = _decouple(tempered(teacher_logits.detach(), temperature), labels)
-    target_q, others_q = _decouple(tempered(student_logits, temperature), labels)
-    tckd, nckd = kl_from_log_probs(target_p, target_q), _kl_of_others(target_p, others_p, target_q, others_q)
+    target_p, others_p = decouple(tempered(teacher_logits.detach(), temperature), labels)
+    target_q, others_q = decouple(tempered(student_logits, temperature), labels)
+    tckd, nckd = kl_from_log_probs(target_p, target_q), kl_of_others(target_p, others_p, target_q, others_q)
     return temperature**2 * (alpha * tckd + beta * nckd)
 
 
-def _decouple(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def decouple(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Computes the log-probabilities [N, 2] of the label and of all others, and [N, V] of each id among the others.
 
     labels: [N, 1]. Where there is no other id, all of them get the same probability, so that no NaN arises.
@@ -46,8 +46,8 @@ def _decouple(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return target, torch.log_softmax(others.masked_fill(log_others == -math.inf, 0.0), -1)
 
 
-def _kl_of_others(target_p: Tensor, others_p: Tensor, target_q: Tensor, others_q: Tensor) -> Tensor:
-    """Computes NCKD [N] from what `_decouple` gives for both sides."""
+def kl_of_others(target_p: Tensor, others_p: Tensor, target_q: Tensor, others_q: Tensor) -> Tensor:
+    """Computes NCKD [N] from what `decouple` gives for both sides."""
     without_p, without_q = target_p[:, 1] == -math.inf, target_q[:, 1] == -math.inf
     kl = torch.where(without_q, math.inf, kl_from_log_probs(others_p, others_q))
     return torch.where(without_p, 0.0, kl)

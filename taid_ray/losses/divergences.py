@@ -15,13 +15,9 @@ front of the logarithm.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
-
-Divergence = Callable[[Tensor, Tensor, float | Tensor], Tensor]
-"""A loss as a function (student_logits [N, V], teacher_logits [N, V], t) -> [N]; registry.log_target gives -> [N, V]."""
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
@@ -35,9 +31,14 @@ def tempered(logits: Tensor, temperature: float | Tensor) -> Tensor:
     if isinstance(temperature, Tensor):
         excluded = logits == -math.inf  # divided, they would give the temperature a gradient of 0 * inf
         return (logits.masked_fill(excluded, 0.0) / temperature).masked_fill(excluded, -math.inf)
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"the temperature must be above 0, found {temperature}")
+    check_temperature(temperature)
     return logits if temperature == 1 else logits / temperature
+
+
+def check_temperature(temperature: float | Tensor) -> None:
+    """Raises ValueError for a float that is not above 0. The value of a tensor is not looked at."""
+    if not isinstance(temperature, Tensor) and not 0 < temperature < math.inf:
+        raise ValueError(f"the temperature must be above 0, found {temperature}")
 
 
 def log_probs(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:

@@ -76,4 +76,5 @@ def check_weight(weight: float) -> None:
 def log_mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
     """Computes log(weight * a + (1 - weight) * b) [N, V] from the logs of a and b."""
     log_weight, log_rest = (math.log(w) if w > 0 else -math.inf for w in (weight, 1 - weight))
-    return torch.logaddexp(log_a.clamp(min=_LOG_ZERO) + log_weight, log_b.clamp(min=_LOG_ZERO) + log_rest)
+    # Added in place: nothing else holds what `clamp` returns.
+    return torch.logaddexp(log_a.clamp(min=_LOG_ZERO).add_(log_weight), log_b.clamp(min=_LOG_ZERO).add_(log_rest))

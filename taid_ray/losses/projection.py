@@ -1,6 +1,6 @@
 """The matmuls of the chunked loss: hidden states to logits, and the logits' gradient to those of hidden states and head."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -115,7 +115,7 @@ class ChunkLogits:
 class HeadGradients:
     """Sums over all chunks of the gradients that are wanted; the others stay None."""
 
-    def __init__(self, student: Projection, wanted: tuple[bool, bool, bool]) -> None:
+    def __init__(self, student: Projection, wanted: Sequence[bool]) -> None:
         hidden, head, bias = student.hidden, student.head, student.bias
         assert head is not None
         self.student = student

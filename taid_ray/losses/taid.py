@@ -38,9 +38,11 @@ def taid_reverse_kl(
 
     Nobody publishes it: the reverse KL of TAID's code was not given p_t. Its gradient is exactly t times that of KL(q || p).
     """
-    return kl_from_log_probs(
-        log_probs(student_logits, temperature), log_taid_target(student_logits, teacher_logits, t, temperature)
-    )
+    log_target = log_taid_target(student_logits, teacher_logits, t, temperature)
+    kl = kl_from_log_probs(log_probs(student_logits, temperature), log_target)
+    apart = ((student_logits == -math.inf) | (teacher_logits == -math.inf)).all(dim=-1)
+    between = torch.as_tensor((t > 0) & (t < 1), device=kl.device)  # at an end one side alone is the target
+    return torch.where(apart & between, math.inf, kl)
 
 
 @torch.no_grad()

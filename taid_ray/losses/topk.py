@@ -48,6 +48,84 @@ class TopK:
         return torch.cat([torch.log_softmax(self.log_probs.to(dtype), -1) + log_rest, log_tail], -1)
 
 
+@dataclass(frozen=True)
+class Buckets:
+    """Both sides on the buckets at some temperature, see `bucketed_`."""
+
+    student: Tensor
+    """Logits [N, k + 1]."""
+    teacher: Tensor
+    """Logits [N, k + 1]."""
+    student_slope: Tensor
+    """[N, k + 1]: derivative of `student` with respect to the temperature."""
+    teacher_slope: Tensor
+    """[N, k + 1]"""
+    ids: Tensor
+    """[N, k]"""
+    shares: Tensor
+    """[N, V]: each id's share of the tail at that temperature."""
+    tail_entropy: Tensor
+    """[N]: entropy of these shares."""
+    normaliser: Tensor
+    """[N]: logsumexp of the student's logits at temperature 1."""
+
+
+def bucketed_(logits: Tensor, known: TopK, temperature: float | Tensor) -> Buckets:
+    """Puts the student's logits [N, V] and the teacher into the buckets, and overwrites `logits`.
+
+    At temperature T the student's tail is logsumexp of its logits divided by T, and the teacher's follows from its mass and
+    the shape it has from the student, s_v = q_v / Q: the sum of (p_tail s_v)^(1/T). On the tail p / q is one number again.
+    """
+    ids, teacher = known.ids.long(), known.buckets(logits.dtype)
+    student = take_buckets_(logits, ids)
+    normaliser, own_tail = student.logsumexp(-1), student[:, -1:] / temperature
+    if isinstance(temperature, Tensor) or temperature != 1:
+        teacher = teacher / temperature
+        tail = logits.div_(temperature).logsumexp(-1, keepdim=True)
+        student = torch.cat([student[:, :-1] / temperature, tail], -1)
+        teacher[:, -1:] += _finite(tail - own_tail)
+    shares, entropy = tail_shares_(logits, student)
+    # The tail of both sides, for example d logsumexp(z / T) / dT = (entropy - logsumexp(z / T)) / T.
+    slopes = [-_finite(side) / temperature for side in (student, teacher)]
+    for slope in slopes:
+        slope[:, -1] += entropy / temperature
+    return Buckets(student, teacher, slopes[0], slopes[1], ids, shares, entropy, normaliser)
+
+
+def bucket_slope(x: Buckets) -> Tensor:
+    """Computes the derivative [N] of KL(p || q) between the buckets with respect to the temperature."""
+    log_p, log_q = x.teacher.log_softmax(-1), x.student.log_softmax(-1)
+    p, q, gap = log_p.exp(), log_q.exp(), _finite(log_p - log_q)
+    by_teacher = p * (gap - (p * gap).sum(-1, keepdim=True))
+    return ((q - p) * x.student_slope + by_teacher * x.teacher_slope).sum(-1)
+
+
+def with_labels(known: TopK, labels: Tensor) -> tuple[TopK, Tensor]:
+    """Returns a TopK whose ids contain the labels [N], and the label's place [N] among them.
+
+    Where a label was in the tail, it takes the place of the least likely id, which goes there.
+    """
+    label_logs = known.label_log_probs
+    log_probs = known.log_probs.to(torch.promote_types(known.log_probs.dtype, label_logs.dtype))
+    among = known.ids == labels.unsqueeze(-1)
+    found = among.any(-1)
+    place = torch.where(found, among.int().argmax(-1), log_probs.argmin(-1))
+    at = place.unsqueeze(-1)
+    old = log_probs.gather(-1, at).squeeze(-1)
+    tail = (known.log_tail.exp() + old.exp() - label_logs.exp()).clamp(min=0.0).log()
+    return TopK(
+        log_probs.scatter(-1, at, torch.where(found, old, label_logs).unsqueeze(-1)),
+        known.ids.scatter(-1, at, labels.to(known.ids.dtype).unsqueeze(-1)),
+        torch.where(found, known.log_tail, tail),
+        label_logs,
+    ), place
+
+
+def _finite(x: Tensor) -> Tensor:
+    """Puts 0 in the place of what is no finite number: the logits of empty buckets, and their differences."""
+    return x.nan_to_num(0.0, 0.0, 0.0)
+
+
 def take_buckets_(logits: Tensor, ids: Tensor) -> Tensor:
     """Takes the bucket logits [N, k + 1] out of logits [N, V], for ids [N, k].
 

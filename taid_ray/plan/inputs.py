@@ -12,7 +12,7 @@ from taid_ray.config.schema import DistillConfig
 from taid_ray.data.batching import num_micro_batches
 from taid_ray.distributed.device import loss_memory_mib
 from taid_ray.errors import ConfigError
-from taid_ray.losses.objective import CLOSED_FORM
+from taid_ray.losses.objective import SPARING
 from taid_ray.models.lengths import check_lengths
 from taid_ray.models.loading import check_causal_lm, check_divisible
 from taid_ray.models.pair import model_configs, shared_vocabulary
@@ -142,7 +142,7 @@ class PlanInputs:
             payload=payload,
             teacher_hidden=self.teacher.hidden_size,
             teacher_dtype_bytes=self.teacher_bytes,
-            closed_form=loss.name in CLOSED_FORM or payload == "topk",
+            closed_form=loss.name in SPARING or payload == "topk",
         )
 
     @property

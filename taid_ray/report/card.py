@@ -61,14 +61,14 @@ def result_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def write_model_card(run_dir: Path, config: DistillConfig, summary: dict[str, Any]) -> None:
     """Writes RUN/model/README.md: what the model is, where it came from, and how it measured."""
-    schedule, data, student, taid = config.schedule, config.data, config.student, config.loss.name == "taid"
+    schedule, data, student, taid = config.schedule, config.data, config.student, config.loss.is_taid
     origin = {
         "pretrained": f"`{shown_name(str(student.model))}`",
         "scratch": "new weights",
         "cut": f"layers {student.layers} of the teacher",
     }[student.init]
     # Local paths say where files lay on one machine; their names are enough for a reader.
-    loss: str = config.loss.name
+    loss = config.loss.shown
     if weight := config.loss.sft_weight:
         loss = f"{1 - weight:g} x {loss} + {weight:g} x cross-entropy on the labels"
     shown_schedule = "none: compares with the teacher itself throughout (t = 1)"

@@ -75,7 +75,7 @@ def key_figures(history: History) -> list[tuple[str, str]]:
         ("received from the teacher", shown_amount(float(history["payload_bytes"].sum()), float(tokens))),
         ("workers started", f"{len(history.attempts)} times" if len(history.attempts) != 1 else "once"),
     ]
-    if config.loss.name == "taid":
+    if config.loss.is_taid:
         rows.insert(6, ("t in the last step", f"{history['t'][-1]:.4f}"))
     if "wall_s" in summary:
         rows.append(("time with validation and saving", shown_seconds(summary["wall_s"])))
@@ -113,7 +113,7 @@ def validation_rows(history: History) -> list[tuple[str, ...]]:
 
 def _plots(history: History) -> list[tuple[str, Any, str]]:
     """File name, drawing function and title of each picture; t is left out where the loss knows none."""
-    taid = history.config.loss.name == "taid"
+    taid = history.config.loss.is_taid
     return [(name, draw, title) for name, (draw, title) in PLOTS.items() if taid or name != "t.png"]
 
 
@@ -133,8 +133,8 @@ def _progress(history: History) -> str:
 
 def _loss_name(history: History) -> str:
     loss, schedule = history.config.loss, history.config.schedule
-    name: str = loss.name
-    if name == "taid":
+    name = loss.shown
+    if loss.is_taid:
         name += f", schedule {schedule.mode}, t {schedule.t_start:g} to {schedule.t_end:g}"
         name += f", alpha {schedule.alpha:g}" if schedule.mode not in ("linear", "constant") else ""
         name += f", beta {schedule.beta:g}" if schedule.mode in ("adaptive", "normalised") else ""

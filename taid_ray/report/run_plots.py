@@ -102,10 +102,12 @@ def t_curve(history: History) -> Figure:
 def loss_curves(history: History) -> Figure:
     """Training loss with its parts, and below the validations. Nats per token."""
     figure, axes = _figure(1 + bool(history.validations), 3.6)
-    bins, taid = Bins.of(history.steps, MOST_POINTS), history.config.loss.name == "taid"
+    bins, taid = Bins.of(history.steps, MOST_POINTS), history.config.loss.is_taid
     _curve(axes[0], bins, history["loss"], "loss (cross-entropy form)", "#1f77b4")
     _curve(axes[0], bins, history["entropy_pt"], "entropy of the target" if taid else "loss - divergence", "#ff9f1c")
-    divergence = "KL(target || student)" if taid else f"divergence ({history.config.loss.name})"
+    divergence = f"divergence ({history.config.loss.shown})"
+    if taid:
+        divergence = "KL(target || student)" if history.config.loss.name == "taid" else "KL(student || target)"
     _curve(axes[0], bins, history["kl"], divergence, "#2f7d32")
     axes[0].set(ylabel="training, nats per token")
     if history.validations:

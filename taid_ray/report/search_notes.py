@@ -125,7 +125,7 @@ def _difference(key: str, values: Sequence[Any], figures: np.ndarray, metric: st
 def _inactive_adaption(search: Search) -> list[str]:
     inactive, adaptive = [], 0
     for trial in search.trials:
-        if trial.config is None or trial.total_steps is None or trial.config.loss.name != "taid":
+        if trial.config is None or trial.total_steps is None or not trial.config.loss.is_taid:
             continue
         schedule = trial.config.schedule
         if schedule.mode not in ("adaptive", "normalised"):

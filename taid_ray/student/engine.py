@@ -137,7 +137,14 @@ class Student:
         """The loss at interpolation `t`, summed over this micro-batch's loss positions, and its detached parts."""
         loss = self.config.loss
         # t as a tensor, so that its changing value recompiles nothing; on the CPU, so that no device waits for it.
-        objective = Objective(loss.name, torch.tensor(t, dtype=torch.float64), loss.sft_weight, loss.weight)
+        objective = Objective(
+            loss.name,
+            torch.tensor(t, dtype=torch.float64),
+            loss.sft_weight,
+            loss.settings,
+            loss.fixed_temperature,
+            loss.squares_temperature,
+        )
         teacher, labels = self._target(batch, teacher_output)
 
         def compute(hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> tuple[Tensor, LossParts]:

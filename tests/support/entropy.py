@@ -2,8 +2,8 @@
 
 import torch
 
-from taid_ray.losses.divergences import Divergence, entropy_from_log_probs
-from taid_ray.losses.registry import log_target
+from taid_ray.losses.divergences import entropy_from_log_probs
+from taid_ray.losses.registry import Divergence, log_target
 
 
 def target_entropy(name: str) -> Divergence:

@@ -155,6 +155,21 @@ def test_other_losses_run_at_t_1_whatever_the_schedule_says() -> None:
     assert (other.mode, other.t_start, other.t_end) == ("constant", 1.0, 1.0)
 
 
+def test_taid_reverse_kl_follows_the_schedule() -> None:
+    config = build_config(tree_with(schedule__t_start=0.2, loss__name="taid_reverse_kl"))
+    assert config.effective_schedule == config.schedule
+
+
+def test_a_loss_has_what_is_given_and_its_own_temperature() -> None:
+    loss = build_config(tree_with(loss={"name": "dkd", "beta": 2.0})).loss
+    assert (loss.settings, loss.fixed_temperature, loss.squares_temperature) == ({"beta": 2.0}, 4.0, True)
+    assert loss.shown == "dkd (beta 2, temperature 4, times its square)"
+    loss = build_config(tree_with(loss={"name": "dkd", "temperature": 2, "temperature_squared": False})).loss
+    assert (loss.fixed_temperature, loss.squares_temperature) == (2.0, False)
+    loss = build_config(tree_with()).loss
+    assert (loss.settings, loss.fixed_temperature, loss.squares_temperature, loss.shown) == ({}, 1.0, False, "taid")
+
+
 def test_overrides_are_typed_and_nested(minimal_file: Path) -> None:
     overrides = ["schedule.t_start=0.3", "train.learning_rate=2e-3", "student.lora.rank=4", "train.steps=7"]
     config = load_config(minimal_file, [*overrides, "data.prompt_columns=[a, b]", "teacher.revision=null"])
@@ -351,6 +366,9 @@ def test_unknown_keys_get_the_nearest_known_one(values: dict[str, Any], expected
         ("teacher.timeout_s", 0.0),
         ("data.sequence_length", 1),
         ("loss.weight", 1.5),
+        ("loss.temperature", 0),
+        ("loss.mu", 1.0),
+        ("loss.beta", -0.1),
         ("name", "a name/with slash"),
         ("name", ""),
         ("name", ".."),
@@ -403,6 +421,19 @@ def test_every_problem_is_reported_at_once() -> None:
         ({"train__warmup_steps": 11}, ["train.warmup_steps", "11", "train.steps", "10"]),
         ({"train__steps": None, "train__epochs": 1, "data__streaming": True}, ["train.epochs", "train.steps"]),
         ({"loss__weight": 0.5}, ["loss.weight", "js", "taid"]),
+        ({"loss": {"name": "gkd", "mu": 0.5}}, ["loss.mu", "adaptive_kl", "gkd"]),
+        ({"loss": {"name": "adaptive_kl", "beta": 0.5}}, ["loss.beta", "gkd", "dkd", "adaptive_kl"]),
+        ({"loss": {"name": "gkd", "alpha": 0.5}}, ["loss.alpha", "dkd", "gkd"]),
+        ({"loss": {"name": "gkd", "beta": 1.5}}, ["loss.beta", "[0, 1]", "gkd", "1.5"]),
+        ({"loss": {"name": "adaptive-kl"}}, ["loss.name", "'adaptive-kl'", "Did you mean adaptive_kl?"]),
+        (
+            {"loss__name": "adaptive_kl", "teacher__payload": "topk"},
+            ["loss.name", "adaptive_kl", "teacher.payload: topk", "head", "hidden"],
+        ),
+        (
+            {"loss__name": "taid_reverse_kl", "schedule__t_start": 0},
+            ["taid_reverse_kl", "schedule.t_start", "adaptive", "found schedule.t_start: 0"],
+        ),
         ({"student__model": None}, ["student.model", "missing", "student.init"]),
         ({"student__init": "cut", "student__model": None}, ["student.layers", "cut"]),
         ({"student__init": "cut", "student__layers": [0]}, ["student.model", "'small'", "cut"]),

@@ -19,6 +19,7 @@ from taid_ray.config.objective import LossName
 from taid_ray.losses.chunked import chunk_tokens_for, chunked_loss, chunked_scores
 from taid_ray.losses.objective import Objective
 from taid_ray.losses.projection import LogitTransform, Projection, add_product_
+from taid_ray.losses.registry import METHODS
 from tests.support.entropy import target_entropy
 from tests.support.paths import GOLDEN_FILE
 
@@ -64,7 +65,8 @@ class Case:
     def chunked(self, name: str = "taid", **changes: Any) -> Any:
         """The loss; with return_parts also its parts."""
         options: dict[str, Any] = {"t": T, "chunk_tokens": 5} | self.options | changes
-        labels, chunk_tokens = options.pop("labels", None), options.pop("chunk_tokens")
+        labels = options.pop("labels", self.labels if name == "dkd" else None)
+        chunk_tokens = options.pop("chunk_tokens")
         return_parts = options.pop("return_parts", False)
         objective = Objective(name, torch.as_tensor(options.pop("t"), dtype=torch.float64), **options)
         loss, parts = chunked_loss(objective, self.student, self.teacher, labels, chunk_tokens=chunk_tokens)
@@ -88,8 +90,11 @@ class Case:
     def plain(self, name: str = "taid") -> Tensor:
         student, teacher = self.logits()
         share: float = self.options.get("sft_weight", 0.0)
-        values = losses.divergence(name, self.options.get("weight"))(student, teacher, self.options.get("t", T))
-        return ((1 - share) * values + share * losses.sft(student, self.labels)).sum()
+        temperature = self.options.get("temperature", 1.0)
+        factor = temperature**2 if self.options.get("squared") else 1.0
+        divergence = losses.divergence(name, self.options.get("settings"))
+        values = divergence(student / temperature, teacher / temperature, self.options.get("t", T), self.labels)
+        return ((1 - share) * factor * values + share * losses.sft(student, self.labels)).sum()
 
 
 def assert_same(case: Case, chunked: Tensor, plain: Tensor, tolerance: float = 1e-6) -> None:
@@ -126,6 +131,34 @@ def test_matches_the_published_code(golden: dict[str, Any]) -> None:
             assert torch.allclose(gradient.flatten(), torch.tensor(golden["taid_grad"]), rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("options", [{"temperature": 2.5, "sft_weight": 0.2}, {"temperature": 0.6, "squared": True}])
+def test_temperature(name: str, options: dict[str, Any]) -> None:
+    case = Case(dtype=torch.float64, bias=True, transforms=(SOFTCAP, PLAIN), **options)
+    case.options["labels"] = case.labels
+    assert_same(case, case.chunked(name), case.plain(name), 1e-13)
+    assert case.chunked(name, temperature=torch.tensor(options["temperature"])).item() == pytest.approx(
+        case.chunked(name).item()
+    )
+
+
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("sft_weight", [0.0, 0.2])
+def test_a_temperature_learns(squared: bool, sft_weight: float) -> None:
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
+        temperature = torch.tensor(3.0, dtype=dtype, requires_grad=True)
+        case = Case(dtype=dtype, squared=squared, sft_weight=sft_weight, temperature=temperature)
+        loss = case.chunked("ctkd", labels=case.labels)
+        (found,) = torch.autograd.grad(1.7 * loss, temperature)
+        exact = Case(dtype=torch.float64).logits()
+        temperature = temperature.detach().double().requires_grad_()
+        kl = losses.forward_kl(*exact, temperature).sum() * (temperature**2 if squared else 1.0)
+        (expected,) = torch.autograd.grad(1.7 * (1 - sft_weight) * kl, temperature)
+        assert found.dtype == dtype and found.item() == pytest.approx(expected.item(), rel=tolerance)
+    with pytest.raises(ValueError, match="only the temperature of ctkd"):
+        case.chunked("js", labels=case.labels)
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "bias": {"bias": True},
     "softcap": {"transforms": (SOFTCAP, LogitTransform(scale=2.0))},
@@ -151,8 +184,8 @@ def test_cross_entropy_on_labels(name: str, sft_weight: float) -> None:
     assert_same(case, case.chunked(name), case.plain(name))
 
 
-def test_weight_reaches_the_divergence() -> None:
-    case = Case(weight=0.6)
+def test_a_setting_reaches_the_divergence() -> None:
+    case = Case(settings={"weight": 0.6})
     assert_same(case, case.chunked("js"), case.plain("js"))
 
 
@@ -254,9 +287,13 @@ def test_no_tokens_keep_the_graph() -> None:
 @pytest.mark.parametrize("with_labels", [False, True])
 def test_parts(name: str, with_labels: bool) -> None:
     case = Case(transforms=(SOFTCAP, PLAIN))
+    if name == "dkd" and not with_labels:
+        with pytest.raises(ValueError, match="dkd needs labels"):
+            case.chunked(name, labels=None)
+        return
     loss, parts = case.chunked(name, return_parts=True, labels=case.labels if with_labels else None)
     student, teacher = (x.detach() for x in case.logits())
-    expected = [losses.divergence(name)(student, teacher, T), target_entropy(name)(student, teacher, T)]
+    expected = [losses.divergence(name)(student, teacher, T, case.labels), target_entropy(name)(student, teacher, T)]
     expected.append(losses.sft(student, case.labels) if with_labels else torch.zeros(N))
     for got, values in zip((parts.kl, parts.entropy, parts.sft), expected, strict=True):
         assert got.dtype == torch.float64 and got.shape == () and not got.requires_grad
@@ -462,7 +499,7 @@ def test_bad_arguments() -> None:
         {"chunk_tokens": 0},
         {"t": 2.0},
         {"t": math.nan},
-        {"weight": 0.1},
+        {"settings": {"weight": 0.1}},
     ):
         with pytest.raises(ValueError):
             case.chunked(**changes)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from taid_ray import losses
-from taid_ray.config.objective import WEIGHTED_LOSSES, LossName
+from taid_ray.config.objective import SETTINGS, LossName
+from taid_ray.losses.registry import METHODS
 from tests.support.entropy import target_entropy
 from tests.support.paths import GOLDEN_FILE
 
@@ -21,9 +22,17 @@ def logits(*shape: int, seed: int = 0, scale: float = 2.0, dtype: torch.dtype = 
     return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).to(dtype)
 
 
-def value_and_gradient(name: str, student: Tensor, teacher: Tensor, t: float = 0.4) -> tuple[Tensor, Tensor]:
+def labels_of(logits: Tensor) -> Tensor:
+    """A label [N] for each row, among the first ids."""
+    return torch.arange(len(logits)) % 2
+
+
+def value_and_gradient(
+    name: str, student: Tensor, teacher: Tensor, t: float = 0.4, labels: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    labels = labels_of(student) if labels is None else labels
     student = student.clone().requires_grad_()
-    values = losses.divergence(name)(student, teacher, t)
+    values = losses.divergence(name)(student, teacher, t, labels)
     (gradient,) = torch.autograd.grad(values.sum(), student)
     return values.detach(), gradient
 
@@ -88,29 +97,41 @@ def test_entropy_and_sft_by_hand() -> None:
 def test_the_registry_has_the_losses_of_the_configuration() -> None:
     student, teacher = logits(3, 5), logits(3, 5, seed=1)
     for name in NAMES:
-        values = losses.divergence(name)(student, teacher, 0.3)
+        values = losses.divergence(name)(student, teacher, 0.3, labels_of(student))
         assert values.shape == (3,)
         assert target_entropy(name)(student, teacher, 0.3).shape == (3,)
-        if name in WEIGHTED_LOSSES:
-            assert (losses.divergence(name, 0.5)(student, teacher, 0.3) != values).all()
+        assert METHODS[name].settings.keys() == {key for key, having in SETTINGS.items() if name in having}
+        for key in METHODS[name].settings:
+            assert (losses.divergence(name, {key: 0.9})(student, teacher, 0.3, labels_of(student)) != values).any()
+        for key in SETTINGS.keys() - METHODS[name].settings.keys():
+            with pytest.raises(ValueError, match=key):
+                losses.divergence(name, {key: 0.3})
     for function in (losses.divergence, losses.log_target):
         with pytest.raises(ValueError, match="kld"):
             function("kld")
     for weight in (-0.1, 1.5, math.nan):
         with pytest.raises(ValueError, match="weight"):
-            losses.divergence("js", weight)
-    for name in set(NAMES) - set(WEIGHTED_LOSSES):
-        with pytest.raises(ValueError, match="weight"):
-            losses.divergence(name, 0.1)
+            losses.divergence("js", {"weight": weight})(student, teacher, 0.3)
+
+
+def test_the_registry_has_the_defaults_of_the_functions() -> None:
+    student, teacher, labels = logits(3, 5), logits(3, 5, seed=1), torch.arange(3)
+    for name in NAMES:
+        function = getattr(losses, name)
+        others = {"taid": (0.3,), "taid_reverse_kl": (0.3,), "dkd": (labels,), "ctkd": (1.0,)}.get(name, ())
+        options = {"temperature": 1.0} if name == "dkd" else {}
+        expected = function(student, teacher, *others, **options)
+        assert torch.equal(losses.divergence(name)(student, teacher, 0.3, labels), expected), name
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_is_positive_and_zero_at_equality(name: str) -> None:
     student, teacher = logits(50, 17), logits(50, 17, seed=1)
-    assert (losses.divergence(name)(student, teacher, 0.4) > 1e-3).all()
+    assert (losses.divergence(name)(student, teacher, 0.4, labels_of(student)) > 1e-3).all()
     values, gradient = value_and_gradient(name, student, student + 3.0)
-    assert values.abs().max() < 1e-6
-    assert name == "tvd" or gradient.abs().max() < 1e-6  # tvd has a kink at equality
+    tolerance = 1e-5 if name == "dkd" else 1e-6  # dkd has a factor of 8
+    assert values.abs().max() < tolerance
+    assert name == "tvd" or gradient.abs().max() < tolerance  # tvd has a kink at equality
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -145,8 +166,9 @@ def test_ids_have_no_order(name: str) -> None:
         logits(5, 19, seed=1),
         torch.randperm(19, generator=torch.Generator().manual_seed(2)),
     )
-    plain, permuted = (value_and_gradient(name, student, teacher),
-                       value_and_gradient(name, student[:, order], teacher[:, order]))  # fmt: skip
+    plain = value_and_gradient(name, student, teacher)
+    labels = order.argsort()[labels_of(student)]
+    permuted = value_and_gradient(name, student[:, order], teacher[:, order], labels=labels)
     assert torch.allclose(plain[0], permuted[0], rtol=1e-5)
     assert torch.allclose(plain[1][:, order], permuted[1], atol=1e-6)
 
@@ -154,7 +176,7 @@ def test_ids_have_no_order(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_teacher_gets_no_gradient(name: str) -> None:
     student, teacher = logits(3, 5).requires_grad_(), logits(3, 5, seed=1).requires_grad_()
-    torch.autograd.backward(losses.divergence(name)(student, teacher, 0.4).sum())
+    torch.autograd.backward(losses.divergence(name)(student, teacher, 0.4, labels_of(student)).sum())
     assert student.grad is not None and teacher.grad is None
     assert not target_entropy(name)(student, teacher, 0.4).requires_grad
 
@@ -162,9 +184,13 @@ def test_the_teacher_gets_no_gradient(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_is_the_derivative(name: str) -> None:
     # taid's target is held fixed, so its gradient is that of forward_kl to that target (next section)
+    # adaptive_kl's weight and taid_reverse_kl's target are held fixed, too: test_limits has what their gradient belongs to
+    if name == "adaptive_kl":
+        return
     student, teacher = logits(3, 6, dtype=torch.float64), logits(3, 6, seed=1, dtype=torch.float64)
-    t = 1.0 if name == "taid" else 0.0
-    assert torch.autograd.gradcheck(lambda z: losses.divergence(name)(z, teacher, t), student.requires_grad_())
+    t = 1.0 if name.startswith("taid") else 0.0
+    loss, labels = losses.divergence(name), labels_of(student)
+    assert torch.autograd.gradcheck(lambda z: loss(z, teacher, t, labels), student.requires_grad_())
 
 
 # --- masked vocabulary
@@ -189,6 +215,9 @@ def test_minus_infinity_gives_no_nan(name: str, mask: str, t: float) -> None:
         "taid": t == 1 and student_only,
         "forward_kl": student_only,
         "reverse_kl": teacher_only,
+        "taid_reverse_kl": t > 0 and teacher_only,
+        "adaptive_kl": True,
+        "dkd": student_only,
     }
     assert (values == INF).all() if infinite.get(name) else values.isfinite().all()
     assert not target_entropy(name)(student, teacher, t).isnan().any()

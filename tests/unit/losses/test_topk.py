@@ -1,6 +1,7 @@
 """Top-k teachers: k + 1 buckets say the same as the whole vocabulary with a tail in the student's shape."""
 
 import math
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -8,14 +9,15 @@ import torch
 from torch import Tensor
 
 from taid_ray import losses
-from taid_ray.config.objective import WEIGHTED_LOSSES, LossName
+from taid_ray.config.objective import WITHOUT_TOPK, LossName
 from taid_ray.losses import TopK
 from taid_ray.losses.chunked import chunked_loss, chunked_scores
 from taid_ray.losses.objective import Objective
 from taid_ray.losses.projection import LogitTransform, Projection
+from taid_ray.losses.topk import with_labels
 from tests.support.entropy import target_entropy
 
-NAMES: tuple[str, ...] = get_args(LossName)
+NAMES = [name for name in get_args(LossName) if name not in WITHOUT_TOPK]
 N, V, K = 12, 40, 5
 INF = math.inf
 
@@ -49,46 +51,72 @@ def on_buckets(name: str, z: Tensor, known: TopK, t: float, labels: Tensor | Non
     return objective.evaluate_(z.clone(), known, labels, learn=True)
 
 
-# (name, t, weight)
-MENU = [("taid", t, None) for t in (0.0, 0.3, 1.0)] + [(name, 0.3, None) for name in NAMES if name != "taid"]
-MENU += [(name, 0.3, weight) for name in WEIGHTED_LOSSES for weight in (0.0, 0.6, 1.0)]
+# (name, t, settings)
+MENU: list[tuple[str, float, dict[str, float]]] = [
+    (name, t, {}) for name in ("taid", "taid_reverse_kl") for t in (0.0, 0.3, 1.0)
+]
+MENU += [(name, 0.3, {}) for name in NAMES if not name.startswith("taid")]
+MENU += [
+    (name, 0.3, {"weight": weight})
+    for name in ("js", "skew_forward_kl", "skew_reverse_kl")
+    for weight in (0.0, 0.6, 1.0)
+]
+MENU += [("gkd", 0.3, {"beta": beta}) for beta in (0.0, 1.0)] + [("dkd", 0.3, {"alpha": 2.0, "beta": 0.5})]
 
 
-@pytest.mark.parametrize(("name", "t", "weight"), MENU)
+@pytest.mark.parametrize(("name", "t", "settings"), MENU)
 @pytest.mark.parametrize("sft_weight", [0.0, 0.2, 1.0])
-def test_equals_the_whole_vocabulary(name: str, t: float, weight: float | None, sft_weight: float) -> None:
+@pytest.mark.parametrize(("temperature", "squared"), [(1.0, False), (2.5, True), (torch.tensor(0.6).double(), False)])
+def test_equals_the_whole_vocabulary(
+    name: str, t: float, settings: dict[str, float], sft_weight: float, temperature: float | Tensor, squared: bool
+) -> None:
     z, known, labels = random_case()
     labels[: N // 2] = known.ids[: N // 2, 2]  # labels within and outside the k ids
-    (kl, entropy, ce), gradient = on_buckets(name, z, known, t, labels, sft_weight=sft_weight, weight=weight)
+    known = replace(known, label_log_probs=logits(seed=1).log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1))
+    options: dict[str, Any] = {"settings": settings, "temperature": temperature, "squared": squared}
+    (kl, entropy, ce), gradient, _ = on_buckets(name, z, known, t, labels, sft_weight=sft_weight, **options)
 
+    if name == "dkd":
+        known, _ = with_labels(known, labels)
     teacher, z = with_students_tail(known, z), z.requires_grad_()
-    expected_kl = losses.divergence(name, weight)(z, teacher, t)
+    factor = temperature**2 if squared else 1.0
+    sides = z / temperature, teacher / temperature
+    expected_kl = factor * losses.divergence(name, settings)(*sides, t, labels)
     expected_ce = losses.sft(z, labels)
     total = (1 - sft_weight) * expected_kl + sft_weight * expected_ce
     (expected_gradient,) = torch.autograd.grad(total.sum(), z)
     for got, expected in (
         (kl, expected_kl),
-        (entropy, target_entropy(name)(z, teacher, t).double()),
+        (entropy, factor * target_entropy(name)(*sides, t).double()),
         (ce, expected_ce),
         (gradient, expected_gradient),
     ):
         torch.testing.assert_close(got, expected.detach(), rtol=1e-12, atol=1e-14)
 
 
+def test_a_temperature_learns() -> None:
+    z, known, _ = random_case()
+    temperature = torch.tensor(2.5, dtype=torch.float64, requires_grad=True)
+    found = on_buckets("ctkd", z, known, 1.0, temperature=temperature, squared=True).temperature_slope
+    expected = losses.ctkd(z, with_students_tail(known, z), temperature).sum()
+    torch.testing.assert_close(found.sum(), torch.autograd.grad(expected, temperature)[0])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_all_ids_but_one_are_the_whole_vocabulary(name: str) -> None:
     z, teacher = logits(), logits(seed=1)
     known = top_k(teacher, torch.zeros(N, dtype=torch.int64), V - 1)
-    (kl, *_), gradient = on_buckets(name, z, known, 0.4)
+    labels = torch.zeros(N, dtype=torch.int64)
+    (kl, *_), gradient, _ = on_buckets(name, z, known, 0.4, labels)
     z = z.requires_grad_()
-    expected = losses.divergence(name)(z, teacher, 0.4)
+    expected = losses.divergence(name)(z, teacher, 0.4, labels)
     torch.testing.assert_close(kl, expected.detach())
     torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), z)[0])
 
 
 def test_taid_by_the_formula() -> None:
     z, known, _ = random_case()
-    (kl, *_), _ = on_buckets("taid", z, known, 0.3)
+    (kl, *_), _, _ = on_buckets("taid", z, known, 0.3)
     q = z.softmax(-1).gather(-1, known.ids.long())
     student = torch.cat([q, 1 - q.sum(-1, keepdim=True)], -1)
     teacher = torch.cat([known.log_probs, known.log_tail[:, None]], -1).exp()
@@ -100,7 +128,7 @@ def test_taid_by_the_formula() -> None:
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "js", "tvd"])
 def test_is_a_lower_bound_of_the_true_divergence(name: str) -> None:
     z, known, _ = random_case()
-    (kl, *_), _ = on_buckets(name, z, known, 1.0)
+    (kl, *_), _, _ = on_buckets(name, z, known, 1.0)
     assert (kl <= losses.divergence(name)(z, logits(seed=1), 1.0) + 1e-12).all() and (kl > 0).all()
 
 
@@ -120,7 +148,7 @@ NO_TAIL, ALL_TAIL = -INF, 0.0
 STUDENT_TAILS = {"usual": 0.0, "tiny": -300.0, "none": -INF}
 
 
-@pytest.mark.parametrize(("name", "t"), [(name, t) for name, t, weight in MENU if weight is None])
+@pytest.mark.parametrize(("name", "t"), [(name, t) for name, t, settings in MENU if not settings])
 @pytest.mark.parametrize("student_tail", STUDENT_TAILS)
 @pytest.mark.parametrize("log_tail", [NO_TAIL, ALL_TAIL, -1.0])
 def test_extreme_tails_give_no_nan(name: str, t: float, student_tail: str, log_tail: float) -> None:
@@ -129,13 +157,15 @@ def test_extreme_tails_give_no_nan(name: str, t: float, student_tail: str, log_t
     z = z.scatter(-1, known.ids.long(), logits(seed=2).float()[:, :K])
     labels = known.ids[:, 0].long()
     known = TopK(known.log_probs.bfloat16(), known.ids, torch.full((N,), log_tail), known.label_log_probs.float())
-    values, gradient = on_buckets(name, z, known, t, labels, sft_weight=0.1)
+    values, gradient, _ = on_buckets(name, z, known, t, labels, sft_weight=0.1)
     assert not values.isnan().any() and gradient.isfinite().all()
     missing_at_student = student_tail == "none" and log_tail != NO_TAIL
     infinite = {
         "forward_kl": missing_at_student,
         "taid": missing_at_student and t == 1,
         "reverse_kl": student_tail == "usual" and log_tail == NO_TAIL,
+        "taid_reverse_kl": t > 0 and student_tail == "usual" and log_tail == NO_TAIL,
+        "dkd": missing_at_student,
     }
     assert (values[0] == INF).all() if infinite.get(name) else values.isfinite().all()
 
@@ -143,9 +173,9 @@ def test_extreme_tails_give_no_nan(name: str, t: float, student_tail: str, log_t
 @pytest.mark.parametrize("name", NAMES)
 def test_float32_is_accurate(name: str) -> None:
     z, known, labels = random_case()
-    exact, exact_gradient = on_buckets(name, z, known, 0.4, labels, sft_weight=0.1)
+    exact, exact_gradient, _ = on_buckets(name, z, known, 0.4, labels, sft_weight=0.1)
     low = TopK(known.log_probs.float(), known.ids, known.log_tail.float(), known.label_log_probs.float())
-    values, gradient = on_buckets(name, z.float(), low, 0.4, labels, sft_weight=0.1)
+    values, gradient, _ = on_buckets(name, z.float(), low, 0.4, labels, sft_weight=0.1)
     assert values.dtype == gradient.dtype == torch.float32
     assert torch.allclose(values.double(), exact, rtol=2e-6, atol=1e-6)
     assert torch.allclose(gradient.double(), exact_gradient, rtol=1e-4, atol=1e-7)
@@ -174,7 +204,8 @@ def test_chunked_loss(name: str, chunk_tokens: int) -> None:
     trained = [x for x in (student.hidden, student.head, student.bias) if x is not None]
     objective = Objective(name, torch.tensor(0.3), sft_weight=0.2)
     loss, parts = chunked_loss(objective, student, known, labels, chunk_tokens=chunk_tokens)
-    full = Projection(with_students_tail(known, final_logits(student)), None)
+    same = with_labels(known, labels)[0] if name == "dkd" else known
+    full = Projection(with_students_tail(same, final_logits(student)), None)
     expected, expected_parts = chunked_loss(objective, student, full, labels, chunk_tokens=N)
     torch.testing.assert_close((loss, *vars(parts).values()), (expected, *vars(expected_parts).values()))
     torch.testing.assert_close(torch.autograd.grad(loss, trained), torch.autograd.grad(expected, trained))
