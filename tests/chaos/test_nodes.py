@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from tests.support.harness import GONE_S, LOG_TAIL, Run, Tree, small_config, wait_for_death
+from tests.support.nodes import Nodes
 from tests.support.waiting import wait_until
 
 DRAIN_S = 120.0
@@ -28,14 +29,6 @@ DRAIN_S = 120.0
 QUERY_S = 120
 """An answer of the State API takes well below a second on a quiet machine."""
 ROLES = {"teacher": {"taid_teacher": 2}, "student": {"taid_student": 1}}
-# A node is given up after three seconds instead of half a minute.
-DETECTION = {
-    "health_check_initial_delay_ms": 1000,
-    "health_check_period_ms": 1000,
-    "health_check_timeout_ms": 10_000,
-    "health_check_failure_threshold": 3,
-}
-
 Row = tuple[str, float]
 """What was waited for, and the seconds it took."""
 RAYS_OWN = ("ServeController", "_AutoscalingCoordinatorActor")
@@ -71,30 +64,15 @@ for line in sys.stdin:
 ANSWER = "answer:"
 
 
-class Nodes:
-    """A head without a role, and nodes for teacher and student."""
+class ConnectedNodes(Nodes):
+    """A head without a role, nodes for teacher and student, and a process that is connected to them."""
 
     def __init__(self) -> None:
-        from ray.cluster_utils import Cluster
-
         with socket.socket() as free:  # the cluster of the other tests may have the usual port
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        head = {"num_cpus": 1, "include_dashboard": True, "dashboard_port": port, "_system_config": DETECTION}
-        self._cluster = Cluster(initialize_head=True, head_node_args=head)
-        self.address: str = self._cluster.address
-        self._nodes: dict[str, Any] = {}
+        super().__init__(num_cpus=1, include_dashboard=True, dashboard_port=port)
         self._connected: subprocess.Popen[str] | None = None
-
-    def add(self, role: str) -> str:
-        """Returns the node's id."""
-        node = self._cluster.add_node(num_cpus=1, resources=ROLES[role])
-        self._nodes[node.node_id] = node
-        return str(node.node_id)
-
-    def lose(self, node: str) -> None:
-        """At once and without a word, as when its power fails."""
-        self._cluster.remove_node(self._nodes.pop(node), allow_graceful=False)
 
     def connect(self) -> None:
         command = [sys.executable, "-c", f"ANSWER, QUERY_S = {ANSWER!r}, {QUERY_S}" + CONNECTED, self.address]
@@ -118,7 +96,7 @@ class Nodes:
         """Of living actors of a class, by their nodes."""
         found: dict[str, list[int]] = {}
         for name, node, pid in self.ask("actors"):
-            if name.startswith(class_name) and node in self._nodes:
+            if name.startswith(class_name) and node in self:
                 found.setdefault(node, []).append(pid)
         return found
 
@@ -130,17 +108,17 @@ class Nodes:
         if self._connected is not None:
             self._connected.kill()
             self._connected.wait()
-        self._cluster.shutdown()
+        super().close()
 
 
 @pytest.fixture
-def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[ConnectedNodes]:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    found = Nodes()
+    found = ConnectedNodes()
     monkeypatch.setenv("RAY_ADDRESS", found.address)  # for the nodes' processes and the drivers
     try:
         for role in ("teacher", "student", "teacher", "student"):
-            found.add(role)
+            found.add(**ROLES[role])
         found.connect()
         yield found
     finally:
@@ -165,7 +143,7 @@ def runs(tmp_path: Path) -> Iterator[Callable[[str], Run]]:
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
-def test_nodes_come_and_go(nodes: Nodes, runs: Callable[[str], Run]) -> None:
+def test_nodes_come_and_go(nodes: ConnectedNodes, runs: Callable[[str], Run]) -> None:
     """A teacher's node is lost, a student's node is lost, another one comes, and one is taken back after a notice."""
     draw, start = random.Random(7), time.monotonic()
     baseline = runs("nodes-baseline")
@@ -184,7 +162,7 @@ def test_nodes_come_and_go(nodes: Nodes, runs: Callable[[str], Run]) -> None:
     wait_until_empty(nodes)
 
 
-def lose_teacher(nodes: Nodes, run: Run, draw: random.Random) -> list[Row]:
+def lose_teacher(nodes: ConnectedNodes, run: Run, draw: random.Random) -> list[Row]:
     """Requests that were under way are answered by the other replica, or by the one that is started anew."""
     replicas = nodes.processes("ServeReplica")
     lost = draw.choice(sorted(replicas))
@@ -196,7 +174,7 @@ def lose_teacher(nodes: Nodes, run: Run, draw: random.Random) -> list[Row]:
     return [("teacher node lost: next step", seconds)]
 
 
-def lose_student(nodes: Nodes, run: Run, draw: random.Random) -> list[Row]:
+def lose_student(nodes: ConnectedNodes, run: Run, draw: random.Random) -> list[Row]:
     run.until(lambda: re.search(r"checkpoint of step \d+ saved", run.log) is not None, "a checkpoint")
     processes = nodes.processes("RayTrainWorker")
     lost = draw.choice(sorted(processes))
@@ -208,12 +186,12 @@ def lose_student(nodes: Nodes, run: Run, draw: random.Random) -> list[Row]:
     return [("student node lost: first new step, on the other one", seconds)]
 
 
-def add_student(nodes: Nodes, run: Run, draw: random.Random) -> list[Row]:
+def add_student(nodes: ConnectedNodes, run: Run, draw: random.Random) -> list[Row]:
     """The driver watches for a while whether the room is there to stay; the worker must not finish the run meanwhile."""
     ((only,),) = nodes.processes("RayTrainWorker").values()
     os.kill(only, signal.SIGSTOP)
     try:
-        nodes.add("student")
+        nodes.add(**ROLES["student"])
         asked = run.until(lambda: "there is room for more" in run.log, "a word of the new node")
     finally:
         os.kill(only, signal.SIGCONT)
@@ -226,7 +204,7 @@ def add_student(nodes: Nodes, run: Run, draw: random.Random) -> list[Row]:
     ]
 
 
-def drain_student(nodes: Nodes, run: Run, draw: random.Random) -> list[Row]:
+def drain_student(nodes: ConnectedNodes, run: Run, draw: random.Random) -> list[Row]:
     node = draw.choice(sorted(nodes.processes("RayTrainWorker")))
     start = time.monotonic()
     deadline = nodes.ask("drain", node, DRAIN_S)
@@ -263,7 +241,7 @@ def until_restarted(run: Run, before: int) -> int:
     return int(found()[-1])
 
 
-def wait_until_empty(nodes: Nodes) -> None:
+def wait_until_empty(nodes: ConnectedNodes) -> None:
     wait_until(lambda: not nodes.left(), lambda: f"an empty cluster, where there is {nodes.left()}", GONE_S)
 
 

@@ -1,10 +1,10 @@
-"""Preparing data with Ray: any number of tasks, some of them killed, make the same bytes; so do a killed driver and its next."""
+"""Preparing data with Ray: any number of tasks, some of them killed, make the same bytes; so do killed drivers and lost nodes."""
 
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +18,7 @@ from taid_ray.data.store import spans
 from taid_ray.driver.prepare import Preparation, prepare_data
 from taid_ray.errors import DataError
 from tests.support.harness import small_config
+from tests.support.nodes import Nodes
 from tests.support.paths import BUNDLE
 from tests.support.processes import processes
 from tests.support.store import prepare_here
@@ -96,45 +97,83 @@ def test_what_is_wrong_with_a_document_is_said_as_one_process_says_it(ray_cluste
     assert str(found.value) == str(alone.value) and str(data) in str(found.value)
 
 
+def start_driver(directory: Path, store: Path) -> subprocess.Popen[bytes]:
+    """`taid-ray data prepare`, into the store that is beside the run."""
+    (directory / "config.yaml").write_text(yaml.safe_dump(small_config("prepare")))
+    code = (
+        f"from taid_ray.data.store import spans; spans.SPAN_BYTES = {spans.SPAN_BYTES};"
+        "from taid_ray.cli.app import main; main()"
+    )
+    arguments = ["data", "prepare", str(directory / "config.yaml"), "--out", str(store.parent / "run")]
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.Popen(command, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def shards(store: Path) -> set[Path]:
+    """What says of a shard that it is whole."""
+    return {path for path in store.glob("*/*.json") if not path.name.startswith(("index", "blocks"))}
+
+
+def check_finished(driver: subprocess.Popen[bytes], store: Path) -> None:
+    """Waits until a driver has ended, with the bytes of one process in the store."""
+    output = driver.communicate(timeout=START_S)[0].decode()
+    assert driver.returncode == 0, output
+    assert "documents" in output
+    (index,) = store.glob("*/index-*.arrow")
+    assert content(index) == expected(config_in(store))
+
+
 @pytest.mark.more
 def test_a_driver_that_is_killed_leaves_what_its_next_one_goes_on_from(
     ray_cluster: str, tmp_path: Path, many_parts: None
 ) -> None:
-    def driver(store: Path) -> Callable[[], subprocess.Popen[bytes]]:
-        config = small_config("prepare")  # whose store is beside the run
-        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-        code = (
-            f"from taid_ray.data.store import spans; spans.SPAN_BYTES = {spans.SPAN_BYTES};"
-            "from taid_ray.cli.app import main; main()"
-        )
-        command = [
-            sys.executable,
-            "-c",
-            code,
-            "data",
-            "prepare",
-            str(tmp_path / "config.yaml"),
-            "--out",
-            str(store.parent / "run"),
-        ]
-        return lambda: subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
     store = tmp_path / "there" / "encoded-data"
-    start = driver(store)
-    first = start()
-
-    def shards() -> set[Path]:
-        return {path for path in store.glob("*/*.json") if not path.name.startswith(("index", "blocks"))}
-
-    wait_until(lambda: len(shards()) > 2, "some shards", START_S)
+    first = start_driver(tmp_path, store)
+    wait_until(lambda: len(shards(store)) > 2, "some shards", START_S)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    made = {path: path.stat().st_mtime_ns for path in shards()}
+    made = {path: path.stat().st_mtime_ns for path in shards(store)}
     assert not list(store.glob("*/index-*"))
-    second = start()
-    output = second.communicate(timeout=START_S)[0].decode()
-    assert second.returncode == 0, output
-    assert "documents" in output
+    check_finished(start_driver(tmp_path, store), store)
     assert {path: path.stat().st_mtime_ns for path in made} == made
-    (index,) = store.glob("*/index-*.arrow")
-    assert content(index) == expected(config_in(store))
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
+    """A head that runs no task; drivers of this test join it."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    found = Nodes(num_cpus=0)
+    monkeypatch.setenv("RAY_ADDRESS", found.address)
+    try:
+        yield found
+    finally:
+        found.close()
+
+
+@pytest.mark.more
+def test_a_node_that_is_lost_while_it_prepares_leaves_its_part_to_another(
+    nodes: Nodes, tmp_path: Path, many_parts: None
+) -> None:
+    """The task on it is frozen in the middle of its part, and dies with the node; no shard that was there is made again."""
+    lost, _ = nodes.add(), nodes.add()
+    store = tmp_path / "there" / "encoded-data"
+    driver = start_driver(tmp_path, store)
+
+    def freeze() -> bool:
+        for process in nodes.workers(lost):
+            with suppress(psutil.Error):  # it has ended
+                if "ray::encode" in " ".join(process.cmdline()):
+                    process.suspend()
+                    return True
+        return False
+
+    wait_until(lambda: len(shards(store)) > 2 and freeze(), "a task at work on the node", START_S)
+    made = {path: path.stat().st_mtime_ns for path in shards(store)}
+    assert len(made) < PARTS and not list(store.glob("*/index-*"))
+    processes_there = nodes.workers(lost)
+    nodes.lose(lost)
+    for process in processes_there:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    check_finished(driver, store)
+    assert {path: path.stat().st_mtime_ns for path in made} == made
