@@ -21,7 +21,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from benchmarks.common import ROOT, PeakMemory, in_fresh_process, median, write
-from taid_ray.config.data import DataConfig
+from taid_ray.config.data import DataSource
 from taid_ray.data.batch import collate
 from taid_ray.data.reading.kinds import DataFile
 from taid_ray.data.store.index import Index, write_index
@@ -121,7 +121,7 @@ _made: list[Encoding] = []
 def _encoding(_: int = 0) -> str:
     if not _made:
         tokenizer = AutoTokenizer.from_pretrained(QUICKSTART / "stories260k")
-        _made.append(Encoding(DataConfig(train="stories", sequence_length=LENGTH), tokenizer))
+        _made.append(Encoding(DataSource(train="stories", sequence_length=LENGTH), tokenizer))
     return _made[0].key
 
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.common import ROOT, local_ray, median, write
-from taid_ray.config.data import DataConfig
+from taid_ray.config.data import DataSource
 from taid_ray.config.models import Payload, TeacherConfig
 from taid_ray.data.batch import Batch, collate
 from taid_ray.data.dataset import validation_rows
@@ -165,7 +165,7 @@ def _seconds(*functions: Callable[[], Any]) -> list[float]:
 def measure_errors(model: Path, text: Path) -> dict[str, Any]:
     """Payload errors as a run measures them, on validation rows of `text`; top-k for k that the vocabulary allows."""
     tokenizer = load_tokenizer(TeacherConfig(model=str(model)))
-    data = DataConfig(train=str(text), valid=str(text), sequence_length=ROW_LENGTH)
+    data = DataSource(train=str(text), valid=str(text), sequence_length=ROW_LENGTH)
     batch = collate(validation_rows(data, tokenizer)[:ERROR_ROWS])
     found: dict[str, float] = {}
     for kind in KINDS:

@@ -99,6 +99,7 @@ class TimedStudent:
     """Stands for a Student: waits as long as one would compute."""
 
     device = torch.device("cpu")
+    source_names = ("",)
 
     def __init__(self) -> None:
         self.clock = PhaseClock(self.device)
@@ -107,7 +108,7 @@ class TimedStudent:
     def forward(self, batch: Batch, *_: Any) -> tuple[Tensor, LossParts]:
         time.sleep(FORWARD_S)
         tokens = torch.tensor(float(batch.num_loss_tokens), dtype=torch.float64)
-        return tokens, LossParts(kl=tokens, entropy=tokens, sft=0 * tokens, tokens=tokens)
+        return tokens, LossParts(tokens, tokens, 0 * tokens, tokens, torch.zeros(3, 0))
 
     def backward(self, loss: Tensor) -> None:
         time.sleep(BACKWARD_S)

@@ -67,7 +67,7 @@ def epochs_config(out: Path, epochs: int) -> DistillConfig:
     """The first documents only, so many times, with a new cache."""
     config = quickstart_config(["data.pack=true"], None)
     few = out / "few.jsonl"
-    few.write_text("".join(Path(config.data.train).read_text().splitlines(keepends=True)[:DOCUMENTS]))
+    few.write_text("".join(Path(str(config.data.train)).read_text().splitlines(keepends=True)[:DOCUMENTS]))
     keys = [
         f"data.train={few}",
         "train.steps=null",

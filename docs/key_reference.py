@@ -7,7 +7,7 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from taid_ray.config.fields import MOVABLE, RESUMABLE, Range, Section, SharedByTrials
-from taid_ray.config.schema import DistillConfig, marks_of, section_of
+from taid_ray.config.schema import DistillConfig, items_of, marks_of, section_of
 
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "min_length": "length at least"}
 NAMES = {
@@ -37,6 +37,8 @@ def _section(section: type[Section], prefix: str) -> list[str]:
 
 def _entries(key: str, field: FieldInfo) -> list[str]:
     inner = section_of(field)
+    if (items := items_of(field)) is not None:
+        return [_key(key, field), *_section(items, f"{key}[].")]
     below = [] if inner in (None, Range) else _section(inner, f"{key}.")  # of a range, a number may be given instead
     return [_key(key, field), *below]
 
@@ -48,7 +50,10 @@ def _key(key: str, field: FieldInfo) -> str:
     marks = marks_of(key)
     facts += ["may change on resume"] if RESUMABLE in marks else []
     facts += ["the path may change on resume"] if MOVABLE in marks else []
-    facts += [] if any(isinstance(mark, SharedByTrials) for mark in marks) else ["may be searched"]
+    fixed = "[]" in key or any(
+        isinstance(mark, SharedByTrials) for mark in marks
+    )  # of a list, only the whole is searched
+    facts += [] if fixed else ["may be searched"]
     return (
         f"### {key} {{ #{key} }}\n\n{' '.join((field.description or '').split())}\n\n{' · '.join(facts)}\n{{ .facts }}"
     )

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from taid_ray.data.cursor import Cursor, read_cursor
 from taid_ray.errors import CheckpointError, ConfigError
-from taid_ray.scheduler.aggregate import StepResult
+from taid_ray.scheduler.aggregate import SourceLoss, StepResult
 from taid_ray.scheduler.schedule import ScheduleState
 from taid_ray.storage import STORAGE_ERRORS, open_storage
 
@@ -69,7 +69,9 @@ class TrainingState:
                     "wrote it"
                 )
             schedule = ScheduleState.from_dict(content["result"].pop("schedule"))
-            result, cursor = StepResult(schedule=schedule, **content["result"]), read_cursor(content["cursor"])
+            sources = tuple(SourceLoss(*source) for source in content["result"].pop("sources", ()))
+            result = StepResult(schedule=schedule, sources=sources, **content["result"])
+            cursor = read_cursor(content["cursor"])
             data = content.get("data")
             if not isinstance(content["record"], dict) or not isinstance(data, dict | None):
                 raise TypeError("record or data")

@@ -68,13 +68,17 @@ def prepare(
     loaded = load_config(config, overrides or [], {} if out is None else {"out": out})
     from taid_ray.driver.prepare import prepare_ahead
 
-    totals = prepare_ahead(loaded)
-    table = Table("documents", "rows", "tokens", "tokens with loss", "steps of an epoch", box=None, header_style="bold")
-    steps = max(1, totals.rows // loaded.train.batch_size)
-    table.add_row(
-        *(f"{n:,}" for n in (totals.counts["documents"], totals.rows, totals.tokens, totals.loss_tokens, steps))
-    )
+    prepared = prepare_ahead(loaded)
+    several = len(prepared.sources) > 1
+    names = (["source"] if several else []) + ["documents", "rows", "tokens", "tokens with loss", "rows of an epoch"]
+    table = Table(*names, box=None, header_style="bold")
+    for source, part, uses in zip(loaded.data.sources, prepared.sources, prepared.uses, strict=True):
+        totals = part.opened.totals
+        figures = (part.counts.documents, totals.rows, totals.tokens, totals.loss_tokens, uses)
+        table.add_row(*([source.label] if several else []), *(f"{figure:,}" for figure in figures))
     Console().print(table)
+    steps = max(1, prepared.rows // loaded.train.batch_size)
+    print_line(Console(), f"an epoch has {prepared.rows:,} rows, {steps:,} steps of {loaded.train.batch_size}")
 
 
 def print_samples(console: Console, samples: "Sequence[SamplePreview]", shorten: bool = False) -> None:
@@ -87,7 +91,8 @@ def print_samples(console: Console, samples: "Sequence[SamplePreview]", shorten:
     print_line(console, f"what carries loss is {how}")
     for sample in samples:
         console.print()
-        print_line(console, f"row {sample.row}: {sample.tokens} tokens, {sample.loss_tokens} of them carry loss")
+        of = f" of {sample.source}" if sample.source else ""
+        print_line(console, f"row {sample.row}{of}: {sample.tokens} tokens, {sample.loss_tokens} of them carry loss")
         text = Text()
         for part in sample.parts:
             shown = _visible(_shortened(part.text) if shorten else part.text)

@@ -65,7 +65,8 @@ class Evaluator:
         teacher_config, student_config = model_configs(config)
         self._config, self._device, self._tokenizer = config, device, run_tokenizer(config)
         self._num_shared = shared_vocabulary(config, teacher_config, student_config).num_shared
-        rows = validation_rows(config.data.model_copy(update={"pack": False}), self._tokenizer)
+        held_out = config.data.validations[0]
+        rows = validation_rows(held_out.model_copy(update={"pack": False}), self._tokenizer)
         rows.sort(key=lambda row: len(row.input_ids))  # for little padding
         self._numbers = sorted({row.documents[0] for row in rows})
         self._batches = [
@@ -77,8 +78,8 @@ class Evaluator:
         self._teacher_head = self._teacher.head().to(device)
         self._prompts, self._stop_ids = (
             ([], [])
-            if config.data.format == "text"
-            else conversations(config.data, self._tokenizer, config.data.valid_documents)
+            if held_out.format == "text"
+            else conversations(held_out, self._tokenizer, held_out.valid_documents)
         )
         self._teacher_rouge = self._rouge(self._teacher.model)
 

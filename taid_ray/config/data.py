@@ -1,9 +1,11 @@
 """The section `data`: the documents, and how they become rows of tokens."""
 
 import datetime
+from collections import Counter
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from taid_ray.config.fields import (
     MOVABLE,
@@ -12,19 +14,80 @@ from taid_ray.config.fields import (
     TRAINING_ONLY,
     Int,
     Name,
+    Positive,
     PositiveInt,
     Section,
     SharedByTrials,
 )
 
+Format = Literal["text", "chat", "prompt_response"]
+
+
+class SourceConfig(Section):
+    """One of several sources of training data; its path alone stands for a source with nothing else. A key that is null here has
+    the value that the section `data` gives it."""
+
+    path: Annotated[Name, MOVABLE]
+    """The source's documents, given like `data.train` where there is only one source."""
+    name: Name | None = None
+    """Name of the source in metrics and reports. Default: the last part of `path`, without its ending."""
+    weight: Positive | None = None
+    """Share of this source in the rows of an epoch, relative to the other sources' weights. Give all sources a weight, or none.
+    The sources with a weight have as many rows in an epoch together as they have in all."""
+    rows: PositiveInt | None = None
+    """Number of rows of this source in an epoch, instead of a weight; may be more than it has. Without either, an epoch has all
+    rows of the source."""
+    valid: Annotated[Name | None, MOVABLE] = None
+    """Validation data of this source, given like `path`. Without it, and without `data.valid`, the first `valid_documents`
+    documents of the source are kept for validation."""
+    subset: str | None = None
+    """As `data.subset`."""
+    split: str | None = None
+    """As `data.split`."""
+    valid_split: str | None = None
+    """As `data.valid_split`."""
+    valid_documents: PositiveInt | None = None
+    """As `data.valid_documents`."""
+    format: Annotated[Format | None, SETS_RATES] = None
+    """As `data.format`."""
+    text_column: str | None = None
+    """As `data.text_column`."""
+    messages_column: str | None = None
+    """As `data.messages_column`."""
+    prompt_columns: Annotated[list[str] | None, Field(min_length=1)] = None
+    """As `data.prompt_columns`."""
+    response_column: str | None = None
+    """As `data.response_column`."""
+    chat_template: str | None = None
+    """As `data.chat_template`. Of several, RUN/model gets that of the first source that has one."""
+    loss_on: Annotated[Literal["response", "all"] | None, SETS_RATES] = None
+    """As `data.loss_on`."""
+    turns: Annotated[Literal["all", "last"] | None, SETS_RATES] = None
+    """As `data.turns`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @property
+    def label(self) -> str:
+        """The source's name, or what stands for it."""
+        return self.name or PurePath(self.path).name.partition(".")[0] or self.path
+
 
 class DataConfig(Section):
     """The documents to train and to validate on, and how they become rows of tokens."""
 
-    train: Annotated[Name, MOVABLE, TRAINING_ONLY]
+    train: Annotated[
+        Annotated[Name, Tag("[name]")] | Annotated[list[SourceConfig], Tag("[sources]"), Field(min_length=1)],
+        Discriminator(lambda value: "[sources]" if isinstance(value, list) else "[name]"),
+        MOVABLE,
+        TRAINING_ONLY,
+    ]
     """Training data: the name of a dataset on the Hugging Face hub, a local file (jsonl, json, parquet, csv, tsv, txt or arrow;
     text also compressed as gz, zst or bz2), a directory of such files, a pattern for them such as `corpus/**/part-*.parquet`, or
-    what `save_to_disk` of the library datasets wrote."""
+    what `save_to_disk` of the library datasets wrote. For a mixture: a list of sources, with the keys below."""
     valid: Annotated[Name | None, MOVABLE] = None
     """Validation data, given like `train`. Without it the first `valid_documents` documents of `train` are kept for
     validation, and not trained on."""
@@ -36,7 +99,7 @@ class DataConfig(Section):
     """Split of `valid` to read, if it has several."""
     valid_documents: PositiveInt = 200
     """Largest number of documents that validation uses."""
-    format: Annotated[Literal["text", "chat", "prompt_response"], SETS_RATES] = "text"
+    format: Annotated[Format, SETS_RATES] = "text"
     """What a row of the data holds. `text`: a document. `chat`: a list of messages. `prompt_response`: a prompt and a
     response, in columns of their own."""
     text_column: str = "text"
@@ -111,3 +174,75 @@ class DataConfig(Section):
                 "data.order: global needs data with an end; remove it, or data.streaming: true (order: blocks)"
             )
         return self
+
+    @model_validator(mode="after")
+    def _sources_fit(self) -> "DataConfig":
+        if isinstance(self.train, str):
+            return self
+        if self.order == "blocks":
+            raise ValueError(
+                f"data.train: several sources are mixed in the global order only (found data.order: blocks"
+                f"{', of data.streaming' if self.streaming else ''}); remove it, or name one source"
+            )
+        weights = [number for number, source in enumerate(self.train) if source.weight is not None]
+        for number, source in enumerate(self.train):
+            key = f"data.train[{number}]"
+            if source.weight is not None and source.rows is not None:
+                raise ValueError(f"{key}: give weight or rows, not both (found {source.weight:g} and {source.rows})")
+            if weights and source.weight is None and source.rows is None:
+                raise ValueError(
+                    f"{key}: has neither weight nor rows, but data.train[{weights[0]}] has a weight; give one of the two"
+                )
+            turns, loss_on = source.turns or self.turns, source.loss_on or self.loss_on
+            if (turns, loss_on) == ("last", "all"):
+                raise ValueError(f"{key}: turns: last goes with loss_on: response (found loss_on: all)")
+            if source.valid is not None and self.valid is not None:
+                raise ValueError(
+                    f"{key}.valid is {source.valid!r}, but data.valid ({self.valid!r}) is for all sources; remove one of them"
+                )
+        label, times = Counter(source.label for source in self.train).most_common(1)[0]
+        if times > 1:
+            raise ValueError(
+                f"data.train: {times} sources are called {label!r}; give each a name of its own (key name)"
+            )
+        return self
+
+    @property
+    def sources(self) -> tuple["DataSource", ...]:
+        """The sources of the training data, each with all keys as they hold for it. Where `train` is a name there is one."""
+        own = self.model_dump(exclude={"train"})
+        if isinstance(self.train, str):
+            return (DataSource(**own, train=self.train),)
+        found = []
+        for number, source in enumerate(self.train):
+            given = source.model_dump(exclude={"path", "name", "weight", "rows"}, exclude_none=True)
+            valid_key = f"data.train[{number}].valid" if source.valid is not None else "data.valid"
+            keys = {"key": f"data.train[{number}].path", "valid_key": valid_key}
+            found.append(DataSource(**own | given | keys, train=source.path, label=source.label))
+        return tuple(found)
+
+    @property
+    def validations(self) -> tuple["DataSource", ...]:
+        """The sources of the validation rows: those of the training data, unless `valid` is for all of them."""
+        if self.valid is None or isinstance(self.train, str):
+            return self.sources
+        return (DataSource(**self.model_dump(exclude={"train"}), train=self.train[0].path),)
+
+    @property
+    def names(self) -> list[str]:
+        """The paths or names of all training and validation data."""
+        found = [(source.train, source.valid) for source in self.sources]
+        return [name for pair in found for name in pair if name is not None]
+
+
+class DataSource(DataConfig):
+    """The section `data` as it holds for one source of training data, with the validation data that belong to it."""
+
+    train: Name
+    """The source's documents."""
+    label: str = ""
+    """Name of the source in metrics and reports; empty where there is only one."""
+    key: str = "data.train"
+    """Key that the documents were given under, for messages."""
+    valid_key: str = "data.valid"
+    """Key that the validation data were given under, for messages."""

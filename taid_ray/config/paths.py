@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from taid_ray.config.data import SourceConfig
 from taid_ray.config.schema import DistillConfig
 
 
@@ -34,9 +35,17 @@ def with_absolute_paths(config: DistillConfig) -> DistillConfig:
             return str(Path(value).expanduser().absolute()) if value and is_pattern(value) else absolute(value)
         return value
 
-    data = {key: absolute_data(getattr(config.data, key)) for key in ("train", "valid")}
-    data["chat_template"] = absolute(config.data.chat_template)
-    data["store"] = absolute_storage(config.data.store)
+    def absolute_source(source: SourceConfig) -> SourceConfig:
+        paths = {key: absolute_data(getattr(source, key)) for key in ("path", "valid")}
+        return source.model_copy(update=paths | {"chat_template": absolute(source.chat_template)})
+
+    train = config.data.train
+    data = {
+        "train": absolute_data(train) if isinstance(train, str) else [absolute_source(source) for source in train],
+        "valid": absolute_data(config.data.valid),
+        "chat_template": absolute(config.data.chat_template),
+        "store": absolute_storage(config.data.store),
+    }
     return config.model_copy(
         update={
             "out": str(config.run_dir),
@@ -52,8 +61,11 @@ def with_absolute_paths(config: DistillConfig) -> DistillConfig:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flattens a nested mapping into dotted keys; lists are values."""
+    """Flattens a nested mapping into dotted keys, `a[0].b` for what a list of mappings holds; other lists are values."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            found |= flat({f"{key}[{number}]": item for number, item in enumerate(value)}, prefix)
+        else:
+            found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return found

@@ -13,7 +13,17 @@ from pydantic import ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from taid_ray.config.data import DataConfig
-from taid_ray.config.fields import EVALUATED, RESUMABLE, SETS_ROWS, Mark, Name, Section, SharedByTrials, home_checked
+from taid_ray.config.fields import (
+    EVALUATED,
+    MOVABLE,
+    RESUMABLE,
+    SETS_ROWS,
+    Mark,
+    Name,
+    Section,
+    SharedByTrials,
+    home_checked,
+)
 from taid_ray.config.models import StudentConfig, TeacherConfig
 from taid_ray.config.objective import WITHOUT_TOPK, LossConfig, ScheduleConfig
 from taid_ray.config.text import apply_override, explain, read_tree, set_key
@@ -197,8 +207,21 @@ def section_of(field: FieldInfo) -> type[Section] | None:
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
 
 
+def items_of(field: FieldInfo) -> type[Section] | None:
+    """Returns the section of each item of a field that may be a list of sections; None for other fields."""
+    kinds: list[Any] = [field.annotation]
+    for kind in kinds:  # grows as it goes
+        if isinstance(kind, type) and issubclass(kind, Section):
+            return kind if kind is not field.annotation and section_of(field) is None else None
+        kinds += get_args(kind)
+    return None
+
+
 def known_keys(section: type[Section] = DistillConfig, prefix: str = "") -> dict[str, str]:
-    """Lists every dotted key with its help text; also those of ranges and of sections that may be null."""
+    """Lists every dotted key with its help text; also those of ranges, of sections that may be null, and of items of lists.
+
+    The latter have `[]` after the list's key.
+    """
     keys: dict[str, str] = {}
     for name, field in section.model_fields.items():
         key, inner = f"{prefix}{name}", section_of(field)
@@ -206,6 +229,8 @@ def known_keys(section: type[Section] = DistillConfig, prefix: str = "") -> dict
             keys[key] = field.description or ""
         if inner is not None:
             keys |= known_keys(inner, f"{key}.")
+        elif (items := items_of(field)) is not None:
+            keys |= known_keys(items, f"{key}[].")
     return keys
 
 
@@ -225,9 +250,12 @@ def marks_of(key: str) -> list[Mark]:
     marks: list[Mark] = []
     section: type[Section] | None = DistillConfig
     for part in key.split("."):
-        field = section.model_fields.get(part) if section else None
+        name, listed, _ = part.partition("[")
+        field = section.model_fields.get(name) if section else None
         if field is None:  # a key in a mapping that taid-ray only passes on, or none at all
             break
-        marks += [mark for mark in field.metadata if isinstance(mark, Mark)]
-        section = section_of(field)
+        own = [mark for mark in field.metadata if isinstance(mark, Mark)]
+        # Of a list the keys say for themselves which are paths.
+        marks += [mark for mark in own if not (listed and mark is MOVABLE)]
+        section = items_of(field) if listed else section_of(field)
     return marks

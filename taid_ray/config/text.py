@@ -191,7 +191,12 @@ CREDENTIALS = "must not hold credentials"
 def explain(problem: Any, known_keys: Iterable[str]) -> str:
     """Says one pydantic problem in one line: dotted key, what is wrong, what was found, what to do."""
     # A part such as `list[str]` names the alternative of a union that was tried, and no key.
-    location = [str(part) for part in problem["loc"] if "[" not in str(part)]
+    location: list[str] = []
+    for part in problem["loc"]:
+        if isinstance(part, int) and location:  # of a list
+            location[-1] += f"[{part}]"
+        elif "[" not in str(part):
+            location.append(str(part))
     key, found = _named(".".join(location)), _shown(problem["input"])
     if problem["type"] == "extra_forbidden":
         return f"{key}: unknown key (found {found}). {_nearest(location, sorted(known_keys))}"
@@ -209,7 +214,7 @@ def explain(problem: Any, known_keys: Iterable[str]) -> str:
 
 def _nearest(location: list[str], known: list[str]) -> str:
     """Suggests the known key or section closest to an unknown one: the same word in another section comes first."""
-    section, _, word = ".".join(location).rpartition(".")
+    section, _, word = re.sub(r"\[\d+\]", "[]", ".".join(location)).rpartition(".")
     word = word[:80]  # difflib takes seconds for pages
     sections = sorted({k.rpartition(".")[0] for k in known} - {""})
     elsewhere = [k for k in known if k.rpartition(".")[2] == word]

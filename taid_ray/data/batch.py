@@ -31,6 +31,8 @@ class Row:
     """targets[i] is the token that position i predicts, or NO_LABEL where i is not a loss position."""
     documents: tuple[int, ...] = ()
     """Numbers, from 1, of the documents in the dataset that its samples come from, in order."""
+    source: int = 0
+    """Number, from 0, of the source of training data that it is of; see `DataConfig.sources`."""
 
     def __post_init__(self) -> None:
         for name in ("input_ids", "position_ids", "targets"):
@@ -39,7 +41,7 @@ class Row:
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, Row)
-            and self.documents == other.documents
+            and (self.documents, self.source) == (other.documents, other.source)
             and np.array_equal(self.input_ids, other.input_ids)
             and np.array_equal(self.position_ids, other.position_ids)
             and np.array_equal(self.targets, other.targets)
@@ -66,6 +68,8 @@ class Batch:
     """[N] int64, ascending indices into the flattened [B * T] positions whose next token carries loss."""
     labels: Tensor
     """[N] int64, the token each loss position predicts."""
+    sources: Tensor
+    """[N] int64, the number of the source that each loss position is of."""
 
     @property
     def num_loss_tokens(self) -> int:
@@ -82,6 +86,7 @@ def collate(rows: Sequence[Row]) -> Batch:
     """
     rows = rows or [Row(np.array([PAD_ID]), np.array([0]), np.array([NO_LABEL]))]
     shape = (len(rows), max(len(row.input_ids) for row in rows))
+    sources = np.repeat([row.source for row in rows], [row.num_loss_tokens for row in rows])
     input_ids, targets = np.full(shape, PAD_ID, dtype=np.int64), np.full(shape, NO_LABEL, dtype=np.int64)
     position_ids = np.empty(shape, dtype=np.int64)
     for number, row in enumerate(rows):
@@ -95,4 +100,5 @@ def collate(rows: Sequence[Row]) -> Batch:
         inputs={"input_ids": torch.from_numpy(input_ids), "position_ids": torch.from_numpy(position_ids)},
         loss_positions=torch.from_numpy(loss_positions),
         labels=torch.from_numpy(flat_targets[loss_positions]),
+        sources=torch.from_numpy(sources.astype(np.int64)),
     )

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from taid_ray.config.data import DataConfig
+from taid_ray.config.data import DataSource
 from taid_ray.data.batch import Row
 from taid_ray.data.cursor import BlockCursor
 from taid_ray.data.documents import Documents, open_documents
@@ -28,9 +28,9 @@ START = BlockCursor()
 class TrainingData:
     """Training rows as global batches, in an order that depends on the data, `config` and `seed` only."""
 
-    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, batch_size: int) -> None:
+    def __init__(self, config: DataSource, tokenizer: PreTrainedTokenizerBase, seed: int, batch_size: int) -> None:
         """Opens `config.train`. Raises DataError if it cannot be read, or if validation takes all of it."""
-        self._source = f"data.train: {config.train}"
+        self._source = f"{config.key}: {config.train}"
         self._config, self._tokenizer, self._seed, self._batch_size = config, tokenizer, seed, batch_size
         self.documents = open_documents(config, "train")
         self._num_validation = config.valid_documents if config.valid is None else 0
@@ -137,20 +137,20 @@ class TrainingData:
         return items
 
 
-def open_validation(config: DataConfig) -> Documents:
+def open_validation(config: DataSource) -> Documents:
     """Opens the documents that validation begins with: `data.valid` or, without it, `data.train`. Raises DataError."""
     return open_documents(config, "train" if config.valid is None else "valid")
 
 
 def validation_rows(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, documents: Documents | None = None
+    config: DataSource, tokenizer: PreTrainedTokenizerBase, documents: Documents | None = None
 ) -> list[Row]:
     """Reads the rows of the first `valid_documents` documents of `data.valid` or, without it, of `data.train`; never shuffled.
 
     documents: those of `open_validation`, where they are open already. Raises DataError if they cannot be read or hold
     nothing to predict.
     """
-    source = f"data.train: {config.train}" if config.valid is None else f"data.valid: {config.valid}"
+    source = f"{config.key}: {config.train}" if config.valid is None else f"{config.valid_key}: {config.valid}"
     encoder = Encoder(config, tokenizer, source)
     documents = documents or open_validation(config)
     first_row, columns = next(documents.blocks(0, config.valid_documents))

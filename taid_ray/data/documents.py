@@ -5,7 +5,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from taid_ray.config.data import DataConfig
+from taid_ray.config.data import DataSource
 from taid_ray.data.columns import Column, columns_of, lacking
 from taid_ray.data.encoding import Columns
 from taid_ray.data.reading.complaints import empty, explained, no_column
@@ -47,15 +47,16 @@ class Documents(Protocol):
         """Says in sentences how the data were understood."""
 
 
-def open_documents(config: DataConfig, which: Literal["train", "valid"]) -> Documents:
+def open_documents(config: DataSource, which: Literal["train", "valid"]) -> Documents:
     """Opens `config.train` or `config.valid`: a local file, a directory, or a data set of the hub.
 
-    Raises DataError, naming `data.train` or `data.valid`, if it cannot be read, is empty, or if its first file lacks a column
+    Raises DataError, naming the key that it was given under, if it cannot be read, is empty, or if its first file lacks a column
     that the format needs. Damage further on shows when it is read, or in `count`.
     """
     of_valid = which == "valid" and config.valid is not None
     name = config.valid if of_valid and config.valid is not None else config.train
-    source, key = f"data.{which}: {name}", "data.valid_split" if of_valid else "data.split"
+    given = config.valid_key if which == "valid" else config.key
+    source, key = f"{given}: {name}", "data.valid_split" if of_valid else "data.split"
     choice = Choice(source, key, config.valid_split if of_valid else config.split, config.subset)
     try:
         local = is_local(name)
@@ -71,7 +72,7 @@ def open_documents(config: DataConfig, which: Literal["train", "valid"]) -> Docu
 class FileDocuments:
     """The rows of local files, one file after another."""
 
-    def __init__(self, files: list[DataFile], said: list[str], source: str, config: DataConfig):
+    def __init__(self, files: list[DataFile], said: list[str], source: str, config: DataSource):
         """said: sentences on the choice of the files. source: begins every message, the key of the data and their name.
 
         Raises DataError if there is no row, or if the first file with rows lacks a required column.

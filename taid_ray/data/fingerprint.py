@@ -22,7 +22,8 @@ from taid_ray.errors import DataError
 Fingerprint: TypeAlias = dict[str, Any]
 """`train` and `valid` (None without `data.valid`), each as `Documents.fingerprint` gives it; `rows`, a hash of the first rows;
 with `data.order: global`, once the data are prepared, `index`, which identifies all rows; with teacher.mode: file `outputs`, a
-hash of teacher.outputs. As JSON can hold it."""
+hash of teacher.outputs. Of several sources, `sources` holds `train` and `valid` of each, and there is no `train` beside it. As
+JSON can hold it."""
 
 MOST_SHOWN = 3
 UNREAD = "unread"
@@ -48,34 +49,56 @@ def rows_digest(rows: Iterable[Row]) -> str:
 
 def changes(before: Fingerprint, now: Fingerprint) -> list[str]:
     """Says what has changed, key by key; nothing if the data are the same."""
-    found = []
-    for which in ("train", "valid"):
-        old, new = before.get(which), now.get(which)
-        if not _same(old, new):
-            found.append(f"data.{which}: {_difference(old, new)}")
+    old, new = before.get("sources"), now.get("sources")
+    if old is None or new is None or len(old) != len(new):
+        found = [] if old is new else [f"data.train: {_listed(old)} then, {_listed(new)} now"]
+    else:
+        pairs = enumerate(zip(old, new, strict=True))
+        found = [
+            change
+            for number, (then, this) in pairs
+            for change in _changed(then, this, f"data.train[{number}].path", f"data.train[{number}].valid")
+        ]
+    found = found or _changed(before, now, "data.train", "data.valid")
     if before.get("outputs") != now.get("outputs"):
         found.append("teacher.outputs: the content of the file has changed")
     if not found and any(key in before and key in now and before[key] != now[key] for key in ("rows", "index")):
         begin = "the documents are the same, but their tokens are not: the tokenizer"
-        if UNREAD in (now.get("train") or {}):
+        if any(UNREAD in (part.get("train") or {}) for part in (now, *now.get("sources", ()))):
             begin = "the first rows are not the same: the documents, the tokenizer"
         found.append(f"{begin}, the chat template or taid-ray itself has changed")
     return found
 
 
-def check_outline(driver: Fingerprint, train: Documents) -> None:
-    """Raises DataError if this process finds other files in `data.train`, by name and size, than the driver did.
+def check_outline(driver: Fingerprint, number: int, train: Documents, key: str) -> None:
+    """Raises DataError if this process finds other files in a source of training data, by name and size, than the driver did.
 
-    They were replaced meanwhile, or the node has a copy of its own. Hashing them would take every worker too long.
+    They were replaced meanwhile, or the node has a copy of its own. Hashing them would take every worker too long. number: that
+    of the source. key: the one it was given under.
     """
+    seen = driver["sources"][number] if "sources" in driver else driver
     then, now = (
-        {"files": [_outline(file) for file in data.get("files", [])]} for data in (driver["train"], train.outline())
+        {"files": [_outline(file) for file in data.get("files", [])]} for data in (seen["train"], train.outline())
     )
     if not _same(then, now):
         raise DataError(
-            f"data.train: node {os.uname().nodename} does not find the files that the driver has read: "
+            f"{key}: node {os.uname().nodename} does not find the files that the driver has read: "
             f"{_difference(then, now)}. Give all nodes the same files, and start the run again to resume it."
         )
+
+
+def _changed(before: Fingerprint, now: Fingerprint, train_key: str, valid_key: str) -> list[str]:
+    """Says what has changed in the documents of one source."""
+    found = []
+    for which, key in (("train", train_key), ("valid", valid_key)):
+        old, new = before.get(which), now.get(which)
+        if not _same(old, new):
+            found.append(f"{key}: {_difference(old, new)}")
+    return found
+
+
+def _listed(sources: Sequence[Fingerprint] | None) -> str:
+    return "one source" if sources is None else f"a list of {counted(len(sources), 'source')}"
 
 
 def _outline(file: Mapping[str, Any]) -> dict[str, Any]:

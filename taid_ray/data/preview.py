@@ -27,10 +27,13 @@ class SamplePreview:
     """In order; together they are the whole sample."""
     tokens: int
     loss_tokens: int
+    source: str = ""
+    """Name of the source of training data, if there are several."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns row, text, loss_text (a string for each part that carries loss), tokens and loss_tokens."""
-        return {
+        """Returns row, text, loss_text (a string for each part that carries loss), tokens, loss_tokens; also source, if named."""
+        named = {"source": self.source} if self.source else {}
+        return named | {
             "row": self.row,
             "text": "".join(part.text for part in self.parts),
             "loss_text": [part.text for part in self.parts if part.has_loss],
@@ -39,15 +42,18 @@ class SamplePreview:
         }
 
 
-def preview(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> SamplePreview:
-    """Decodes a sample. A token carries loss if it is to be predicted, which the first one of a sample never is."""
+def preview(sample: Sample, tokenizer: PreTrainedTokenizerBase, source: str = "") -> SamplePreview:
+    """Decodes a sample of the source of that name.
+
+    A token carries loss if it is to be predicted, which the first one of a sample never is.
+    """
     mask = [False, *sample.loss_mask[1:]]
     parts, start = [], 0
     for has_loss, run in groupby(mask):
         stop = start + len(list(run))
         parts.append(Part(_text_between(sample.input_ids, start, stop, tokenizer), has_loss))
         start = stop
-    return SamplePreview(sample.document, parts, len(mask), sample.num_loss_tokens)
+    return SamplePreview(sample.document, parts, len(mask), sample.num_loss_tokens, source)
 
 
 def _text_between(ids: list[int], start: int, stop: int, tokenizer: PreTrainedTokenizerBase) -> str:

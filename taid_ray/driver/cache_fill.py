@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice, takewhile
+from itertools import chain, islice, takewhile
 from typing import Any
 
 import torch
@@ -78,7 +78,8 @@ def fill_cache(config: DistillConfig) -> FillResult:
             teacher = CachedTeacher(inner, CacheStore(config.cache, view.say), NoClaims(), torch.device("cpu"))
             try:
                 request_rows(config, teacher, all_rows(config, spec, tokenizer), rows, view)
-                held_out = collate(validation_rows(config.data, tokenizer)[: config.train.micro_batch_size])
+                first = validation_rows(config.data.validations[0], tokenizer)
+                held_out = collate(first[: config.train.micro_batch_size])
                 save_record(config, inner, inner.payload_error(held_out))
                 return FillResult(
                     str(config.cache.directory), rows, teacher.samples_found, teacher.samples_asked, teacher.tokens
@@ -105,17 +106,22 @@ def fill_config(config: DistillConfig) -> DistillConfig:
 
 def all_rows(config: DistillConfig, spec: RunSpec, tokenizer: Any) -> Iterator[Row]:
     """Yields rows that hold every sample a run may ask for. Raises a TaidRayError for a row with ids that are not shared."""
-    held_out = validation_rows(config.data, tokenizer)
-    data = TrainingData(config.data, tokenizer, config.train.seed, batch_size=1)
-    training: Iterator[tuple[list[Row], Cursor]]
-    if config.data.streaming:
-        training = islice(data.batches(), spec.total_steps * config.train.batch_size)
-    else:
-        training = takewhile(lambda batch: batch[1].epoch == 0, data.batches())
     tokens = tokenizer.get_vocab()
-    for rows in (held_out, *(batch for batch, _ in training)):
+    held_out = (validation_rows(source, tokenizer) for source in config.data.validations)
+    for rows in chain(held_out, _training_rows(config, spec, tokenizer)):
         check_ids(rows, spec.vocabulary.num_shared, tokens)
         yield from rows
+
+
+def _training_rows(config: DistillConfig, spec: RunSpec, tokenizer: Any) -> Iterator[list[Row]]:
+    for source in config.data.sources:
+        data = TrainingData(source, tokenizer, config.train.seed, batch_size=1)
+        training: Iterator[tuple[list[Row], Cursor]]
+        if source.streaming:
+            training = islice(data.batches(), spec.total_steps * config.train.batch_size)
+        else:
+            training = takewhile(lambda batch: batch[1].epoch == 0, data.batches())
+        yield from (rows for rows, _ in training)
 
 
 def check_fits(config: DistillConfig, spec: RunSpec, tokenizer: Any) -> int:

@@ -1,5 +1,6 @@
 """Preflight: finds what is wrong with models and data before a cluster is touched, and what all processes must agree on."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -8,7 +9,7 @@ from taid_ray.config.data import DataConfig
 from taid_ray.config.schema import DistillConfig
 from taid_ray.data.dataset import TrainingData, open_validation, validation_rows
 from taid_ray.data.documents import Documents
-from taid_ray.data.fingerprint import fingerprint, rows_digest
+from taid_ray.data.fingerprint import Fingerprint, fingerprint, rows_digest
 from taid_ray.data.preview import SamplePreview, preview
 from taid_ray.data.shared_ids import check_ids
 from taid_ray.data.store.prepared import PreparedData
@@ -39,57 +40,86 @@ def prepare(config: DistillConfig) -> RunSpec:
     if config.teacher.mode == "cache":
         find_record(config, vocabulary.num_shared)
     data = training_data(config, tokenizer)
-    held_out = open_validation(config.data)
+    held_out = [open_validation(source) for source in config.data.validations]
     encodes_here = config.data.order == "blocks"  # else tasks read the training data, see driver/prepare.py
-    found = fingerprint(data.documents, held_out if config.data.valid is not None else None, encodes_here)
+    found = documents_fingerprint(config.data, [source.documents for source in data], held_out)
     if config.teacher.mode == "file":
         found["outputs"] = outputs_file(config, vocabulary.num_shared).fingerprint
     checked = check_data(config.data, data, tokenizer, vocabulary.num_shared, held_out)
     return RunSpec(
-        total_steps=config.train.steps or (steps_of_epochs(config, data.rows_per_epoch()) if encodes_here else 0),
+        total_steps=config.train.steps or (steps_of_epochs(config, data[0].rows_per_epoch()) if encodes_here else 0),
         vocabulary=vocabulary,
         payload_bytes=largest_payload(config, teacher_config, vocabulary),
         data=checked,
         fingerprint=found | {"rows": checked.rows_digest},
-        stop_ids=tuple(data.stop_ids()),
+        stop_ids=tuple(dict.fromkeys(token for source in data for token in source.stop_ids())),
     )
 
 
-def training_data(config: DistillConfig, tokenizer: Any) -> TrainingData:
-    """Opens the data of a run. Raises DataError."""
-    return TrainingData(config.data, tokenizer, config.train.seed, config.train.batch_size)
+def training_data(config: DistillConfig, tokenizer: Any) -> list[TrainingData]:
+    """Opens the sources of a run's training data. Raises DataError."""
+    return [
+        TrainingData(source, tokenizer, config.train.seed, config.train.batch_size) for source in config.data.sources
+    ]
+
+
+def documents_fingerprint(config: DataConfig, train: Sequence[Documents], held_out: Sequence[Documents]) -> Fingerprint:
+    """Takes the fingerprint of a run's documents. Raises DataError.
+
+    train: those of `config.sources`; they are read with `order: blocks` only, else names and sizes are all that is taken.
+    held_out: those of `config.validations`.
+    """
+    read = config.order == "blocks"
+    pairs = zip(config.validations, held_out, strict=True)
+    valid = [documents if source.valid is not None else None for source, documents in pairs]
+    if isinstance(config.train, str):
+        return fingerprint(train[0], valid[0], read)
+    common = valid[0] if config.valid is not None else None
+    own = valid if common is None else [None] * len(train)
+    sources = [fingerprint(documents, other, read) for documents, other in zip(train, own, strict=True)]
+    return {"sources": sources, "valid": None if common is None else common.fingerprint()}
 
 
 def first_samples(config: DistillConfig, count: int) -> tuple[list[str], list[SamplePreview]]:
-    """Reads the first samples of the training data with nothing but the tokenizer, before they are shuffled and packed.
+    """Reads the first samples of each source of training data with nothing but the tokenizer, before they are mixed.
 
     Returns sentences that say how the data were understood, and the samples. Raises ModelError or DataError.
     """
-    offline_if_unreachable([config.teacher.model, config.student.model, config.data.train, config.data.valid])
+    offline_if_unreachable([config.teacher.model, config.student.model, *config.data.names])
     tokenizer = run_tokenizer(config)
-    data = training_data(config, tokenizer)
-    samples = [preview(sample, tokenizer) for sample in islice(data.samples(), count)]
-    return [*data.description(), *(f"note: {note}" for note in data.notes())], samples
+    lines, samples = [], []
+    for source, data in zip(config.data.sources, training_data(config, tokenizer), strict=True):
+        samples += [preview(sample, tokenizer, source.label) for sample in islice(data.samples(), count)]
+        lines += [*data.description(), *(f"note: {note}" for note in data.notes())]
+    return lines, samples
 
 
 def check_data(
-    config: DataConfig, data: TrainingData, tokenizer: Any, num_shared: int, held_out: Documents | None = None
+    config: DataConfig,
+    data: Sequence[TrainingData],
+    tokenizer: Any,
+    num_shared: int,
+    held_out: Sequence[Documents],
 ) -> DataCheck:
-    """Encodes the first block and the validation rows, so that almost every DataError comes early.
+    """Encodes the first block of each source and the validation rows, so that almost every DataError comes early.
 
-    held_out: the documents of validation, where they are open already.
+    data: those of `config.sources`. held_out: those of `config.validations`.
     """
     tokens = tokenizer.get_vocab()
-    rows = data.first_block()
-    dropped, truncated = data.counts.dropped, data.counts.truncated
-    check_ids(rows, num_shared, tokens)
-    valid_rows = validation_rows(config, tokenizer, held_out)
-    check_ids(valid_rows, num_shared, tokens)
-    if not rows:
-        next(data.batches())  # raises unless a later block has some
-    said = data.description() + (held_out.description() if held_out and config.valid is not None else [])
-    digest = rows_digest([*rows, *valid_rows])
-    return DataCheck(len(rows), dropped, truncated, len(valid_rows), said, tuple(data.notes()), digest)
+    rows = [source.first_block() for source in data]
+    dropped, truncated = (sum(getattr(source.counts, name) for source in data) for name in ("dropped", "truncated"))
+    pairs = [*zip(config.validations, held_out, strict=True)]
+    valid_rows = [validation_rows(where, tokenizer, documents) for where, documents in pairs]
+    every = [row for part in (*rows, *valid_rows) for row in part]
+    check_ids(every, num_shared, tokens)
+    for source, own in zip(data, rows, strict=True):
+        if not own:
+            next(source.batches())  # raises unless a later block has some
+    said = [line for source in data for line in source.description()]
+    said += [line for where, documents in pairs if where.valid is not None for line in documents.description()]
+    notes = tuple(note for source in data for note in source.notes())
+    sizes = (sum(map(len, rows)), dropped, truncated, sum(map(len, valid_rows)))
+    return DataCheck(*sizes, said, notes, rows_digest(every))
 
 
 def largest_payload(config: DistillConfig, teacher_config: Any, vocabulary: Vocabulary) -> int:
@@ -100,7 +130,13 @@ def largest_payload(config: DistillConfig, teacher_config: Any, vocabulary: Voca
 
 def with_data(config: DistillConfig, spec: RunSpec, data: PreparedData) -> RunSpec:
     """Completes the facts of a run by those of its prepared data. Raises ConfigError as `steps_of_epochs` does."""
-    found = (spec.fingerprint or {}) | {"train": data.fingerprint, "index": data.totals.digest}
+    found, trained = spec.fingerprint or {}, [{"train": source.fingerprint} for source in data.sources]
+    if isinstance(config.data.train, str):
+        found = found | trained[0]
+    else:
+        pairs = zip(found.get("sources", trained), trained, strict=True)
+        found = found | {"sources": [before | after for before, after in pairs]}
+    found = found | {"index": data.digest}
     return replace(spec, total_steps=spec.total_steps or steps_of_epochs(config, data.rows), fingerprint=found)
 
 

@@ -17,9 +17,8 @@ from ray.exceptions import RayError, RayTaskError
 from taid_ray.config.paths import with_absolute_paths
 from taid_ray.config.schema import DistillConfig
 from taid_ray.data.store.assemble import assemble
-from taid_ray.data.store.index import Totals
 from taid_ray.data.store.prepare import Encoding, prepare_span
-from taid_ray.data.store.prepared import PreparedData
+from taid_ray.data.store.prepared import PreparedData, mixed
 from taid_ray.data.store.remote import inside, open_store
 from taid_ray.data.store.shard import ShardFacts
 from taid_ray.data.store.spans import Span, spans_of
@@ -63,20 +62,28 @@ def prepare_data(config: DistillConfig, num_shared: int, preparation: Preparatio
     num_shared: token ids below it are known to both models. Raises DataError for documents that cannot be read or encoded,
     or that leave nothing to train on; RunError if the store cannot be written.
     """
-    encoding = Encoding(config.data, run_tokenizer(config))
-    spans = spans_of(config.data)
-    location = str(inside(config.data_store, encoding.key))
-    open_store(location).create()
-    shards = SpanQueue(config, location, spans, preparation).run()
-    prepared = assemble(encoding, spans, shards, location, num_shared, preparation.say)
-    found = prepared.totals
-    said = f"{prepared.counts.documents:,} documents are {found.rows:,} rows of {found.tokens:,} tokens in {location}"
-    preparation.say(f"data.train: {said}")
-    return prepared
+    tokenizer = run_tokenizer(config)
+    sources = []
+    for number, source in enumerate(config.data.sources):
+        encoding, spans = Encoding(source, tokenizer), spans_of(source)
+        location = str(inside(config.data_store, encoding.key))
+        open_store(location).create()
+        shards = SpanQueue(config, number, location, spans, preparation).run()
+        prepared = assemble(encoding, spans, shards, location, num_shared, preparation.say)
+        found, documents = prepared.opened.totals, prepared.counts.documents
+        said = f"{documents:,} documents are {found.rows:,} rows of {found.tokens:,} tokens in {location}"
+        preparation.say(f"{source.key}: {said}")
+        sources.append(prepared)
+    data = mixed(config.data, sources)
+    if len(sources) > 1:
+        shares = zip(config.data.sources, data.uses, strict=True)
+        parts = ", ".join(f"{uses:,} of {source.label}" for source, uses in shares)
+        preparation.say(f"data.train: an epoch has {data.rows:,} rows: {parts}")
+    return data
 
 
-def prepare_ahead(config: DistillConfig) -> Totals:
-    """Prepares the training data of `config` without a run; returns what is known of them.
+def prepare_ahead(config: DistillConfig) -> PreparedData:
+    """Prepares the training data of `config` without a run.
 
     Joins Ray or starts it, as a run does. Raises what a run raises until its data are prepared; KeyboardInterrupt or
     SystemExit after a request to stop.
@@ -90,15 +97,16 @@ def prepare_ahead(config: DistillConfig) -> Totals:
         say_notes(config, spec, view.say, with_schedule=False)
         view.say("connecting to Ray" if os.environ.get("RAY_ADDRESS") else "starting Ray here")
         with ray_cluster(), stop_signals() as stop:
-            prepared = prepare_data(config, spec.vocabulary.num_shared, Preparation(view.say, view.wait_for, stop))
-    return prepared.totals
+            return prepare_data(config, spec.vocabulary.num_shared, Preparation(view.say, view.wait_for, stop))
 
 
 @dataclass
 class SpanQueue:
-    """The spans of a data set, each of which waits for a task, is with one, or is done."""
+    """The spans of a source, each of which waits for a task, is with one, or is done."""
 
     config: DistillConfig
+    source: int
+    """Number of the source among those of `config`."""
     location: str
     """The store of the shards; exists."""
     spans: Sequence[Span]
@@ -122,7 +130,7 @@ class SpanQueue:
                     raise stop.end()
                 while waiting and len(self._running) < most and time.monotonic() >= self._ask_again_at:
                     number = waiting.popleft()
-                    self._running[task.remote(self.spans[number], settings, self.location)] = number
+                    self._running[task.remote(self.spans[number], settings, self.source, self.location)] = number
                 self._take(waiting)
                 self.preparation.show(self.progress())
         finally:
@@ -172,19 +180,21 @@ class SpanQueue:
         )
 
 
-def encode(span: Span, settings: str, location: str) -> tuple[ShardFacts | None, list[str]]:
-    """Prepares one span in a Ray worker. settings: the configuration as JSON.
+def encode(span: Span, settings: str, source: int, location: str) -> tuple[ShardFacts | None, list[str]]:
+    """Prepares one span in a Ray worker. settings: the configuration as JSON. source: number of the span's source.
 
     Returns the facts of its shard, or None if another run is preparing it, and what is to be said.
     """
     said: list[str] = []
-    facts = prepare_span(span, _encoding(settings), location, lambda line: said.append(f"{line}; it is made anew"))
+    facts = prepare_span(
+        span, _encoding(settings, source), location, lambda line: said.append(f"{line}; it is made anew")
+    )
     return facts, said
 
 
 @lru_cache(maxsize=1)
-def _encoding(settings: str) -> Encoding:
+def _encoding(settings: str, source: int) -> Encoding:
     """Loads the tokenizer once per process; one with code of its own could not be sent from the driver."""
     os.environ["RAYON_NUM_THREADS"] = "1"  # before the tokenizer starts its threads: a task has one CPU
     config = DistillConfig.model_validate_json(settings)
-    return Encoding(config.data, run_tokenizer(config))
+    return Encoding(config.data.sources[source], run_tokenizer(config))

@@ -54,6 +54,8 @@ class LossParts:
     """Cross-entropy on the labels; 0 without labels."""
     tokens: Tensor
     """N."""
+    by_group: Tensor
+    """The same three sums, [3, G], of each of G groups of tokens; [3, 0] where there are none."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class _Work:
     labels: Tensor | None
     objective: Objective
     chunk_tokens: int
+    groups: Tensor | None = None
+    """[N, G], see `chunked_loss`."""
 
     def chunks(self, student: ChunkLogits, teacher: ChunkLogits | TopK) -> Iterator[tuple[slice, Iterator[slice]]]:
         """Loads each chunk's logits in turn; yields its tokens, whole and in blocks."""
@@ -95,9 +99,13 @@ class _Work:
         return ChunkLogits(self.student, self.chunk_tokens), teacher
 
     def loss(self, gradients: HeadGradients | None) -> Tensor:
-        """Computes the sums [divergence, entropy, sft, derivative by the temperature], float64, and adds to the gradients."""
+        """Computes the sums [divergence, entropy, sft, derivative by the temperature], and adds to the gradients.
+
+        Returns [4, 1 + G], float64: the sums over all tokens, then those over each group.
+        """
         student, teacher = self.logits()
-        sums = torch.zeros(4, dtype=torch.float64, device=self.student.hidden.device)
+        groups = 0 if self.groups is None else self.groups.shape[1]
+        sums = torch.zeros(4, 1 + groups, dtype=torch.float64, device=self.student.hidden.device)
         for chunk, blocks in self.chunks(student, teacher):
             for rows in blocks:
                 sums += self._block(student, teacher, rows, gradients is not None)
@@ -119,7 +127,7 @@ class _Work:
         return sums
 
     def _block(self, student: ChunkLogits, teacher: ChunkLogits | TopK, rows: slice, learn: bool) -> Tensor:
-        """Computes the sums of one block and, to learn, leaves its gradient in the student's memory."""
+        """Computes the sums of one block, as `loss` does, and, to learn, leaves its gradient in the student's memory."""
         logits = student.rows(rows)
         slope = self.student.transform.slope(logits) if learn else None
         labels = None if self.labels is None else self.labels[rows]
@@ -129,7 +137,9 @@ class _Work:
         slope_of_temperature = found.temperature_slope
         if slope_of_temperature is None:
             slope_of_temperature = torch.zeros_like(found.values[0])
-        return torch.stack([*found.values, slope_of_temperature]).sum(dim=1, dtype=torch.float64)
+        values = torch.stack([*found.values, slope_of_temperature])
+        total = values.sum(dim=1, keepdim=True, dtype=torch.float64)
+        return total if self.groups is None else torch.cat([total, values.double() @ self.groups[rows]], dim=1)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -150,12 +160,12 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         gradients = HeadGradients(work.student, wanted[:3]) if any(wanted) else None
         sums = work.loss(gradients)
-        of_temperature = (1 - work.objective.sft_weight) * sums[3] if wanted[3] else None
+        of_temperature = (1 - work.objective.sft_weight) * sums[3, 0] if wanted[3] else None
         ctx.gradients = (*gradients.take(), of_temperature) if gradients else None
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, head, bias, temperature)]
         sums = sums[:3].clone()
         ctx.mark_non_differentiable(sums)
-        return work.objective.total(sums[0], sums[2]).to(sum_dtype(hidden)), sums
+        return work.objective.total(sums[0, 0], sums[2, 0]).to(sum_dtype(hidden)), sums
 
     @staticmethod
     @once_differentiable
@@ -171,23 +181,30 @@ _apply_chunked_loss: Callable[..., tuple[Tensor, Tensor]] = _ChunkedLoss.apply
 
 
 def chunked_loss(
-    objective: Objective, student: Projection, teacher: Target, labels: Tensor | None = None, *, chunk_tokens: int
+    objective: Objective,
+    student: Projection,
+    teacher: Target,
+    labels: Tensor | None = None,
+    *,
+    chunk_tokens: int,
+    groups: Tensor | None = None,
 ) -> tuple[Tensor, LossParts]:
     """Computes the sum over N tokens of `objective`, and its detached parts.
 
     The student's hidden states, head and bias, and a temperature that is a tensor, receive gradients, if they require them and
-    gradients are enabled; the teacher never does. labels: [N] int64. N = 0 gives 0 and keeps its graph.
+    gradients are enabled; the teacher never does. labels: [N] int64. N = 0 gives 0 and keeps its graph. groups: [N, G] float64,
+    1 where a token belongs to a group and 0 elsewhere, to have each group's part of the sums, too.
 
     Returns a scalar, float32 (float64 for float64 hidden states), and the parts. Raises ValueError for an
     objective that its `check` refuses, and for shapes that do not fit together.
     """
-    work = _work(student, teacher, labels, objective, chunk_tokens)
+    work = replace(_work(student, teacher, labels, objective, chunk_tokens), groups=groups)
     temperature = objective.temperature if isinstance(objective.temperature, Tensor) else None
     trained = (student.hidden, student.head, student.bias, temperature)
     wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in trained)
     loss, sums = _apply_chunked_loss(*trained, work, wanted)
-    kl, entropy_sum, sft_sum = sums.unbind()
-    return loss, LossParts(kl, entropy_sum, sft_sum, _count(student))
+    kl, entropy_sum, sft_sum = sums[:, 0].unbind()
+    return loss, LossParts(kl, entropy_sum, sft_sum, _count(student), sums[:, 1:])
 
 
 @torch.no_grad()

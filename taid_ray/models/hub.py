@@ -8,6 +8,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from taid_ray.config.paths import is_pattern
+
 CONNECT_TIMEOUT_S = 3.0
 OFFLINE = "HF_HUB_OFFLINE"
 
@@ -19,7 +21,9 @@ def offline_if_unreachable(names: Iterable[str | None]) -> None:
     """
     from huggingface_hub import constants
 
-    if constants.is_offline_mode() or all(name is None or Path(name).expanduser().exists() for name in names):
+    if constants.is_offline_mode() or all(
+        name is None or is_pattern(name) or Path(name).expanduser().exists() for name in names
+    ):
         return
     address = urlsplit(constants.ENDPOINT)
     if address.scheme in getproxies():  # only the proxy knows

@@ -21,7 +21,7 @@ from taid_ray.models.vocabulary import Vocabulary, align
 
 def model_configs(config: DistillConfig) -> tuple[Any, Any]:
     """Loads the transformers configs of teacher and student. Raises ConfigError or ModelError."""
-    offline_if_unreachable([config.teacher.model, config.student.model, config.data.train, config.data.valid])
+    offline_if_unreachable([config.teacher.model, config.student.model, *config.data.names])
     return load_model_config(config.teacher), student_model_config(config)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
+from taid_ray.config.data import DataConfig
 from taid_ray.config.schema import DistillConfig
 from taid_ray.report.format import shown_name
 from taid_ray.run.metrics import perplexity
@@ -88,7 +89,7 @@ def write_model_card(run_dir: Path, config: DistillConfig, summary: dict[str, An
     facts = {
         "teacher": f"`{shown_name(config.teacher.model)}`",
         "student before": origin,
-        "data": f"`{shown_name(data.train)}` ({data.format}, {data.sequence_length} tokens per row)",
+        "data": _sources(data),
         "loss": loss,
         "schedule": shown_schedule,
         "weights trained": trained,
@@ -103,3 +104,17 @@ def write_model_card(run_dir: Path, config: DistillConfig, summary: dict[str, An
         figures="\n".join(f"| {' | '.join(row)} |" for row in result_rows(summary)),
     )
     (run_dir / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def _sources(data: DataConfig) -> str:
+    """Names the training data, with the share of each source in a mixture."""
+    length = f"{data.sequence_length} tokens per row"
+    if isinstance(data.train, str):
+        return f"`{shown_name(data.train)}` ({data.format}, {length})"
+    shares = [
+        f"weight {given.weight:g}" if given.weight else f"{given.rows:,} rows of an epoch" if given.rows else "all rows"
+        for given in data.train
+    ]
+    pairs = zip(data.sources, shares, strict=True)
+    named = ", ".join(f"`{shown_name(source.train)}` ({source.format}, {share})" for source, share in pairs)
+    return f"{named}; {length}"

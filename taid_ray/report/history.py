@@ -26,6 +26,7 @@ COLUMNS = (
     "step", "epoch", "t", "momentum", "loss", "kl", "entropy_pt", "sft", "floor_active", "lr", "grad_norm", "tokens", "step_s",
     *PHASE_COLUMNS, "teacher_compute_s", "payload_bytes", "samples_seen",
 )  # fmt: skip
+SOURCE_COLUMNS = ("loss", "kl", "tokens")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class History:
     """Starts of workers: `began` (UTC, ISO 8601), `workers`, `host` of each."""
     columns: dict[str, np.ndarray]
     """Columns of metrics.jsonl by the names in COLUMNS, float64 [steps]; see `run.metrics.StepMetrics`."""
+    sources: dict[str, dict[str, np.ndarray]]
+    """Figures of each source of training data, if there are several: `loss`, `kl` and `tokens`, float64 [steps], 0 in steps
+    without a loss position of the source."""
     validations: list[dict[str, Any]]
     """Lines of validation.jsonl."""
     summary: dict[str, Any] | None
@@ -77,7 +81,7 @@ def read_history(path: Path) -> History:
     _check_is_run(path)
     run, summary = read_manifest(path / RUN_FILE), read_json(path / SUMMARY_FILE)
     metrics = path / METRICS_FILE
-    columns = _read_columns(metrics) if metrics.exists() else {}
+    columns, sources = _read_columns(metrics) if metrics.exists() else ({}, {})
     if run is None or not columns:
         raise ConfigError(
             f"the run in {path} has made no step yet, so there is nothing to report; try again after the first step"
@@ -90,6 +94,7 @@ def read_history(path: Path) -> History:
         run["id"],
         run["attempts"],
         columns,
+        sources,
         validations,
         summary,
         written,
@@ -108,21 +113,39 @@ def _check_is_run(path: Path) -> None:
             raise ConfigError(f"{path} is not a run directory: {what}; name what `taid-ray train` was given as --out")
 
 
-def _read_columns(path: Path) -> dict[str, np.ndarray]:
-    """Reads metrics.jsonl into arrays, in which a million steps take little memory. Empty before the first step."""
-    pick, values = itemgetter(*COLUMNS), array("d")
+def _read_columns(path: Path) -> tuple[dict[str, np.ndarray], dict[str, dict[str, np.ndarray]]]:
+    """Reads metrics.jsonl into arrays, in which a million steps take little memory. Empty before the first step.
+
+    Returns the columns of all steps, and those of each source.
+    """
+    pick, pick_of_source, values = itemgetter(*COLUMNS), itemgetter(*SOURCE_COLUMNS), array("d")
+    by_source: dict[str, array[float]] = {}
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith("\n"):  # it is being written, or was by a process that died
                 break
             try:
-                found = pick(json.loads(line))
+                read = json.loads(line)
+                found = pick(read)
                 if found[0] != number:
                     raise ValueError(f"it is of step {found[0]}")
                 values.extend(found)
+                for name, figures in read.get("sources", {}).items():
+                    by_source.setdefault(name, array("d")).extend((number - 1, *pick_of_source(figures)))
             except KeyError as error:
                 raise damaged(path, f"line {number} has no {error}; was it written by another version?") from None
             except (ValueError, TypeError) as error:
                 raise damaged(path, f"line {number} is not that of step {number} ({error})") from None
     table = np.frombuffer(values, dtype=np.float64).reshape(-1, len(COLUMNS))
-    return {name: table[:, place] for place, name in enumerate(COLUMNS)} if len(table) else {}
+    if not len(table):
+        return {}, {}
+    columns = {name: table[:, place] for place, name in enumerate(COLUMNS)}
+    return columns, {name: _source_columns(found, len(table)) for name, found in by_source.items()}
+
+
+def _source_columns(values: "array[float]", steps: int) -> dict[str, np.ndarray]:
+    """Spreads the figures of a source over all steps. values: the place of a step, then SOURCE_COLUMNS, again and again."""
+    found = np.frombuffer(values, dtype=np.float64).reshape(-1, 1 + len(SOURCE_COLUMNS))
+    table = np.zeros((len(SOURCE_COLUMNS), steps))
+    table[:, found[:, 0].astype(int)] = found[:, 1:].T
+    return dict(zip(SOURCE_COLUMNS, table, strict=True))

@@ -12,18 +12,18 @@ from taid_ray.report.history import PHASE_COLUMNS, History, read_history
 from taid_ray.report.page import details_part, notes_part, page, picture_part, table_part
 from taid_ray.report.run_notes import run_notes
 from taid_ray.report.run_plots import PHASE_COLOURS, REST, loss_curves, optimizer, step_time, t_curve, throughput
+from taid_ray.report.run_sources import SOURCE_HEADING, latest_steps, source_curves, source_rows
 from taid_ray.run.layout import REPORT_FILE
 from taid_ray.run.metrics import perplexity
 
 PLOTS = {
     "t.png": (t_curve, "How t moved"),
     "loss.png": (loss_curves, "Loss"),
+    "sources.png": (source_curves, "Loss of each source"),
     "step_time.png": (step_time, "Where the time of a step went"),
     "throughput.png": (throughput, "Throughput, and waiting for the teacher"),
     "optimizer.png": (optimizer, "Gradient norm and learning rate"),
 }
-LATEST = 100
-"""Steps over which the loss at the end is averaged; a tenth of the run if that is less."""
 BAR = 40  # characters of a whole step
 
 
@@ -40,6 +40,7 @@ def write_run_report(path: Path) -> list[str]:
             notes_part(run_notes(history)),
             table_part("Key figures", (), key_figures(history)),
             *_validation_part(history),
+            *([table_part("Sources", SOURCE_HEADING, source_rows(history))] if history.sources else []),
             *(picture_part(title, draw(history), path / "report" / name) for name, draw, title in _plots(history)),
             table_part(
                 "Where the time of all steps went", ("phase", "", "seconds per step", "share"), time_rows(history)
@@ -112,9 +113,11 @@ def validation_rows(history: History) -> list[tuple[str, ...]]:
 
 
 def _plots(history: History) -> list[tuple[str, Any, str]]:
-    """File name, drawing function and title of each picture; t is left out where the loss knows none."""
-    taid = history.config.loss.is_taid
-    return [(name, draw, title) for name, (draw, title) in PLOTS.items() if taid or name != "t.png"]
+    """File name, drawing function and title of each picture; without t where the loss knows none, without sources if there is
+    only one."""
+    left_out = set() if history.config.loss.is_taid else {"t.png"}
+    left_out |= set() if history.sources else {"sources.png"}
+    return [(name, draw, title) for name, (draw, title) in PLOTS.items() if name not in left_out]
 
 
 def _summary(history: History) -> str:
@@ -152,7 +155,7 @@ def _parameters(summary: dict[str, Any], key: str) -> str:
 
 
 def _last_loss(history: History) -> str:
-    count = max(1, min(LATEST, history.steps // 10))
+    count = latest_steps(history)
     loss, divergence = (float(history[key][-count:].mean()) for key in ("loss", "kl"))
     over = f", mean of the last {count} steps" if count > 1 else ""
     return f"{loss:.4f} nats per token, of it divergence {divergence:.4f}{over}"

@@ -78,7 +78,7 @@ class Bins:
 
 def t_curve(history: History) -> Figure:
     """The t that each step used, its linear floor, and where the floor decided."""
-    figure, axes = _figure(1, 4.2)
+    figure, axes = panels(1, 4.2)
     bins = Bins.of(history.steps, MOST_POINTS)
     _curve(axes[0], bins, history["t"], "t", "#7cc47f", linewidth=3)
     floor = history.floor()
@@ -95,13 +95,13 @@ def t_curve(history: History) -> Figure:
         }
         axes[0].fill_between(sides, 0, 0.03, where=list(decided), label="the floor decided", **strip)
     axes[0].set(ylabel="interpolation t", ylim=(-0.03, 1.03))
-    _finish(axes, history)
+    finish(axes)
     return figure
 
 
 def loss_curves(history: History) -> Figure:
     """Training loss with its parts, and below the validations. Nats per token."""
-    figure, axes = _figure(1 + bool(history.validations), 3.6)
+    figure, axes = panels(1 + bool(history.validations), 3.6)
     bins, taid = Bins.of(history.steps, MOST_POINTS), history.config.loss.is_taid
     _curve(axes[0], bins, history["loss"], "loss (cross-entropy form)", "#1f77b4")
     _curve(axes[0], bins, history["entropy_pt"], "entropy of the target" if taid else "loss - divergence", "#ff9f1c")
@@ -112,13 +112,13 @@ def loss_curves(history: History) -> Figure:
     axes[0].set(ylabel="training, nats per token")
     if history.validations:
         _draw_validations(axes[1], history)
-    _finish(axes, history)
+    finish(axes)
     return figure
 
 
 def step_time(history: History) -> Figure:
     """The time of the steps, phases stacked upon each other."""
-    figure, axes = _figure(1, 4.6)
+    figure, axes = panels(1, 4.6)
     bins = Bins.of(history.steps, MOST_BARS)
     parts = {name: bins.mean(history[key]) for key, (name, _) in PHASE_COLOURS.items()}
     # With several workers the parts may be more than the whole: teacher_wait_s is the longest of any worker.
@@ -129,14 +129,14 @@ def step_time(history: History) -> Figure:
         bottom = bottom + part
     axes[0].set(ylabel=f"seconds per step{_averaged(bins)}")
     _limit(axes[0], bottom, bins)
-    _finish(axes, history)
+    finish(axes)
     axes[0].margins(x=0)
     return figure
 
 
 def throughput(history: History) -> Figure:
     """Loss positions per second, and the share of the time that the student waited for the teacher."""
-    figure, axes = _figure(2, 2.8)
+    figure, axes = panels(2, 2.8)
     bins = Bins.of(history.steps, MOST_BARS)
     seconds = np.maximum(bins.sum(history["step_s"]), 1e-9)
     marks: dict[str, Any] = {"marker": "o", "markersize": 3} if len(bins.starts) <= FEW else {}
@@ -147,24 +147,24 @@ def throughput(history: History) -> Figure:
     label = "wait for the teacher"
     axes[1].stairs(waiting, bins.edges, fill=True, color=PHASE_COLOURS["teacher_wait_s"][1], linewidth=0, label=label)
     axes[1].set(ylabel="% of the steps' time", ylim=(0, max(5.0, 1.05 * float(waiting.max()))))
-    _finish(axes, history)
+    finish(axes)
     return figure
 
 
 def optimizer(history: History) -> Figure:
     """Gradient norm before clipping, and the learning rate."""
-    figure, axes = _figure(2, 2.6)
+    figure, axes = panels(2, 2.6)
     bins, clip = Bins.of(history.steps, MOST_POINTS), history.config.train.max_grad_norm
     _curve(axes[0], bins, history["grad_norm"], "gradient norm", "#c0392b")
     if clip:
         axes[0].axhline(clip, color="0.35", linestyle="--", linewidth=1.2, label="train.max_grad_norm")
-    _log_if_wide(axes[0], history["grad_norm"])
+    log_if_wide(axes[0], history["grad_norm"])
     axes[0].set(ylabel="gradient norm")
     _curve(axes[1], bins, history["lr"], "learning rate", "0.35")
     axes[1].yaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(float(value))))
     axes[1].set(ylabel="learning rate")
     _from_zero(axes[1])
-    _finish(axes, history)
+    finish(axes)
     return figure
 
 
@@ -177,14 +177,14 @@ def _draw_validations(axes: Axes, history: History) -> None:
     axes.plot(steps, values("cross_entropy"), color="#1f77b4", label="cross-entropy of the student", **marks)
     axes.axhline(teacher[0], color="0.35", linestyle=":", linewidth=1.4, label="cross-entropy of the teacher")
     axes.plot(steps, values("kl"), color="#2f7d32", label="KL(teacher || student)", **marks)
-    _log_if_wide(axes, np.array([*values("cross_entropy"), *values("kl"), *teacher]))
+    log_if_wide(axes, np.array([*values("cross_entropy"), *values("kl"), *teacher]))
     axes.set(ylabel="validation, nats per token")
 
 
-def _figure(panels: int, height: float) -> tuple[Figure, list[Axes]]:
+def panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
     """A figure with panels above each other. height: inches of each."""
-    figure = Figure(figsize=(9, height * panels), layout="constrained")
-    return figure, list(figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0])
+    figure = Figure(figsize=(9, height * count), layout="constrained")
+    return figure, list(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0])
 
 
 def _curve(axes: Axes, bins: Bins, values: np.ndarray, label: str, colour: str, linewidth: float = 1.5) -> None:
@@ -194,7 +194,8 @@ def _curve(axes: Axes, bins: Bins, values: np.ndarray, label: str, colour: str, 
         axes.fill_between(bins.centres, bins.low(values), bins.high(values), color=colour, alpha=0.2, linewidth=0)
 
 
-def _finish(axes: list[Axes], history: History) -> None:
+def finish(axes: list[Axes]) -> None:
+    """Adds grid, legends and the axis of steps to panels that share it."""
     for each in axes:
         each.grid(alpha=0.3)
         each.set_axisbelow(True)
@@ -226,7 +227,8 @@ def _limit(axes: Axes, heights: np.ndarray, bins: Bins) -> None:
         )
 
 
-def _log_if_wide(axes: Axes, values: np.ndarray) -> None:
+def log_if_wide(axes: Axes, values: np.ndarray) -> None:
+    """Makes the vertical axis logarithmic if the values differ by more than the factor WIDE."""
     finite = values[np.isfinite(values)]
     if not len(finite) or finite.min() <= 0 or finite.max() <= WIDE * finite.min():
         return

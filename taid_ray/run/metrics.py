@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,14 @@ class StepMetrics:
     """Seconds of computation that all teacher replicas spent on this step."""
     payload_bytes: int
     samples_seen: int
+    sources: dict[str, dict[str, float]] | None = None
+    """Figures of each source of training data, by its name, if there are several: `loss`, `kl`, `sft` and `tokens`; without
+    the sources that had no loss position in the step."""
+
+    def line(self) -> dict[str, Any]:
+        """Returns the line's content."""
+        found = asdict(self)
+        return found if self.sources is not None else {key: found[key] for key in found if key != "sources"}
 
 
 class LineLog:

@@ -5,8 +5,9 @@ order, the schedule moves once, and the result is the same for everybody. Nothin
 transport, the single-process loop uses it as it is.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from taid_ray.errors import AttemptError
 from taid_ray.scheduler.schedule import ScheduleState, TAIDSchedule
@@ -22,6 +23,16 @@ take its time from the reports.
 """
 BEATS_PER_S = 50
 """Heartbeats of all workers together, at most, because one process answers them."""
+
+
+class SourceLoss(NamedTuple):
+    """Figures of one source of training data in one optimizer step: sums, or means if they are of a StepResult."""
+
+    kl: float
+    entropy: float
+    sft: float
+    tokens: int
+    """Loss positions of the source; without any, means are 0."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,8 @@ class LossSums:
     """Time the teacher computed for this rank."""
     request: int = GO_ON
     """The request of this rank to all of them, for after the step: GO_ON, SAVE or STOP."""
+    sources: tuple[SourceLoss, ...] = ()
+    """The same sums of each source of the training data, if there are several."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +75,8 @@ class StepResult:
     teacher_compute_s: float = 0.0
     request: int = GO_ON
     """The strongest request of any rank or the driver; all ranks obey it after the same step."""
+    sources: tuple[SourceLoss, ...] = ()
+    """The means of each source of the training data, if there are several. The schedule does not look at them."""
 
 
 class StaleReportError(AttemptError):
@@ -141,6 +156,7 @@ class LossAggregator:
             sum(r.payload_bytes for r in reports),
             sum(r.teacher_compute_s for r in reports),
             max(self.requested, *(r.request for r in reports)),
+            tuple(map(_mean, zip(*(r.sources for r in reports), strict=True))),
         )
         return self.result
 
@@ -148,3 +164,10 @@ class LossAggregator:
         self.schedule.resume(result.schedule)
         self.result = result
         self._reports = {}
+
+
+def _mean(sums: Sequence[SourceLoss]) -> SourceLoss:
+    """The means of a source from the sums of all ranks."""
+    kl, entropy, sft, tokens = (sum(values) for values in zip(*sums, strict=True))
+    whole = max(tokens, 1)
+    return SourceLoss(kl / whole, entropy / whole, sft / whole, int(tokens))

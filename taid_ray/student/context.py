@@ -49,7 +49,7 @@ def connect(worker: WorkerSpec, closing: ExitStack) -> WorkerContext:
     closing.callback(scheduler.close)
     if local_rank == 0:  # one worker speaks for its host
         check_run_dir_writable(config.run_dir, world.rank)
-    offline_if_unreachable([config.teacher.model, config.student.model, config.data.train, config.data.valid])
+    offline_if_unreachable([config.teacher.model, config.student.model, *config.data.names])
     torch.manual_seed(config.train.seed + world.rank)
     if world.is_main:
         scheduler.begin(worker.attempt, world.size)

@@ -13,6 +13,7 @@ from typing import Any
 import deepspeed
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from taid_ray.checkpoint.restore import Checkpoint
 from taid_ray.config.schema import DistillConfig
@@ -90,6 +91,8 @@ class Student:
         self.world, self.config, self.num_shared, self.device = world, config, num_shared, device
         self.clock = PhaseClock(device)
         """Measures where a step's time goes; loop and prefetcher use it too."""
+        self.source_names = [source.label for source in config.data.sources]
+        """Names of the sources of the training data, by their numbers."""
         self.teacher_head: Head | None = None
         """The teacher's head on this device; must be set where its payload carries hidden states."""
         self.transform: LogitTransform = head_of(model).transform
@@ -146,11 +149,16 @@ class Student:
             loss.squares_temperature,
         )
         teacher, labels = self._target(batch, teacher_output)
+        groups = None
+        if len(self.source_names) > 1:
+            groups = one_hot(batch.sources, len(self.source_names)).to(self.device, torch.float64, non_blocking=True)
 
         def compute(hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> tuple[Tensor, LossParts]:
             with self.clock.phase("loss"):
                 projection = self._projection(hidden, head_weight, head_bias)
-                return chunked_loss(objective, projection, teacher, labels, chunk_tokens=self.chunk_tokens)
+                return chunked_loss(
+                    objective, projection, teacher, labels, chunk_tokens=self.chunk_tokens, groups=groups
+                )
 
         total, parts = self._run(batch, compute)
         return total, parts

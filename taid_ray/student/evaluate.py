@@ -69,7 +69,7 @@ def _measure(config: DistillConfig, rouge: bool) -> Measurement:
     device = torch_device(resolve(config.device, torch.cuda.is_available()))
     tokenizer = run_tokenizer(config)
     vocabulary = shared_vocabulary(config, teacher_config, student_config)
-    rows = validation_rows(config.data, tokenizer)
+    rows = validation_rows(config.data.sources[0], tokenizer)
     check_ids(rows, vocabulary.num_shared, tokenizer.get_vocab())
     student, head = load_student(config, device)
     teacher = load_teacher(config, vocabulary.num_shared, device)
@@ -79,7 +79,9 @@ def _measure(config: DistillConfig, rouge: bool) -> Measurement:
         sums += _score(student, head.rows(vocabulary.num_shared), teacher, batch, device)
     scores: list[float | None] = [None, None]
     if rouge:
-        samples, stop_ids = conversations(config.data, tokenizer, min(ROUGE_ROWS, config.data.valid_documents))
+        samples, stop_ids = conversations(
+            config.data.sources[0], tokenizer, min(ROUGE_ROWS, config.data.valid_documents)
+        )
         scores = [
             statistics.fmean(rouge_scores(each, tokenizer, samples, device, stop_ids))
             for each in (student, teacher.model)

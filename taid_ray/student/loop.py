@@ -1,16 +1,17 @@
 """The training loop. Every student worker runs `train_loop`, top to bottom; nothing in it knows about Ray."""
 
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from taid_ray.data.batch import Batch
 from taid_ray.data.cursor import Cursor
 from taid_ray.errors import AttemptError
 from taid_ray.losses.chunked import LossParts
 from taid_ray.run.metrics import PHASES, StepMetrics
-from taid_ray.scheduler.aggregate import STOP, LossSums, StepResult
+from taid_ray.scheduler.aggregate import STOP, LossSums, SourceLoss, StepResult
 from taid_ray.student.engine import Student
 from taid_ray.student.learning_rate import learning_rate
 from taid_ray.student.prefetch import Prefetcher, StepBatches
@@ -70,7 +71,9 @@ def train_loop(
             result = scheduler.collect(step)
         check_same_batch(result, work)
 
-        hooks.after_step(step_metrics(last, result, work.cursor, lr, grad_norm, clock.lap()), result, work.cursor)
+        metrics = step_metrics(last, result, work.cursor, lr, grad_norm, clock.lap())
+        metrics = replace(metrics, sources=source_figures(student.source_names, result))
+        hooks.after_step(metrics, result, work.cursor)
         last = result
     return last
 
@@ -80,6 +83,9 @@ class StepSums:
 
     def __init__(self, device: torch.device):
         self._kl = self._entropy = self._sft = torch.zeros((), dtype=torch.float64, device=device)
+        # Of one source, or of none where there is only one; adding the first micro-batch makes room.
+        self._by_source = torch.zeros(3, 1, dtype=torch.float64, device=device)
+        self._source_tokens = torch.zeros(1, dtype=torch.int64)
         self._tokens = self._payload_bytes = 0
         self._compute_s = 0.0
 
@@ -87,15 +93,22 @@ class StepSums:
         """Adds a micro-batch."""
         self._kl, self._entropy = self._kl + parts.kl, self._entropy + parts.entropy
         self._sft = self._sft + parts.sft
+        self._by_source = self._by_source + parts.by_group
+        sources = parts.by_group.shape[1]
+        self._source_tokens = self._source_tokens + batch.sources.bincount(minlength=sources)[:sources]
         self._tokens += batch.num_loss_tokens
         self._payload_bytes += teacher_output.num_bytes
         self._compute_s += teacher_output.compute_s
 
     def report(self, teacher_wait_s: float, request: int) -> LossSums:
         """The rank's report of the step. Waits for the device."""
-        losses: Tensor = torch.stack((self._kl, self._entropy, self._sft))
-        kl, entropy, sft = losses.tolist()
-        return LossSums(kl, entropy, sft, self._tokens, teacher_wait_s, self._payload_bytes, self._compute_s, request)
+        losses = torch.cat((torch.stack((self._kl, self._entropy, self._sft))[:, None], self._by_source), dim=1)
+        (kl, entropy, sft), *by_source = losses.T.tolist()
+        pairs = zip(by_source, self._source_tokens.tolist(), strict=True)
+        sources = tuple(SourceLoss(own[0], own[1], own[2], tokens) for own, tokens in pairs)
+        return LossSums(
+            kl, entropy, sft, self._tokens, teacher_wait_s, self._payload_bytes, self._compute_s, request, sources
+        )
 
 
 def check_same_batch(result: StepResult, work: StepBatches) -> None:
@@ -107,10 +120,22 @@ def check_same_batch(result: StepResult, work: StepBatches) -> None:
         )
 
 
+def source_figures(names: Sequence[str], result: StepResult) -> dict[str, dict[str, float]] | None:
+    """The figures of each source that had loss positions in the step, by its name; None if there is only one."""
+    if not result.sources:
+        return None
+    return {
+        name: {"loss": found.kl + found.entropy, "kl": found.kl, "sft": found.sft, "tokens": found.tokens}
+        for name, found in zip(names, result.sources, strict=True)
+        if found.tokens
+    }
+
+
 def step_metrics(
     before: StepResult, result: StepResult, cursor: Cursor, lr: float, grad_norm: float, seconds: dict[str, float]
 ) -> StepMetrics:
     """The line of metrics.jsonl for a step. before: the result whose t the step used. seconds: see PhaseClock.lap."""
+    phases: dict[str, Any] = {f"{phase}_s": seconds.get(phase, 0.0) for phase in PHASES if phase != "teacher_wait"}
     return StepMetrics(
         step=result.step,
         epoch=cursor.epoch,
@@ -127,7 +152,7 @@ def step_metrics(
         tokens_per_s=result.tokens / seconds["step"],
         step_s=seconds["step"],
         teacher_wait_s=result.teacher_wait_s,
-        **{f"{phase}_s": seconds.get(phase, 0.0) for phase in PHASES if phase != "teacher_wait"},
+        **phases,
         teacher_compute_s=result.teacher_compute_s,
         payload_bytes=result.payload_bytes,
         samples_seen=cursor.samples,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taid_ray.config.schema import DataConfig
+from taid_ray.config.data import DataSource
 from taid_ray.data.dataset import open_validation
 from taid_ray.data.encoding import Encoder
 from taid_ray.data.packing import Sample
@@ -27,13 +27,13 @@ def check_rouge_score(what: str) -> None:
         raise ConfigError(f"{what} needs the package rouge-score; run `pip install 'taid-ray[eval]'`")
 
 
-def conversations(data: DataConfig, tokenizer: Any, documents: int) -> tuple[list[Sample], list[int]]:
+def conversations(data: DataSource, tokenizer: Any, documents: int) -> tuple[list[Sample], list[int]]:
     """Reads what the first `documents` rows of the validation data ask, and the ids of the tokens that end answers.
 
     Of each row the first sample, see `prompt_of`. Raises DataError if no row fits into data.sequence_length.
     """
     data = data.model_copy(update={"loss_on": "response"})  # whatever carries loss, it is responses that are generated
-    source = f"data.{'train' if data.valid is None else 'valid'}: {data.valid or data.train}"
+    source = f"{data.key}: {data.train}" if data.valid is None else f"{data.valid_key}: {data.valid}"
     first_row, columns = next(open_validation(data).blocks(0, documents))
     encoder = Encoder(data, tokenizer, source)
     first: dict[int, Sample] = {}

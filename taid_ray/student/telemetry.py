@@ -1,7 +1,6 @@
 """Reporting of a run while it works: its files of figures, Prometheus, and lines for the driver's terminal."""
 
 from collections.abc import Callable
-from dataclasses import asdict
 
 from taid_ray.run.bottleneck import Usage, verdict
 from taid_ray.run.layout import METRICS_FILE, VALIDATION_FILE
@@ -60,14 +59,16 @@ class MainTelemetry(Telemetry):
         self._notify(f"validating on {rows} rows after step {step}")
 
     def step(self, metrics: StepMetrics, checkpoint: int) -> None:
-        self._metrics.write(asdict(metrics))
+        self._metrics.write(metrics.line())
         self._gauges.step(metrics, checkpoint)
         self._note_bottleneck(metrics)
 
     def validation(self, step: int, evaluation: Evaluation) -> None:
         self._validations.write(validation_line(step, evaluation))
         self._gauges.validation(evaluation.cross_entropy, evaluation.kl)
-        self._notify(f"validation: cross-entropy {evaluation.cross_entropy:.4f}, KL to the teacher {evaluation.kl:.4f}")
+        for name, found in {"": evaluation, **evaluation.sources}.items():
+            of = f" of {name}" if name else ""
+            self._notify(f"validation{of}: cross-entropy {found.cross_entropy:.4f}, KL to the teacher {found.kl:.4f}")
 
     def sync(self) -> None:
         self._metrics.sync()

@@ -19,6 +19,32 @@ class Evaluation:
     kl: float
     """KL(teacher || student)."""
     tokens: int
+    sources: Mapping[str, "Evaluation"] = field(default_factory=dict)
+    """Evaluations of the rows of each source, by its name, if there are several."""
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> "Evaluation":
+        """Reads what `to_dict` gave; other keys are passed over."""
+        sources = {name: cls.from_dict(part) for name, part in found.get("sources", {}).items()}
+        return cls(**{key: found[key] for key in FIGURES}, tokens=found["tokens"], sources=sources)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the figures by their names; `sources` only if there are several."""
+        sources = {name: part.to_dict() for name, part in self.sources.items()}
+        return {key: value for key, value in (asdict(self) | {"sources": sources}).items() if key != "sources" or value}
+
+
+FIGURES = ("cross_entropy", "teacher_cross_entropy", "kl")
+"""The means of an Evaluation."""
+
+
+def together(parts: Mapping[str, Evaluation]) -> Evaluation:
+    """The evaluation of the rows of all sources, every token with the same weight. parts: those of the sources, by name."""
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    tokens = sum(part.tokens for part in parts.values())
+    means = {key: sum(getattr(part, key) * part.tokens for part in parts.values()) / tokens for key in FIGURES}
+    return Evaluation(**means, tokens=tokens, sources=dict(parts))
 
 
 @dataclass
@@ -44,10 +70,7 @@ class RunTotals:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "RunTotals":
         """Reads what `state` gave, on the way through JSON."""
-        validations = {
-            found["step"]: Evaluation(**{key: value for key, value in found.items() if key != "step"})
-            for found in state["validations"]
-        }
+        validations = {found["step"]: Evaluation.from_dict(found) for found in state["validations"]}
         return cls(**{**state, "validations": validations})
 
     def state(self, teacher_tokens: int) -> dict[str, Any]:
@@ -112,4 +135,4 @@ class RunTotals:
 
 def validation_line(step: int, evaluation: Evaluation) -> dict[str, Any]:
     """The line of validation.jsonl for the evaluation after `step`."""
-    return {"step": step} | asdict(evaluation)
+    return {"step": step} | evaluation.to_dict()

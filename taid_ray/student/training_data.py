@@ -80,7 +80,8 @@ class BlockSteps:
         train = worker.config.train
         self._worker, self._world = worker, world
         self._accumulation = num_micro_batches(train.batch_size, train.micro_batch_size, world.size)
-        self._data = TrainingData(worker.config.data, tokenizer, train.seed, train.batch_size)
+        (source,) = worker.config.data.sources  # several are mixed in the global order only
+        self._data = TrainingData(source, tokenizer, train.seed, train.batch_size)
         self._tokens = tokenizer.get_vocab()
 
     @property

@@ -30,15 +30,16 @@ class ValidationBatches:
         world: World,
         micro_batch_size: int,
         teacher: TeacherClient,
-        window: int,
-        window_bytes: int,
+        limits: tuple[int, int],
+        sources: int = 1,
     ):
-        """window, window_bytes: requests and bytes of answers that may be under way, as for the Prefetcher; one always may."""
+        """limits: requests and bytes of answers that may be under way, as for the Prefetcher; one always may. sources: number of
+        those that share KEPT_BYTES."""
         parts = num_micro_batches(len(rows), micro_batch_size, world.size)
         self._batches = [collate(part) for part in split_evenly(split_evenly(rows, world.size)[world.rank], parts)]
-        self._teacher, self._limits = teacher, (window, window_bytes)
+        self._teacher, self._limits = teacher, limits
         self._kept: dict[int, TeacherOutput] = {}
-        self._room = KEPT_BYTES
+        self._room = KEPT_BYTES // sources
         self.num_rows = len(rows)
         """Of all ranks."""
 

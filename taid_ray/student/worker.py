@@ -1,6 +1,6 @@
 """One student worker, inside its Ray Train process: connects, builds the student, opens the teacher, trains, finishes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -8,12 +8,14 @@ from torch import Tensor
 
 from taid_ray.checkpoint.restore import Checkpoint, restore
 from taid_ray.checkpoint.save import CheckpointWriter
+from taid_ray.config.data import DataConfig
 from taid_ray.config.schema import DistillConfig
 from taid_ray.data.chat import chat_template
 from taid_ray.data.dataset import validation_rows
 from taid_ray.data.documents import open_documents
 from taid_ray.data.fingerprint import check_outline
 from taid_ray.data.shared_ids import check_ids
+from taid_ray.data.store.prepared import PreparedData
 from taid_ray.errors import CheckpointError, NonFiniteLossError, RunError, shortened
 from taid_ray.files import write_json
 from taid_ray.models.pair import run_tokenizer
@@ -101,9 +103,11 @@ class TrainingRun:
         self._cursor = checkpoint.cursor if checkpoint else None
         self._tokenizer = run_tokenizer(config)
         self._data = open_training_data(worker, self._tokenizer, world)
-        if worker.spec.fingerprint and (worker.data is None or config.data.valid is None):
-            check_outline(worker.spec.fingerprint, open_documents(config.data, "train"))
-        rows = validation_rows(config.data, self._tokenizer)
+        for number, source in enumerate(config.data.sources):
+            if worker.spec.fingerprint and (worker.data is None or source.valid is None):
+                check_outline(worker.spec.fingerprint, number, open_documents(source, "train"), source.key)
+        held_out = {source.label: validation_rows(source, self._tokenizer) for source in config.data.validations}
+        rows = [row for part in held_out.values() for row in part]
         check_ids(rows, worker.spec.vocabulary.num_shared, self._tokenizer.get_vocab())
         if checkpoint:
             context.note(f"going on after step {self._start.step}, from the checkpoint {checkpoint.name}")
@@ -114,7 +118,11 @@ class TrainingRun:
         closing.callback(self._telemetry.close)
         notify = context.scheduler.note
         self._writer = CheckpointWriter(context.store, config, world, worker.attempt, checkpoint, notify)
-        batches = ValidationBatches(rows, world, config.train.micro_batch_size, teacher, *request_window(config))
+        size, limits = config.train.micro_batch_size, request_window(config)
+        batches = {
+            label: ValidationBatches(part, world, size, teacher, limits, len(held_out))
+            for label, part in held_out.items()
+        }
         self._validator = Validator(student, batches, self._totals, self._telemetry)
         if not checkpoint:
             self._validator.validate(0)
@@ -209,8 +217,10 @@ def not_written(config: DistillConfig, error: Exception, writer: CheckpointWrite
 
 def write_results(config: DistillConfig, summary: dict[str, Any], tokenizer: Any) -> None:
     """Writes the tokenizer beside the saved model; last the summary, which makes the run finished."""
-    if config.data.format != "text" and config.data.chat_template is not None:
-        tokenizer.chat_template = chat_template(config.data.chat_template, tokenizer)
+    for source in config.data.sources:
+        if source.format != "text" and source.chat_template is not None:
+            tokenizer.chat_template = chat_template(source.chat_template, tokenizer)
+            break
     tokenizer.save_pretrained(config.run_dir / "model")
     write_json(config.run_dir / SUMMARY_FILE, summary)
 
@@ -227,11 +237,23 @@ def naming_suspect_documents(stream: Prefetcher, context: WorkerContext, writer:
         # A loss that is not finite belongs to some ranks; gradients belong to all.
         guilty = [documents for finite, documents in ranks if not finite] or [documents for _, documents in ranks]
         documents = sorted(set().union(*guilty))
-        shown = ", ".join(map(str, documents[:SUSPECTS])) + (", ..." if len(documents) > SUSPECTS else "")
         raise NonFiniteLossError(
-            f"step {scheduler.step}: {error}. It was computed from documents {shown} of data.train ({data.train}). "
+            f"step {scheduler.step}: {error}. It was computed from {named_documents(documents, data, context.worker.data)}. "
             f"{writer.describe_newest()} Remove what is wrong with a document, or change the settings, and begin a new run"
         ) from error
+
+
+def named_documents(documents: Sequence[int], data: DataConfig, prepared: PreparedData | None) -> str:
+    """Names documents by their numbers in their source. documents: numbers from 1 over all sources, ascending."""
+    sizes = [source.opened.totals.documents for source in prepared.sources] if prepared else []
+    named, first = [], 1
+    for source, size in zip(data.sources, sizes or [documents[-1] if documents else 0], strict=True):
+        own = [document - first + 1 for document in documents if first <= document < first + size]
+        first += size
+        if own:
+            shown = ", ".join(map(str, own[:SUSPECTS])) + (", ..." if len(own) > SUSPECTS else "")
+            named.append(f"documents {shown} of {source.key} ({source.train})")
+    return " and ".join(named)
 
 
 def uses_dropout(model: Any, config: DistillConfig) -> bool:

@@ -42,10 +42,15 @@ class Tracker(Protocol):
 
 
 def point(line: Mapping[str, Any], section: str) -> Point:
-    """The point of a line of metrics.jsonl (section train) or validation.jsonl (validation). Durations go into `time`."""
-    figures = {}
+    """The point of a line of metrics.jsonl (section train) or validation.jsonl (validation).
+
+    Durations go into `time`; figures of a source of the data into `section/source NAME`.
+    """
+    figures: dict[str, float] = {}
+    for name, found in line.get("sources", {}).items():
+        figures |= {f"{section}/source {name}/{key}": float(value) for key, value in found.items()}
     for key, value in line.items():
-        if key != "step":
+        if key not in ("step", "sources"):
             place = "time" if key.endswith("_s") and key != "tokens_per_s" else section
             figures[f"{place}/{key}"] = float(value)
     return Point(int(line["step"]), figures)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from taid_ray.config.data import DataConfig
+from taid_ray.config.data import DataSource
 from taid_ray.data.batch import NO_LABEL, Row
 from taid_ray.data.columns import columns_of
 from taid_ray.data.dataset import TrainingData, validation_rows
@@ -81,8 +81,8 @@ settings = st.fixed_dictionaries({
 })  # fmt: skip
 
 
-def config_of(train: str, chosen: dict[str, Any]) -> DataConfig:
-    return DataConfig(train=train, sequence_length=LENGTH, **chosen)
+def config_of(train: str, chosen: dict[str, Any]) -> DataSource:
+    return DataSource(train=train, sequence_length=LENGTH, **chosen)
 
 
 def check_row(row: Row) -> None:
@@ -249,4 +249,4 @@ class Rows:
 )
 def test_names_that_are_no_names(name: str) -> None:
     with pytest.raises(DataError, match=r"data\.train"):
-        validation_rows(DataConfig.model_construct(train=name), TOKENIZER)
+        validation_rows(DataSource.model_construct(train=name), TOKENIZER)

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from taid_ray.config.data import DataConfig
+from taid_ray.config.data import DataSource
 from taid_ray.data.dataset import TrainingData
 from taid_ray.data.documents import open_documents
 from taid_ray.errors import DataError
@@ -253,7 +253,7 @@ def plain_call(call: Row) -> str:
 # Comparing
 
 
-def values_of(path: Path, config: DataConfig, names: list[str], skip: int) -> list[Row]:
+def values_of(path: Path, config: DataSource, names: list[str], skip: int) -> list[Row]:
     documents = open_documents(config, "train")
     documents.count()
     return [
@@ -263,7 +263,7 @@ def values_of(path: Path, config: DataConfig, names: list[str], skip: int) -> li
     ]
 
 
-def trained(config: DataConfig) -> dict[int, list[int]]:
+def trained(config: DataSource) -> dict[int, list[int]]:
     """The tokens of each row, by its number."""
     found: dict[int, list[int]] = {}
     for sample in TrainingData(config, TOKENIZER, 0, 1).samples():
@@ -289,7 +289,7 @@ def test_what_is_trained_is_what_the_files_say(tmp_path: Path) -> None:
         read = [name for name in sorted(files) if "." in name[1:] and name[0] in "t0123" and "test" not in name]
         path = root / read[0] if len(files) == 1 else root
         template = TEMPLATE if data_format == "chat" else None
-        config = DataConfig(
+        config = DataSource(
             train=str(path), valid="no", format=data_format, sequence_length=4096, block_documents=size, chat_template=template,
             loss_on="all",
         )  # fmt: skip
@@ -305,7 +305,7 @@ def test_what_is_trained_is_what_the_files_say(tmp_path: Path) -> None:
     )
 
 
-def compared(config: DataConfig, files: list[tuple[str, bytes]], rows: list[Row] | None, skip: int) -> str:
+def compared(config: DataSource, files: list[tuple[str, bytes]], rows: list[Row] | None, skip: int) -> str:
     """Compares what is read and what is trained with the plain reading; says how it ended."""
     names = NEEDED[config.format]
     try:

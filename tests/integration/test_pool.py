@@ -165,7 +165,9 @@ def test_replicas_are_the_same_teacher_and_an_impossible_request_is_explained(
     assert pools["shards"].fingerprint == whole.info().fingerprint, "so that a cache serves both"
     client = connect("replicas")
     ids = torch.full((1, 4), VOCAB)
-    wrong = Batch({"input_ids": ids, "position_ids": torch.arange(4)[None]}, torch.arange(3), ids[0, 1:])
+    wrong = Batch(
+        {"input_ids": ids, "position_ids": torch.arange(4)[None]}, torch.arange(3), ids[0, 1:], torch.zeros(3)
+    )
     with pytest.raises(TeacherError, match=f"must lie in 0 to {VOCAB - 1}"):
         client.collect(client.submit(wrong))
 
@@ -242,7 +244,8 @@ def test_requests_of_a_process_that_is_killed_are_asked_again(
     client, notes = connect(pool), list[str]()
     client._waiter._notify = notes.append
     rows = torch.arange(64 * 256).remainder(SHARED).view(64, 256)
-    batch = Batch({"input_ids": rows}, torch.arange(rows.numel()), torch.zeros(rows.numel(), dtype=torch.int64))
+    nothing = torch.zeros(rows.numel(), dtype=torch.int64)
+    batch = Batch({"input_ids": rows}, torch.arange(rows.numel()), nothing, nothing)
     client.collect(client.submit(batch))
     began = seconds_computed(title)
     expected = client.collect(client.submit(batch)).tensors
@@ -280,7 +283,7 @@ def test_a_replica_refuses_what_it_has_already(
     """Of two copies of a request that wait for a frozen shard, the later one; which one comes later is Serve's choice."""
     connect("shards")
     handle, rows = serve.get_app_handle("shards"), torch.zeros(4, 8, dtype=torch.int64)
-    request = ScoreRequest.of(Batch({"input_ids": rows}, torch.arange(4), torch.zeros(4, dtype=torch.int64)))
+    request = ScoreRequest.of(Batch({"input_ids": rows}, torch.arange(4), *torch.zeros(2, 4, dtype=torch.int64)))
     (shard,) = processes("TeacherShard")
     shard.suspend()
     try:

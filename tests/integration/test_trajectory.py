@@ -3,10 +3,10 @@
 All layouts of one world size share a single Ray Train start, and each kind of teacher pool is started once.
 """
 
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from taid_ray.config.schema import DistillConfig, build_config
 from taid_ray.driver.launch import start_worker
 from taid_ray.driver.preflight import prepare
+from taid_ray.files import read_lines
 from taid_ray.run.directory import write_config
 from taid_ray.scheduler.owner import SchedulerOwner
 from taid_ray.student.spec import WorkerSpec
@@ -30,7 +31,8 @@ STEPS = 6
 # replicas, shards, payload
 POOLS = {"1x1": (1, 1, "hidden"), "2x1": (2, 1, "hidden"), "1x2": (1, 2, "hidden"), "logits": (1, 1, "logits")}
 Layout = tuple[str, int, int, str]
-"""Pool, or `local` for a teacher in the workers; ZeRO stage; micro-batch size; order of the data."""
+"""Pool, or `local` for a teacher in the workers; ZeRO stage; micro-batch size; order of the data, or `mixture` for two sources
+in the global order."""
 # By number of workers. 5 rows per step: on 2 workers the split is uneven, and with micro-batches of 1 the smaller share
 # leaves a worker an empty micro-batch.
 LAYOUTS: dict[int, list[Layout]] = {
@@ -40,6 +42,7 @@ LAYOUTS: dict[int, list[Layout]] = {
         ("2x1", 3, 1, "global"),
         ("1x2", 1, 5, "blocks"),
         ("logits", 2, 2, "global"),
+        ("local", 1, 2, "mixture"),
     ],
     2: [
         ("local", 0, 3, "global"),
@@ -47,15 +50,20 @@ LAYOUTS: dict[int, list[Layout]] = {
         ("1x2", 3, 1, "global"),
         ("logits", 2, 3, "global"),
         ("1x1", 3, 3, "blocks"),
+        ("1x1", 0, 1, "mixture"),
     ],
 }
-ALL_LAYOUTS = {
-    workers: list(product(["local", *POOLS], [0, 1, 2, 3], [1, 2, 5], ["global", "blocks"])) for workers in (1, 2, 3)
-}
+ORDERS = ("global", "blocks", "mixture")
+ALL_LAYOUTS = {workers: list(product(["local", *POOLS], [0, 1, 2, 3], [1, 2, 5], ORDERS)) for workers in (1, 2, 3)}
 
 
 def config_for(layout: Layout, workers: int, out: str) -> DistillConfig:
     pool, zero_stage, micro_batch_size, order = layout
+    stories = {name: str(BUNDLE / f"tinystories_{name}.jsonl") for name in ("train", "valid")}
+    mixture = [
+        {"path": stories["train"], "name": "many", "weight": 1},
+        {"path": stories["valid"], "name": "few", "weight": 1},
+    ]
     replicas, shards, payload = POOLS.get(pool, (1, 1, "hidden"))
     return build_config(
         {
@@ -78,12 +86,12 @@ def config_for(layout: Layout, workers: int, out: str) -> DistillConfig:
                 "zero_stage": zero_stage,
             },
             "data": {
-                "train": str(BUNDLE / "tinystories_train.jsonl"),
-                "valid": str(BUNDLE / "tinystories_valid.jsonl"),
+                "train": mixture if order == "mixture" else stories["train"],
+                "valid": None if order == "mixture" else stories["valid"],
                 "valid_documents": 3,
                 "sequence_length": 96,
                 "block_documents": 16,
-                "order": order,
+                "order": "blocks" if order == "blocks" else "global",
             },
             # alpha far above the default, so that the adaptive rule and not the floor moves t
             "schedule": {"alpha": 1.0, "beta": 0.5},
@@ -103,7 +111,7 @@ def config_for(layout: Layout, workers: int, out: str) -> DistillConfig:
 @pytest.fixture(scope="module")
 def references() -> dict[str, list[dict[str, float]]]:
     """The plain run in each order of the data."""
-    return {order: reference_run(config_for(("local", 0, 5, order), 1, "unused")) for order in ("global", "blocks")}
+    return {order: reference_run(config_for(("local", 0, 5, order), 1, "unused")) for order in ORDERS}
 
 
 @pytest.fixture(scope="module")
@@ -143,10 +151,10 @@ def run_jobs(arguments: dict[str, Any]) -> None:
         ),
     ],
 )
-def runs(
+def run_dirs(
     request: pytest.FixtureRequest, pools: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> dict[Layout, list[dict[str, Any]]]:
-    """metrics.jsonl of every layout of one number of workers."""
+) -> dict[Layout, Path]:
+    """The run directory of every layout of one number of workers."""
     workers, layouts = request.param
     root = tmp_path_factory.mktemp(f"trajectory-{workers}")
     jobs, schedulers = [], []
@@ -167,7 +175,7 @@ def runs(
                 schedulers[-1].actor,
                 pools.get(pool, ""),
                 str(config.run_dir / "checkpoints"),
-                data=prepare_here(config) if order == "global" else None,
+                data=None if order == "blocks" else prepare_here(config),
             )
         )
     TorchTrainer(
@@ -179,10 +187,13 @@ def runs(
     ).fit()
     for scheduler in schedulers:
         scheduler.close()
-    return {
-        layout: [json.loads(line) for line in (job.config.run_dir / "metrics.jsonl").read_text().splitlines()]
-        for layout, job in zip(layouts, jobs, strict=True)
-    }
+    return {layout: job.config.run_dir for layout, job in zip(layouts, jobs, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def runs(run_dirs: dict[Layout, Path]) -> dict[Layout, list[dict[str, Any]]]:
+    """metrics.jsonl of every layout."""
+    return {layout: read_lines(run_dir / "metrics.jsonl") for layout, run_dir in run_dirs.items()}
 
 
 def test_every_layout_follows_the_reference(
@@ -195,9 +206,34 @@ def test_every_layout_follows_the_reference(
                 assert line[key] == pytest.approx(expected[key], rel=0, abs=1e-5), (layout, line["step"], key)
             assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4), (layout, line["step"])
             assert line["tokens"] == expected["tokens"], layout
+            assert ("sources" in line) == (layout[3] == "mixture"), layout
+            for name, found in zip(("many", "few"), expected["sources"], strict=False):
+                assert_same_source(line.get("sources", {}).get(name), found)
 
 
-@pytest.mark.parametrize("order", ["global", "blocks"])
+def assert_same_source(line: dict[str, float] | None, expected: dict[str, float]) -> None:
+    """Compares the figures of one source in one step; without a loss position of it there are none."""
+    if not expected["tokens"]:
+        assert line is None
+    elif line is not None:
+        assert line["tokens"] == expected["tokens"]
+        for key in ("loss", "kl"):
+            assert line[key] == pytest.approx(expected[key], rel=0, abs=1e-5)
+
+
+def test_sources_are_validated_apart(run_dirs: dict[Layout, Path]) -> None:
+    for layout, run_dir in run_dirs.items():
+        if layout[3] == "mixture":
+            lines = read_lines(run_dir / "validation.jsonl")
+            parts = lines[-1]["sources"]
+            assert list(parts) == ["many", "few"] and all(part["tokens"] for part in parts.values())
+            for key in ("cross_entropy", "teacher_cross_entropy", "kl"):
+                whole = sum(part[key] * part["tokens"] for part in parts.values()) / lines[-1]["tokens"]
+                assert lines[-1][key] == pytest.approx(whole, rel=1e-12)
+                assert parts["many"][key] != parts["few"][key]
+
+
+@pytest.mark.parametrize("order", ORDERS)
 def test_the_reference_is_worth_following(order: str, references: dict[str, list[dict[str, float]]]) -> None:
     """The setting exercises what the comparison is about: t moves off its floor, gradients are clipped, ragged counts."""
     reference = references[order]

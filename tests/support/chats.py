@@ -5,7 +5,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from taid_ray.config.data import DataConfig
+from taid_ray.config.data import DataSource
 from taid_ray.data.encoding import Encoder
 from taid_ray.data.preview import preview
 
@@ -26,7 +26,7 @@ def chat_tokenizer(template: Any = None, eos: str = "</s>", plain: tuple[str, ..
 
 def encoder_of(tokenizer: PreTrainedTokenizerFast, **settings: Any) -> Encoder:
     """An encoder of `format: chat`, unless `settings` of the section data say otherwise."""
-    config = DataConfig(train="x", **{"format": "chat", "sequence_length": 4096} | settings)
+    config = DataSource(train="x", **{"format": "chat", "sequence_length": 4096} | settings)
     return Encoder(config, tokenizer, "data.train: x")
 
 

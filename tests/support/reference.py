@@ -7,6 +7,7 @@ trajectory tests are about (loss, normalisation, clipping, optimizer, schedule) 
 import math
 from collections.abc import Iterator
 from itertools import count
+from typing import Any
 
 import torch
 
@@ -25,12 +26,15 @@ def global_batches(config: DistillConfig) -> Iterator[list[Row]]:
     if config.data.order == "global":
         reader = prepare_here(config).reader(seed, batch_size)
         yield from (reader.read(step, 0, 1).rows for step in count())
-    data = TrainingData(config.data, run_tokenizer(config), seed, batch_size)
+    data = TrainingData(config.data.sources[0], run_tokenizer(config), seed, batch_size)
     yield from (rows for rows, _ in data.batches())
 
 
-def reference_run(config: DistillConfig) -> list[dict[str, float]]:
-    """Per optimizer step: t, loss (cross-entropy form), kl, grad_norm, tokens. TAID with the adaptive schedule only."""
+def reference_run(config: DistillConfig) -> list[dict[str, Any]]:
+    """Per optimizer step: t, loss (cross-entropy form), kl, grad_norm, tokens; `sources` has loss, kl and tokens of each source.
+
+    TAID with the adaptive schedule only.
+    """
     assert config.loss.name == "taid" and config.schedule.mode == "adaptive" and config.train.steps
     train, schedule = config.train, config.schedule
     student = build_student(config, None).train()
@@ -49,6 +53,7 @@ def reference_run(config: DistillConfig) -> list[dict[str, float]]:
         rows = next(data)
         cross_entropy = entropy = torch.zeros((), dtype=torch.float64)
         tokens = sum(int(target) != NO_LABEL for row in rows for target in row.targets)
+        parts = [[0.0, 0.0, 0] for _ in config.data.sources]
         optimizer.zero_grad()
         for row in rows:
             inputs = {name: torch.tensor(getattr(row, name)[None]) for name in ("input_ids", "position_ids")}
@@ -60,7 +65,14 @@ def reference_run(config: DistillConfig) -> list[dict[str, float]]:
             loss = -(target * torch.log_softmax(student_logits, -1)).sum()
             (loss / tokens).backward()
             cross_entropy = cross_entropy + loss.detach().double()
-            entropy = entropy - (target * target.log()).sum().double()
+            own_entropy = -(target * target.log()).sum().double()
+            entropy = entropy + own_entropy
+            part = parts[row.source]
+            parts[row.source] = [
+                part[0] + float(loss.detach()),
+                part[1] + float(own_entropy),
+                part[2] + int(chosen.sum()),
+            ]
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), train.max_grad_norm or math.inf)
         warm = min(1.0, (n + 1) / train.warmup_steps) if train.warmup_steps else 1.0
         done = max(0, n - train.warmup_steps) / (train.steps - train.warmup_steps)
@@ -69,8 +81,19 @@ def reference_run(config: DistillConfig) -> list[dict[str, float]]:
         optimizer.step()
 
         j = float(cross_entropy) / tokens
+        sources = [
+            {"loss": whole / max(own, 1), "kl": (whole - least) / max(own, 1), "tokens": own}
+            for whole, least, own in parts
+        ]
         history.append(
-            {"t": t, "loss": j, "kl": j - float(entropy) / tokens, "grad_norm": float(norm), "tokens": tokens}
+            {
+                "t": t,
+                "loss": j,
+                "kl": j - float(entropy) / tokens,
+                "grad_norm": float(norm),
+                "tokens": tokens,
+                "sources": sources,
+            }
         )
         if previous is not None:
             momentum = schedule.beta * momentum + (1 - schedule.beta) * (previous - j) / (previous + 1e-15)

@@ -59,6 +59,22 @@ def validation_lines(steps: int) -> list[dict[str, Any]]:
     ]
 
 
+def with_sources(run: Path) -> Path:
+    """Makes the run at this place one on a mixture: 75 tokens of each step are of `wiki`, and 25 of every second of `code`."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["sources"] = {"wiki": {"loss": line["loss"], "kl": line["kl"], "sft": 0.0, "tokens": 75}}
+        if line["step"] % 2:
+            line["sources"]["code"] = {"loss": line["loss"] + 1, "kl": line["kl"] / 2, "sft": 0.0, "tokens": 25}
+    write_lines(run / "metrics.jsonl", lines)
+    lines = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
+    for line in lines:
+        own = {key: line[key] for key in ("cross_entropy", "teacher_cross_entropy", "kl", "tokens")}
+        line["sources"] = {"wiki": own, "code": own | {"cross_entropy": own["cross_entropy"] + 0.5}}
+    write_lines(run / "validation.jsonl", lines)
+    return run
+
+
 def write_run(run: Path, steps: int = STEPS, finished: bool = True, **changes: Any) -> Path:
     """changes: of the configuration."""
     run.mkdir(parents=True)

@@ -7,7 +7,7 @@ from taid_ray.config.schema import DistillConfig
 from taid_ray.data.reading.kinds import DataFile, kind_of
 from taid_ray.data.store.assemble import assemble
 from taid_ray.data.store.prepare import Encoding, prepare_span
-from taid_ray.data.store.prepared import PreparedData
+from taid_ray.data.store.prepared import PreparedData, mixed
 from taid_ray.data.store.spans import spans_of
 from taid_ray.models.pair import run_tokenizer
 
@@ -24,12 +24,14 @@ def data_file(path: Path) -> DataFile:
 
 def prepare_here(config: DistillConfig, num_shared: int = 1 << 32) -> PreparedData:
     """Prepares the training data of `config` in this process, one span after another."""
-    encoding = Encoding(config.data, run_tokenizer(config))
-    directory = Path(STORE.name) / encoding.key
-    directory.mkdir(exist_ok=True)
-    spans = spans_of(config.data)
-    shards = [shard for span in spans if (shard := prepare_span(span, encoding, directory, print))]
-    return assemble(encoding, spans, shards, directory, num_shared, print)
+    sources = []
+    for source in config.data.sources:
+        encoding, spans = Encoding(source, run_tokenizer(config)), spans_of(source)
+        directory = Path(STORE.name) / encoding.key
+        directory.mkdir(exist_ok=True)
+        shards = [shard for span in spans if (shard := prepare_span(span, encoding, directory, print))]
+        sources.append(assemble(encoding, spans, shards, directory, num_shared, print))
+    return mixed(config.data, sources)
 
 
 def story(number: int) -> str:

@@ -6,14 +6,14 @@ from typing import Any
 
 import xxhash
 
-from taid_ray.config.data import DataConfig
+from taid_ray.config.data import DataSource
 from taid_ray.data.dataset import nothing_to_learn
 from taid_ray.data.documents import open_documents
 from taid_ray.data.encoding import Counts
 from taid_ray.data.shared_ids import not_shared
 from taid_ray.data.store.index import write_index
 from taid_ray.data.store.prepare import Encoding, check_columns
-from taid_ray.data.store.prepared import PreparedData
+from taid_ray.data.store.prepared import PreparedSource
 from taid_ray.data.store.remote import Location
 from taid_ray.data.store.shard import ShardFacts
 from taid_ray.data.store.spans import Span
@@ -27,8 +27,8 @@ def assemble(
     location: Location,
     num_shared: int,
     notify: Callable[[str], None],
-) -> PreparedData:
-    """Makes the index of the data set whose spans have these shards, and checks the whole.
+) -> PreparedSource:
+    """Makes the index of the source whose spans have these shards, and checks the whole.
 
     location: that of the shards. num_shared: token ids below it are known to both models. notify: is told of a damaged index.
     Raises DataError if a file lacks a column, if there is nothing to train on, or for a token that is not shared; RunError if
@@ -36,23 +36,23 @@ def assemble(
     """
     check_columns(spans, shards, encoding)
     _check_highest_id(encoding, num_shared, spans, shards)
-    prepared = PreparedData(write_index(location, shards, notify), _fingerprint(encoding.config, spans, shards))
+    prepared = PreparedSource(write_index(location, shards, notify), _fingerprint(encoding.config, spans, shards))
     _check_rows(encoding.config, prepared.counts, spans, shards)
     return prepared
 
 
-def _check_rows(config: DataConfig, counts: Counts, spans: Sequence[Span], shards: Sequence[ShardFacts]) -> None:
+def _check_rows(config: DataSource, counts: Counts, spans: Sequence[Span], shards: Sequence[ShardFacts]) -> None:
     """Raises DataError if no document is left to train on, or none gave a row."""
     if any(shard.blocks for shard in shards):
         return
     kept = sum(span.skip for span in spans)
     if not counts.documents and kept:
         raise DataError(
-            f"data.train: {config.train} has {kept} documents and the first data.valid_documents = "
+            f"{config.key}: {config.train} has {kept} documents and the first data.valid_documents = "
             f"{config.valid_documents} are held out for validation, so none is left to train on. Set data.valid, or a "
             f"smaller data.valid_documents."
         )
-    raise nothing_to_learn(f"data.train: {config.train}", counts)
+    raise nothing_to_learn(f"{config.key}: {config.train}", counts)
 
 
 def _check_highest_id(encoding: Encoding, num_shared: int, spans: Sequence[Span], shards: Sequence[ShardFacts]) -> None:
@@ -62,7 +62,7 @@ def _check_highest_id(encoding: Encoding, num_shared: int, spans: Sequence[Span]
             raise not_shared(str(span), shard.highest_id, num_shared, encoding.tokenizer.get_vocab())
 
 
-def _fingerprint(config: DataConfig, spans: Sequence[Span], shards: Sequence[ShardFacts]) -> dict[str, Any]:
+def _fingerprint(config: DataSource, spans: Sequence[Span], shards: Sequence[ShardFacts]) -> dict[str, Any]:
     """Makes what `Documents.fingerprint` returns, from what the tasks have read; digests are of the spans' hashes."""
     outline, found = open_documents(config, "train").outline(), {}
     for file, pairs in groupby(zip(spans, shards, strict=True), key=lambda pair: pair[0].file.name):

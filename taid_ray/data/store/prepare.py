@@ -19,7 +19,7 @@ import pyarrow as pa
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
-from taid_ray.config.data import DataConfig
+from taid_ray.config.data import DataSource
 from taid_ray.data import chat
 from taid_ray.data.batch import Row
 from taid_ray.data.columns import Column, columns_of, lacking
@@ -42,16 +42,16 @@ WINDOW_TOKENS = 1 << 21
 """Samples are packed together, and written as one record batch, whenever they have so many tokens or more."""
 NOT_ENCODED = {
     "train", "valid", "subset", "split", "valid_split", "valid_documents", "streaming", "block_documents",
-    "order", "store", "chat_template", "date",
+    "order", "store", "chat_template", "date", "label", "key", "valid_key",
 }  # fmt: skip
-"""Keys of the section `data` that say which documents are read, not what becomes of them, and two that `Encoding` resolves."""
+"""Keys of a source that say which documents are read, not what becomes of them, and two that `Encoding` resolves."""
 
 
 @dataclass(frozen=True)
 class Encoding:
     """All that rows depend on beside the documents. Can be pickled."""
 
-    config: DataConfig
+    config: DataSource
     tokenizer: PreTrainedTokenizerBase
 
     @cached_property
@@ -89,9 +89,9 @@ def prepare_span(
     location: the store of this encoding, a directory that exists or a URI (`remote`). notify: is told of a damaged shard, which
     is made anew. Raises DataError for documents that cannot be read or encoded, RunError if the shard cannot be written.
     """
-    source = f"data.train: {span.file.path}"
+    source = f"{encoding.config.key}: {span.file.path}"
     with explained(source, f"cannot be read as {span.file.kind}. Repair or convert the file"):
-        version = _version(span)
+        version = _version(span, source)
         content = hash_content(span)
     digest = xxhash.xxh3_128(f"{content} {span.skip} {encoding.key}".encode()).hexdigest()
     store = open_store(location)
@@ -124,7 +124,9 @@ def check_columns(spans: Sequence[Span], shards: Sequence[ShardFacts], encoding:
             documents += shard.documents - span.skip
         missing = lacking(encoding.columns, found) or nowhere
         if documents and missing:
-            raise no_column(f"data.train: {file.path}", missing[0], columns_found(file), encoding.config.format)
+            raise no_column(
+                f"{encoding.config.key}: {file.path}", missing[0], columns_found(file), encoding.config.format
+            )
 
 
 class _ShardMaker:
@@ -155,7 +157,7 @@ class _ShardMaker:
 
     def facts(self, digest: str, content: str, path: Path) -> dict[str, Any]:
         """Says what is in the shard when all blocks were taken. Raises DataError if the file was changed meanwhile."""
-        if _version(self._span) != self._version:
+        if _version(self._span, self._source) != self._version:
             raise DataError(f"{self._source} was changed while it was read. Start again when it is complete.")
         found = [column.name for column in self._columns if column.name in self._found]
         counts = asdict(self._encoder.counts)
@@ -207,13 +209,16 @@ def _from_zero(row: Row) -> Row:
     return Row(row.input_ids, row.position_ids, row.targets, tuple(document - 1 for document in row.documents))
 
 
-def _version(span: Span) -> tuple[int, int]:
-    """Returns size and time of the last change of the file. Raises DataError if this node does not see it."""
+def _version(span: Span, source: str) -> tuple[int, int]:
+    """Returns size and time of the last change of the file. Raises DataError if this node does not see it.
+
+    source: the key that the file was given under, and its path.
+    """
     try:
         status = persistently(span.file.path.stat, LASTING_ERRORS)
     except FileNotFoundError:
         raise DataError(
-            f"data.train: node {os.uname().nodename} does not find {span.file.path}. Give all nodes the same files; those of a "
+            f"{source} is not found on node {os.uname().nodename}. Give all nodes the same files; those of a "
             f"data set of the hub are where HF_HOME says, which must be a directory that all nodes see."
         ) from None
     return status.st_size, status.st_mtime_ns

@@ -23,7 +23,7 @@ UINT8, INT32, UINT32 = np.dtype("u1"), np.dtype("<i4"), np.dtype("<u4")
 
 
 class StoredRows:
-    """The rows of one or several data sets, numbered one after the other. Not for use by several threads at once.
+    """The rows of one or several sources, numbered one after the other. Not for use by several threads at once.
 
     Reads by `pread` instead of memory mapping: a disk that fails, or a file that was cut off, gives an error that says so
     where a mapped page would end the process; and no read brings in more than the row.
@@ -42,7 +42,7 @@ class StoredRows:
             places = index.places(rows[where] - self._first_rows[number])
             for at, place in zip(where.tolist(), places, strict=True):
                 file = index.store.fetch(f"{place.shard}.arrow")
-                found[at] = self._row(file, place, self._first_documents[number] + place.first_document)
+                found[at] = self._row(file, place, self._first_documents[number] + place.first_document, number)
         return [found[at] for at in range(len(rows))]
 
     def total(self, column: str, rows: Ints) -> int:
@@ -64,7 +64,7 @@ class StoredRows:
             if (where := np.flatnonzero(inside)).size:
                 yield number, index, where
 
-    def _row(self, file: Path, place: Place, first_document: int) -> Row:
+    def _row(self, file: Path, place: Place, first_document: int, source: int) -> Row:
         tokens, samples = place.tokens, place.samples
         ids = self._values(file, place.ids_at, tokens, UINT32).astype(np.int64)
         bits = self._values(file, place.mask_at, (place.mask_shift + tokens + 7) // 8, UINT8)
@@ -76,7 +76,7 @@ class StoredRows:
         begins = np.zeros(tokens, dtype=np.int64)
         begins[starts] = starts
         positions = np.arange(tokens) - np.maximum.accumulate(begins)
-        return Row(ids, positions, targets, tuple((documents + first_document).tolist()))
+        return Row(ids, positions, targets, tuple((documents + first_document).tolist()), source)
 
     def _values(self, file: Path, at: int, count: int, dtype: np.dtype[Any]) -> NDArray[Any]:
         """Reads `count` values from byte `at` on, if need be several times."""

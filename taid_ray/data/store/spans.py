@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Literal, TypeAlias
 
 import xxhash
 
-from taid_ray.config.data import DataConfig
+from taid_ray.config.data import DataSource
 from taid_ray.data.columns import columns_of
 from taid_ray.data.documents import open_documents
 from taid_ray.data.reading.arrow_rows import (
@@ -54,8 +54,8 @@ class Span:
         return str(self.file.path) + ("" if self.part == "all" else f" ({self.part} {self.start} to {self.stop})")
 
 
-def spans_of(config: DataConfig) -> list[Span]:
-    """Divides all files of `data.train` into spans, in order, without the documents that are kept for validation.
+def spans_of(config: DataSource) -> list[Span]:
+    """Divides all files of a source of training data into spans, in order, without the documents that are kept for validation.
 
     The Arrow files of a data set of the hub are in the cache of the library datasets, so all nodes that read spans must see
     that: HF_HOME must be on storage that they share. Raises DataError if the files cannot be read, or are not the rows of a
@@ -63,7 +63,7 @@ def spans_of(config: DataConfig) -> list[Span]:
     """
     documents = open_documents(config, "train")
     names = [name for column in columns_of(config) for name in column.names]
-    with explained(f"data.train: {config.train}", "cannot be read. Repair or convert it"):
+    with explained(f"{config.key}: {config.train}", "cannot be read. Repair or convert it"):
         spans = [span for file in documents.files for span in cut(file)]
         return without_first(spans, config.valid_documents if config.valid is None else 0, names)
 

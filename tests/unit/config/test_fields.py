@@ -5,7 +5,7 @@ A new key has none of these marks unless somebody decides so: then its name is a
 
 import pytest
 
-from taid_ray.config.data import DataConfig
+from taid_ray.config.data import DataConfig, SourceConfig
 from taid_ray.config.fields import (
     EVALUATED,
     MOVABLE,
@@ -57,8 +57,10 @@ EXPECTED: dict[Mark, str] = {
 
 
 def keys() -> set[str]:
-    """Every key that holds a value; of a range the range itself."""
-    return {key for key in known_keys() if key.rpartition(".")[2] not in RANGES and key != "student.lora"}
+    """Every key that holds a value, without those of the items of lists; of a range the range itself."""
+    return {
+        key for key in known_keys() if key.rpartition(".")[2] not in RANGES and key != "student.lora" and "[" not in key
+    }
 
 
 @pytest.mark.parametrize("mark", EXPECTED, ids=lambda mark: mark.meaning)
@@ -77,6 +79,16 @@ def test_keys_that_all_trials_of_a_search_share() -> None:
         "checkpoint.storage",
         "data.store",
     }
+
+
+def test_keys_of_sources_are_marked_like_those_of_the_section() -> None:
+    sources = {key.rpartition(".")[2] for key in known_keys() if key.startswith("data.train[].")}
+    assert sources == set(SourceConfig.model_fields)
+    for name in sources:
+        marks = marks_of(f"data.train[3].{name}")
+        assert TRAINING_ONLY in marks and RESUMABLE not in marks and (MOVABLE in marks) == (name in ("path", "valid"))
+        same = marks_of("data.train" if name == "path" else f"data.{name}")
+        assert (SETS_RATES in marks) == (SETS_RATES in same) and (MOVABLE in marks) == (MOVABLE in same)
 
 
 def test_keys_below_a_field_have_its_marks_and_unknown_ones_none() -> None:

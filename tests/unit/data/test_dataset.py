@@ -12,10 +12,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from taid_ray.config.data import DataConfig
+from taid_ray.config.data import DataSource
 from taid_ray.data.batch import NO_LABEL, Row
 from taid_ray.data.cursor import read_cursor
-from taid_ray.data.dataset import TrainingData, validation_rows
+from taid_ray.data.dataset import TrainingData, open_validation, validation_rows
 from taid_ray.data.turns import inside
 from taid_ray.driver.preflight import check_data as check_opened_data
 from taid_ray.errors import DataError
@@ -54,8 +54,9 @@ def build_tokenizer(bos: bool = False, template: str | None = None) -> PreTraine
     return PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token="</s>", chat_template=template)
 
 
-def check_data(config: DataConfig, tokenizer: Any) -> DataCheck:
-    return check_opened_data(config, TrainingData(config, tokenizer, 0, 1), tokenizer, sys.maxsize)
+def check_data(config: DataSource, tokenizer: Any) -> DataCheck:
+    opened, held_out = TrainingData(config, tokenizer, 0, 1), open_validation(config)
+    return check_opened_data(config, [opened], tokenizer, sys.maxsize, [held_out])
 
 
 @pytest.fixture(autouse=True)
@@ -74,8 +75,8 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def config_of(train: str, **settings: Any) -> DataConfig:
-    return DataConfig(train=train, **({"sequence_length": 64, "block_documents": 8, "valid_documents": 4} | settings))
+def config_of(train: str, **settings: Any) -> DataSource:
+    return DataSource(train=train, **({"sequence_length": 64, "block_documents": 8, "valid_documents": 4} | settings))
 
 
 def stories(path: Path, count: int = 41) -> str:
@@ -84,7 +85,7 @@ def stories(path: Path, count: int = 41) -> str:
     )
 
 
-def all_training_rows(config: DataConfig, tokenizer: Any) -> list[Row]:
+def all_training_rows(config: DataSource, tokenizer: Any) -> list[Row]:
     training = TrainingData(config, tokenizer, seed=0, batch_size=1)
     return [batch[0] for batch, _ in islice(training.batches(), training.rows_per_epoch())]
 
@@ -455,7 +456,7 @@ def test_the_bundled_tokenizer_brings_bos_and_eos(tmp_path: Path) -> None:
 def test_real_instructions(name: str, templated: bool) -> None:
     path = SHARED / "instruct/dolly_train_clean.jsonl"
     real = AutoTokenizer.from_pretrained(SHARED / "tokenizers" / name)
-    config = DataConfig(
+    config = DataSource(
         train=str(path),
         format="prompt_response",
         prompt_columns=["instruction", "input"],
@@ -481,6 +482,6 @@ def test_real_instructions(name: str, templated: bool) -> None:
 
 @needs_shared
 def test_real_text_lines(tokenizer: Any) -> None:
-    config = DataConfig(train=str(SHARED / "text/wikitext2_valid.txt"), sequence_length=256, streaming=True)
+    config = DataSource(train=str(SHARED / "text/wikitext2_valid.txt"), sequence_length=256, streaming=True)
     rows = next(TrainingData(config, tokenizer, 0, 16).batches())[0]
     assert all(0 < row.num_loss_tokens < 256 and len(row.input_ids) <= 256 for row in rows)

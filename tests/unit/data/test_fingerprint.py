@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from taid_ray.config.data import DataConfig
+from taid_ray.config.data import DataSource
 from taid_ray.data.batch import NO_LABEL, Row
 from taid_ray.data.documents import open_documents
 from taid_ray.data.fingerprint import Fingerprint, changes, check_outline, fingerprint, rows_digest
@@ -20,7 +20,7 @@ def lines(*words: str) -> str:
 
 
 def taken(path: Path, valid: Path | None = None, streaming: bool = False) -> Fingerprint:
-    config = DataConfig(train=str(path), valid=valid and str(valid), streaming=streaming)
+    config = DataSource(train=str(path), valid=valid and str(valid), streaming=streaming)
     found = fingerprint(open_documents(config, "train"), valid and open_documents(config, "valid"))
     assert json.loads(json.dumps(found)) == found
     return found
@@ -82,19 +82,37 @@ def test_of_a_stream_only_names_and_sizes_are_known(root: Path) -> None:
 
 def test_a_worker_must_find_the_files_of_the_driver(root: Path) -> None:
     found = taken(root)
-    documents = open_documents(DataConfig(train=str(root)), "train")
-    check_outline(found, documents)
+    documents = open_documents(DataSource(train=str(root)), "train")
+    check_outline(found, 0, documents, "data.train")
+    mixed = {"sources": [{"train": {"files": []}}, found], "valid": None}
+    check_outline(mixed, 1, documents, "data.train[1].path")
     (root / "b.jsonl").write_text(lines("three", "four"))
     with pytest.raises(
         DataError, match=r"data\.train: node .* does not find .*: b\.jsonl has changed \(18 bytes then, 35 bytes"
     ):
-        check_outline(found, documents)
+        check_outline(found, 0, documents, "data.train")
+    with pytest.raises(DataError, match=r"data\.train\[1\]\.path: node .* does not find"):
+        check_outline(mixed, 1, documents, "data.train[1].path")
+
+
+def test_changes_of_sources_are_told_by_their_keys(root: Path) -> None:
+    before = {"sources": [taken(root), taken(root, valid=str(root))], "valid": None, "rows": "r", "index": "i"}
+    assert changes(before, before) == [] == changes(json.loads(json.dumps(before)), before)
+    (root / "b.jsonl").write_text(lines("three", "four"))
+    changed = "b.jsonl has changed (1 row then, 2 rows now)"
+    now = before | {"sources": [before["sources"][0], taken(root, valid=str(root))]}
+    assert changes(before, now) == [f"data.train[1].path: {changed}", f"data.train[1].valid: {changed}"]
+    assert changes(before, before | {"sources": before["sources"][:1]}) == [
+        "data.train: a list of 2 sources then, a list of 1 source now"
+    ]
+    assert changes(taken(root), before) == ["data.train: one source then, a list of 2 sources now"]
+    assert "tokenizer" in changes(before, before | {"index": "other"})[0]
 
 
 def test_data_of_the_hub_are_known_by_what_is_read() -> None:
     one, other = (datasets.Dataset.from_dict({"text": [word], "id": [word]}) for word in ("one", "other"))
     more = datasets.Dataset.from_dict({"text": ["one"], "id": [7]})
-    config = DataConfig(train="some/data")
+    config = DataSource(train="some/data")
     found = [
         fingerprint(HubDocuments(rows, "data.train: some/data", config), None)
         for rows in (one, more, other, one.to_iterable_dataset())

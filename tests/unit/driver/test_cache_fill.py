@@ -63,8 +63,8 @@ def reader(settings: DistillConfig) -> CachedTeacher:
 def batches(settings: DistillConfig, size: int = 5, seed: int = 3) -> list[Batch]:
     """Validation, and all training rows in another order and other batches than they were computed in."""
     tokenizer = run_tokenizer(settings)
-    rows = validation_rows(settings.data, tokenizer)
-    for more, cursor in TrainingData(settings.data, tokenizer, seed, 1).batches():
+    rows = validation_rows(settings.data.sources[0], tokenizer)
+    for more, cursor in TrainingData(settings.data.sources[0], tokenizer, seed, 1).batches():
         if cursor.epoch:
             break
         rows += more
@@ -113,7 +113,7 @@ def test_approximate_payloads_keep_their_error(data: Path, tmp_path: Path, paylo
     settings = config(data, tmp_path / "cache", teacher__payload=payload, teacher__topk=8)
     cache_fill.fill_cache(settings)
     local, cached = LocalTeacher(settings.teacher, num_shared(settings), CPU), reader(settings)
-    first = collate(validation_rows(settings.data, run_tokenizer(settings))[:4])
+    first = collate(validation_rows(settings.data.sources[0], run_tokenizer(settings))[:4])
     assert cached.payload_error(first) == local.payload_error(first) > 0
     found, expected = cached.collect(cached.submit(first)).tensors, local.collect(first).tensors
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
@@ -213,7 +213,7 @@ def test_what_is_said_to_be_enough_is_enough(data: Path, tmp_path: Path) -> None
 
 def test_of_a_stream_the_steps_of_the_run_are_computed(data: Path, tmp_path: Path) -> None:
     settings = config(data, tmp_path / "cache", data__streaming=True)
-    rows = len(validation_rows(settings.data, run_tokenizer(settings)))
+    rows = len(validation_rows(settings.data.sources[0], run_tokenizer(settings)))
     assert cache_fill.fill_cache(settings).rows == rows + 4 * 4
 
 

@@ -68,8 +68,11 @@ class Case:
         labels = options.pop("labels", self.labels if name == "dkd" else None)
         chunk_tokens = options.pop("chunk_tokens")
         return_parts = options.pop("return_parts", False)
+        groups = options.pop("groups", None)
         objective = Objective(name, torch.as_tensor(options.pop("t"), dtype=torch.float64), **options)
-        loss, parts = chunked_loss(objective, self.student, self.teacher, labels, chunk_tokens=chunk_tokens)
+        loss, parts = chunked_loss(
+            objective, self.student, self.teacher, labels, chunk_tokens=chunk_tokens, groups=groups
+        )
         return (loss, parts) if return_parts else loss
 
     def logits(self) -> tuple[Tensor, Tensor]:
@@ -114,6 +117,24 @@ def test_equals_the_logits_form(name: str, chunk_tokens: int) -> None:
     assert_same(case, case.chunked(name), case.plain(name), 1e-13)
     case = Case(chunk_tokens=chunk_tokens)
     assert_same(case, case.chunked(name), case.plain(name))
+
+
+@pytest.mark.parametrize("name", ["taid", "js"])
+def test_groups_are_parts_of_the_same_sums(name: str) -> None:
+    case = Case(dtype=torch.float64)
+    numbers = torch.arange(N) * 7 % 3
+    labelled = {"labels": case.labels, "sft_weight": 0.3, "return_parts": True}
+    loss, parts = case.chunked(name, groups=F.one_hot(numbers, 4).double(), **labelled)
+    whole, without = case.chunked(name, **labelled)
+    assert torch.equal(loss, whole) and without.by_group.shape == (3, 0)
+    for group in range(4):
+        own = Case(dtype=torch.float64)
+        chosen = numbers == group
+        own.hidden = case.hidden[chosen]
+        own.teacher = replace(case.teacher, hidden=case.teacher.hidden[chosen])
+        _, alone = own.chunked(name, **labelled | {"labels": case.labels[chosen]})
+        expected = torch.stack([alone.kl, alone.entropy, alone.sft])
+        assert torch.allclose(parts.by_group[:, group], expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("golden", GOLDEN, ids=lambda golden: f"{golden['shape']}-t{golden['t']}")

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def few_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def line(step: int, **changes: float) -> StepMetrics:
     """The metrics of a step, zero but for SECONDS and changes."""
-    fields = dict.fromkeys(StepMetrics.__dataclass_fields__, 0) | SECONDS | changes
+    fields = dict.fromkeys(StepMetrics.__dataclass_fields__, 0) | {"sources": None} | SECONDS | changes
     return StepMetrics(**(fields | {"step": step}))
 
 
@@ -56,7 +56,7 @@ def make_run(config: DistillConfig, lines: list[StepMetrics], workers: tuple[int
         run.begin_attempt(number, "job")
     log = metrics_log(config.run_dir / METRICS_FILE, 0)
     for metrics in lines:
-        log.write(asdict(metrics))
+        log.write(metrics.line())
     log.close()
     return config.run_dir
 
@@ -201,7 +201,7 @@ def resume(config: DistillConfig, lines: list[StepMetrics], workers: int = 2) ->
     RunManifest(config).begin_attempt(workers, "another job")
     log = metrics_log(config.run_dir / METRICS_FILE, lines[0].step - 1)
     for metrics in lines:
-        log.write(asdict(metrics))
+        log.write(metrics.line())
     log.close()
     return config.run_dir
 

@@ -70,7 +70,7 @@ def batch() -> Batch:
     positions = torch.cat([torch.arange(LENGTH // 2)] * 2).expand(ROWS, -1)
     tokens = ROWS * LENGTH
     inputs = {"input_ids": ids, "position_ids": positions}
-    return Batch(inputs, torch.arange(tokens), torch.randint(0, VOCABULARY, (tokens,)))
+    return Batch(inputs, torch.arange(tokens), torch.randint(0, VOCABULARY, (tokens,)), torch.zeros(tokens))
 
 
 def measured(config: DistillConfig, model_config: Any) -> dict[str, float]:

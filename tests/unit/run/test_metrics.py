@@ -1,6 +1,5 @@
 """metrics.jsonl: whole lines at once, and errors that name the file and the step."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -23,11 +22,11 @@ def test_metrics_lines_are_complete_at_once_and_read_back(tmp_path: Path) -> Non
     path = tmp_path / "metrics.jsonl"
     log = metrics_log(path, 0)
     for step in (1, 2):
-        log.write(asdict(metrics(step)))
+        log.write(metrics(step).line())
         assert [line["step"] for line in read_lines(path)] == list(range(1, step + 1))  # before the next step
     log.close()
     again = metrics_log(path, 2)
-    again.write(asdict(metrics(3)))
+    again.write(metrics(3).line())
     again.close()
     lines = read_lines(path)
     assert [line["t"] for line in lines] == [metrics(step).t for step in (1, 2, 3)]
@@ -41,7 +40,7 @@ def test_a_full_disk_is_told_with_the_step(tmp_path: Path) -> None:
     log.close()
     log._file = Path("/dev/full").open("w")  # noqa: SIM115  # the log closes it
     with pytest.raises(RunError, match=r"metrics\.jsonl cannot be written after step 1: .*No space left"):
-        log.write(asdict(metrics(1)))
+        log.write(metrics(1).line())
     log.close()  # whose own attempt to write the line must not hide the error
 
 

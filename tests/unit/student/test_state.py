@@ -48,7 +48,7 @@ def train(stage: int, kind: str, world: Any, directory: Path, restored: Any) -> 
         def loss(hidden: torch.Tensor, weight: torch.Tensor, _: Any, labels: torch.Tensor = labels) -> torch.Tensor:
             return torch.nn.functional.cross_entropy(hidden @ weight[:IDS].T, labels, reduction="sum")
 
-        total = student._run(Batch(inputs, torch.arange(own.numel()), labels), loss)
+        total = student._run(Batch(inputs, torch.arange(own.numel()), labels, torch.zeros_like(labels)), loss)
         student.backward(total / ids.numel())
         student.step(1e-3)
         losses.append(world.sum([total.item() / ids.numel()])[0])

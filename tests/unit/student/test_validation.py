@@ -48,7 +48,7 @@ def rows(count: int) -> list[Row]:
 
 
 def held_out(teacher: Any, count: int = 10, world: World | None = None, window_bytes: int = 2**20) -> ValidationBatches:
-    return ValidationBatches(rows(count), world or World(), 2, teacher, WINDOW, window_bytes)
+    return ValidationBatches(rows(count), world or World(), 2, teacher, (WINDOW, window_bytes))
 
 
 def once(found: ValidationBatches) -> list[tuple[int, list[float]]]:

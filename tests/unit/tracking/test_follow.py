@@ -5,7 +5,6 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from taid_ray.tracking.sinks import MLflow, Outcome, Point, TensorBoard, Weights
 from taid_ray.tracking.tail import MetricsTail
 from tests.support.journal import WITHIN_S, Journal
 
-FIGURES = [name for name in StepMetrics.__dataclass_fields__ if name != "step"]
+FIGURES = [name for name in StepMetrics.__dataclass_fields__ if name not in ("step", "sources")]
 
 
 @pytest.fixture(autouse=True)
@@ -38,10 +37,15 @@ def metrics(step: int, salt: float = 0.0) -> StepMetrics:
     return StepMetrics(step=step, **values)  # type: ignore[arg-type]
 
 
+def test_figures_of_sources_have_names_of_their_own() -> None:
+    found = point({"step": 3, "loss": 1.5, "sources": {"wiki": {"loss": 2, "tokens": 7}}}, "train")
+    assert found == (3, {"train/loss": 1.5, "train/source wiki/loss": 2.0, "train/source wiki/tokens": 7.0})
+
+
 def write_steps(run_dir: Path, first: int, last: int, salt: float = 0.0, log: LineLog | None = None) -> LineLog:
     log = log or metrics_log(run_dir / "metrics.jsonl", first - 1)
     for step in range(first, last + 1):
-        log.write(asdict(metrics(step, salt)))
+        log.write(metrics(step, salt).line())
     return log
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import pytest
 
-from taid_ray.config.data import DataConfig
+from taid_ray.config.data import DataSource
 from taid_ray.config.paths import with_absolute_paths
 from taid_ray.config.schema import DistillConfig
 from taid_ray.data.documents import open_documents
@@ -28,7 +28,7 @@ def put(root: Path, *names: str) -> Path:
 
 def read(path: Path, which: Any = "train", **settings: Any) -> tuple[list[str], str]:
     """The texts in their order, and all that is said of them."""
-    documents = open_documents(DataConfig(**({"train": str(path), which: str(path)} | settings)), which)
+    documents = open_documents(DataSource(**({"train": str(path), which: str(path)} | settings)), which)
     return [text for _, block in documents.blocks(0, 3) for text in block["text"]], "\n".join(documents.description())
 
 
@@ -198,7 +198,7 @@ def test_a_column_of_the_prompt_may_be_absent_from_a_file(tmp_path: Path) -> Non
     rows = [{"instruction": "add", "input": "1", "output": "2"}], [{"instruction": "sing", "output": "la"}]
     for name, found in zip("ba", rows, strict=True):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
-    config = DataConfig(
+    config = DataSource(
         train=str(tmp_path),
         format="prompt_response",
         prompt_columns=["instruction", "input"],
@@ -254,5 +254,5 @@ def test_files_with_a_header_are_not_read_on_for_a_column(tmp_path: Path) -> Non
     (tmp_path / "a.csv").write_text('instruction,output\nadd,2\nsing,"la\n')
     (tmp_path / "b.csv").write_text('instruction,input,output\nadd,1,2\nsing,"la\n')
     columns: dict[str, Any] = {"prompt_columns": ["instruction", "input"], "response_column": "output"}
-    open_documents(DataConfig(train=str(tmp_path), format="prompt_response", **columns), "train")
+    open_documents(DataSource(train=str(tmp_path), format="prompt_response", **columns), "train")
     assert "a.csv has no column 'text' (it has: instruction, output)" in refused(tmp_path)

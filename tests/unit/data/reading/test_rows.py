@@ -11,14 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from taid_ray.config.data import DataConfig
+from taid_ray.config.data import DataSource
 from taid_ray.data.documents import open_documents
 from taid_ray.errors import DataError
 
 
 def read(path: Path, skip: int = 0, **settings: Any) -> dict[str, list[Any]]:
     """The columns of all rows after the first `skip`, and a check that they are the same with any block size."""
-    documents = open_documents(DataConfig(train=str(path), **settings), "train")
+    documents = open_documents(DataSource(train=str(path), **settings), "train")
     by_size = []
     for size in (1, 2, 1000):
         found: dict[str, list[Any]] = {}
@@ -45,7 +45,7 @@ def refusal(path: Path, content: str | bytes, **settings: Any) -> str:
     """What is said of a file of such a content when all of it is read."""
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError) as caught:
-        open_documents(DataConfig(train=str(path), **settings), "train").count()
+        open_documents(DataSource(train=str(path), **settings), "train").count()
     assert str(path) in str(caught.value)
     return str(caught.value)
 
@@ -168,7 +168,7 @@ def test_columns_that_are_not_needed_may_be_anything(tmp_path: Path) -> None:
 def test_a_file_without_a_needed_column_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "b.jsonl").write_text('{"body": "a", "n": 1}\n')
-    documents = open_documents(DataConfig(train=str(tmp_path)), "train")
+    documents = open_documents(DataSource(train=str(tmp_path)), "train")
     with pytest.raises(
         DataError, match=r"data\.train: .*/b\.jsonl has no column 'text' \(it has: body, n\)\. Set data"
     ):
@@ -181,7 +181,7 @@ def test_a_file_without_rows_is_said(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text\nx\n")
     (tmp_path / "b.csv").write_text("text\n")
     (tmp_path / "c.csv").write_text("")
-    documents = open_documents(DataConfig(train=str(tmp_path)), "train")
+    documents = open_documents(DataSource(train=str(tmp_path)), "train")
     assert documents.count() == 1
     assert documents.description() == [
         f"data.train: {tmp_path}: 3 files of the kind csv, 1 row (a.csv, b.csv, c.csv)",
@@ -194,7 +194,7 @@ def test_usual_names_of_a_column_stand_in_for_it(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in ({"conversations": talk}, {"messages": None, "conversations": talk}))
     )
-    documents = open_documents(DataConfig(train=str(tmp_path / "d.jsonl"), format="chat"), "train")
+    documents = open_documents(DataSource(train=str(tmp_path / "d.jsonl"), format="chat"), "train")
     ((_, block),) = documents.blocks(0, 9)
     assert block["messages"] == [talk, talk]
     assert "column 'conversations' is read as data.messages_column" in documents.description()[-1]

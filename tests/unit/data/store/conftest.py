@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from taid_ray.config.data import DataConfig
+from taid_ray.config.data import DataSource
 from taid_ray.data.store import prepare, spans
 from taid_ray.data.store.prepare import Encoding, prepare_span
 from taid_ray.data.store.shard import ShardFacts
@@ -40,7 +40,7 @@ def stories(tmp_path: Path) -> list[Span]:
 
 @pytest.fixture
 def encoding(stories_tokenizer: Any) -> Encoding:
-    return Encoding(DataConfig(train="stories.jsonl", sequence_length=64), stories_tokenizer)
+    return Encoding(DataSource(train="stories.jsonl", sequence_length=64), stories_tokenizer)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from taid_ray import storage
-from taid_ray.config.data import DataConfig
+from taid_ray.config.data import DataSource
 from taid_ray.data.batch import NO_LABEL
 from taid_ray.data.encoding import Encoder
 from taid_ray.data.packing import to_rows
@@ -227,7 +227,7 @@ def test_the_key_is_that_of_the_rows(change: dict[str, Any], same: bool, encodin
 
 
 def test_the_key_knows_template_and_tokenizer(stories_tokenizer: Any, tmp_path: Path) -> None:
-    config = DataConfig(train="d.jsonl", format="chat", chat_template="{{ messages }}")
+    config = DataSource(train="d.jsonl", format="chat", chat_template="{{ messages }}")
     key = Encoding(config, stories_tokenizer).key
     (tmp_path / "t.jinja").write_text("{{ messages }}")
     moved = config.model_copy(update={"chat_template": str(tmp_path / "t.jinja")})
@@ -235,13 +235,13 @@ def test_the_key_knows_template_and_tokenizer(stories_tokenizer: Any, tmp_path: 
     (tmp_path / "t.jinja").write_text("{{ messages }}.")
     assert Encoding(moved, stories_tokenizer).key != key
     assert (
-        Encoding(DataConfig(train="d"), stories_tokenizer).key == Encoding(DataConfig(train="d"), stories_tokenizer).key
+        Encoding(DataSource(train="d"), stories_tokenizer).key == Encoding(DataSource(train="d"), stories_tokenizer).key
     )
 
 
 @pytest.mark.parametrize("template", ["{{ messages }}", "{{ strftime_now('%d') }}{{ messages }}"])
 def test_the_key_knows_the_day_if_the_template_may_write_it(template: str, stories_tokenizer: Any) -> None:
-    config = DataConfig(train="d.jsonl", format="chat", chat_template=template)
+    config = DataSource(train="d.jsonl", format="chat", chat_template=template)
     days = [config.model_copy(update={"date": day}) for day in ("2026-01-02", "2026-01-03")]
     keys = {Encoding(each, stories_tokenizer).key for each in days}
     assert len(keys) == (2 if "strftime_now" in template else 1)
@@ -298,7 +298,7 @@ def test_a_full_disk_is_said(
 
 def test_a_file_without_a_column_is_found(tmp_path: Path, stories_tokenizer: Any, store: Path) -> None:
     """Of a column that some documents may leave out, when all of the file were seen."""
-    config = DataConfig(train="d", format="prompt_response", prompt_columns=["prompt", "context"])
+    config = DataSource(train="d", format="prompt_response", prompt_columns=["prompt", "context"])
     encoding = Encoding(config, stories_tokenizer)
 
     def prepared(contexts: list[int]) -> None:
@@ -327,7 +327,7 @@ def test_a_span_without_rows(tmp_path: Path, encoding: Encoding, store: Path, st
 
 def test_a_file_that_this_node_does_not_see_is_said(stories: list[Span], encoding: Encoding, store: Path) -> None:
     stories[0].file.path.unlink()
-    with pytest.raises(DataError, match=r"data\.train: node .* does not find .*stories\.jsonl\. .* HF_HOME"):
+    with pytest.raises(DataError, match=r"data\.train: .*stories\.jsonl is not found on node .*HF_HOME"):
         prepare_span(stories[0], encoding, store, print)
 
 
@@ -339,7 +339,7 @@ def prepared_parquet(
     (root / "store").mkdir()
     for name, columns in tables.items():
         pq.write_table(pa.table(columns), root / "data" / f"{name}.parquet", row_group_size=1)
-    config = DataConfig(train=str(root / "data"), valid="other", sequence_length=64, **settings)
+    config = DataSource(train=str(root / "data"), valid="other", sequence_length=64, **settings)
     encoding = Encoding(config, encoding.tokenizer)
     spans = spans_of(config)
     found = [prepare_span(span, encoding, root / "store", print) for span in spans]

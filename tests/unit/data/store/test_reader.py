@@ -123,7 +123,8 @@ def test_a_mixture_of_two_stores(index: Index, encoding: Encoding, stories: list
     assert Counter(row.documents[0] <= 97 for row in batch.rows) == {True: 9, False: 3}
     rows = stored.read(np.arange(sum(sizes)))
     assert rows[: sizes[0]] == StoredRows([index]).read(np.arange(sizes[0]))
-    alone = StoredRows([second]).read(np.arange(sizes[1]))
+    assert [row.source for row in rows] == [0] * sizes[0] + [1] * sizes[1]
+    alone = [replace(row, source=1) for row in StoredRows([second]).read(np.arange(sizes[1]))]
     assert [replace(row, documents=()) for row in rows[sizes[0] :]] == [replace(row, documents=()) for row in alone]
     assert [row.documents[0] - 97 for row in rows[sizes[0] :]] == [row.documents[0] for row in alone]
     assert stored.read(np.array([sizes[0] + 1, 1, 0])) == [rows[sizes[0] + 1], rows[1], rows[0]]

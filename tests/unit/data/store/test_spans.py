@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from taid_ray.config.data import DataConfig
+from taid_ray.config.data import DataSource
 from taid_ray.data.reading.kinds import DataFile
 from taid_ray.data.reading.rows import read_rows
 from taid_ray.data.store import spans
@@ -122,9 +122,9 @@ def test_spans_of_a_data_set_of_the_hub_are_those_of_its_cache(tmp_path: Path, m
 
     monkeypatch.setattr("taid_ray.data.documents.load_from_hub", load)
     texts = [{"text": f"{part} {i}"} for part in "ab" for i in range(30)]
-    found = spans_of(DataConfig(train="some/data", split="a+b", valid_documents=7))
+    found = spans_of(DataSource(train="some/data", split="a+b", valid_documents=7))
     assert documents(found) == [None] * 7 + texts[7:] and len(found) > 1
-    assert documents(spans_of(DataConfig(train="some/data", split="b", valid="other"))) == texts[30:]
+    assert documents(spans_of(DataSource(train="some/data", split="b", valid="other"))) == texts[30:]
     for name, split, message in [
         (
             "some/data",
@@ -134,7 +134,7 @@ def test_spans_of_a_data_set_of_the_hub_are_those_of_its_cache(tmp_path: Path, m
         ("some/memory", "a", "no files of it in the cache to encode; set data.order=blocks"),
     ]:
         with pytest.raises(DataError, match=rf"^data\.train: {name}: .*{message}"):
-            spans_of(DataConfig(train=name, split=split))
+            spans_of(DataSource(train=name, split=split))
 
 
 def test_what_cannot_be_cut_is_one_span(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -72,14 +73,14 @@ def test_labels_count_only_where_the_answer_holds_them() -> None:
 
 def test_positions_count() -> None:
     made = batch([Sample([5, 6, 7], [False, True, True])])
-    moved = Batch(made.inputs | {"position_ids": made.inputs["position_ids"] + 3}, made.loss_positions, made.labels)
+    moved = replace(made, inputs=made.inputs | {"position_ids": made.inputs["position_ids"] + 3})
     assert keys(made) != keys(moved)
 
 
 def test_an_input_that_no_key_covers_is_refused() -> None:
     made = batch(documents(2))
     with pytest.raises(AssertionError, match="cover"):
-        samples_of(Batch(made.inputs | {"pixels": torch.zeros(2)}, made.loss_positions, made.labels), TEACHER, False)
+        samples_of(replace(made, inputs=made.inputs | {"pixels": torch.zeros(2)}), TEACHER, False)
 
 
 def test_a_batch_without_loss_has_no_samples() -> None:

@@ -280,7 +280,7 @@ INFO = TeacherInfo(
     num_shared=V, payload="topk", topk=K, bytes_per_token=1, transform=LogitTransform(), has_bias=False, dropped_mass=0.0,
     packing_error=None,
 )  # fmt: skip
-BATCH = Batch({"input_ids": torch.ones(1, 4, dtype=torch.int64)}, torch.arange(2), torch.arange(2))
+BATCH = Batch({"input_ids": torch.ones(1, 4, dtype=torch.int64)}, torch.arange(2), torch.arange(2), torch.zeros(2))
 
 
 def payload(**values: Any) -> dict[str, torch.Tensor]:
