@@ -110,8 +110,8 @@ def check_data(
     dropped, truncated = (sum(getattr(source.counts, name) for source in data) for name in ("dropped", "truncated"))
     pairs = [*zip(config.validations, held_out, strict=True)]
     valid_rows = [validation_rows(where, tokenizer, documents) for where, documents in pairs]
-    every = [row for part in (*rows, *valid_rows) for row in part]
-    check_ids(every, num_shared, tokens)
+    for part in (*rows, *valid_rows):
+        check_ids(part, num_shared, tokens)
     for source, own in zip(data, rows, strict=True):
         if not own:
             next(source.batches())  # raises unless a later block has some
@@ -119,7 +119,7 @@ def check_data(
     said += [line for where, documents in pairs if where.valid is not None for line in documents.description()]
     notes = tuple(note for source in data for note in source.notes())
     sizes = (sum(map(len, rows)), dropped, truncated, sum(map(len, valid_rows)))
-    return DataCheck(*sizes, said, notes, rows_digest(every))
+    return DataCheck(*sizes, said, notes, rows_digest(row for part in (*rows, *valid_rows) for row in part))
 
 
 def largest_payload(config: DistillConfig, teacher_config: Any, vocabulary: Vocabulary) -> int:
