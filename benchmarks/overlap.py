@@ -77,7 +77,7 @@ class StudentProcess:
         self.scheduler = SchedulerClient(scheduler, 0, 600)
         self.scheduler.begin(1, 1)
         self.last = self.scheduler.join(1, 1, None)
-        self.pool = PoolTeacher(POOL, config.teacher, print)
+        self.pool = PoolTeacher(POOL, config.given_teacher, print)
         self.student.teacher_head = self.pool.head()
         self.steps = [_step(number) for number in range(BATCHES)]
         batches = [batch for step in self.steps for batch in step.batches]
@@ -95,7 +95,7 @@ class StudentProcess:
         endless: Iterator[StepBatches] = (self.steps[n % BATCHES] for n in count())
         teacher, total = self.teachers[kind], self.last.step + steps + 1
         limited = islice(endless, steps + 1)
-        stream = Prefetcher(limited, teacher, self.config.teacher.window, 2**30, self.student.clock)
+        stream = Prefetcher(limited, teacher, self.config.given_teacher.window, 2**30, self.student.clock)
         self.last = train_loop(self.student, self.scheduler, stream, lines, self.last, total)
         return [asdict(line) for line in lines.metrics[1:]]
 
@@ -164,7 +164,7 @@ def main() -> None:
     with TemporaryDirectory() as directory:
         config = build(Path(directory))
         scheduler = SchedulerOwner("bench-overlap", config.schedule, config.train.steps or 0, 1)
-        start_pool(PoolSpec(config.teacher, VOCABULARY, "cpu", use_role_resources=False), POOL)
+        start_pool(PoolSpec(config.given_teacher, VOCABULARY, "cpu", use_role_resources=False), POOL)
         try:
             student = ray.remote(StudentProcess).options(num_cpus=1).remote(config, scheduler.actor)
             ray.get(student.train.remote("pool", 2))

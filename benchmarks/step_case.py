@@ -182,7 +182,7 @@ def settings(case: Case, out: Path, values: dict[str, Any]) -> DistillConfig:
 def batches(case: Case) -> list[Batch]:
     """The batches of a run of this case, in its order."""
     config = settings(case, case.directory, {})
-    data = TrainingData(config.data.sources[0], load_tokenizer(config.teacher), config.train.seed, case.rows)
+    data = TrainingData(config.data.sources[0], load_tokenizer(config.given_teacher), config.train.seed, case.rows)
     found = [collate(rows) for rows, _ in islice(data.batches(), case.steps)]
     for batch in found:
         assert batch.inputs["input_ids"].shape == (case.rows, case.length), "a document does not fill its row"

@@ -26,7 +26,8 @@ def key_reference() -> str:
     parts = ["## The run", *(_key(name, field) for name, field in fields.items() if section_of(field) is None)]
     for name, field in fields.items():
         if (section := section_of(field)) is not None:
-            parts += [f"## {name}", *_section(section, f"{name}.")]
+            own = [_key(name, field)] if field.description else []  # it may be null
+            parts += [f"## {name}", *own, *_section(section, f"{name}.")]
     return "\n\n".join(parts)
 
 

@@ -119,14 +119,16 @@ def rows(current: "Status", replicas: dict[str, int] | None) -> list[tuple[str, 
     if current.step_age_s is not None:
         left = f"; about {shown_seconds(current.left_s)} left" if current.left_s and current.state == "training" else ""
         shown.append(("step", f"{current.step} of {current.total_steps or '?'}, {ago(current.step_age_s)}{left}"))
-        shown.append(("figures", f"t {current.t:.4f}, loss {current.loss:.4f}, KL {current.kl:.4f} (nats per token)"))
-    if current.step_s and current.teacher_wait_share is not None:
-        share = f"{current.teacher_wait_share:.0%} of it waiting for the teacher"
-        shown.append(("speed", f"{current.tokens_per_s:,.0f} tokens/s, {current.step_s:.3g} s a step, {share}"))
+        figures = {"t": current.t, "loss": current.loss, "KL": current.kl}
+        known = ", ".join(f"{name} {figure:.4f}" for name, figure in figures.items() if figure is not None)
+        shown.append(("figures", f"{known} (nats per token)"))
+    if current.step_s:
+        share = current.teacher_wait_share
+        waiting = "" if share is None else f", {share:.0%} of it waiting for the teacher"
+        shown.append(("speed", f"{current.tokens_per_s:,.0f} tokens/s, {current.step_s:.3g} s a step{waiting}"))
     if last := current.validation:
-        shown.append(
-            ("validation", f"KL {last['kl']:.4f}, cross-entropy {last['cross_entropy']:.4f} after step {last['step']}")
-        )
+        compared = f"KL {last['kl']:.4f}, " if "kl" in last else ""
+        shown.append(("validation", f"{compared}cross-entropy {last['cross_entropy']:.4f} after step {last['step']}"))
     if current.checkpoints and current.state != "finished":
         whole = current.checkpoint
         newest = f"step {whole.step}, {ago(whole.age_s)}, in " if whole else "none seen in "

@@ -12,7 +12,8 @@ from rich.console import Console
 from taid_ray.config.models import StudentConfig
 from taid_ray.config.schema import DistillConfig, build_config
 from taid_ray.config.text import read_tree, set_key
-from taid_ray.models.loading import load_causal_lm, load_tokenizer
+from taid_ray.models.loading import load_causal_lm
+from taid_ray.models.pair import run_tokenizer
 from taid_ray.models.student_init import build_student
 
 BUNDLE = Path(str(files("taid_ray"))) / "quickstart"
@@ -31,10 +32,10 @@ def quickstart_config(overrides: Sequence[str], out: str | None) -> DistillConfi
 
 
 def show_samples(config: DistillConfig, console: Console) -> None:
-    """Prints how the teacher, the student before and the student after continue one prompt, greedily."""
-    tokenizer = load_tokenizer(config.teacher)
-    models = {
-        "teacher": load_causal_lm(config.teacher, dtype="float32"),
+    """Prints how the teacher, if there is one, the student before and the student after continue one prompt, greedily."""
+    tokenizer = run_tokenizer(config)
+    models = {"teacher": load_causal_lm(config.teacher, dtype="float32")} if config.teacher else {}
+    models |= {
         "student before": build_student(config, None),
         "student after": load_causal_lm(StudentConfig(model=str(config.run_dir / "model")), dtype="float32"),
     }

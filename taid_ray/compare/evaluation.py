@@ -73,7 +73,7 @@ class Evaluator:
             (collate(part), torch.tensor([self._numbers.index(row.documents[0]) for row in part]))
             for part in (rows[start : start + BATCH_ROWS] for start in range(0, len(rows), BATCH_ROWS))
         ]
-        section = config.teacher.model_copy(update={"payload": "hidden", "mode": "local", "shards": 1})
+        section = config.given_teacher.model_copy(update={"payload": "hidden", "mode": "local", "shards": 1})
         self._teacher = TeacherModel(section, self._num_shared, device)
         self._teacher_head = self._teacher.head().to(device)
         self._prompts, self._stop_ids = (

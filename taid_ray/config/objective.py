@@ -19,6 +19,7 @@ LossName = Literal[
     "dkd",
     "gkd",
 ]
+"""Losses that compare the student with a teacher."""
 SETTINGS: dict[str, tuple[str, ...]] = {
     "weight": ("js", "skew_forward_kl", "skew_reverse_kl"),
     "alpha": ("dkd",),
@@ -35,9 +36,10 @@ WITHOUT_TOPK = {
 class LossConfig(Section):
     """The loss that the student minimises."""
 
-    name: Annotated[LossName, SETS_RATES] = "taid"
+    name: Annotated[Literal[LossName, "sft"], SETS_RATES] = "taid"
     """The divergence between teacher and student, per token. `taid` and `taid_reverse_kl` are the only ones that use the section
-    `schedule`."""
+    `schedule`. `sft` is the cross-entropy on the data's own tokens: it learns from no teacher, and if one is given,
+    validations alone ask it."""
     weight: Unit | None = None
     """Mixing weight of `js` (the teacher's share), `skew_forward_kl` and `skew_reverse_kl`. Default: 0.1."""
     alpha: NonNegative | None = None
@@ -69,6 +71,12 @@ class LossConfig(Section):
                 )
         if self.name == "gkd" and self.beta is not None and self.beta > 1:
             raise ValueError(f"loss.beta lies within [0, 1] with loss.name: gkd (found {self.beta:g}); lower it")
+        changed = [key for key in ("sft_weight", "temperature", "temperature_squared") if getattr(self, key)]
+        if self.name == "sft" and changed:
+            raise ValueError(
+                f"loss.{changed[0]} belongs to a divergence, and loss.name: sft is the cross-entropy alone (found "
+                f"{getattr(self, changed[0])}); remove it"
+            )
         return self
 
     @property

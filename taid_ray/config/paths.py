@@ -46,11 +46,13 @@ def with_absolute_paths(config: DistillConfig) -> DistillConfig:
         "chat_template": absolute(config.data.chat_template),
         "store": absolute_storage(config.data.store),
     }
+    teacher = config.teacher
     return config.model_copy(
         update={
             "out": str(config.run_dir),
-            "teacher": config.teacher.model_copy(
-                update={"model": absolute(config.teacher.model), "outputs": absolute_storage(config.teacher.outputs)}
+            "teacher": teacher
+            and teacher.model_copy(
+                update={"model": absolute(teacher.model), "outputs": absolute_storage(teacher.outputs)}
             ),
             "student": config.student.model_copy(update={"model": absolute(config.student.model)}),
             "checkpoint": config.checkpoint.model_copy(update={"storage": absolute_storage(config.checkpoint.storage)}),

@@ -45,7 +45,8 @@ class DistillConfig(Section):
         Literal["auto", "cpu", "cuda"], EVALUATED, SharedByTrials("all trials run on the same kind of device")
     ] = "auto"
     """Where the models run: `auto` uses GPUs if the cluster has any."""
-    teacher: TeacherConfig
+    teacher: TeacherConfig | None
+    """The teacher, with the keys below. `null`: there is none, and the student learns from the data alone (`loss.name: sft`)."""
     student: StudentConfig
     data: Annotated[DataConfig, EVALUATED, SETS_ROWS]
     loss: LossConfig = LossConfig()
@@ -75,18 +76,12 @@ class DistillConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "DistillConfig":
-        if self.teacher.mode == "local" and (self.teacher.replicas.max, self.teacher.shards) != (1, 1):
-            raise ValueError(
-                f"teacher.mode: local has one replica and one shard (found replicas: {self.teacher.replicas.max}, "
-                f"shards: {self.teacher.shards}); set teacher.mode: pool"
-            )
-        if self.teacher.mode == "cache" and self.cache.directory is None:
-            raise ValueError(
-                "teacher.mode: cache reads what `taid-ray cache warm` left in cache.directory, and that is not set; set it, or "
-                "set teacher.mode: pool"
-            )
-        self._outputs_fit()
-        self._loss_fits()
+        if self.teacher is None:
+            self._needs_no_teacher()
+        else:
+            self._teacher_fits(self.teacher)
+            self._outputs_fit(self.teacher)
+            self._loss_fits(self.teacher)
         if self.data.streaming and self.train.epochs is not None:
             raise ValueError(
                 "train.epochs needs the length of the data, which is not known for a stream; set train.steps"
@@ -99,10 +94,10 @@ class DistillConfig(Section):
             raise ValueError(f"train.warmup_steps = {self.train.warmup_steps} exceeds train.steps = {self.train.steps}")
         return self
 
-    def _loss_fits(self) -> None:
+    def _loss_fits(self, teacher: TeacherConfig) -> None:
         """Raises ValueError unless the loss goes with what the teacher sends, and with the schedule."""
         name, schedule = self.loss.name, self.schedule
-        if self.teacher.payload == "topk" and (reason := WITHOUT_TOPK.get(name)):
+        if teacher.payload == "topk" and (reason := WITHOUT_TOPK.get(name)):
             raise ValueError(
                 f"loss.name: {name} does not go with teacher.payload: topk: {reason}; set teacher.payload: hidden, or choose "
                 "another loss"
@@ -113,9 +108,42 @@ class DistillConfig(Section):
                 "the first loss is exactly 0 (found schedule.t_start: 0)"
             )
 
-    def _outputs_fit(self) -> None:
+    def _needs_no_teacher(self) -> None:
+        """Raises ValueError if a key asks for the teacher, although there is none."""
+        student = self.student
+        problems = [
+            (self.learns_from_teacher, f"loss.name: {self.loss.name} compares the student with it; set loss.name: sft"),
+            (
+                student.init == "cut",
+                "student.init: cut keeps some of its layers; set student.model and init: pretrained",
+            ),
+            (
+                student.init == "scratch" and student.model is None,
+                "student.init: scratch takes its architecture where student.model is missing; set student.model",
+            ),
+            (student.resize_to_teacher, "student.resize_to_teacher takes its tokenizer; remove it"),
+            (self.cache.on, "cache.directory keeps its outputs; remove it"),
+            (self.checkpoint.best == "kl", "checkpoint.best: kl compares the student with it; set cross_entropy"),
+        ]
+        for asks, problem in problems:
+            if asks:
+                raise ValueError(f"teacher: null means that there is no teacher, but {problem}, or give teacher.model")
+
+    def _teacher_fits(self, teacher: TeacherConfig) -> None:
+        """Raises ValueError unless the cluster's part of the section fits where the teacher runs."""
+        if teacher.mode == "local" and (teacher.replicas.max, teacher.shards) != (1, 1):
+            raise ValueError(
+                f"teacher.mode: local has one replica and one shard (found replicas: {teacher.replicas.max}, "
+                f"shards: {teacher.shards}); set teacher.mode: pool"
+            )
+        if teacher.mode == "cache" and self.cache.directory is None:
+            raise ValueError(
+                "teacher.mode: cache reads what `taid-ray cache warm` left in cache.directory, and that is not set; set it, or "
+                "set teacher.mode: pool"
+            )
+
+    def _outputs_fit(self, teacher: TeacherConfig) -> None:
         """Raises ValueError unless what teacher.mode: file needs is set, and teacher.outputs is set for nothing else."""
-        teacher = self.teacher
         if teacher.mode != "file":
             if teacher.outputs is not None:
                 raise ValueError(
@@ -147,6 +175,22 @@ class DistillConfig(Section):
         return self.data.store or str(self.run_dir.parent / "encoded-data")
 
     @property
+    def given_teacher(self) -> TeacherConfig:
+        """The teacher of a run that has one, for what has nothing to do without; AssertionError for `teacher: null`."""
+        assert self.teacher is not None, "this needs a teacher, and teacher is null"
+        return self.teacher
+
+    @property
+    def has_pool(self) -> bool:
+        """True if the teacher runs in actors of its own."""
+        return self.teacher is not None and self.teacher.mode == "pool"
+
+    @property
+    def learns_from_teacher(self) -> bool:
+        """False for the loss `sft`: a teacher, if there is one, is asked in validations only."""
+        return self.loss.name != "sft"
+
+    @property
     def effective_schedule(self) -> ScheduleConfig:
         """The schedule of the run: every loss but TAID compares with the teacher itself, which is t = 1 throughout."""
         if self.loss.is_taid:
@@ -156,7 +200,7 @@ class DistillConfig(Section):
     @property
     def peer_timeout_s(self) -> float:
         """Seconds that workers wait for one another; one of them may be waiting for its teacher."""
-        return self.student.timeout_s + self.teacher.timeout_s
+        return self.student.timeout_s + (self.teacher.timeout_s if self.teacher else 0.0)
 
 
 def load_config(

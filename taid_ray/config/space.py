@@ -109,7 +109,7 @@ class Space(Section):
         self._check_lengths(base)
         for params in self._candidates():
             try:
-                self._check_length(trial_config(tree, params, total_steps, self.variants), total_steps)
+                self._check_trial(trial_config(tree, params, total_steps, self.variants), total_steps)
             except ConfigError as error:
                 values = ", ".join(f"{key} = {value!r}" for key, value in params.items())
                 raise ConfigError(f"{error}\nThis comes from the search space, which allows {values}.") from None
@@ -169,7 +169,11 @@ class Space(Section):
                 "set train.steps in the configuration, or search schedule.alpha"
             )
 
-    def _check_length(self, config: DistillConfig, total_steps: int) -> None:
+    def _check_trial(self, config: DistillConfig, total_steps: int) -> None:
+        if self.metric == "kl" and config.teacher is None:
+            raise ConfigError(
+                "metric: kl compares the student with its teacher, and teacher is null; set metric: cross_entropy"
+            )
         steps, every = config.train.steps or total_steps, config.train.eval_every
         if self.scheduler != "fifo" and not 0 < every < steps:
             raise ConfigError(

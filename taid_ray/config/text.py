@@ -174,11 +174,13 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Sets a dotted key and makes the sections on the way. Raises ConfigError if one of them is a value."""
+    """Sets a dotted key and makes the sections on the way, also in place of null. Raises ConfigError if one is a value."""
     *sections, last = key.split(".")
     node = tree
     for section in sections:
-        child = node.setdefault(section, {})
+        child = node.get(section)
+        if child is None:
+            child = node[section] = {}
         if not isinstance(child, dict):
             raise ConfigError(f"{_named(key)}: {_shown(section)} is a value ({_shown(child)}), not a section")
         node = child

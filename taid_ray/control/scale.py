@@ -39,7 +39,7 @@ def scale_teacher(run_dir: Path, live: Live, replicas: int, notify: Callable[[st
     check_scale(demand_of(config, resolve(config.device, cluster_has_gpus())), replicas)
     before = ray.get(lease.set_replicas.remote(replicas), timeout=LEASE_S)
     try:
-        _wait(pool, lease, replicas, config.teacher.timeout_s, notify)
+        _wait(pool, lease, replicas, config.given_teacher.timeout_s, notify)
     except TeacherError:
         ray.get(lease.set_replicas.remote(before), timeout=LEASE_S)
         raise

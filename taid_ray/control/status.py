@@ -69,10 +69,11 @@ class Status:
     """Mean over the last steps, as the two following figures."""
     tokens_per_s: float | None = None
     teacher_wait_share: float | None = None
+    """None, as t and kl, with the loss `sft`, which asks no teacher."""
     left_s: float | None = None
     """Time that the remaining steps will take, without validations and restarts."""
     validation: dict[str, Any] | None = None
-    """Last validation: step, kl, cross_entropy."""
+    """Last validation: step, cross_entropy and, with a teacher, kl."""
     checkpoints: str | None = None
     """Directory or URI of the checkpoints."""
     checkpoint: Checkpoint | None = None
@@ -192,13 +193,14 @@ def _progress(lines: list[dict[str, Any]], written: float, total: int | None) ->
         return {"total_steps": total}
     seconds, last = max(1e-9, sum(line["step_s"] for line in lines)), lines[-1]
     step_s = seconds / len(lines)
+    waited = [line["teacher_wait_s"] for line in lines if "teacher_wait_s" in line]
     return {
         **_picked(last, ("step", "t", "loss", "kl")),
         "total_steps": total,
         "step_age_s": time.time() - written,
         "step_s": step_s,
         "tokens_per_s": sum(line["tokens"] for line in lines) / seconds,
-        "teacher_wait_share": sum(line["teacher_wait_s"] for line in lines) / seconds,
+        "teacher_wait_share": sum(waited) / seconds if waited else None,
         "left_s": (total - last["step"]) * step_s if total else None,
     }
 
@@ -209,7 +211,7 @@ def _last_validation(path: Path) -> dict[str, Any] | None:
 
 
 def _picked(line: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
-    return {key: line[key] for key in keys}
+    return {key: line[key] for key in keys if key in line}
 
 
 def _age(ended: dict[str, Any] | None) -> float | None:

@@ -101,8 +101,8 @@ def check_travels(config: DistillConfig, working_dir: Path | None) -> None:
             "out: missing. Name the run directory with --out, an absolute path on a disk that all nodes of the cluster share"
         )
     read = {
-        "teacher.model": config.teacher.model,
-        "teacher.outputs": config.teacher.outputs,
+        "teacher.model": config.teacher and config.teacher.model,
+        "teacher.outputs": config.teacher and config.teacher.outputs,
         "student.model": config.student.model,
         **{f"data.{key}": getattr(config.data, key) for key in ("train", "valid", "chat_template")},
     }

@@ -54,16 +54,16 @@ class Demand:
 def demand_of(config: DistillConfig, device: str) -> Demand:
     """Works out what `config` asks of the connected cluster, on `device` (cpu or cuda)."""
     offered = ray.cluster_resources()
-    pooled = config.teacher.mode == "pool"
+    pool = config.given_teacher if config.has_pool else None
     return Demand(
         device=device,
         workers=config.student.workers.min,
         max_workers=config.student.workers.max,
         worker_cpus=config.student.cpus_per_worker,
-        replicas=config.teacher.replicas.min if pooled else 0,
-        max_replicas=config.teacher.replicas.max if pooled else 0,
-        shards=config.teacher.shards,
-        shard_cpus=config.teacher.cpus_per_shard,
+        replicas=pool.replicas.min if pool else 0,
+        max_replicas=pool.replicas.max if pool else 0,
+        shards=pool.shards if pool else 1,
+        shard_cpus=pool.cpus_per_shard if pool else 1.0,
         student_role=offered.get(STUDENT_RESOURCE, 0) > 0,
         teacher_role=offered.get(TEACHER_RESOURCE, 0) > 0,
     )

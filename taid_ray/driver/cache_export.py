@@ -7,7 +7,7 @@ from torch import Tensor
 
 from taid_ray.config.paths import with_absolute_paths
 from taid_ray.config.schema import DistillConfig
-from taid_ray.driver.cache_fill import fill_config
+from taid_ray.driver.cache_fill import cached_teacher, fill_config
 from taid_ray.driver.outputs_import import data_samples
 from taid_ray.driver.preflight import prepare
 from taid_ray.driver.progress import ProgressView
@@ -59,14 +59,14 @@ def export_cache(config: DistillConfig, path: Path) -> ExportResult:
 
 def _offline(config: DistillConfig) -> DistillConfig:
     """The configuration as a run without a teacher has it. Raises ConfigError if its outputs cannot be exported."""
-    payload = config.teacher.payload
+    payload = cached_teacher(config).payload
     if payload != "topk":
         raise ConfigError(
             f"teacher.payload: {payload} cannot be exported, because a file holds the likeliest ids of every position; give "
             "teacher.payload=topk to `taid-ray cache warm`, and to this command"
         )
     config = on_its_day(fill_config(with_absolute_paths(config)))
-    return config.model_copy(update={"teacher": config.teacher.model_copy(update={"mode": "cache"})})
+    return config.model_copy(update={"teacher": config.given_teacher.model_copy(update={"mode": "cache"})})
 
 
 def _write_all(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from taid_ray.config.models import TeacherConfig
 from taid_ray.config.paths import with_absolute_paths
 from taid_ray.config.schema import DistillConfig
 from taid_ray.data.batch import Row, collate
@@ -91,17 +92,25 @@ def fill_cache(config: DistillConfig) -> FillResult:
 def fill_config(config: DistillConfig) -> DistillConfig:
     """The configuration with a teacher pool in place of teacher.mode: cache. Raises ConfigError if it has no cache,
     or no teacher but a file."""
+    teacher = cached_teacher(config)
     if config.cache.directory is None:
         raise ConfigError(
             "cache.directory is not set: name the directory to keep the teacher's outputs in, for example "
             "cache.directory=cache"
         )
-    if config.teacher.mode == "file":
+    if teacher.mode == "file":
         raise ConfigError(
             "teacher.mode: file has all outputs in teacher.outputs already; set teacher.mode to pool or local"
         )
-    mode = "pool" if config.teacher.mode == "cache" else config.teacher.mode
-    return config.model_copy(update={"teacher": config.teacher.model_copy(update={"mode": mode})})
+    mode = "pool" if teacher.mode == "cache" else teacher.mode
+    return config.model_copy(update={"teacher": teacher.model_copy(update={"mode": mode})})
+
+
+def cached_teacher(config: DistillConfig) -> TeacherConfig:
+    """The teacher whose outputs a cache keeps. Raises ConfigError if there is none."""
+    if config.teacher is None:
+        raise ConfigError("teacher is null, and a cache keeps the outputs of one; name it as teacher.model")
+    return config.teacher
 
 
 def all_rows(config: DistillConfig, spec: RunSpec, tokenizer: Any) -> Iterator[Row]:
@@ -135,7 +144,7 @@ def check_fits(config: DistillConfig, spec: RunSpec, tokenizer: Any) -> int:
         enough = math.ceil(needed * 1000) / 1000 if needed < 10 else math.ceil(needed)
         raise ConfigError(
             f"cache.disk_gib: {config.cache.disk_gib:g} is too small for the teacher's outputs for all data: {tokens:,} loss "
-            f"positions of {per_token:,} bytes (teacher.payload: {config.teacher.payload}) need {enough:g} GiB; set "
+            f"positions of {per_token:,} bytes (teacher.payload: {config.given_teacher.payload}) need {enough:g} GiB; set "
             f"cache.disk_gib={enough:g}, or choose a smaller teacher.payload"
         )
     return rows
@@ -145,9 +154,11 @@ def check_fits(config: DistillConfig, spec: RunSpec, tokenizer: Any) -> int:
 def running_teacher(config: DistillConfig, spec: RunSpec, view: ProgressView) -> Iterator[TeacherClient]:
     """Loads the teacher into this process, or starts a pool of its own for it that is removed at the end."""
     num_shared = spec.vocabulary.num_shared
-    if config.teacher.mode == "local":
+    if config.given_teacher.mode == "local":
         view.say("loading the teacher")
-        yield LocalTeacher(config.teacher, num_shared, torch_device(resolve(config.device, torch.cuda.is_available())))
+        yield LocalTeacher(
+            config.given_teacher, num_shared, torch_device(resolve(config.device, torch.cuda.is_available()))
+        )
         return
     view.say("connecting to Ray")
     with ray_cluster():
@@ -157,9 +168,9 @@ def running_teacher(config: DistillConfig, spec: RunSpec, view: ProgressView) ->
         name = f"{POOL_PREFIX}warm-{uuid.uuid4().hex[:8]}"
         view.say(f"starting the teacher pool: {demand.replicas} replica(s) x {demand.shards} shard(s)")
         try:
-            pool = PoolSpec(config.teacher, num_shared, device, demand.teacher_role)
+            pool = PoolSpec(config.given_teacher, num_shared, device, demand.teacher_role)
             start_pool(pool, name, on_wait=lambda what: view.wait_for(what.partition(" after ")[0]))
-            yield PoolTeacher(name, config.teacher, view.say)
+            yield PoolTeacher(name, config.given_teacher, view.say)
         finally:
             view.say("removing the teacher pool")
             stop_pool(name)
@@ -170,9 +181,11 @@ def request_rows(
 ) -> None:
     """Requests the outputs of all rows, with enough requests under way to keep every replica busy."""
     view.say(f"computing the teacher's outputs for {total:,} rows")
-    window = max(config.teacher.window, REQUESTS_PER_REPLICA * config.teacher.replicas.max)
+    window = max(config.given_teacher.window, REQUESTS_PER_REPLICA * config.given_teacher.replicas.max)
     steps = read_ahead(_steps(rows, config.train.micro_batch_size), window)
-    stream = Prefetcher(steps, teacher, window, config.teacher.window_mib * 2**20, PhaseClock(torch.device("cpu")))
+    stream = Prefetcher(
+        steps, teacher, window, config.given_teacher.window_mib * 2**20, PhaseClock(torch.device("cpu"))
+    )
     done = 0
     while done < total:
         stream.next_step()

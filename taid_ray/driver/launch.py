@@ -90,6 +90,8 @@ STANDALONE = RunContext()
 def distill(config: DistillConfig) -> RunResult:
     """Distils `config.teacher` into `config.student` on Ray and returns when the run directory is complete.
 
+    Without a teacher (`teacher: null`, `loss.name: sft`) the student is trained on the data alone, in the same way.
+
     Goes on from the last checkpoint if the directory holds the same run, unfinished; returns at once if it is finished.
     Joins the Ray cluster this process is connected to or RAY_ADDRESS names; else starts a local one and stops it.
     Raises a TaidRayError for everything a user can put right.
@@ -115,7 +117,7 @@ def run_distillation(config: DistillConfig, context: RunContext) -> RunResult:
         view.say("checking models and data")
         spec = prepare(config)
         unchecked = check_same_data(config, spec.fingerprint) if state == "unfinished" and spec.fingerprint else None
-        if config.teacher.mode == "file":
+        if config.teacher and config.teacher.mode == "file":
             import_outputs(config, spec, view)
         say_notes(config, spec, view.say)
         if unchecked:
@@ -134,8 +136,8 @@ def run_distillation(config: DistillConfig, context: RunContext) -> RunResult:
             device = resolve(config.device, cluster_has_gpus())
             demand = demand_of(config, device)
             check_capacity(demand)
-            if config.teacher.mode == "pool":
-                check_object_store(spec.payload_bytes, config.teacher, demand.max_workers)
+            if config.has_pool:
+                check_object_store(spec.payload_bytes, config.given_teacher, demand.max_workers)
             if room := capacity_note(demand):
                 view.say(f"note: {room}")
             with tracking_session(config, run.id, bool(run.attempts), view) as tracking:
@@ -153,7 +155,7 @@ def run_on_cluster(
     The data are prepared while the pool loads; before it where they decide the number of steps, which comes first.
     """
     shared = context.pool(config, spec) if context.pool else None
-    own_pool = None if shared or config.teacher.mode != "pool" else POOL_PREFIX + run.id
+    own_pool = None if shared or not config.has_pool else POOL_PREFIX + run.id
     schedule, most = config.effective_schedule, config.student.workers.max
     with ExitStack() as parts:
         # First, so that taking everything down is not interrupted halfway; and nobody asks for a stop before it is told of.

@@ -97,7 +97,7 @@ def _record(
 ) -> TeacherRecord:
     """The record of a teacher that is only a file: what `taid-ray cache export` knew of it, or what the file shows."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    settings, k, num_shared = f"file {file.path}", config.teacher.topk, spec.vocabulary.num_shared
+    settings, k, num_shared = f"file {file.path}", config.given_teacher.topk, spec.vocabulary.num_shared
     if file.teacher is not None:
         info = replace(file.teacher.info, fingerprint=fingerprint, payload="topk", topk=k, num_shared=num_shared)
         return replace(file.teacher, info=info, settings=settings, model=file.path, at=now)

@@ -14,7 +14,7 @@ from taid_ray.data.preview import SamplePreview, preview
 from taid_ray.data.shared_ids import check_ids
 from taid_ray.data.store.prepared import PreparedData
 from taid_ray.errors import ConfigError
-from taid_ray.models.hub import offline_if_unreachable
+from taid_ray.models.hub import hub_names, offline_if_unreachable
 from taid_ray.models.pair import check_models, check_run_tokenizer, model_configs, run_tokenizer, shared_vocabulary
 from taid_ray.models.vocabulary import Vocabulary
 from taid_ray.student.spec import DataCheck, RunSpec
@@ -34,22 +34,23 @@ def prepare(config: DistillConfig) -> RunSpec:
     tokenizer = run_tokenizer(config)
     check_run_tokenizer(config, tokenizer, student_config)
     vocabulary = shared_vocabulary(config, teacher_config, student_config)
-    if config.teacher.payload == "topk":
-        check_topk(config.teacher.topk, vocabulary.num_shared)
+    teacher = config.teacher
+    if teacher and teacher.payload == "topk":
+        check_topk(teacher.topk, vocabulary.num_shared)
     check_directory(config.cache)
-    if config.teacher.mode == "cache":
+    if teacher and teacher.mode == "cache":
         find_record(config, vocabulary.num_shared)
     data = training_data(config, tokenizer)
     held_out = [open_validation(source) for source in config.data.validations]
     encodes_here = config.data.order == "blocks"  # else tasks read the training data, see driver/prepare.py
     found = documents_fingerprint(config.data, [source.documents for source in data], held_out)
-    if config.teacher.mode == "file":
+    if teacher and teacher.mode == "file":
         found["outputs"] = outputs_file(config, vocabulary.num_shared).fingerprint
     checked = check_data(config.data, data, tokenizer, vocabulary.num_shared, held_out)
     return RunSpec(
         total_steps=config.train.steps or (steps_of_epochs(config, data[0].rows_per_epoch()) if encodes_here else 0),
         vocabulary=vocabulary,
-        payload_bytes=largest_payload(config, teacher_config, vocabulary),
+        payload_bytes=largest_payload(config, teacher_config, vocabulary) if teacher else 0,
         data=checked,
         fingerprint=found | {"rows": checked.rows_digest},
         stop_ids=tuple(dict.fromkeys(token for source in data for token in source.stop_ids())),
@@ -85,7 +86,7 @@ def first_samples(config: DistillConfig, count: int) -> tuple[list[str], list[Sa
 
     Returns sentences that say how the data were understood, and the samples. Raises ModelError or DataError.
     """
-    offline_if_unreachable([config.teacher.model, config.student.model, *config.data.names])
+    offline_if_unreachable(hub_names(config))
     tokenizer = run_tokenizer(config)
     lines, samples = [], []
     for source, data in zip(config.data.sources, training_data(config, tokenizer), strict=True):

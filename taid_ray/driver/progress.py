@@ -100,7 +100,7 @@ class ProgressView:
         """Shows the newest line of metrics; where there is no bar, at most once every few seconds."""
         self._step_s = metrics["step_s"] if self._step_s is None else 0.9 * self._step_s + 0.1 * metrics["step_s"]
         left = f"{(total_steps - metrics['step']) * self._step_s:.0f} s left"
-        numbers = f"t {metrics['t']:.3f}  loss {metrics['loss']:.3f}  kl {metrics['kl']:.3f}"
+        numbers = "  ".join(f"{name} {metrics[name]:.3f}" for name in ("t", "loss", "kl") if name in metrics)
         figures = f"step {metrics['step']}/{total_steps}  {numbers}  {left}"
         with self._lock:
             self.made = metrics["step"]

@@ -19,7 +19,8 @@ What each piece of memory holds at which moment, for one chunk (`out` is allocat
     With autograd it is a new tensor.
     (**) A temperature other than 1 divides a copy of the block.
 
-A teacher that sent its logits, and a TopK, have no `out`: their tensors may lie in shared memory and are only read.
+A teacher that sent its logits, and a TopK, have no `out`: their tensors may lie in shared memory and are only read. Without
+a teacher, which only the objective SFT does, there is the student's side alone.
 
 Precision: a matmul runs in the dtype of its hidden states. A head of another dtype is converted to it, as autocast
 would do (bfloat16 hidden states with a float32 head compute in bfloat16). Logits are upcast to float32 before anything
@@ -35,7 +36,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from taid_ray.losses.divergences import sft
-from taid_ray.losses.objective import Objective, block_rows
+from taid_ray.losses.objective import SFT, Objective, block_rows
 from taid_ray.losses.projection import ChunkLogits, HeadGradients, Projection, slices, sum_dtype
 from taid_ray.losses.topk import TopK
 
@@ -64,10 +65,10 @@ class Scores:
 
     student_ce: Tensor
     """Cross-entropy of the labels under the student."""
-    teacher_ce: Tensor
-    """Cross-entropy of the labels under the teacher."""
-    kl: Tensor
-    """KL(teacher || student)."""
+    teacher_ce: Tensor | None
+    """Cross-entropy of the labels under the teacher; None without one."""
+    kl: Tensor | None
+    """KL(teacher || student); None without a teacher."""
     tokens: Tensor
     """N."""
 
@@ -77,14 +78,16 @@ class _Work:
     """One evaluation of the loss: its tensors, without graph and in the dtype of the matmuls, and the loop over chunks."""
 
     student: Projection
-    teacher: Target
+    teacher: Target | None
     labels: Tensor | None
     objective: Objective
     chunk_tokens: int
     groups: Tensor | None = None
     """[N, G], see `chunked_loss`."""
 
-    def chunks(self, student: ChunkLogits, teacher: ChunkLogits | TopK) -> Iterator[tuple[slice, Iterator[slice]]]:
+    def chunks(
+        self, student: ChunkLogits, teacher: ChunkLogits | TopK | None
+    ) -> Iterator[tuple[slice, Iterator[slice]]]:
         """Loads each chunk's logits in turn; yields its tokens, whole and in blocks."""
         length = block_rows(self.chunk_tokens, self.objective.many_tensors(self.teacher))
         for chunk in slices(0, len(self.student.hidden), self.chunk_tokens):
@@ -93,9 +96,10 @@ class _Work:
                 teacher.load(chunk)
             yield chunk, slices(chunk.start, chunk.stop, length)
 
-    def logits(self) -> tuple[ChunkLogits, ChunkLogits | TopK]:
-        """Memory for both sides' logits of a chunk; a TopK teacher needs none."""
-        teacher = self.teacher if isinstance(self.teacher, TopK) else ChunkLogits(self.teacher, self.chunk_tokens)
+    def logits(self) -> tuple[ChunkLogits, ChunkLogits | TopK | None]:
+        """Memory for both sides' logits of a chunk; a TopK teacher needs none, nor does one that is not there."""
+        known = self.teacher
+        teacher = ChunkLogits(known, self.chunk_tokens) if isinstance(known, Projection) else known
         return ChunkLogits(self.student, self.chunk_tokens), teacher
 
     def loss(self, gradients: HeadGradients | None) -> Tensor:
@@ -114,24 +118,24 @@ class _Work:
         return sums
 
     def scores(self) -> Tensor:
-        """Computes the sums [divergence, student's and teacher's cross-entropy], float64."""
+        """Computes the sums [divergence, student's and teacher's cross-entropy], float64; the last is 0 without a teacher."""
         student, teacher = self.logits()
         assert self.labels is not None
         sums = torch.zeros(3, dtype=torch.float64, device=self.student.hidden.device)
         for _, blocks in self.chunks(student, teacher):
             for rows in blocks:
-                known, labels = teacher.rows(rows), self.labels[rows]
+                known, labels = teacher.rows(rows) if teacher else None, self.labels[rows]
                 kl, _, ce = self.objective.evaluate_(student.rows(rows), known, labels, learn=False).values
-                teacher_ce = -known.label_log_probs if isinstance(known, TopK) else sft(known, labels)
+                teacher_ce = torch.zeros_like(ce) if known is None else _label_losses(known, labels)
                 sums += torch.stack([kl, ce, teacher_ce]).sum(dim=1, dtype=torch.float64)
         return sums
 
-    def _block(self, student: ChunkLogits, teacher: ChunkLogits | TopK, rows: slice, learn: bool) -> Tensor:
+    def _block(self, student: ChunkLogits, teacher: ChunkLogits | TopK | None, rows: slice, learn: bool) -> Tensor:
         """Computes the sums of one block, as `loss` does, and, to learn, leaves its gradient in the student's memory."""
         logits = student.rows(rows)
         slope = self.student.transform.slope(logits) if learn else None
         labels = None if self.labels is None else self.labels[rows]
-        found = self.objective.evaluate_(logits, teacher.rows(rows), labels, learn)
+        found = self.objective.evaluate_(logits, teacher.rows(rows) if teacher else None, labels, learn)
         if found.gradient is not None:
             student.put_gradient(rows, found.gradient, slope)
         slope_of_temperature = found.temperature_slope
@@ -183,7 +187,7 @@ _apply_chunked_loss: Callable[..., tuple[Tensor, Tensor]] = _ChunkedLoss.apply
 def chunked_loss(
     objective: Objective,
     student: Projection,
-    teacher: Target,
+    teacher: Target | None,
     labels: Tensor | None = None,
     *,
     chunk_tokens: int,
@@ -192,8 +196,9 @@ def chunked_loss(
     """Computes the sum over N tokens of `objective`, and its detached parts.
 
     The student's hidden states, head and bias, and a temperature that is a tensor, receive gradients, if they require them and
-    gradients are enabled; the teacher never does. labels: [N] int64. N = 0 gives 0 and keeps its graph. groups: [N, G] float64,
-    1 where a token belongs to a group and 0 elsewhere, to have each group's part of the sums, too.
+    gradients are enabled; the teacher never does. teacher: None for the objective SFT. labels: [N] int64. N = 0 gives 0 and
+    keeps its graph. groups: [N, G] float64, 1 where a token belongs to a group and 0 elsewhere, to have each group's part of
+    the sums, too.
 
     Returns a scalar, float32 (float64 for float64 hidden states), and the parts. Raises ValueError for an
     objective that its `check` refuses, and for shapes that do not fit together.
@@ -208,13 +213,16 @@ def chunked_loss(
 
 
 @torch.no_grad()
-def chunked_scores(student: Projection, teacher: Target, labels: Tensor, *, chunk_tokens: int) -> Scores:
+def chunked_scores(student: Projection, teacher: Target | None, labels: Tensor, *, chunk_tokens: int) -> Scores:
     """Computes validation sums, without gradients, none of which depends on t. Arguments and errors as in chunked_loss.
 
-    With a TopK teacher, kl is the one between the buckets, a lower bound of the KL between the vocabularies.
+    With a TopK teacher, kl is the one between the buckets, a lower bound of the KL between the vocabularies. Without a
+    teacher there is the student's cross-entropy only.
     """
-    objective = Objective("forward_kl", torch.ones(()))
+    objective = Objective(SFT if teacher is None else "forward_kl", torch.ones(()))
     kl, student_ce, teacher_ce = _work(student, teacher, labels, objective, chunk_tokens).scores().unbind()
+    if teacher is None:
+        return Scores(student_ce, None, None, _count(student))
     return Scores(student_ce, teacher_ce, kl, _count(student))
 
 
@@ -229,10 +237,12 @@ def chunk_tokens_for(vocabulary: int, memory_bytes: int) -> int:
 
 
 def _work(
-    student: Projection, teacher: Target, labels: Tensor | None, objective: Objective, chunk_tokens: int
+    student: Projection, teacher: Target | None, labels: Tensor | None, objective: Objective, chunk_tokens: int
 ) -> _Work:
     """Checks that everything fits together, and brings it into the dtype of the matmuls."""
     objective.check(labels)
+    if (teacher is None) != (objective.name == SFT):
+        raise ValueError(f"{SFT} has no teacher, every other loss needs one; found {objective.name}")
     _check_shapes(student, teacher, labels, chunk_tokens)
     hidden, temperature = student.hidden, objective.temperature
     t = objective.t.to(hidden.device, sum_dtype(hidden), non_blocking=True)
@@ -240,17 +250,17 @@ def _work(
         learns = torch.is_grad_enabled() and temperature.requires_grad
         temperature = temperature.detach().to(hidden.device, sum_dtype(hidden), non_blocking=True)
         temperature = temperature.clone().requires_grad_(learns)
-    teacher = teacher if isinstance(teacher, TopK) else teacher.prepared()
+    teacher = teacher.prepared() if isinstance(teacher, Projection) else teacher
     return _Work(student.prepared(), teacher, labels, replace(objective, t=t, temperature=temperature), chunk_tokens)
 
 
-def _check_shapes(student: Projection, teacher: Target, labels: Tensor | None, chunk_tokens: int) -> None:
+def _check_shapes(student: Projection, teacher: Target | None, labels: Tensor | None, chunk_tokens: int) -> None:
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, found {chunk_tokens}")
     if student.head is None:
         raise ValueError("the student's projection needs its head")
-    known = teacher.ids if isinstance(teacher, TopK) else teacher.hidden
-    tokens = [len(student.hidden), len(known)] + ([] if labels is None else [len(labels)])
+    known = teacher.ids if isinstance(teacher, TopK) else teacher.hidden if teacher else None
+    tokens = [len(each) for each in (student.hidden, known, labels) if each is not None]
     if len(set(tokens)) > 1:
         raise ValueError(f"student, teacher and labels must have the same number of tokens, found {tokens}")
     if isinstance(teacher, Projection) and student.vocabulary != teacher.vocabulary:
@@ -258,6 +268,11 @@ def _check_shapes(student: Projection, teacher: Target, labels: Tensor | None, c
             f"the student's head has {student.vocabulary} ids, the teacher's {teacher.vocabulary}; "
             "slice both to the ids they share"
         )
+
+
+def _label_losses(known: Tensor | TopK, labels: Tensor) -> Tensor:
+    """Computes the cross-entropy [N] of labels [N] under the teacher."""
+    return -known.label_log_probs if isinstance(known, TopK) else sft(known, labels)
 
 
 def _count(student: Projection) -> Tensor:

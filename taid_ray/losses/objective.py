@@ -41,6 +41,10 @@ class _Tempered(NamedTuple):
     """[N], with respect to the temperature."""
 
 
+SFT = "sft"
+"""Objective without a teacher: the cross-entropy on the labels, which is KL(one-hot of the label || student)."""
+
+
 @dataclass(frozen=True)
 class Objective:
     """(1 - sft_weight) * divergence + sft_weight * cross-entropy on the labels, per token.
@@ -49,7 +53,7 @@ class Objective:
     """
 
     name: str
-    """The divergence, as registry.METHODS knows it."""
+    """The divergence, as registry.METHODS knows it, or SFT."""
     t: Tensor
     """TAID's interpolation, within [0, 1]: a 0-dim tensor, whose value is checked on the CPU only. Other losses ignore it."""
     sft_weight: float = 0.0
@@ -63,7 +67,10 @@ class Objective:
     def check(self, labels: Tensor | None) -> None:
         """Raises ValueError for an unknown loss, a setting that it cannot have, a temperature that is not above 0 or may not
         learn, t or a share of cross-entropy outside [0, 1], or missing labels."""
-        divergence(self.name, self.settings)
+        if self.name == SFT and labels is None:
+            raise ValueError("sft is the cross-entropy on the labels, and there are none")
+        if self.name != SFT:
+            divergence(self.name, self.settings)
         check_temperature(self.temperature)
         # For a value on another device the host would have to wait.
         t: Any = self.t.tolist() if self.t.device.type == "cpu" else 0.0
@@ -71,18 +78,23 @@ class Objective:
             raise ValueError(f"t must lie within [0, 1], found {t}")
         if not 0 <= self.sft_weight <= 1 or (self.sft_weight > 0 and labels is None):
             raise ValueError(f"sft_weight must lie within [0, 1] and needs labels above 0; found {self.sft_weight}")
-        if METHODS[self.name].takes_labels and labels is None:
+        if self.name != SFT and METHODS[self.name].takes_labels and labels is None:
             raise ValueError(f"the loss {self.name} needs labels")
         if self.learns_temperature and self.name != "ctkd":
             raise ValueError(f"only the temperature of ctkd learns, found {self.name}")
 
     @torch.no_grad()
-    def evaluate_(self, logits: Tensor, teacher: Tensor | TopK, labels: Tensor | None, learn: bool) -> BlockResult:
+    def evaluate_(
+        self, logits: Tensor, teacher: Tensor | TopK | None, labels: Tensor | None, learn: bool
+    ) -> BlockResult:
         """Evaluates N positions. Without labels their cross-entropy is 0; without `learn` there is no gradient.
 
         logits: the student's [N, V] in at least float32; they are overwritten. teacher: logits [N, V], or a TopK of N
-        positions, which are not. `t` and a temperature that is a tensor must have the dtype and device of the logits.
+        positions, which are not; None for SFT. `t` and a temperature that is a tensor must have the logits' dtype and device.
         """
+        if teacher is None:
+            assert labels is not None
+            return _on_labels(logits, labels, learn)
         label_logits = None if labels is None else logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
         pulled = torch.softmax(logits, -1) if learn and self.sft_weight > 0 else None
         if isinstance(teacher, TopK):
@@ -107,7 +119,7 @@ class Objective:
 
     def many_tensors(self, teacher: object) -> bool:
         """Tests whether many tensors over the vocabulary are alive at once against this teacher (logits, or a TopK)."""
-        return self.name not in SPARING and not isinstance(teacher, TopK)
+        return self.name not in (*SPARING, SFT) and not isinstance(teacher, TopK)
 
     def total(self, kl: Tensor, ce: Tensor) -> Tensor:
         """Sums both parts by their shares. A share of 0 drops its term: 0 * inf would be NaN."""
@@ -170,6 +182,17 @@ class Objective:
         if gradient is not None:
             gradient = spread_(gradient, found.shares, found.ids)
         return _Tempered(kl, entropy, found.normaliser, gradient, slope)
+
+
+def _on_labels(logits: Tensor, labels: Tensor, learn: bool) -> BlockResult:
+    """Evaluates SFT. The gradient, softmax minus one-hot, takes the place of the logits [N, V]."""
+    normaliser, at = logits.logsumexp(-1), labels.unsqueeze(-1)
+    ce = normaliser - logits.gather(-1, at).squeeze(-1)
+    values = torch.stack([ce, torch.zeros_like(ce), ce])
+    if not learn:
+        return BlockResult(values, None, None)
+    gradient = logits.sub_(normaliser.unsqueeze(-1)).exp_()
+    return BlockResult(values, gradient.scatter_add_(-1, at, gradient.new_full((len(labels), 1), -1.0)), None)
 
 
 def block_rows(chunk_tokens: int, in_graph: bool) -> int:

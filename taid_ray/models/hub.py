@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from taid_ray.config.paths import is_pattern
+from taid_ray.config.schema import DistillConfig
 
 CONNECT_TIMEOUT_S = 3.0
 OFFLINE = "HF_HUB_OFFLINE"
@@ -33,6 +34,12 @@ def offline_if_unreachable(names: Iterable[str | None]) -> None:
         socket.create_connection((address.hostname or "", port), CONNECT_TIMEOUT_S).close()
     except OSError:
         _set_offline("1", True, True)
+
+
+def hub_names(config: DistillConfig) -> list[str | None]:
+    """Lists what a run may need from the hub: its models and data, where they are no local ones."""
+    teacher = config.teacher.model if config.teacher else None
+    return [teacher, config.student.model, *config.data.names]
 
 
 @contextmanager

@@ -12,9 +12,17 @@ BY_LONGEST = ("longrope", "su")
 
 
 def check_lengths(config: DistillConfig, teacher_config: Any, student_config: Any) -> None:
-    """Raises ConfigError unless both models hold rows of data.sequence_length, each row as if it were alone."""
-    length, most = config.data.sequence_length, context_length(teacher_config, student_config)
-    for name, model_config in (("teacher", teacher_config), ("student", student_config)):
+    """Raises ConfigError unless both models hold rows of data.sequence_length, each row as if it were alone.
+
+    teacher_config: None without a teacher.
+    """
+    models = (
+        {"student": student_config}
+        if teacher_config is None
+        else {"teacher": teacher_config, "student": student_config}
+    )
+    length, most = config.data.sequence_length, context_length(*models.values())
+    for name, model_config in models.items():
         longest, uniform, chunk = (
             _position_limit(model_config),
             uniform_length(model_config),

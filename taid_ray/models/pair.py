@@ -1,9 +1,13 @@
-"""Checks that teacher and student fit each other and the data; their tokenizer; their shared vocabulary."""
+"""Checks that teacher and student fit each other and the data; their tokenizer; their shared vocabulary.
+
+The config of a teacher is None where there is none.
+"""
 
 from typing import Any
 
+from taid_ray.config.models import StudentConfig, TeacherConfig
 from taid_ray.config.schema import DistillConfig
-from taid_ray.models.hub import offline_if_unreachable
+from taid_ray.models.hub import hub_names, offline_if_unreachable
 from taid_ray.models.lengths import check_lengths
 from taid_ray.models.loading import (
     check_attention,
@@ -21,19 +25,16 @@ from taid_ray.models.vocabulary import Vocabulary, align
 
 def model_configs(config: DistillConfig) -> tuple[Any, Any]:
     """Loads the transformers configs of teacher and student. Raises ConfigError or ModelError."""
-    offline_if_unreachable([config.teacher.model, config.student.model, *config.data.names])
-    return load_model_config(config.teacher), student_model_config(config)
+    offline_if_unreachable(hub_names(config))
+    teacher = load_model_config(config.teacher) if config.teacher else None
+    return teacher, student_model_config(config)
 
 
 def check_models(config: DistillConfig, teacher_config: Any, student_config: Any) -> None:
     """Checks what can be known about both models without loading weights. Raises ConfigError or ModelError."""
-    teacher, student = config.teacher, config.student
-    check_causal_lm(teacher_config, "teacher.model")
-    check_divisible(teacher_config, teacher.shards)
-    if not teacher.is_stored or student.init == "cut":
-        check_weights(teacher)
-    if not teacher.is_stored:
-        check_attention(teacher, teacher_config)
+    student = config.student
+    if config.teacher:
+        _check_teacher(config.teacher, teacher_config, student)
     if student.model is not None:
         check_causal_lm(student_config, "student.model")
         if student.init == "pretrained":
@@ -44,20 +45,41 @@ def check_models(config: DistillConfig, teacher_config: Any, student_config: Any
     check_lengths(config, teacher_config, student_config)
 
 
+def _check_teacher(teacher: TeacherConfig, teacher_config: Any, student: StudentConfig) -> None:
+    check_causal_lm(teacher_config, "teacher.model")
+    check_divisible(teacher_config, teacher.shards)
+    if not teacher.is_stored or student.init == "cut":
+        check_weights(teacher)
+    if not teacher.is_stored:
+        check_attention(teacher, teacher_config)
+
+
+def tokenizer_section(config: DistillConfig) -> StudentConfig | TeacherConfig:
+    """The section whose model the tokenizer of data and of RUN/model is from."""
+    return config.given_teacher if has_teacher_tokenizer(config) else config.student
+
+
 def run_tokenizer(config: DistillConfig) -> Any:
     """The tokenizer of data and of RUN/model: the student's own, or the teacher's where the student has none."""
-    return load_tokenizer(config.teacher if has_teacher_tokenizer(config) else config.student)
+    return load_tokenizer(tokenizer_section(config))
 
 
 def check_run_tokenizer(config: DistillConfig, tokenizer: Any, student_config: Any) -> None:
     """Checks that the run's tokenizer will be the same in RUN/model; one with code of its own is trusted. Raises ModelError."""
-    if not (config.teacher if has_teacher_tokenizer(config) else config.student).trust_remote_code:
+    if not tokenizer_section(config).trust_remote_code:
         check_saved_tokenizer(tokenizer, student_config)
 
 
 def shared_vocabulary(config: DistillConfig, teacher_config: Any, student_config: Any) -> Vocabulary:
-    """Aligns the tokenizers of both models. Raises ModelError if they disagree."""
+    """Aligns the tokenizers of both models. Raises ModelError if they disagree.
+
+    Without a teacher all rows of the student's head count: it must learn to give nothing to those that no token has.
+    """
     student = config.student
+    if config.teacher is None:
+        rows = student_config.get_text_config().vocab_size
+        check_size(load_tokenizer(student), rows, "student.model")
+        return Vocabulary(rows, (), (), rows)
     teacher_tokenizer = load_tokenizer(config.teacher)
     student_tokenizer = teacher_tokenizer if student.model is None else load_tokenizer(student)
     teacher_rows, student_rows = (each.get_text_config().vocab_size for each in (teacher_config, student_config))

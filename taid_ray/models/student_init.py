@@ -49,7 +49,7 @@ def build_student(config: DistillConfig, vocabulary: Vocabulary | None) -> Any:
 
 def origin(config: DistillConfig) -> StudentConfig | TeacherConfig:
     """Returns the section whose model, revision and code the student's architecture comes from."""
-    return config.teacher if config.student.model is None else config.student
+    return config.given_teacher if config.student.model is None else config.student
 
 
 def has_teacher_tokenizer(config: DistillConfig) -> bool:
@@ -133,10 +133,11 @@ def from_architecture(
 def cut_layers(config: DistillConfig) -> Any:
     """Makes a shallower copy of the teacher: embeddings, norms and head as they are, and the chosen layers in order."""
     whole = {"attention": "eager", "quantization": {}, "shards": 1}  # only its weights are used
-    teacher = load_causal_lm(config.teacher.model_copy(update=whole), dtype="float32")
+    section = config.given_teacher
+    teacher = load_causal_lm(section.model_copy(update=whole), dtype="float32")
     with explained_attention(config.student.attention, "student"):
         student = from_architecture(
-            student_model_config(config), config.student.attention, config.train.seed, config.teacher.trust_remote_code
+            student_model_config(config), config.student.attention, config.train.seed, section.trust_remote_code
         )
     student.load_state_dict(kept_state(teacher, student, config.student.layers or []))
     student.generation_config = teacher.generation_config
@@ -165,8 +166,8 @@ def resize_with_mean(model: Any, vocabulary: Vocabulary) -> None:
 def take_token_ids(model: Any, config: DistillConfig) -> None:
     """Gives the model the teacher's bos, eos and pad ids, by which its tokenizer's texts begin and end."""
     rows = model.get_input_embeddings().weight.shape[0]
-    teacher_config = load_model_config(config.teacher)
-    generation = load_generation_config(config.teacher, teacher_config)
+    teacher_config = load_model_config(config.given_teacher)
+    generation = load_generation_config(config.given_teacher, teacher_config)
     text = model.config.get_text_config()
     for key in TOKEN_IDS:
         if key in config.student.architecture:

@@ -53,6 +53,14 @@ class Forecast:
         return 2 * inputs.in_flight_bytes * inputs.workers if inputs.mode == "pool" else 0.0
 
     @property
+    def wire_bytes_per_s(self) -> float:
+        """Bytes of the answers that a pool sends per second of training."""
+        inputs = self.inputs
+        if inputs.mode != "pool" or not inputs.asks_teacher:
+            return 0.0
+        return self.tokens_per_s * inputs.wire_bytes[inputs.config.given_teacher.payload]
+
+    @property
     def tokens_per_s(self) -> float:
         """Positions of all workers' rows per second."""
         return self.inputs.workload.tokens / self.times.step_s
@@ -71,9 +79,10 @@ class Forecast:
 
     def as_dict(self) -> dict[str, Any]:
         """Returns all figures for JSON; bytes, seconds, operations."""
-        inputs, config = self.inputs, self.inputs.config
-        payload = config.teacher.payload
-        shapes = {name: asdict(getattr(inputs, name)) for name in ("student", "teacher")}
+        inputs, config, teacher = self.inputs, self.inputs.config, self.inputs.config.teacher
+        shapes = {
+            name: asdict(getattr(inputs, name)) for name in ("student", "teacher") if name == "student" or teacher
+        }
         for shape in shapes.values():
             shape.pop("sizes")
         figures = (
@@ -92,14 +101,14 @@ class Forecast:
             "hardware": asdict(inputs.hardware),
             "utilisation": self.utilisation,
             "mode": inputs.mode,
-            "payload": payload,
+            "payload": teacher and teacher.payload,
             "zero_stage": config.student.zero_stage,
             "checkpointing": config.student.gradient_checkpointing,
-            "shards": config.teacher.shards,
+            "shards": teacher and teacher.shards,
             "workers": inputs.workers,
             "num_shared": inputs.models.num_shared,
-            "wire_bytes_per_token": inputs.wire_bytes,
-            "wire_bytes_per_s": self.tokens_per_s * inputs.wire_bytes[payload] if inputs.mode == "pool" else 0.0,
+            "wire_bytes_per_token": inputs.wire_bytes if teacher else {},
+            "wire_bytes_per_s": self.wire_bytes_per_s,
             "object_store_bytes": self.object_store_bytes,
             "flops": asdict(inputs.flops),
             "workload": asdict(inputs.workload),
@@ -162,7 +171,7 @@ def forecast(
 def _memory(inputs: PlanInputs, on_wait: Callable[[str], None]) -> tuple[list[WorkerMemory], list[ShardMemory]]:
     """Returns the memory of a worker without and with gradient checkpointing, and of a teacher's process."""
     teacher_peak = 0
-    if inputs.mode != "cache":
+    if inputs.mode not in ("cache", "none"):
         on_wait("tracing the teacher's forward pass")
         teacher_peak = inputs.teacher_activations().forward_peak
     on_wait("tracing the student without and with gradient checkpointing")
@@ -175,10 +184,14 @@ def _memory(inputs: PlanInputs, on_wait: Callable[[str], None]) -> tuple[list[Wo
 
 
 def _processors(inputs: PlanInputs, replicas: int) -> float:
-    """Counts the GPUs, or CPU cores, of students and teacher."""
-    config, on_cpu = inputs.config, inputs.hardware.is_cpu
-    own, shard = (config.student.cpus_per_worker, config.teacher.cpus_per_shard) if on_cpu else (1, 1)
-    return inputs.workers * own + replicas * config.teacher.shards * shard
+    """Counts the GPUs, or CPU cores, of students and teacher. replicas: those that training asks."""
+    teacher, on_cpu = inputs.config.teacher, inputs.hardware.is_cpu
+    students = inputs.workers * (inputs.config.student.cpus_per_worker if on_cpu else 1)
+    if teacher is None:
+        return students
+    if teacher.mode == "pool" and not inputs.asks_teacher:  # it is there for validations
+        replicas = teacher.replicas.min
+    return students + replicas * teacher.shards * (teacher.cpus_per_shard if on_cpu else 1)
 
 
 def _plain(value: Any) -> Any:

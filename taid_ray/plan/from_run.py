@@ -36,7 +36,7 @@ class RunFigures:
     steps: int
     step_s: float
     teacher_wait_s: float
-    """The longest that any worker waited for the teacher in a step."""
+    """The longest that any worker waited for the teacher in a step; 0 if it asks none."""
     schedule_wait_s: float
     mixed_starts: int
     """Number of times that the workers were started, if `steps` may be of several of them with other settings; else 0."""
@@ -80,7 +80,8 @@ def run_figures(history: History, inputs: PlanInputs) -> RunFigures:
         inputs.hardware,
     )
     # in the last steps of a finished run the teacher has no more to do
-    idle = math.ceil(run.config.teacher.window / run.accumulation) if history.summary is not None else 0
+    ended = history.summary is not None and run.asks_teacher
+    idle = math.ceil(run.config.given_teacher.window / run.accumulation) if ended else 0
     kept = slice((before or 0) + WARM_UP, max(0, history.steps - idle))
     step_s = history["step_s"][kept][-LATEST:]
     if len(step_s) < FEWEST:
@@ -99,7 +100,7 @@ def run_figures(history: History, inputs: PlanInputs) -> RunFigures:
         inputs=run,
         steps=len(usual),
         step_s=mean["step_s"],
-        teacher_wait_s=mean["teacher_wait_s"],
+        teacher_wait_s=mean.get("teacher_wait_s", 0.0),
         schedule_wait_s=mean["schedule_wait_s"],
         mixed_starts=len(history.attempts) if before is None and len(history.attempts) > 1 else 0,
         rates=_rates(columns, mean, run),
@@ -108,9 +109,9 @@ def run_figures(history: History, inputs: PlanInputs) -> RunFigures:
 
 def replicas_of(inputs: PlanInputs) -> str:
     """Names the replicas of a configuration: `2`, `1 to 4`, or where there are none the teacher's mode."""
-    replicas = inputs.config.teacher.replicas
     if inputs.mode != "pool":
         return inputs.mode
+    replicas = inputs.config.given_teacher.replicas
     return str(replicas.min) if replicas.fixed else f"{replicas.min} to {replicas.max}"
 
 
@@ -127,7 +128,7 @@ def _rates(columns: dict[str, np.ndarray], mean: dict[str, float], run: PlanInpu
         "data_s": mean["data_s"] / micro,
         "noise": min(float(np.std(np.log(own_s))), LARGEST_NOISE) if np.all(own_s) else 0.0,
     }
-    if mean["teacher_compute_s"] and not run.config.cache.on:  # a cache leaves only some requests to the teacher
+    if mean.get("teacher_compute_s") and not run.config.cache.on:  # a cache leaves only some requests to the teacher
         rates["teacher_s"] = mean["teacher_compute_s"] / run.workload.requests
     return rates
 

@@ -12,7 +12,7 @@ from taid_ray.config.schema import DistillConfig
 from taid_ray.data.batching import num_micro_batches
 from taid_ray.distributed.device import loss_memory_mib
 from taid_ray.errors import ConfigError
-from taid_ray.losses.objective import SPARING
+from taid_ray.losses.objective import SFT, SPARING
 from taid_ray.models.lengths import check_lengths
 from taid_ray.models.loading import check_causal_lm, check_divisible
 from taid_ray.models.pair import model_configs, shared_vocabulary
@@ -29,6 +29,7 @@ class Models:
     """The two transformers configs of a run."""
 
     teacher: Any
+    """None without a teacher."""
     student: Any
     num_shared: int
     """Token ids that both models share."""
@@ -37,8 +38,9 @@ class Models:
 def read_models(config: DistillConfig) -> Models:
     """Reads configs and tokenizers, no weights. Raises ConfigError or ModelError as `taid-ray check` does."""
     teacher, student = model_configs(config)
-    check_causal_lm(teacher, "teacher.model")
-    check_divisible(teacher, config.teacher.shards)
+    if config.teacher:
+        check_causal_lm(teacher, "teacher.model")
+        check_divisible(teacher, config.teacher.shards)
     check_causal_lm(student, "student.model")
     check_student(config, student)
     check_lengths(config, teacher, student)
@@ -67,8 +69,16 @@ class PlanInputs:
 
     @property
     def mode(self) -> str:
-        """Place where the teacher computes: the value of teacher.mode; `cache` also for a file, whose outputs go there."""
+        """Place where the teacher computes: the value of teacher.mode; `cache` also for a file, whose outputs go there; `none`
+        without a teacher."""
+        if self.config.teacher is None:
+            return "none"
         return "cache" if self.config.teacher.is_stored else self.config.teacher.mode
+
+    @property
+    def asks_teacher(self) -> bool:
+        """True if training asks a teacher; with the loss `sft` validations alone do, or nobody."""
+        return self.config.learns_from_teacher
 
     @property
     def workers(self) -> int:
@@ -83,7 +93,7 @@ class PlanInputs:
     @cached_property
     def teacher_bytes(self) -> int:
         """Bytes per element of the teacher's weights and of what it sends."""
-        kept: str = self.config.teacher.dtype
+        kept: str = self.config.given_teacher.dtype
         if kept == "auto":
             kept = str(self.models.teacher.get_text_config().dtype).removeprefix("torch.")
         return 2 if kept in ("bfloat16", "float16") else 4
@@ -96,8 +106,8 @@ class PlanInputs:
 
     @cached_property
     def teacher(self) -> ModelShape:
-        """Sizes of the whole teacher."""
-        return shape_of(self.models.teacher, None, self.config.teacher.trust_remote_code)
+        """Sizes of the whole teacher. Only where there is one."""
+        return shape_of(self.models.teacher, None, self.config.given_teacher.trust_remote_code)
 
     @property
     def accumulation(self) -> int:
@@ -126,29 +136,31 @@ class PlanInputs:
 
     @cached_property
     def wire_bytes(self) -> dict[str, int]:
-        """Bytes per loss position of every payload."""
-        size, shared, k = self.teacher.hidden_size, self.models.num_shared, self.config.teacher.topk
+        """Bytes per loss position of every payload. Only where there is a teacher."""
+        size, shared, k = self.teacher.hidden_size, self.models.num_shared, self.config.given_teacher.topk
         return {kind: bytes_per_token(kind, size, shared, k, self.teacher_bytes) for kind in get_args(Payload)}
 
     @cached_property
     def loss(self) -> LossShape:
         """The loss of one micro-batch."""
-        payload, loss = self.config.teacher.payload, self.config.loss
+        teacher, loss = self.config.teacher, self.config.loss
+        payload = teacher.payload if teacher else None
         mib = loss.memory_mib or loss_memory_mib(torch.device("cpu" if self.hardware.is_cpu else "cuda"))
         return LossShape(
             tokens=self.micro_rows * self.workload.length,
             vocabulary=self.models.num_shared,
             memory_bytes=mib * 2**20,
             payload=payload,
-            teacher_hidden=self.teacher.hidden_size,
-            teacher_dtype_bytes=self.teacher_bytes,
-            closed_form=loss.name in SPARING or payload == "topk",
+            teacher_hidden=self.teacher.hidden_size if teacher else 0,
+            teacher_dtype_bytes=self.teacher_bytes if teacher else 0,
+            closed_form=loss.name in (*SPARING, SFT) or payload == "topk",
         )
 
     @property
     def answer_bytes(self) -> float:
-        """Bytes of the answer to one request, every position of which carries loss."""
-        return float(self.loss.tokens * self.wire_bytes[self.config.teacher.payload])
+        """Bytes of the answer to one request, every position of which carries loss; 0 without a teacher."""
+        teacher = self.config.teacher
+        return float(self.loss.tokens * self.wire_bytes[teacher.payload]) if teacher else 0.0
 
     @property
     def logits_bytes(self) -> float:
@@ -158,7 +170,13 @@ class PlanInputs:
     @property
     def in_flight_bytes(self) -> float:
         """Bytes of the answers to one worker's requests in flight, at most."""
-        return self.config.teacher.in_flight_bytes(self.answer_bytes)
+        teacher = self.config.teacher
+        return teacher.in_flight_bytes(self.answer_bytes) if teacher else 0.0
+
+    @property
+    def window(self) -> int:
+        """Requests that a worker keeps in flight, or batches that it has ready where training asks no teacher."""
+        return int(self.in_flight_bytes / self.answer_bytes) if self.asks_teacher else 1
 
     @property
     def on_device_bytes(self) -> float:
@@ -173,13 +191,12 @@ class PlanInputs:
     @property
     def flops(self) -> TokenFlops:
         """Operations per token."""
-        student, teacher, config = self.student, self.teacher, self.config
+        student, config = self.student, self.config
         length, packed = self.workload.length, config.data.pack
-        rebuilt = needs_head(config.teacher.payload)
+        rebuilt = self.asks_teacher and needs_head(config.given_teacher.payload)
         forward = body_flops(student.matmul, student.layers, student.attention_width, length, packed)
-        own_head = 0.0 if rebuilt else 2.0 * self.models.num_shared * teacher.hidden_size
         return TokenFlops(
-            teacher=body_flops(teacher.matmul, teacher.layers, teacher.attention_width, length, packed) + own_head,
+            teacher=self._teacher_flops() if self.asks_teacher else 0.0,
             forward=forward,
             backward=backward_flops(
                 student.matmul, student.matmul_trained, student.layers, student.attention_width, length, packed
@@ -188,10 +205,17 @@ class PlanInputs:
             loss=loss_flops(
                 self.models.num_shared,
                 student.hidden_size,
-                teacher.hidden_size if rebuilt else None,
+                self.teacher.hidden_size if rebuilt else None,
                 student.head_trained,
             ),
         )
+
+    def _teacher_flops(self) -> float:
+        """Counts the teacher's operations per token, for topk and logits its head included."""
+        teacher, rebuilt = self.teacher, needs_head(self.config.given_teacher.payload)
+        length, packed = self.workload.length, self.config.data.pack
+        own_head = 0.0 if rebuilt else 2.0 * self.models.num_shared * teacher.hidden_size
+        return body_flops(teacher.matmul, teacher.layers, teacher.attention_width, length, packed) + own_head
 
     def student_activations(self, checkpointing: bool) -> Activations:
         """Traces the student's pass over one micro-batch. Takes seconds."""
@@ -209,7 +233,7 @@ class PlanInputs:
 
     def teacher_activations(self) -> Activations:
         """Traces one forward pass of the whole teacher. Takes seconds."""
-        teacher = self.config.teacher
+        teacher = self.config.given_teacher
         traced = Pass(
             rows=min(self.micro_rows, max(1, teacher.max_tokens // self.workload.length)),
             length=self.workload.length,

@@ -43,8 +43,8 @@ def _memory_notes(found: "Forecast") -> list[str]:
     own = found.configured
     if not own.fits:
         lines.append(f"a student worker needs {gib(own.bytes)} and {room}; {_worker_remedy(found.worker_memory, own)}")
-    configured = found.inputs.config.teacher.shards
-    shard = next((memory for memory in found.shard_memory if memory.shards == configured), None)
+    teacher = found.inputs.config.teacher
+    shard = next((memory for memory in found.shard_memory if teacher and memory.shards == teacher.shards), None)
     if shard is not None and not shard.fits:
         needed = f"a teacher process needs {gib(shard.bytes)} with teacher.shards: {shard.shards}"
         lines.append(f"{needed} and {room}; {_shards_remedy(found.shard_memory)}")
@@ -67,12 +67,14 @@ def _shards_remedy(memories: list[ShardMemory]) -> str:
 
 def _time_notes(found: "Forecast") -> list[str]:
     times = found.times
-    if found.inputs.mode == "pool" and times.balanced_replicas > times.replicas:
+    if found.inputs.mode != "pool" or not found.inputs.asks_teacher:
+        return []
+    if times.balanced_replicas > times.replicas:
         return [
             f"the student will wait for its teacher {1 - times.student_s / times.step_s:.0%} of the time; "
             f"teacher.replicas: {times.balanced_replicas} would hide it"
         ]
-    if found.inputs.mode == "pool" and times.balanced_replicas < times.replicas:
+    if times.balanced_replicas < times.replicas:
         return [f"{times.replicas} teacher replicas, but {times.balanced_replicas} would hide the teacher"]
     return []
 
@@ -103,7 +105,7 @@ def _assumptions(found: "Forecast") -> list[str]:
     zero = student.deepspeed.get("zero_optimization", {})
     if any(key in zero for key in ("offload_optimizer", "offload_param")):
         lines.append("student.deepspeed asks for offloading, which is not modelled: all is counted on the device")
-    if teacher.quantization:
+    if teacher and teacher.quantization:
         lines.append("teacher.quantization is not modelled: its weights are counted unquantised")
     if not config.data.pack:
         lines.append("data.pack: false: every row is counted as full, so real steps have less work and memory")

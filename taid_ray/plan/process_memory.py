@@ -71,13 +71,15 @@ def shard_memories(inputs: PlanInputs, teacher_peak: int) -> list[ShardMemory]:
         shape=inputs.teacher,
         forward_peak=teacher_peak,
         dtype_bytes=inputs.teacher_bytes,
-        payload=inputs.config.teacher.payload,
+        payload=inputs.config.given_teacher.payload,
         answer_bytes=inputs.answer_bytes,
         logits_bytes=inputs.logits_bytes,
         reserved_bytes=inputs.hardware.teacher_reserved_bytes,
     )
     memories = []
-    for shards in sorted({*filter(lambda number: _divides(inputs, number), SHARDS), inputs.config.teacher.shards}):
+    for shards in sorted(
+        {*filter(lambda number: _divides(inputs, number), SHARDS), inputs.config.given_teacher.shards}
+    ):
         parts = teacher_memory(teacher, shards)
         total = sum(parts.values())
         memories.append(ShardMemory(shards, parts, total, total <= inputs.hardware.memory_bytes))

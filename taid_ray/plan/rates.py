@@ -8,7 +8,7 @@ from taid_ray.plan.data import row_s, step_read_s
 from taid_ray.plan.inputs import PlanInputs
 from taid_ray.plan.pipeline import Pipeline, collective_s
 from taid_ray.plan.simulation import simulate
-from taid_ray.plan.time import Speed, Times, combined_times, student_times, teacher_time
+from taid_ray.plan.time import LOSS_PASSES, SFT_PASSES, Speed, Times, combined_times, student_times, teacher_time
 from taid_ray.scheduler.aggregate import BEATS_PER_S, HEARTBEAT_S
 from taid_ray.student.prefetch import READ_AHEAD_STEPS
 
@@ -81,38 +81,51 @@ class ScalingPoint:
 
 def assumed_rates(inputs: PlanInputs, utilisation: float) -> Rates:
     """Computes rates from sizes and data sheets. utilisation: share of the peak that matmuls reach."""
-    student, teacher, hardware = inputs.config.student, inputs.config.teacher, inputs.hardware
-    own, shards = (
-        (student.cpus_per_worker, teacher.shards * teacher.cpus_per_shard) if hardware.is_cpu else (1, teacher.shards)
-    )
-    speed = Speed.of(hardware, own, inputs.student_bytes, utilisation)
-    teacher_speed = Speed.of(hardware, own if inputs.mode == "local" else shards, inputs.teacher_bytes, utilisation)
-    flops, weights = inputs.flops, float(inputs.teacher_bytes * inputs.teacher.parameters)
-    whole, loss_s, optimizer_s = student_times(inputs.workload, flops, speed)
-    teacher_s = teacher_time(inputs.workload, flops, teacher_speed, weights, teacher.max_tokens)
+    flops, asks = inputs.flops, inputs.asks_teacher
+    speed = Speed.of(inputs.hardware, _worker_processors(inputs), inputs.student_bytes, utilisation)
+    passes = LOSS_PASSES if asks else SFT_PASSES
+    whole, loss_s, optimizer_s = student_times(inputs.workload, flops, speed, passes)
     body = (whole - loss_s - optimizer_s) / inputs.accumulation
     forward = flops.forward / (flops.student - flops.loss)
     return Rates(
-        teacher_s=0.0 if inputs.mode == "cache" else teacher_s / inputs.workload.requests,
+        teacher_s=_assumed_teacher_s(inputs, utilisation) if asks and inputs.mode != "cache" else 0.0,
         forward_s=body * forward,
         loss_s=loss_s / inputs.accumulation,
         backward_s=body * (1 - forward),
         optimizer_s=optimizer_s,
         read_s=row_s(inputs.config),
         data_s=DATA_S,
-        request_s=0.0 if inputs.mode == "local" else REQUEST_S + inputs.answer_bytes / COPIED_BYTES_PER_S,
+        request_s=0.0 if inputs.mode == "local" or not asks else REQUEST_S + inputs.answer_bytes / COPIED_BYTES_PER_S,
         noise=NOISE,
     )
 
 
+def _worker_processors(inputs: PlanInputs) -> float:
+    """Counts the GPUs, or CPU cores, of a student worker."""
+    return inputs.config.student.cpus_per_worker if inputs.hardware.is_cpu else 1
+
+
+def _assumed_teacher_s(inputs: PlanInputs, utilisation: float) -> float:
+    """Computes the seconds of one request on one replica, or in a student worker."""
+    teacher, hardware = inputs.config.given_teacher, inputs.hardware
+    processors = teacher.shards * (teacher.cpus_per_shard if hardware.is_cpu else 1)
+    if inputs.mode == "local":
+        processors = _worker_processors(inputs)
+    speed = Speed.of(hardware, processors, inputs.teacher_bytes, utilisation)
+    weights = float(inputs.teacher_bytes * inputs.teacher.parameters)
+    whole = teacher_time(inputs.workload, inputs.flops, speed, weights, teacher.max_tokens)
+    return whole / inputs.workload.requests
+
+
 def computed_times(inputs: PlanInputs, rates: Rates) -> Times:
     """Computes the times of a step by arithmetic: the slower of student and teacher, nothing else waits for anything."""
-    micro, replicas = inputs.accumulation, inputs.config.teacher.replicas
+    micro, mode = inputs.accumulation, inputs.mode if inputs.asks_teacher else "none"
     loss_s = micro * rates.loss_s
     student_s = micro * (rates.data_s + rates.forward_s + rates.backward_s) + loss_s + rates.optimizer_s
     teacher_s = inputs.workload.requests * rates.teacher_s
-    limits = (replicas.min, replicas.max)
-    return combined_times((student_s, loss_s, rates.optimizer_s), teacher_s, inputs.mode, limits, inputs.workers)
+    teacher = inputs.config.teacher
+    limits = (teacher.replicas.min, teacher.replicas.max) if teacher else (0, 0)
+    return combined_times((student_s, loss_s, rates.optimizer_s), teacher_s, mode, limits, inputs.workers)
 
 
 def simulated_times(inputs: PlanInputs, rates: Rates) -> Times:
@@ -191,7 +204,7 @@ def _shortened(pipeline: Pipeline) -> tuple[Pipeline, float]:
 
 def _pipeline(inputs: PlanInputs, rates: Rates, workers: int, replicas: int) -> Pipeline:
     """Returns the pipeline of so many workers and replicas; everybody has a processor of its own."""
-    between, pooled = collectives(inputs, workers), inputs.mode == "pool"
+    between, pooled = collectives(inputs, workers), inputs.mode == "pool" and inputs.asks_teacher
     return Pipeline(
         workers=workers,
         replicas=replicas if pooled else 0,
@@ -201,7 +214,7 @@ def _pipeline(inputs: PlanInputs, rates: Rates, workers: int, replicas: int) -> 
         optimizer_s=rates.optimizer_s * (inputs.workers / workers if inputs.config.student.zero_stage else 1),
         teacher_s=rates.teacher_s,
         read_ahead_steps=READ_AHEAD_STEPS,
-        window=int(inputs.in_flight_bytes / inputs.answer_bytes),
+        window=inputs.window,
         read_s=step_read_s(inputs.config, rates.read_s, inputs.workload.worker_rows, workers),
         data_s=rates.data_s,
         request_s=rates.request_s / 2,

@@ -82,15 +82,15 @@ class LossShape:
     """Shared ids."""
     memory_bytes: float
     """Bytes that the logits of a chunk may take (loss.memory_mib)."""
-    payload: str
-    """teacher.payload"""
+    payload: str | None
+    """teacher.payload; None without a teacher."""
     teacher_hidden: int
     """The teacher's hidden size."""
     teacher_dtype_bytes: int
     closed_form: bool
-    """Whether the loss needs no graph: taid and forward_kl, and everything on `topk`."""
+    """Whether the loss needs no graph: taid, forward_kl and sft, and everything on `topk`."""
 
     @property
     def needs_head(self) -> bool:
         """True if the student rebuilds the teacher's logits with a copy of its head."""
-        return self.payload not in ("topk", "logits")
+        return self.payload not in (None, "topk", "logits")

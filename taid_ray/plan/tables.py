@@ -40,11 +40,12 @@ def show(found: Forecast, console: Console) -> None:
 
 def models_table(found: Forecast) -> Table:
     """Shows the models' sizes."""
-    student, teacher = found.inputs.student, found.inputs.teacher
+    student = found.inputs.student
+    shapes = {"teacher": found.inputs.teacher} if found.inputs.config.teacher else {}
     table = Table(title="models", title_justify="left", box=SIMPLE_HEAD)
     for column in ("", "parameters", "trained", "hidden size", "head rows"):
         table.add_column(column, justify="left" if not column else "right")
-    for name, shape in (("teacher", teacher), ("student", student)):
+    for name, shape in (shapes | {"student": student}).items():
         trained = _si(shape.trained) if shape is student else "-"
         table.add_row(name, _si(shape.parameters), trained, f"{shape.hidden_size:,}", f"{shape.head_rows:,}")
     return table
@@ -95,20 +96,20 @@ def teacher_table(found: Forecast) -> Table | None:
     for memory in found.shard_memory:
         names = ("weights", "activations", "answer", "whole head", "reserved")
         cells = [_in(unit, memory.parts.get(name, 0.0)) for name in names]
-        style = "bold" if memory.shards == found.inputs.config.teacher.shards else None
+        style = "bold" if memory.shards == found.inputs.config.given_teacher.shards else None
         table.add_row(str(memory.shards), *cells, _in(unit, memory.bytes), _verdict(memory.fits), style=style)
     return table
 
 
 def wire_table(found: Forecast) -> Table | None:
-    """Shows the size of the teacher's answers by payload; None where nothing is sent."""
-    if found.inputs.mode == "local":
+    """Shows the size of the teacher's answers by payload; None where training is sent none."""
+    if found.inputs.mode == "local" or not found.inputs.asks_teacher:
         return None
     table = Table(title="the teacher's answers, by teacher.payload", title_justify="left", box=SIMPLE_HEAD)
     for column in ("payload", "bytes per token", "GiB per billion tokens", "Gbit/s at this speed"):
         table.add_column(column, justify="left" if column == "payload" else "right")
     for payload, count in found.inputs.wire_bytes.items():
-        style = "bold" if payload == found.inputs.config.teacher.payload else None
+        style = "bold" if payload == found.inputs.config.given_teacher.payload else None
         table.add_row(
             payload,
             f"{count:,}",
@@ -126,8 +127,10 @@ def time_table(found: Forecast) -> Table:
     inputs, times, flops = found.inputs, found.times, found.inputs.flops
     table = Table(title="time", title_justify="left", box=SIMPLE_HEAD, show_header=False)
     again = f"{_si(flops.recompute)} recomputed + " if flops.recompute else ""
-    table.add_row("operations per token", f"teacher {_si(flops.teacher)}")
-    table.add_row("", f"student {_si(flops.forward)} forward + {_si(flops.backward)} backward")
+    if inputs.asks_teacher:
+        table.add_row("operations per token", f"teacher {_si(flops.teacher)}")
+    heading = "" if inputs.asks_teacher else "operations per token"
+    table.add_row(heading, f"student {_si(flops.forward)} forward + {_si(flops.backward)} backward")
     table.add_row("", f"      + {again}{_si(flops.loss)} loss")
     table.add_row("one optimizer step", f"{inputs.workload.tokens:,} tokens in {_seconds(times.step_s)}")
     table.add_row("", f"{found.tokens_per_s:,.0f} tokens/s; {_limit(times.bottleneck)}")
@@ -135,16 +138,7 @@ def time_table(found: Forecast) -> Table:
         "student",
         f"{_seconds(times.student_s)}, of which loss {_seconds(times.loss_s)}, optimizer {_seconds(times.optimizer_s)}",
     )
-    if inputs.mode == "pool":
-        table.add_row(
-            "teacher",
-            f"{_seconds(times.teacher_s)} on one replica of {inputs.config.teacher.shards} shard(s); replicas that hide "
-            f"it: {times.balanced_replicas}, planned: {times.replicas}",
-        )
-    elif inputs.mode == "local":
-        table.add_row("teacher", f"{_seconds(times.teacher_s)} in each student worker, before its own work")
-    else:
-        table.add_row("teacher", "none: all answers are in the cache")
+    table.add_row("teacher", _teacher_text(found))
     unit = "CPU cores" if inputs.hardware.is_cpu else "GPUs"
     table.add_row("", f"{found.processors:g} {unit}")
     for cost in (found.per_billion, found.whole):
@@ -157,6 +151,23 @@ def time_table(found: Forecast) -> Table:
         )
         table.add_row("", f"and take {_si(data.store_bytes, 'B')}, with an index of {_si(data.index_bytes, 'B')}")
     return table
+
+
+def _teacher_text(found: Forecast) -> str:
+    """Says what the teacher does in a step."""
+    inputs, times, teacher = found.inputs, found.times, found.inputs.config.teacher
+    if teacher is None:
+        return "none"
+    if not inputs.asks_teacher:
+        return "asked in validations only"
+    if inputs.mode == "pool":
+        return (
+            f"{_seconds(times.teacher_s)} on one replica of {teacher.shards} shard(s); replicas that hide it: "
+            f"{times.balanced_replicas}, planned: {times.replicas}"
+        )
+    if inputs.mode == "local":
+        return f"{_seconds(times.teacher_s)} in each student worker, before its own work"
+    return "none: all answers are in the cache"
 
 
 def rates_table(found: Forecast) -> Table | None:
@@ -175,9 +186,10 @@ def rates_table(found: Forecast) -> Table | None:
         else:
             table.add_row(words, _seconds(before), _seconds(after), f"{after / before:.2f}" if before else "-")
     table.add_row("scatter of a worker's steps", f"{found.assumed.noise:.0%}", f"{found.rates.noise:.0%}", "")
+    waiting = f"waiting for the teacher {_seconds(run.teacher_wait_s)}, " if found.inputs.asks_teacher else "waiting "
     table.caption = (
         f"the run: {run.inputs.workers} worker(s), teacher: {replicas_of(run.inputs)}; its steps took {_seconds(run.step_s)} "
-        f"(waiting for the teacher {_seconds(run.teacher_wait_s)}, for t {_seconds(run.schedule_wait_s)}); these rates "
+        f"({waiting}for the scheduler {_seconds(run.schedule_wait_s)}); these rates "
         f"give {_seconds(found.replayed_s)} for its own layout"
     )
     return table

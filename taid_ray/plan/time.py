@@ -11,6 +11,8 @@ from taid_ray.plan.hardware import Hardware
 LOSS_PASSES = 34
 """Times the loss reads or writes a float32 [tokens, vocabulary]: counted from losses.taid.mix (8) and its closed_form_kl_
 (24), plus the conversion of both sides' logits."""
+SFT_PASSES = 11
+"""The same for the loss sft: normaliser (4), label (1), gradient (4), and the conversion of the student's logits."""
 OPTIMIZER_BYTES = 48
 """Moved per trained parameter and step: AdamW reads 4 and writes 3 float32 values, norm and clipping read 2 and write 1, and
 the new weight is read, rounded and written."""
@@ -129,10 +131,12 @@ class Speed:
         return cls(hardware.flops(dtype_bytes) * processors * use, hardware.bandwidth * processors * BANDWIDTH_SHARE)
 
 
-def student_times(workload: StepWorkload, flops: TokenFlops, speed: Speed) -> tuple[float, float, float]:
+def student_times(
+    workload: StepWorkload, flops: TokenFlops, speed: Speed, loss_passes: int = LOSS_PASSES
+) -> tuple[float, float, float]:
     """Returns one worker's seconds in one step: all, and of these loss and optimizer."""
     tokens = workload.worker_rows * workload.length
-    loss = tokens * (flops.loss / speed.flops + LOSS_PASSES * FLOAT32 * workload.vocabulary / speed.bandwidth)
+    loss = tokens * (flops.loss / speed.flops + loss_passes * FLOAT32 * workload.vocabulary / speed.bandwidth)
     optimizer = OPTIMIZER_BYTES * workload.trained_per_worker / speed.bandwidth
     body = tokens * (flops.student - flops.loss) / speed.flops
     return body + loss + optimizer, loss, optimizer
@@ -156,12 +160,13 @@ def combined_times(
     """Returns the times of a step whose slower side hides the other one. student: as `student_times` returns it. replicas:
     fewest and most.
 
-    A teacher in the student's process (mode local) works before it, on its worker's rows only."""
+    A teacher in the student's process (mode local) works before it, on its worker's rows only. With modes cache and none no
+    teacher works."""
     student_s, loss_s, optimizer_s = student
     if mode == "local":
         step_s = student_s + teacher_s / workers
         return Times(student_s, loss_s, optimizer_s, teacher_s / workers, 0, 0, step_s)
-    if mode == "cache":
+    if mode in ("cache", "none"):
         return Times(student_s, loss_s, optimizer_s, 0.0, 0, 0, student_s)
     balanced = max(1, math.ceil(teacher_s / student_s))
     chosen = min(max(balanced, replicas[0]), replicas[1])

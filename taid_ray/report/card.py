@@ -11,7 +11,6 @@ from taid_ray.report.format import shown_name
 from taid_ray.run.metrics import perplexity
 
 CARD_FILE = "model/README.md"
-COLUMNS = ("", "cross-entropy", "perplexity", "KL to the teacher", "parameters")
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -20,7 +19,7 @@ tags: [{tags}]
 
 # {name}
 
-A student distilled with {method} by taid-ray.
+{origin}
 
 | | |
 |---|---|
@@ -28,35 +27,42 @@ A student distilled with {method} by taid-ray.
 
 Validation, nats per token:
 
-| | cross-entropy | perplexity | KL to the teacher | parameters |
-|---|---:|---:|---:|---:|
 {figures}
 
-The licences of the teacher, of the student it started from and of the data apply.
+The licences of {licences} apply.
 """
 
 
 def result_table(summary: dict[str, Any]) -> Table:
-    """A table of the teacher, the student before and the student after. Nats per token; KL is KL(teacher || student)."""
+    """A table of the teacher, if there is one, the student before and the student after. Nats per token; KL is
+    KL(teacher || student)."""
     table = Table(title="Validation")
-    for column in COLUMNS:
+    for column in result_columns(summary):
         table.add_column(column, justify="right" if column else "left", overflow="fold")
     for row in result_rows(summary):
         table.add_row(*row)
     return table
 
 
+def result_columns(summary: dict[str, Any]) -> list[str]:
+    """The heading of `result_table`."""
+    return ["", "cross-entropy", "perplexity", *(["KL to the teacher"] if "teacher" in summary else []), "parameters"]
+
+
 def result_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
     """The cells of `result_table`, as text."""
     rows: list[tuple[str, ...]] = []
+    compared = "teacher" in summary
     for name, key in (("teacher", "teacher"), ("student before", "before"), ("student after", "after")):
+        if key not in summary:
+            continue
         figures = summary[key]
         cross_entropy, kl = figures["cross_entropy"], figures.get("kl")
-        shown_kl = "-" if kl is None else f"{kl:.4f}"
+        shown_kl = ("-" if kl is None else f"{kl:.4f}",) if compared else ()
         size = (
             f"{figures['parameters']:,}" if figures["parameters"] else "-"
         )  # unknown of a teacher that is only a file
-        rows.append((name, f"{cross_entropy:.4f}", f"{perplexity(cross_entropy):.2f}", shown_kl, size))
+        rows.append((name, f"{cross_entropy:.4f}", f"{perplexity(cross_entropy):.2f}", *shown_kl, size))
     return rows
 
 
@@ -73,6 +79,8 @@ def write_model_card(run_dir: Path, config: DistillConfig, summary: dict[str, An
     if weight := config.loss.sft_weight:
         loss = f"{1 - weight:g} x {loss} + {weight:g} x cross-entropy on the labels"
     shown_schedule = "none: compares with the teacher itself throughout (t = 1)"
+    if not config.learns_from_teacher:
+        loss, shown_schedule = "cross-entropy on the labels", "none: learns from no teacher"
     if taid:
         shown_schedule = (
             f"{schedule.mode}, t {schedule.t_start} to {schedule.t_end} ({summary['t']:.3f} in the last step)"
@@ -87,7 +95,7 @@ def write_model_card(run_dir: Path, config: DistillConfig, summary: dict[str, An
     if student.lora:
         trained = f"LoRA adapters (rank {student.lora.rank}, alpha {student.lora.alpha:g}), merged"
     facts = {
-        "teacher": f"`{shown_name(config.teacher.model)}`",
+        "teacher": _teacher(config),
         "student before": origin,
         "data": _sources(data),
         "loss": loss,
@@ -96,12 +104,15 @@ def write_model_card(run_dir: Path, config: DistillConfig, summary: dict[str, An
         "training": f"{summary['steps']} steps of {config.train.batch_size} rows, {summary['tokens']:,} loss tokens, "
         f"peak learning rate {config.train.learning_rate}",
     }
+    columns = result_columns(summary)
+    table = [columns, ["---", *["---:"] * (len(columns) - 1)], *result_rows(summary)]
     card = CARD.format(
         name=config.name,
-        method="TAID (Temporally Adaptive Interpolated Distillation, arXiv 2501.16937)" if taid else config.loss.name,
-        tags="distillation, taid" if taid else "distillation",
+        origin=_origin(config),
+        tags=", ".join(_tags(config)),
         facts="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
-        figures="\n".join(f"| {' | '.join(row)} |" for row in result_rows(summary)),
+        figures="\n".join(f"| {' | '.join(row)} |" for row in table),
+        licences=f"{'the teacher, of ' if config.learns_from_teacher else ''}the student it started from and of the data",
     )
     (run_dir / CARD_FILE).write_text(card, encoding="utf-8")
 
@@ -118,3 +129,22 @@ def _sources(data: DataConfig) -> str:
     pairs = zip(data.sources, shares, strict=True)
     named = ", ".join(f"`{shown_name(source.train)}` ({source.format}, {share})" for source, share in pairs)
     return f"{named}; {length}"
+
+
+def _origin(config: DistillConfig) -> str:
+    if not config.learns_from_teacher:
+        return "A model trained on the data below (supervised fine-tuning) by taid-ray."
+    taid = "TAID (Temporally Adaptive Interpolated Distillation, arXiv 2501.16937)"
+    return f"A student distilled with {taid if config.loss.is_taid else config.loss.name} by taid-ray."
+
+
+def _tags(config: DistillConfig) -> list[str]:
+    if not config.learns_from_teacher:
+        return ["sft"]
+    return ["distillation", "taid"] if config.loss.is_taid else ["distillation"]
+
+
+def _teacher(config: DistillConfig) -> str:
+    if config.teacher is None:
+        return "none"
+    return f"`{shown_name(config.teacher.model)}`{'' if config.learns_from_teacher else ' (in validations only)'}"

@@ -19,7 +19,7 @@ from taid_ray.errors import ConfigError
 from taid_ray.files import damaged, read_json, read_lines
 from taid_ray.run.directory import read_manifest
 from taid_ray.run.layout import CONFIG_FILE, METRICS_FILE, RUN_FILE, SEARCH_FILE, SUMMARY_FILE, VALIDATION_FILE
-from taid_ray.run.metrics import PHASES
+from taid_ray.run.metrics import OF_TEACHER, PHASES
 
 PHASE_COLUMNS = tuple(f"{phase}_s" for phase in PHASES)
 COLUMNS = (
@@ -39,7 +39,8 @@ class History:
     attempts: list[dict[str, Any]]
     """Starts of workers: `began` (UTC, ISO 8601), `workers`, `host` of each."""
     columns: dict[str, np.ndarray]
-    """Columns of metrics.jsonl by the names in COLUMNS, float64 [steps]; see `run.metrics.StepMetrics`."""
+    """Columns of metrics.jsonl by the names in COLUMNS, float64 [steps]; see `run.metrics.StepMetrics`. With the loss `sft`
+    those of OF_TEACHER are not there."""
     sources: dict[str, dict[str, np.ndarray]]
     """Figures of each source of training data, if there are several: `loss`, `kl` and `tokens`, float64 [steps], 0 in steps
     without a loss position of the source."""
@@ -49,6 +50,11 @@ class History:
     """Content of summary.json; None until the run has finished."""
     written: datetime
     """Time at which the last step was written."""
+
+    @property
+    def phases(self) -> list[str]:
+        """Names of the columns that the time of a step is made of."""
+        return [name for name in PHASE_COLUMNS if name in self.columns]
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.columns[name]
@@ -81,7 +87,9 @@ def read_history(path: Path) -> History:
     _check_is_run(path)
     run, summary = read_manifest(path / RUN_FILE), read_json(path / SUMMARY_FILE)
     metrics = path / METRICS_FILE
-    columns, sources = _read_columns(metrics) if metrics.exists() else ({}, {})
+    config = stored_config(read_tree(path / CONFIG_FILE))
+    left_out = () if config.learns_from_teacher else OF_TEACHER
+    columns, sources = _read_columns(metrics, left_out) if metrics.exists() else ({}, {})
     if run is None or not columns:
         raise ConfigError(
             f"the run in {path} has made no step yet, so there is nothing to report; try again after the first step"
@@ -90,7 +98,7 @@ def read_history(path: Path) -> History:
     validations = read_lines(path / VALIDATION_FILE)
     return History(
         path,
-        stored_config(read_tree(path / CONFIG_FILE)),
+        config,
         run["id"],
         run["attempts"],
         columns,
@@ -113,12 +121,15 @@ def _check_is_run(path: Path) -> None:
             raise ConfigError(f"{path} is not a run directory: {what}; name what `taid-ray train` was given as --out")
 
 
-def _read_columns(path: Path) -> tuple[dict[str, np.ndarray], dict[str, dict[str, np.ndarray]]]:
+def _read_columns(
+    path: Path, left_out: tuple[str, ...]
+) -> tuple[dict[str, np.ndarray], dict[str, dict[str, np.ndarray]]]:
     """Reads metrics.jsonl into arrays, in which a million steps take little memory. Empty before the first step.
 
-    Returns the columns of all steps, and those of each source.
+    Returns the columns of all steps, and those of each source. left_out: columns that are not there.
     """
-    pick, pick_of_source, values = itemgetter(*COLUMNS), itemgetter(*SOURCE_COLUMNS), array("d")
+    wanted, of_source = ([name for name in names if name not in left_out] for names in (COLUMNS, SOURCE_COLUMNS))
+    pick, pick_of_source, values = itemgetter(*wanted), itemgetter(*of_source), array("d")
     by_source: dict[str, array[float]] = {}
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
@@ -136,16 +147,16 @@ def _read_columns(path: Path) -> tuple[dict[str, np.ndarray], dict[str, dict[str
                 raise damaged(path, f"line {number} has no {error}; was it written by another version?") from None
             except (ValueError, TypeError) as error:
                 raise damaged(path, f"line {number} is not that of step {number} ({error})") from None
-    table = np.frombuffer(values, dtype=np.float64).reshape(-1, len(COLUMNS))
+    table = np.frombuffer(values, dtype=np.float64).reshape(-1, len(wanted))
     if not len(table):
         return {}, {}
-    columns = {name: table[:, place] for place, name in enumerate(COLUMNS)}
-    return columns, {name: _source_columns(found, len(table)) for name, found in by_source.items()}
+    columns = {name: table[:, place] for place, name in enumerate(wanted)}
+    return columns, {name: _source_columns(found, of_source, len(table)) for name, found in by_source.items()}
 
 
-def _source_columns(values: "array[float]", steps: int) -> dict[str, np.ndarray]:
-    """Spreads the figures of a source over all steps. values: the place of a step, then SOURCE_COLUMNS, again and again."""
-    found = np.frombuffer(values, dtype=np.float64).reshape(-1, 1 + len(SOURCE_COLUMNS))
-    table = np.zeros((len(SOURCE_COLUMNS), steps))
+def _source_columns(values: "array[float]", names: list[str], steps: int) -> dict[str, np.ndarray]:
+    """Spreads the figures of a source over all steps. values: the place of a step, then `names`, again and again."""
+    found = np.frombuffer(values, dtype=np.float64).reshape(-1, 1 + len(names))
+    table = np.zeros((len(names), steps))
     table[:, found[:, 0].astype(int)] = found[:, 1:].T
-    return dict(zip(SOURCE_COLUMNS, table, strict=True))
+    return dict(zip(names, table, strict=True))

@@ -28,6 +28,9 @@ def _progress(history: History) -> list[str]:
 
 def _schedule(history: History) -> list[str]:
     schedule, loss = history.config.schedule, history.config.loss.name
+    if loss == "sft":
+        evaluated = "; its teacher was asked in validations only" if history.config.teacher else ""
+        return [f"The loss is sft, cross-entropy on the data's own tokens, which learns from no teacher{evaluated}."]
     if loss != "taid":
         return [f"The loss is {loss}, which compares with the teacher itself throughout: there is no t to move."]
     if schedule.mode == "constant":
@@ -118,6 +121,8 @@ def _end_of_t(history: History) -> str:
 def _bottleneck(history: History) -> list[str]:
     """Says which side the steps waited for. The first step is left out: its answers could not be asked for in advance."""
     teacher = history.config.teacher
+    if teacher is None or not history.config.learns_from_teacher:
+        return []
     keys = ("step_s", "teacher_wait_s", "teacher_compute_s", "payload_bytes")
     step_s, wait_s, compute_s, payload = (float(history[key][1:].sum()) for key in keys)
     if not step_s:  # there was no other step

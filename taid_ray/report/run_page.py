@@ -8,11 +8,11 @@ import yaml
 from taid_ray.errors import RunError
 from taid_ray.files import replace_text
 from taid_ray.report.format import shown_amount, shown_name, shown_seconds
-from taid_ray.report.history import PHASE_COLUMNS, History, read_history
+from taid_ray.report.history import History, read_history
 from taid_ray.report.page import details_part, notes_part, page, picture_part, table_part
 from taid_ray.report.run_notes import run_notes
 from taid_ray.report.run_plots import PHASE_COLOURS, REST, loss_curves, optimizer, step_time, t_curve, throughput
-from taid_ray.report.run_sources import SOURCE_HEADING, latest_steps, source_curves, source_rows
+from taid_ray.report.run_sources import latest_steps, source_curves, source_heading, source_rows
 from taid_ray.run.layout import REPORT_FILE
 from taid_ray.run.metrics import perplexity
 
@@ -21,7 +21,7 @@ PLOTS = {
     "loss.png": (loss_curves, "Loss"),
     "sources.png": (source_curves, "Loss of each source"),
     "step_time.png": (step_time, "Where the time of a step went"),
-    "throughput.png": (throughput, "Throughput, and waiting for the teacher"),
+    "throughput.png": (throughput, "Throughput"),
     "optimizer.png": (optimizer, "Gradient norm and learning rate"),
 }
 BAR = 40  # characters of a whole step
@@ -40,7 +40,7 @@ def write_run_report(path: Path) -> list[str]:
             notes_part(run_notes(history)),
             table_part("Key figures", (), key_figures(history)),
             *_validation_part(history),
-            *([table_part("Sources", SOURCE_HEADING, source_rows(history))] if history.sources else []),
+            *([table_part("Sources", source_heading(history), source_rows(history))] if history.sources else []),
             *(picture_part(title, draw(history), path / "report" / name) for name, draw, title in _plots(history)),
             table_part(
                 "Where the time of all steps went", ("phase", "", "seconds per step", "share"), time_rows(history)
@@ -61,10 +61,7 @@ def key_figures(history: History) -> list[tuple[str, str]]:
     origin = {"cut": f"layers {student.layers} of the teacher", "scratch": "new weights"}
     rows = [
         ("run", history.id),
-        (
-            "teacher",
-            f"{shown_name(config.teacher.model)}{_parameters(summary, 'teacher')}, payload {config.teacher.payload}",
-        ),
+        ("teacher", _teacher(history)),
         ("student", f"{origin.get(student.init, shown_name(str(student.model)))}{_parameters(summary, 'after')}"),
         ("loss", _loss_name(history)),
         ("optimizer steps", _progress(history)),
@@ -72,8 +69,7 @@ def key_figures(history: History) -> list[tuple[str, str]]:
         ("loss at the end", _last_loss(history)),
         ("time of all steps", shown_seconds(float(seconds))),
         ("throughput", f"{tokens / max(seconds, 1e-9):,.0f} loss tokens per second"),
-        ("wait for the teacher", f"{history['teacher_wait_s'].sum() / max(seconds, 1e-9):.1%} of that time"),
-        ("received from the teacher", shown_amount(float(history["payload_bytes"].sum()), float(tokens))),
+        *_from_teacher(history),
         ("workers started", f"{len(history.attempts)} times" if len(history.attempts) != 1 else "once"),
     ]
     if config.loss.is_taid:
@@ -85,10 +81,28 @@ def key_figures(history: History) -> list[tuple[str, str]]:
     return rows
 
 
+def _teacher(history: History) -> str:
+    config = history.config
+    if config.teacher is None:
+        return "none"
+    asked = "" if config.learns_from_teacher else ", in validations only"
+    size = _parameters(history.summary or {}, "teacher")
+    return f"{shown_name(config.teacher.model)}{size}, payload {config.teacher.payload}{asked}"
+
+
+def _from_teacher(history: History) -> list[tuple[str, str]]:
+    """Key figures of what training got from the teacher; none with the loss `sft`."""
+    if not history.config.learns_from_teacher:
+        return []
+    share = history["teacher_wait_s"].sum() / max(history["step_s"].sum(), 1e-9)
+    received = shown_amount(float(history["payload_bytes"].sum()), float(history["tokens"].sum()))
+    return [("wait for the teacher", f"{share:.1%} of that time"), ("received from the teacher", received)]
+
+
 def time_rows(history: History) -> list[tuple[str, str, str, str]]:
     """The phases of a step, the longest first: name, bar, mean seconds and share of the step."""
     step = float(history["step_s"].mean())
-    seconds = {PHASE_COLOURS[key][0]: float(history[key].mean()) for key in PHASE_COLUMNS}
+    seconds = {PHASE_COLOURS[key][0]: float(history[key].mean()) for key in history.phases}
     seconds[REST[0]] = max(0.0, step - sum(seconds.values()))
     ordered = sorted(seconds.items(), key=lambda item: -item[1])
     shares = [value / max(step, 1e-9) for _, value in ordered]
@@ -100,15 +114,21 @@ def time_rows(history: History) -> list[tuple[str, str, str, str]]:
 
 
 def validation_rows(history: History) -> list[tuple[str, ...]]:
-    """Rows for the teacher and the student at first, at its lowest KL and at last; nats per token. Needs one validation."""
-    lines = history.validations
-    best = min(lines, key=lambda line: line["kl"])
-    named = {"student, first": lines[0], "student, lowest KL": best, "student, last": lines[-1]}
-    teacher = lines[0]["teacher_cross_entropy"]
-    rows: list[tuple[str, ...]] = [("teacher", "", f"{teacher:.4f}", f"{perplexity(teacher):.2f}", "-")]
+    """Rows for the teacher and the student at first, at its lowest KL and at last; nats per token. Needs one validation.
+
+    Without a teacher the best is the one with the lowest cross-entropy, and there is no column for the KL.
+    """
+    lines, compared = history.validations, history.config.teacher is not None
+    figure, name_of_best = ("kl", "KL") if compared else ("cross_entropy", "cross-entropy")
+    best = min(lines, key=lambda line: line[figure])
+    named = {"student, first": lines[0], f"student, lowest {name_of_best}": best, "student, last": lines[-1]}
+    rows: list[tuple[str, ...]] = []
+    if compared:
+        teacher = lines[0]["teacher_cross_entropy"]
+        rows.append(("teacher", "", f"{teacher:.4f}", f"{perplexity(teacher):.2f}", "-"))
     for name, line in named.items():
-        loss = line["cross_entropy"]
-        rows.append((name, f"{line['step']:,}", f"{loss:.4f}", f"{perplexity(loss):.2f}", f"{line['kl']:.4f}"))
+        loss, kl = line["cross_entropy"], (f"{line['kl']:.4f}",) if compared else ()
+        rows.append((name, f"{line['step']:,}", f"{loss:.4f}", f"{perplexity(loss):.2f}", *kl))
     return rows
 
 
@@ -125,8 +145,9 @@ def _summary(history: History) -> str:
     found = f"{state}: {_progress(history)} steps."
     if history.validations:
         first, last = history.validations[0], history.validations[-1]
-        found += f" KL to the teacher on the validation rows: {first['kl']:.4f} after step {first['step']:,}"
-        found += f", {last['kl']:.4f} after step {last['step']:,}." if last is not first else "."
+        key, figure = ("kl", "KL to the teacher") if history.config.teacher else ("cross_entropy", "Cross-entropy")
+        found += f" {figure} on the validation rows: {first[key]:.4f} after step {first['step']:,}"
+        found += f", {last[key]:.4f} after step {last['step']:,}." if last is not first else "."
     return found
 
 
@@ -156,15 +177,21 @@ def _parameters(summary: dict[str, Any], key: str) -> str:
 
 def _last_loss(history: History) -> str:
     count = latest_steps(history)
-    loss, divergence = (float(history[key][-count:].mean()) for key in ("loss", "kl"))
+    parts = f", of it divergence {history['kl'][-count:].mean():.4f}" if history.config.learns_from_teacher else ""
     over = f", mean of the last {count} steps" if count > 1 else ""
-    return f"{loss:.4f} nats per token, of it divergence {divergence:.4f}{over}"
+    return f"{history['loss'][-count:].mean():.4f} nats per token{parts}{over}"
 
 
 def _validation_part(history: History) -> list[str]:
     if not history.validations:
         return []
-    heading = ("", "after step", "cross-entropy", "perplexity", "KL to the teacher")
+    heading = (
+        "",
+        "after step",
+        "cross-entropy",
+        "perplexity",
+        *(["KL to the teacher"] if history.config.teacher else []),
+    )
     return [table_part("Validation, nats per token", heading, validation_rows(history))]
 
 

@@ -29,7 +29,7 @@ PHASE_COLOURS = {
     "backward_s": ("backward", "#9ecae9"),
     "optimizer_s": ("optimizer", "#54a24b"),
     "data_s": ("data", "#eeca3b"),
-    "schedule_wait_s": ("wait for t", "#b279a2"),
+    "schedule_wait_s": ("wait for the scheduler", "#b279a2"),
     "teacher_wait_s": ("wait for the teacher", "#e45756"),
 }
 REST = ("other", "0.75")
@@ -102,13 +102,11 @@ def t_curve(history: History) -> Figure:
 def loss_curves(history: History) -> Figure:
     """Training loss with its parts, and below the validations. Nats per token."""
     figure, axes = panels(1 + bool(history.validations), 3.6)
-    bins, taid = Bins.of(history.steps, MOST_POINTS), history.config.loss.is_taid
-    _curve(axes[0], bins, history["loss"], "loss (cross-entropy form)", "#1f77b4")
-    _curve(axes[0], bins, history["entropy_pt"], "entropy of the target" if taid else "loss - divergence", "#ff9f1c")
-    divergence = f"divergence ({history.config.loss.shown})"
-    if taid:
-        divergence = "KL(target || student)" if history.config.loss.name == "taid" else "KL(student || target)"
-    _curve(axes[0], bins, history["kl"], divergence, "#2f7d32")
+    bins = Bins.of(history.steps, MOST_POINTS)
+    if not history.config.learns_from_teacher:
+        _curve(axes[0], bins, history["loss"], "cross-entropy", "#1f77b4")
+    else:
+        _draw_divergence(axes[0], bins, history)
     axes[0].set(ylabel="training, nats per token")
     if history.validations:
         _draw_validations(axes[1], history)
@@ -116,15 +114,28 @@ def loss_curves(history: History) -> Figure:
     return figure
 
 
+def _draw_divergence(axes: Axes, bins: Bins, history: History) -> None:
+    loss = history.config.loss
+    _curve(axes, bins, history["loss"], "loss (cross-entropy form)", "#1f77b4")
+    entropy = "entropy of the target" if loss.is_taid else "loss - divergence"
+    _curve(axes, bins, history["entropy_pt"], entropy, "#ff9f1c")
+    divergence = f"divergence ({loss.shown})"
+    if loss.is_taid:
+        divergence = "KL(target || student)" if loss.name == "taid" else "KL(student || target)"
+    _curve(axes, bins, history["kl"], divergence, "#2f7d32")
+
+
 def step_time(history: History) -> Figure:
     """The time of the steps, phases stacked upon each other."""
     figure, axes = panels(1, 4.6)
     bins = Bins.of(history.steps, MOST_BARS)
-    parts = {name: bins.mean(history[key]) for key, (name, _) in PHASE_COLOURS.items()}
+    phases = [key for key in PHASE_COLOURS if key in history.phases]
+    parts = [bins.mean(history[key]) for key in phases]
     # With several workers the parts may be more than the whole: teacher_wait_s is the longest of any worker.
-    rest = np.maximum(bins.mean(history["step_s"]) - sum(parts.values()), 0)
+    rest = np.maximum(bins.mean(history["step_s"]) - sum(parts), 0)
     bottom = np.zeros(len(bins.starts))
-    for (name, colour), part in zip((*PHASE_COLOURS.values(), REST), (*parts.values(), rest), strict=True):
+    named = [*(PHASE_COLOURS[key] for key in phases), REST]
+    for (name, colour), part in zip(named, (*parts, rest), strict=True):
         axes[0].stairs(bottom + part, bins.edges, baseline=bottom, fill=True, color=colour, linewidth=0, label=name)
         bottom = bottom + part
     axes[0].set(ylabel=f"seconds per step{_averaged(bins)}")
@@ -135,18 +146,20 @@ def step_time(history: History) -> Figure:
 
 
 def throughput(history: History) -> Figure:
-    """Loss positions per second, and the share of the time that the student waited for the teacher."""
-    figure, axes = panels(2, 2.8)
+    """Loss positions per second, and the share of the time that the student waited for the teacher, if training asks one."""
+    waits = "teacher_wait_s" in history.columns
+    figure, axes = panels(1 + waits, 2.8)
     bins = Bins.of(history.steps, MOST_BARS)
     seconds = np.maximum(bins.sum(history["step_s"]), 1e-9)
     marks: dict[str, Any] = {"marker": "o", "markersize": 3} if len(bins.starts) <= FEW else {}
     axes[0].plot(bins.centres, bins.sum(history["tokens"]) / seconds, color="#4c78a8", label="throughput", **marks)
     axes[0].set(ylabel=f"loss tokens per second{_averaged(bins)}")
     _from_zero(axes[0])
-    waiting = 100 * bins.sum(history["teacher_wait_s"]) / seconds
-    label = "wait for the teacher"
-    axes[1].stairs(waiting, bins.edges, fill=True, color=PHASE_COLOURS["teacher_wait_s"][1], linewidth=0, label=label)
-    axes[1].set(ylabel="% of the steps' time", ylim=(0, max(5.0, 1.05 * float(waiting.max()))))
+    if waits:
+        waiting = 100 * bins.sum(history["teacher_wait_s"]) / seconds
+        label, colour = PHASE_COLOURS["teacher_wait_s"]
+        axes[1].stairs(waiting, bins.edges, fill=True, color=colour, linewidth=0, label=label)
+        axes[1].set(ylabel="% of the steps' time", ylim=(0, max(5.0, 1.05 * float(waiting.max()))))
     finish(axes)
     return figure
 
@@ -173,11 +186,14 @@ def _draw_validations(axes: Axes, history: History) -> None:
         return [float(line[key]) for line in history.validations]
 
     marks: dict[str, Any] = {"marker": "o", "markersize": 4 if len(history.validations) <= FEW else 1.5}
-    steps, teacher = values("step"), values("teacher_cross_entropy")
-    axes.plot(steps, values("cross_entropy"), color="#1f77b4", label="cross-entropy of the student", **marks)
-    axes.axhline(teacher[0], color="0.35", linestyle=":", linewidth=1.4, label="cross-entropy of the teacher")
-    axes.plot(steps, values("kl"), color="#2f7d32", label="KL(teacher || student)", **marks)
-    log_if_wide(axes, np.array([*values("cross_entropy"), *values("kl"), *teacher]))
+    steps, figures = values("step"), values("cross_entropy")
+    axes.plot(steps, figures, color="#1f77b4", label="cross-entropy of the student", **marks)
+    if history.config.teacher:
+        teacher, kl = values("teacher_cross_entropy"), values("kl")
+        axes.axhline(teacher[0], color="0.35", linestyle=":", linewidth=1.4, label="cross-entropy of the teacher")
+        axes.plot(steps, kl, color="#2f7d32", label="KL(teacher || student)", **marks)
+        figures = [*figures, *kl, *teacher]
+    log_if_wide(axes, np.array(figures))
     axes.set(ylabel="validation, nats per token")
 
 

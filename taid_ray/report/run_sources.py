@@ -10,15 +10,9 @@ from taid_ray.report.run_plots import FEW, MOST_POINTS, Bins, finish, log_if_wid
 
 LATEST = 100
 """Steps over which a loss at the end is averaged; a tenth of the run if that is less."""
-SOURCE_HEADING = (
-    "source",
-    "",
-    "loss tokens",
-    "loss at the end",
-    "of it divergence",
-    "cross-entropy",
-    "KL to the teacher",
-)
+TRAINED = {"loss": "loss at the end", "kl": "of it divergence"}
+VALIDATED = {"cross_entropy": "cross-entropy", "kl": "KL to the teacher"}
+"""Figures of a source, of the last steps and of the last validation, and what they are called."""
 
 
 def latest_steps(history: History) -> int:
@@ -26,21 +20,33 @@ def latest_steps(history: History) -> int:
     return max(1, min(LATEST, history.steps // 10))
 
 
+def source_figures(history: History) -> tuple[list[str], list[str]]:
+    """Names of the figures of a source, in metrics and in validations: those of a teacher only where there is one."""
+    trained = [key for key in TRAINED if history.config.learns_from_teacher or key != "kl"]
+    return trained, [key for key in VALIDATED if history.config.teacher or key != "kl"]
+
+
+def source_heading(history: History) -> list[str]:
+    """The heading of `source_rows`."""
+    trained, validated = source_figures(history)
+    return ["source", "", "loss tokens", *(TRAINED[key] for key in trained), *(VALIDATED[key] for key in validated)]
+
+
 def source_rows(history: History) -> list[tuple[str, ...]]:
     """Rows for the sources: share of the tokens, losses over the last steps, and what the last validation says of each."""
     last = slice(-latest_steps(history), None)
+    in_training, in_validation = source_figures(history)
     validated = history.validations[-1].get("sources", {}) if history.validations else {}
     whole = history["tokens"].sum()
     rows = []
     for name, columns in history.sources.items():
         tokens = columns["tokens"][last].sum()
-        means = [(columns[key][last] * columns["tokens"][last]).sum() / tokens for key in ("loss", "kl") if tokens]
-        figures = [validated[name][key] for key in ("cross_entropy", "kl")] if name in validated else []
-        shown = [f"{value:.4f}" for value in means] or ["-", "-"]
+        means = [(columns[key][last] * columns["tokens"][last]).sum() / tokens for key in in_training if tokens]
+        figures = [validated[name][key] for key in in_validation] if name in validated else []
+        shown = [f"{value:.4f}" for value in means] or ["-"] * len(in_training)
         share = columns["tokens"].sum()
-        rows.append(
-            (name, f"{share / whole:.1%}", f"{share:,.0f}", *shown, *([f"{x:.4f}" for x in figures] or ["-", "-"]))
-        )
+        found = [f"{value:.4f}" for value in figures] or ["-"] * len(in_validation)
+        rows.append((name, f"{share / whole:.1%}", f"{share:,.0f}", *shown, *found))
     return rows
 
 
@@ -63,7 +69,9 @@ def source_curves(history: History) -> Figure:
             values = [line["sources"][name]["cross_entropy"] for line in lines]
             every += values
             axes[1].plot(steps, values, color=f"C{number}", label=name, **marks)
-            teacher = lines[0]["sources"][name]["teacher_cross_entropy"]
+            teacher = lines[0]["sources"][name].get("teacher_cross_entropy")
+            if teacher is None:
+                continue
             axes[1].axhline(teacher, color=f"C{number}", linestyle=":", linewidth=1.2, label=f"teacher on {name}")
         log_if_wide(axes[1], np.array(every))
         axes[1].set(ylabel="validation cross-entropy")

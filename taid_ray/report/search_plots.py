@@ -76,14 +76,14 @@ def validation(search: Search) -> Figure:
     name = f"{METRIC_NAMES[search.metric]} (nats per token)"
     _draw_curves(axes[0], search, lambda trial: trial.validations, search.metric, marker="o", markersize=3)
     axes[0].set_ylabel(name)
-    lines = [line for trial in search.trials for line in trial.validations]
+    lines = [line for trial in search.trials for line in trial.validations if search.metric in line]
     if _is_wide([line[search.metric] for line in lines]):
         axes[0].set_yscale("log")
         axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(float(value))))
         axes[0].yaxis.set_minor_formatter(NullFormatter())
-    if lines and search.metric == "cross_entropy":
-        teacher = lines[0]["teacher_cross_entropy"]
+    teacher = next((line["teacher_cross_entropy"] for line in lines if "teacher_cross_entropy" in line), None)
+    if teacher is not None and search.metric == "cross_entropy":
         axes[0].axhline(teacher, color="0.3", linestyle=":", linewidth=1.2)
         axes[0].annotate("teacher", (0, teacher), xytext=(0, 3), textcoords="offset points", fontsize=9, color="0.3")
     if finished:
@@ -170,9 +170,9 @@ def _draw_scale(axes: Axes, place: int, scale: Scale) -> None:
 def _draw_curves(
     axes: Axes, search: Search, lines: Callable[[Trial], Sequence[dict[str, Any]]], key: str, **marker: Any
 ) -> None:
-    """Draws a curve per trial; a cross marks the end of one that ended before its last step."""
+    """Draws a curve per trial that has the figure; a cross marks the end of one that ended before its last step."""
     for trial, style in reversed(_styles(search)):
-        found = lines(trial)
+        found = [line for line in lines(trial) if key in line]
         axes.plot([line["step"] for line in found], [line[key] for line in found], **style, **marker)
         if found and trial.status in ("stopped", "failed"):
             axes.plot([found[-1]["step"]], [found[-1][key]], marker="x", color=style["color"], zorder=4)

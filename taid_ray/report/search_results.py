@@ -60,8 +60,10 @@ class Trial:
     """Content of summary.json; None until the run has finished."""
 
     def figure(self, metric: str) -> float | None:
-        """`kl` or `cross_entropy` (nats per token) of the last validation; None before the first."""
-        return float(self.validations[-1][metric]) if self.validations else None
+        """`kl` or `cross_entropy` (nats per token) of the last validation; None before the first, and without a teacher the
+        kl."""
+        found = self.validations[-1].get(metric) if self.validations else None
+        return None if found is None else float(found)
 
     @property
     def step(self) -> int:
@@ -70,8 +72,9 @@ class Trial:
 
     @property
     def t(self) -> float | None:
-        """Value of t that the last step used; None before the first."""
-        return float(self.metrics[-1]["t"]) if self.metrics else None
+        """Value of t that the last step used; None before the first, and with the loss `sft`."""
+        found = self.metrics[-1].get("t") if self.metrics else None
+        return None if found is None else float(found)
 
 
 @dataclass(frozen=True)

@@ -108,11 +108,9 @@ def run_config(run_dir: Path) -> DistillConfig:
         raise ConfigError(
             f"{run_dir} is not a run directory: it holds no {CONFIG_FILE}; name the directory of a live run or search"
         )
-    if config.teacher.mode != "pool":
-        raise ConfigError(
-            f"{run_dir} has no teacher pool to scale: teacher.mode is {config.teacher.mode}; start a run with "
-            "teacher.mode: pool"
-        )
+    if not config.has_pool:
+        why = f"teacher.mode is {config.teacher.mode}" if config.teacher else "teacher is null"
+        raise ConfigError(f"{run_dir} has no teacher pool to scale: {why}; start a run with teacher.mode: pool")
     return config
 
 

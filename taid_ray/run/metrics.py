@@ -17,9 +17,15 @@ PHASES = ("data", "teacher_wait", "forward", "loss", "backward", "optimizer", "s
 """What the time of a step is made of, but for bookkeeping: `StepMetrics` has each with `_s` at its end."""
 
 
+OF_TEACHER = (
+    "t", "momentum", "kl", "entropy_pt", "floor_active", "teacher_wait_s", "teacher_compute_s", "payload_bytes"
+)  # fmt: skip
+"""Fields of StepMetrics that mean something only where the loss compares with a teacher, so that lines of `sft` lack them."""
+
+
 @dataclass(frozen=True)
 class StepMetrics:
-    """One line of metrics.jsonl. Loss values are nats per loss position, means over the global batch."""
+    """Figures of a step. Loss values are nats per loss position, means over the global batch."""
 
     step: int
     """Number of the step, from 1."""
@@ -28,7 +34,7 @@ class StepMetrics:
     """Value of t used in this step."""
     momentum: float
     loss: float
-    """Cross-entropy form of the divergence: kl + entropy_pt."""
+    """Cross-entropy form of the divergence: kl + entropy_pt. With `sft` the cross-entropy on the labels."""
     kl: float
     entropy_pt: float
     sft: float
@@ -61,10 +67,17 @@ class StepMetrics:
     """Figures of each source of training data, by its name, if there are several: `loss`, `kl`, `sft` and `tokens`; without
     the sources that had no loss position in the step."""
 
-    def line(self) -> dict[str, Any]:
-        """Returns the line's content."""
-        found = asdict(self)
-        return found if self.sources is not None else {key: found[key] for key in found if key != "sources"}
+    def line(self, learns_from_teacher: bool = True) -> dict[str, Any]:
+        """Returns the line's content, without OF_TEACHER where the loss asks no teacher."""
+        left_out = () if learns_from_teacher else OF_TEACHER
+        found = {key: value for key, value in asdict(self).items() if key not in left_out}
+        sources = found.pop("sources")
+        if sources is None:
+            return found
+        kept = {
+            name: {key: value for key, value in part.items() if key not in left_out} for name, part in sources.items()
+        }
+        return found | {"sources": kept}
 
 
 class LineLog:

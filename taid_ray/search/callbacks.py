@@ -73,8 +73,9 @@ class Watcher(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        if "kl" in result and str(trial) not in self._old:
-            figures = f"validation KL {result['kl']:.4f}, cross-entropy {result['cross_entropy']:.4f}"
+        if "cross_entropy" in result and str(trial) not in self._old:
+            compared = f"KL {result['kl']:.4f}, " if "kl" in result else ""
+            figures = f"validation {compared}cross-entropy {result['cross_entropy']:.4f}"
             self._view.say(f"trial {trial}: {figures} after step {result['step']}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

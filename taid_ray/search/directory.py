@@ -26,7 +26,7 @@ def base_config(config: DistillConfig, out: str | Path | None, share_outputs: bo
     """The configuration that all trials have in common, with the search's directory as `out`."""
     directory = Path(out or f"runs/{config.name}-search").expanduser().absolute()
     cache = config.cache
-    if not share_outputs and not config.teacher.is_stored:
+    if config.teacher is None or (not share_outputs and not config.teacher.is_stored):
         cache = CacheConfig()
     elif not cache.on:
         cache = cache.model_copy(update={"directory": str(directory / "cache")})

@@ -137,7 +137,7 @@ class SearchDriver:
     @property
     def pool(self) -> str | None:
         """Name of the teacher pool that the trials share; None if they share none."""
-        return None if self.own_teachers or self.config.teacher.mode != "pool" else POOL_PREFIX + self.name
+        return None if self.own_teachers or not self.config.has_pool else POOL_PREFIX + self.name
 
     def run(self) -> None:
         """Joins a cluster or starts one, and returns when all trials have ended.
@@ -203,7 +203,7 @@ class SearchDriver:
                 "the cluster has no room for a trial at present: other jobs hold what its nodes have; see `ray status`"
             )
         if self.pool:
-            check_object_store(self.spec.payload_bytes, self.config.teacher, concurrent * demand.workers)
+            check_object_store(self.spec.payload_bytes, self.config.given_teacher, concurrent * demand.workers)
         return concurrent
 
     def _tune(self, job: SearchJob, concurrent: int, stop: StopRequest) -> None:

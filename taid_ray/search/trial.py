@@ -54,13 +54,14 @@ class SearchJob:
 def pool_spec(config: DistillConfig, spec: RunSpec) -> Any:
     """The settings that two runs must have in common to share a teacher pool. The others of the section are the clients' own."""
     own = {"window", "window_mib", "hedge_after", "timeout_s"}
-    return config.teacher.model_dump(mode="json", exclude=own), spec.vocabulary.num_shared
+    teacher = config.teacher and config.teacher.model_dump(mode="json", exclude=own)
+    return teacher, spec.vocabulary.num_shared
 
 
 def data_spec(config: DistillConfig) -> Any:
     """The settings that two runs must have in common to train on the same prepared data."""
     models = [
-        model.model_dump(mode="json", include={"model", "revision", "trust_remote_code"})
+        model and model.model_dump(mode="json", include={"model", "revision", "trust_remote_code"})
         for model in (config.teacher, config.student)
     ]
     return config.data.model_dump(mode="json", exclude={"block_documents"}), models, config.student.resize_to_teacher
@@ -123,8 +124,8 @@ def named(tree: dict[str, Any], name: str, run_dir: Path) -> dict[str, Any]:
 
 
 def report(figures: dict[str, Any]) -> None:
-    """Reports one validation to Ray Tune: step, kl, cross_entropy."""
-    tune.report({key: figures[key] for key in ("step", "kl", "cross_entropy")})
+    """Reports one validation to Ray Tune: step, cross_entropy and, with a teacher, kl."""
+    tune.report({key: figures[key] for key in ("step", "kl", "cross_entropy") if key in figures})
 
 
 def report_all(run_dir: Path) -> None:

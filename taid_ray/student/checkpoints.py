@@ -19,7 +19,7 @@ class StudentCheckpoints:
         self,
         writer: CheckpointWriter,
         student: Student,
-        teacher: TeacherClient,
+        teacher: TeacherClient | None,
         totals: RunTotals,
         data: Fingerprint | None,
     ):
@@ -37,6 +37,6 @@ class StudentCheckpoints:
         totals, step = self._totals, result.step
         if self._best_by and step in totals.validations and totals.is_best(step, self._best_by):
             totals.best = self.writer.name(step)
-        (teacher_tokens,) = self._student.world.sum([self._teacher.tokens])
+        (teacher_tokens,) = self._student.world.sum([self._teacher.tokens if self._teacher else 0])
         state = TrainingState(replace(result, request=GO_ON), cursor, totals.state(int(teacher_tokens)), self._data)
         self.writer.save(step, state, self._student.state(), totals.best)

@@ -12,7 +12,7 @@ from taid_ray.config.schema import DistillConfig
 from taid_ray.distributed.device import torch_device
 from taid_ray.distributed.world import World
 from taid_ray.errors import ClusterError
-from taid_ray.models.hub import offline_if_unreachable
+from taid_ray.models.hub import hub_names, offline_if_unreachable
 from taid_ray.run.layout import CONFIG_FILE
 from taid_ray.scheduler.client import SchedulerClient
 from taid_ray.student.preemption import PreemptionWatch, watch_node
@@ -49,7 +49,7 @@ def connect(worker: WorkerSpec, closing: ExitStack) -> WorkerContext:
     closing.callback(scheduler.close)
     if local_rank == 0:  # one worker speaks for its host
         check_run_dir_writable(config.run_dir, world.rank)
-    offline_if_unreachable([config.teacher.model, config.student.model, *config.data.names])
+    offline_if_unreachable(hub_names(config))
     torch.manual_seed(config.train.seed + world.rank)
     if world.is_main:
         scheduler.begin(worker.attempt, world.size)

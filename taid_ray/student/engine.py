@@ -136,8 +136,11 @@ class Student:
         """Seeds the random numbers of an optimizer step (dropout) from (seed, step, rank) and nothing else."""
         torch.manual_seed(random.Random(f"{self.config.train.seed}/{step}/{self.world.rank}").getrandbits(63))
 
-    def forward(self, batch: Batch, teacher_output: TeacherOutput, t: float) -> tuple[Tensor, LossParts]:
-        """The loss at interpolation `t`, summed over this micro-batch's loss positions, and its detached parts."""
+    def forward(self, batch: Batch, teacher_output: TeacherOutput | None, t: float) -> tuple[Tensor, LossParts]:
+        """The loss at interpolation `t`, summed over this micro-batch's loss positions, and its detached parts.
+
+        teacher_output: None with `loss.name: sft`.
+        """
         loss = self.config.loss
         # t as a tensor, so that its changing value recompiles nothing; on the CPU, so that no device waits for it.
         objective = Objective(
@@ -164,8 +167,11 @@ class Student:
         return total, parts
 
     @torch.no_grad()
-    def score(self, batch: Batch, teacher_output: TeacherOutput) -> Scores:
-        """Validation sums of this micro-batch. Collective under ZeRO-3: every rank must call it equally often."""
+    def score(self, batch: Batch, teacher_output: TeacherOutput | None) -> Scores:
+        """Validation sums of this micro-batch. Collective under ZeRO-3: every rank must call it equally often.
+
+        teacher_output: None if there is no teacher.
+        """
         teacher, labels = self._target(batch, teacher_output)
 
         def compute(hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> Scores:
@@ -223,9 +229,11 @@ class Student:
         inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.inputs.items()}
         return self.engine(inputs, batch.loss_positions.to(self.device), function)
 
-    def _target(self, batch: Batch, teacher_output: TeacherOutput) -> tuple[Target, Tensor]:
+    def _target(self, batch: Batch, teacher_output: TeacherOutput | None) -> tuple[Target | None, Tensor]:
         """The teacher's side of the loss, and the labels, on this device."""
         labels = batch.labels.to(self.device, non_blocking=True)
+        if teacher_output is None:
+            return None, labels
         return teacher_output.to(self.device).target(self.teacher_head), labels
 
     def _projection(self, hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> Projection:

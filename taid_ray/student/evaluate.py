@@ -102,7 +102,7 @@ def load_student(config: DistillConfig, device: torch.device) -> tuple[Any, Head
 
 def load_teacher(config: DistillConfig, num_shared: int, device: torch.device) -> TeacherModel:
     """The teacher. Raises ModelError if it cannot be given the rows that the student is given."""
-    teacher = TeacherModel(config.teacher, num_shared, device)
+    teacher = TeacherModel(config.given_teacher, num_shared, device)
     if config.data.pack:
         teacher.info().require_packing()
     return teacher
@@ -170,6 +170,7 @@ def _score(student: Any, head: Head, teacher: TeacherModel, batch: Batch, device
         batch.labels.to(device),
         chunk_tokens=chunk_tokens_for(head.weight.shape[0], loss_memory_mib(device) * 2**20),
     )
+    assert scores.teacher_ce is not None and scores.kl is not None
     figures = (scores.student_ce, scores.teacher_ce, scores.kl, batch.num_loss_tokens)
     return torch.tensor([float(figure) for figure in figures], dtype=torch.float64)
 

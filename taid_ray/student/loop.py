@@ -89,16 +89,17 @@ class StepSums:
         self._tokens = self._payload_bytes = 0
         self._compute_s = 0.0
 
-    def add(self, parts: LossParts, batch: Batch, teacher_output: TeacherOutput) -> None:
-        """Adds a micro-batch."""
+    def add(self, parts: LossParts, batch: Batch, teacher_output: TeacherOutput | None) -> None:
+        """Adds a micro-batch. teacher_output: None if no teacher was asked."""
         self._kl, self._entropy = self._kl + parts.kl, self._entropy + parts.entropy
         self._sft = self._sft + parts.sft
         self._by_source = self._by_source + parts.by_group
         sources = parts.by_group.shape[1]
         self._source_tokens = self._source_tokens + batch.sources.bincount(minlength=sources)[:sources]
         self._tokens += batch.num_loss_tokens
-        self._payload_bytes += teacher_output.num_bytes
-        self._compute_s += teacher_output.compute_s
+        if teacher_output is not None:
+            self._payload_bytes += teacher_output.num_bytes
+            self._compute_s += teacher_output.compute_s
 
     def report(self, teacher_wait_s: float, request: int) -> LossSums:
         """The rank's report of the step. Waits for the device."""

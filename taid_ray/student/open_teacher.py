@@ -22,46 +22,55 @@ POOL_MARGIN_S = 300.0
 """Patience beyond teacher.timeout_s, within which the driver says whether the pool is up."""
 
 
-def open_teacher(context: WorkerContext, student: Student, closing: ExitStack) -> TeacherClient:
-    """Connects to the teacher, once it is up, and gives the student its head if the loss needs that. Collective."""
+def open_teacher(context: WorkerContext, student: Student, closing: ExitStack) -> TeacherClient | None:
+    """Connects to the teacher, once it is up, and gives the student its head if it needs that. Collective.
+
+    Returns None if the run has no teacher.
+    """
+    section = context.config.teacher
+    if section is None:
+        context.note("student is ready")
+        return None
     context.note("student is ready; waiting for the teacher")
     teacher = connect_teacher(context)
     closing.callback(teacher.close)
     if context.config.data.pack:
         teacher.info().require_packing()
-    if needs_head(context.config.teacher.payload):
+    if needs_head(section.payload):
         student.teacher_head = teacher.head().to(context.device)
     return teacher
 
 
 def connect_teacher(context: WorkerContext) -> TeacherClient:
-    """The pool's client once the pool is up, a teacher in this process, or none; behind the cache if there is one."""
+    """The pool's client once the pool is up, a teacher in this process, or stored outputs; behind the cache if there is one."""
     config, worker, scheduler = context.config, context.worker, context.scheduler
+    section = config.given_teacher
     num_shared = worker.spec.vocabulary.num_shared
     teacher: TeacherClient
     claims: ClaimRegistry = NoClaims()
-    if config.teacher.mode == "local":
-        teacher = LocalTeacher(config.teacher, num_shared, context.device)
-    elif config.teacher.is_stored:
+    if section.mode == "local":
+        teacher = LocalTeacher(section, num_shared, context.device)
+    elif section.is_stored:
         teacher = OfflineTeacher(config, num_shared, (worker.spec.fingerprint or {}).get("outputs", ""))
     else:
-        scheduler.wait_for_pool(config.teacher.timeout_s + POOL_MARGIN_S)
+        scheduler.wait_for_pool(section.timeout_s + POOL_MARGIN_S)
         answers_at = torch.device("cpu") if config.cache.on else context.device
-        teacher = PoolTeacher(worker.pool, config.teacher, scheduler.note, answers_at, context.world)
+        teacher = PoolTeacher(worker.pool, section, scheduler.note, answers_at, context.world)
         claims = PoolClaims(worker.pool) if config.cache.on else claims
     if config.cache.on:
         teacher = CachedTeacher(teacher, CacheStore(config.cache, scheduler.note), claims, context.device)
     return teacher
 
 
-def measured_payload_error(context: WorkerContext, teacher: TeacherClient, rows: Sequence[Row]) -> float:
+def measured_payload_error(context: WorkerContext, teacher: TeacherClient | None, rows: Sequence[Row]) -> float:
     """Loss of information of an approximate payload on the first validation rows, see TeacherModel.payload_error.
 
-    Tells the driver's terminal about it. 0 for exact payloads.
+    Tells the driver's terminal about it. 0 for exact payloads, and without a teacher.
     """
-    payload = context.config.teacher.payload
-    if payload in EXACT:
+    section = context.config.teacher
+    if teacher is None or section is None or section.payload in EXACT:
         return 0.0
+    payload = section.payload
     batch = collate(rows[: context.config.train.micro_batch_size])
     error = teacher.payload_error(batch)
     lost = "mass outside the top-k" if payload == "topk" else "KL to the exact teacher"

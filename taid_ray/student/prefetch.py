@@ -84,14 +84,19 @@ def read_ahead(items: Iterator[T], depth: int) -> Iterator[T]:
 
 
 class Prefetcher:
-    """Hands out steps, and their micro-batches with the teacher's outputs, in order.
+    """Hands out steps, and their micro-batches with the teacher's outputs (None without a teacher), in order.
 
     Up to `window` requests, with answers of `window_bytes` together at most, are at the teacher or wait here, across step
     boundaries; one always is. They depend on neither t nor the student, so asking early changes nothing.
     """
 
     def __init__(
-        self, steps: Iterator[StepBatches], teacher: TeacherClient, window: int, window_bytes: int, clock: PhaseClock
+        self,
+        steps: Iterator[StepBatches],
+        teacher: TeacherClient | None,
+        window: int,
+        window_bytes: int,
+        clock: PhaseClock,
     ):
         self._steps, self._clock = steps, clock
         self._window = RequestWindow(teacher, window, window_bytes)
@@ -112,7 +117,7 @@ class Prefetcher:
         self.documents = step.documents
         return step
 
-    def collect(self) -> tuple[Batch, TeacherOutput]:
+    def collect(self) -> tuple[Batch, TeacherOutput | None]:
         """The next micro-batch of the step handed out last. Sends the requests that now find room before it returns."""
         start = perf_counter()
         with self._clock.phase("teacher_wait"):

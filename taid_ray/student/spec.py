@@ -36,7 +36,7 @@ class RunSpec:
     """Number of optimizer steps; 0 until the data are prepared, where `train.epochs` decides it."""
     vocabulary: Vocabulary
     payload_bytes: int
-    """Of one request to the teacher, at most."""
+    """Of one answer of the teacher, at most; 0 without one."""
     data: DataCheck
     fingerprint: Fingerprint | None = None
     """Of the data, as the driver has read them."""

@@ -44,7 +44,7 @@ class MainTelemetry(Telemetry):
         notify: Callable[[str], None],
         num_replicas: Callable[[], int] | None,
     ):
-        """run: its id. last_step, totals: where the attempt starts. num_replicas: of the teacher pool, if there is one.
+        """run: its id. last_step, totals: where the attempt starts. num_replicas: of the teacher pool, if training asks one.
 
         Raises RunError if lines up to `last_step` are missing in metrics.jsonl.
         """
@@ -54,13 +54,15 @@ class MainTelemetry(Telemetry):
         self._metrics = metrics_log(run_dir / METRICS_FILE, last_step)
         self._gauges = StudentGauges(run, self._total_steps, worker.attempt - 1)
         self._notify, self._num_replicas, self._usage = notify, num_replicas, Usage()
+        self._learns_from_teacher = worker.config.learns_from_teacher
 
     def validating(self, step: int, rows: int) -> None:
         self._notify(f"validating on {rows} rows after step {step}")
 
     def step(self, metrics: StepMetrics, checkpoint: int) -> None:
-        self._metrics.write(metrics.line())
-        self._gauges.step(metrics, checkpoint)
+        line = metrics.line(self._learns_from_teacher)
+        self._metrics.write(line)
+        self._gauges.step(line, checkpoint)
         self._note_bottleneck(metrics)
 
     def validation(self, step: int, evaluation: Evaluation) -> None:
@@ -68,7 +70,8 @@ class MainTelemetry(Telemetry):
         self._gauges.validation(evaluation.cross_entropy, evaluation.kl)
         for name, found in {"": evaluation, **evaluation.sources}.items():
             of = f" of {name}" if name else ""
-            self._notify(f"validation{of}: cross-entropy {found.cross_entropy:.4f}, KL to the teacher {found.kl:.4f}")
+            compared = "" if found.kl is None else f", KL to the teacher {found.kl:.4f}"
+            self._notify(f"validation{of}: cross-entropy {found.cross_entropy:.4f}{compared}")
 
     def sync(self) -> None:
         self._metrics.sync()

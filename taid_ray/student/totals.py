@@ -15,10 +15,11 @@ class Evaluation:
     """Means over the loss positions of the validation rows, in nats."""
 
     cross_entropy: float
-    teacher_cross_entropy: float
-    kl: float
-    """KL(teacher || student)."""
     tokens: int
+    teacher_cross_entropy: float | None = None
+    """None without a teacher, as `kl`."""
+    kl: float | None = None
+    """KL(teacher || student)."""
     sources: Mapping[str, "Evaluation"] = field(default_factory=dict)
     """Evaluations of the rows of each source, by its name, if there are several."""
 
@@ -26,12 +27,13 @@ class Evaluation:
     def from_dict(cls, found: Mapping[str, Any]) -> "Evaluation":
         """Reads what `to_dict` gave; other keys are passed over."""
         sources = {name: cls.from_dict(part) for name, part in found.get("sources", {}).items()}
-        return cls(**{key: found[key] for key in FIGURES}, tokens=found["tokens"], sources=sources)
+        return cls(**{key: found[key] for key in (*FIGURES, "tokens") if key in found}, sources=sources)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the figures by their names; `sources` only if there are several."""
+        """Returns the figures by their names: those of a teacher only if there is one, `sources` only if there are several."""
+        figures = {key: value for key, value in asdict(self).items() if value is not None and key != "sources"}
         sources = {name: part.to_dict() for name, part in self.sources.items()}
-        return {key: value for key, value in (asdict(self) | {"sources": sources}).items() if key != "sources" or value}
+        return figures | ({"sources": sources} if sources else {})
 
 
 FIGURES = ("cross_entropy", "teacher_cross_entropy", "kl")
@@ -43,7 +45,8 @@ def together(parts: Mapping[str, Evaluation]) -> Evaluation:
     if len(parts) == 1:
         return next(iter(parts.values()))
     tokens = sum(part.tokens for part in parts.values())
-    means = {key: sum(getattr(part, key) * part.tokens for part in parts.values()) / tokens for key in FIGURES}
+    known = [key for key in FIGURES if getattr(next(iter(parts.values())), key) is not None]
+    means = {key: sum(getattr(part, key) * part.tokens for part in parts.values()) / tokens for key in known}
     return Evaluation(**means, tokens=tokens, sources=dict(parts))
 
 
@@ -98,34 +101,41 @@ class RunTotals:
         lowest = min(self.validations, key=lambda other: (getattr(self.validations[other], figure), other))
         return step == lowest
 
-    def summary(
-        self, steps: int, teacher: TeacherInfo, teacher_tokens: int, parameters: int, counts: Counts, restarts: int
-    ) -> dict[str, Any]:
-        """The content of summary.json. parameters: number of the student's. counts: of the data, by the last attempt."""
-        first, final = self.validations[0], self.validations[steps]
+    def summary(self, steps: int, parameters: int, counts: Counts, restarts: int) -> dict[str, Any]:
+        """The content of summary.json, without what `of_teacher` adds. parameters: number of the student's. counts: of the
+        data, by the last attempt."""
 
         def figures(found: Evaluation) -> dict[str, Any]:
-            return {"cross_entropy": found.cross_entropy, "kl": found.kl, "parameters": parameters}
+            compared = {} if found.kl is None else {"kl": found.kl}
+            return {"cross_entropy": found.cross_entropy, **compared, "parameters": parameters}
 
-        total = self.state(teacher_tokens)
         return {
             "steps": steps,
-            "teacher": {"cross_entropy": first.teacher_cross_entropy, "parameters": teacher.num_parameters},
-            "before": figures(first),
-            "after": figures(final),
-            "validations": total["validations"],
-            "t": self.t,
+            "before": figures(self.validations[0]),
+            "after": figures(self.validations[steps]),
+            "validations": self.validation_lines(),
             "tokens": self.tokens,
             "samples": self.samples,
-            "wall_s": total["wall_s"],
-            "teacher_tokens": total["teacher_tokens"],
-            "payload_bytes": self.payload_bytes,
-            "payload_error": self.payload_error,
-            "dropped_teacher_mass": teacher.dropped_mass,
+            "wall_s": self.wall_s + time.monotonic() - self.started,
             "documents_read": counts.documents,
             "dropped_documents": counts.dropped,
             "truncated_documents": counts.truncated,
             "restarts": restarts,
+        }
+
+    def of_teacher(self, teacher: TeacherInfo, teacher_tokens: int, learns_from_teacher: bool) -> dict[str, Any]:
+        """What summary.json says of the teacher. teacher_tokens: of this attempt, over all ranks. learns_from_teacher: False
+        if it was asked in validations only."""
+        trained = {"t": self.t, "payload_bytes": self.payload_bytes} if learns_from_teacher else {}
+        return {
+            "teacher": {
+                "cross_entropy": self.validations[0].teacher_cross_entropy,
+                "parameters": teacher.num_parameters,
+            },
+            **trained,
+            "teacher_tokens": self.teacher_tokens + teacher_tokens,
+            "payload_error": self.payload_error,
+            "dropped_teacher_mass": teacher.dropped_mass,
         }
 
     def validation_lines(self) -> list[dict[str, Any]]:

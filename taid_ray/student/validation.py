@@ -1,4 +1,4 @@
-"""Validation: the student's and the teacher's cross-entropy on held-out rows, and the KL between them."""
+"""Validation on held-out rows: the student's cross-entropy and, with a teacher, the teacher's and the KL between them."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ class ValidationBatches:
     """Share of one rank in the validation rows, contiguous, with the teacher's outputs.
 
     The teacher is frozen and the rows stay the same, so outputs are kept up to KEPT_BYTES; the teacher is asked for the others
-    in every validation.
+    in every validation. Without a teacher there are no outputs.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class ValidationBatches:
         rows: Sequence[Row],
         world: World,
         micro_batch_size: int,
-        teacher: TeacherClient,
+        teacher: TeacherClient | None,
         limits: tuple[int, int],
         sources: int = 1,
     ):
@@ -43,17 +43,22 @@ class ValidationBatches:
         self.num_rows = len(rows)
         """Of all ranks."""
 
-    def __iter__(self) -> Iterator[tuple[Batch, TeacherOutput]]:
+    @property
+    def has_teacher(self) -> bool:
+        """True if there are outputs of a teacher."""
+        return self._teacher is not None
+
+    def __iter__(self) -> Iterator[tuple[Batch, TeacherOutput | None]]:
         """Batches, the same number on every rank, and the teacher's outputs for them."""
         to_ask = deque(number for number in range(len(self._batches)) if number not in self._kept)
         window = RequestWindow(self._teacher, *self._limits)
         for number, batch in enumerate(self._batches):
             while to_ask and window.has_room(self._batches[to_ask[0]]):
                 window.submit(self._batches[to_ask.popleft()])
-            if number in self._kept:
-                output = self._kept[number]
-            else:
+            output = self._kept.get(number)
+            if output is None:
                 _, output = window.collect()
+            if output is not None and number not in self._kept:
                 self._keep(number, output)
             yield batch, output
 
@@ -70,7 +75,9 @@ def evaluate(student: Student, batches: ValidationBatches) -> Evaluation:
     sums = [0.0, 0.0, 0.0, 0.0]
     for batch, output in batches:
         scores = student.score(batch, output)
-        values = (float(scores.student_ce), float(scores.teacher_ce), float(scores.kl), batch.num_loss_tokens)
-        sums = [total + value for total, value in zip(sums, values, strict=True)]
+        values = (scores.student_ce, scores.teacher_ce, scores.kl, batch.num_loss_tokens)
+        sums = [total + (0.0 if value is None else float(value)) for total, value in zip(sums, values, strict=True)]
     student_ce, teacher_ce, kl, tokens = student.world.sum(sums)
-    return Evaluation(student_ce / tokens, teacher_ce / tokens, kl / tokens, int(tokens))
+    if not batches.has_teacher:
+        return Evaluation(student_ce / tokens, int(tokens))
+    return Evaluation(student_ce / tokens, int(tokens), teacher_ce / tokens, kl / tokens)

@@ -9,12 +9,15 @@ from taid_ray.teacher.protocol import TeacherClient
 
 
 class RequestWindow:
-    """Requests that are at the teacher or whose answers wait here, in their order; one always finds room."""
+    """Requests that are at the teacher or whose answers wait here, in their order; one always finds room.
 
-    def __init__(self, teacher: TeacherClient, most: int, most_bytes: int):
+    Without a teacher nothing is asked: batches pass through, and have no answers.
+    """
+
+    def __init__(self, teacher: TeacherClient | None, most: int, most_bytes: int):
         """most, most_bytes: limits for the requests, and for the bytes of their answers together."""
         self._teacher, self._most = teacher, most
-        self._most_tokens = most_bytes // teacher.info().bytes_per_token
+        self._most_tokens = most_bytes // teacher.info().bytes_per_token if teacher else 0
         self._requests: deque[tuple[Batch, Any]] = deque()
         self._tokens = 0
 
@@ -30,12 +33,12 @@ class RequestWindow:
 
     def submit(self, batch: Batch) -> None:
         """Sends the request for `batch`."""
-        self._requests.append((batch, self._teacher.submit(batch)))
+        self._requests.append((batch, self._teacher.submit(batch) if self._teacher else None))
         self._tokens += batch.num_loss_tokens
 
-    def collect(self) -> tuple[Batch, TeacherOutput]:
-        """Waits for the oldest request. Returns its batch and the teacher's output for it."""
+    def collect(self) -> tuple[Batch, TeacherOutput | None]:
+        """Waits for the oldest request. Returns its batch and the teacher's output for it; None without a teacher."""
         batch, request = self._requests.popleft()
-        output = self._teacher.collect(request)
+        output = self._teacher.collect(request) if self._teacher else None
         self._tokens -= batch.num_loss_tokens
         return batch, output

@@ -92,7 +92,7 @@ class TrainingRun:
         self,
         context: WorkerContext,
         student: Student,
-        teacher: TeacherClient,
+        teacher: TeacherClient | None,
         checkpoint: Checkpoint | None,
         closing: ExitStack,
     ):
@@ -132,7 +132,8 @@ class TrainingRun:
         context, student, config = self._context, self._student, self._context.config
         spec = context.worker.spec
         steps = read_ahead(self._data.steps(self._start.step, self._cursor), READ_AHEAD_STEPS)
-        stream = Prefetcher(steps, self._teacher, *request_window(config), student.clock)
+        asked = self._teacher if config.learns_from_teacher else None
+        stream = Prefetcher(steps, asked, *request_window(config), student.clock)
         checkpoints = StudentCheckpoints(self._writer, student, self._teacher, self._totals, spec.fingerprint)
         hooks = StepHooks(
             self._validator, self._telemetry, checkpoints, self._totals, context.preemption, spec.total_steps
@@ -156,15 +157,7 @@ class TrainingRun:
             context.note(f"RUN/model stops generating at {tokens} too, which ends what it was trained on")
         context.note("saving the model")
         state = self._student.gathered_state()  # fails as training does, if a worker is lost
-        (teacher_tokens,) = world.sum([self._teacher.tokens])
-        summary = self._totals.summary(
-            last.step,
-            self._teacher.info(),
-            int(teacher_tokens),
-            self._student.num_parameters,
-            self._data.counts,
-            context.worker.attempt - 1,
-        )
+        summary = self._summary(last.step)
         self._telemetry.sync()
         error = self._write_results(state, summary) if world.is_main else None
         (failed,) = world.sum([float(error is not None)])
@@ -175,6 +168,19 @@ class TrainingRun:
             raise RunError(world.share_bytes(told.encode()).decode()) from error
         self._writer.discard(last.step, self._totals.best)
         return Finished(summary) if world.is_main else None
+
+    def _summary(self, steps: int) -> dict[str, Any]:
+        """The content of summary.json. Collective."""
+        teacher, student = self._teacher, self._student
+        (teacher_tokens,) = self._context.world.sum([teacher.tokens if teacher else 0])
+        summary = self._totals.summary(
+            steps, student.num_parameters, self._data.counts, self._context.worker.attempt - 1
+        )
+        if teacher is None:
+            return summary
+        return summary | self._totals.of_teacher(
+            teacher.info(), int(teacher_tokens), student.config.learns_from_teacher
+        )
 
     def _write_results(self, state: dict[str, Tensor], summary: dict[str, Any]) -> Exception | None:
         """Writes model, tokenizer and summary. Returns what kept them from being written."""
@@ -189,15 +195,20 @@ class TrainingRun:
 
 def request_window(config: DistillConfig) -> tuple[int, int]:
     """Limits for what a worker has under way at the teacher: requests, and bytes of their answers."""
+    if config.teacher is None:
+        return 1, 0
     return config.teacher.window, config.teacher.window_mib * 2**20
 
 
-def open_telemetry(context: WorkerContext, teacher: TeacherClient, last_step: int, totals: RunTotals) -> Telemetry:
+def open_telemetry(
+    context: WorkerContext, teacher: TeacherClient | None, last_step: int, totals: RunTotals
+) -> Telemetry:
     """Opens the reporting of this rank, which continues after `last_step`."""
     if not context.world.is_main:
         return Telemetry()
     pool = teacher.inner if isinstance(teacher, CachedTeacher) else teacher
-    num_replicas = pool.num_replicas if isinstance(pool, PoolTeacher) else None
+    asked = context.config.learns_from_teacher
+    num_replicas = pool.num_replicas if asked and isinstance(pool, PoolTeacher) else None
     run = RunManifest(context.config).id
     return MainTelemetry(context.worker, run, last_step, totals, context.scheduler.note, num_replicas)
 

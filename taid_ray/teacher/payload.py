@@ -294,7 +294,7 @@ def _chunks(tensor: Tensor) -> Iterator[slice]:
 
 def payload_bytes_per_token(config: DistillConfig, teacher_config: Any, vocabulary: Vocabulary) -> int:
     """Counts the bytes of the teacher's answer for one loss position, from the configs of the run and of its model."""
-    text, teacher = teacher_config.get_text_config(), config.teacher
+    text, teacher = teacher_config.get_text_config(), config.given_teacher
     kept = teacher.dtype if teacher.dtype != "auto" else str(text.dtype).removeprefix("torch.")
     itemsize = 2 if kept in ("bfloat16", "float16") else 4
     return bytes_per_token(teacher.payload, text.hidden_size, vocabulary.num_shared, teacher.topk, itemsize)

@@ -7,12 +7,13 @@ process lives, and disappear with it; counters stay as they were, one series per
 
 import threading
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from taid_ray.names import POOL_PREFIX
-from taid_ray.run.metrics import PHASES, StepMetrics
+from taid_ray.run.metrics import PHASES
 
 STUDENT, TEACHER = "student", "teacher"
 TAGS = ("run", "role")
@@ -43,6 +44,16 @@ METRICS: dict[str, tuple[type[Any], str]] = {
     "taid_teacher_queue": (Gauge, "Requests at a teacher replica, computing or waiting, mean over a second."),
 }
 """Kind and meaning. Ray adds `ray_` in front, and `_total` to counters."""
+STEP_GAUGES = {
+    "taid_step": "step",
+    "taid_t": "t",
+    "taid_loss_nats": "loss",
+    "taid_kl_nats": "kl",
+    "taid_learning_rate": "lr",
+    "taid_gradient_norm": "grad_norm",
+    "taid_tokens_per_second": "tokens_per_s",
+}
+"""Gauges of the last step, by what it is called in metrics.jsonl. A run whose loss asks no teacher lacks some."""
 OWN_TAGS = {"taid_phase_seconds": "phase", "taid_requests_again": "reason"}
 
 
@@ -102,27 +113,24 @@ class StudentGauges:
         self._own.set("taid_planned_steps", planned_steps)
         self._own.set("taid_restarts", restarts)
 
-    def step(self, metrics: StepMetrics, checkpoint: int) -> None:
-        """Sets what a step has changed. checkpoint: step of the newest one, 0 if there is none."""
+    def step(self, line: Mapping[str, Any], checkpoint: int) -> None:
+        """Sets what a step has changed. line: of metrics.jsonl. checkpoint: step of the newest one, 0 if there is none."""
         own = self._own
-        own.set("taid_step", metrics.step)
-        own.set("taid_t", metrics.t)
-        own.set("taid_loss_nats", metrics.loss)
-        own.set("taid_kl_nats", metrics.kl)
-        own.set("taid_learning_rate", metrics.lr)
-        own.set("taid_gradient_norm", metrics.grad_norm)
-        own.set("taid_tokens_per_second", metrics.tokens_per_s)
+        for name, key in STEP_GAUGES.items():
+            if key in line:
+                own.set(name, line[key])
         own.set("taid_checkpoint_step", checkpoint)
-        own.add("taid_tokens", metrics.tokens)
-        own.add("taid_payload_bytes", metrics.payload_bytes)
-        own.observe("taid_step_seconds", metrics.step_s)
+        own.add("taid_tokens", line["tokens"])
+        own.add("taid_payload_bytes", line.get("payload_bytes", 0))
+        own.observe("taid_step_seconds", line["step_s"])
         for phase in PHASES:
-            own.add("taid_phase_seconds", getattr(metrics, f"{phase}_s"), phase)
+            own.add("taid_phase_seconds", line.get(f"{phase}_s", 0.0), phase)
 
-    def validation(self, cross_entropy: float, kl: float) -> None:
-        """Sets the figures of a validation, nats per token."""
+    def validation(self, cross_entropy: float, kl: float | None) -> None:
+        """Sets the figures of a validation, nats per token. kl: None without a teacher."""
         self._own.set("taid_validation_cross_entropy_nats", cross_entropy)
-        self._own.set("taid_validation_kl_nats", kl)
+        if kl is not None:
+            self._own.set("taid_validation_kl_nats", kl)
 
 
 def run_of_pool(app_name: str) -> str:

@@ -22,7 +22,8 @@ from tests.support.failures import (
     inflict,
     shown,
 )
-from tests.support.harness import GONE_S, NewRun, Run, check_same_result, small_config, wait_for_death
+from tests.support.harness import GONE_S, RESULTS, NewRun, Run, check_same_result, small_config, wait_for_death
+from tests.support.paths import BUNDLE
 from tests.support.waiting import wait_until
 
 SEED = 4
@@ -53,8 +54,34 @@ def test_a_controller_killed_and_a_driver_stopped(
     hurt_one_after_another(run, baseline, [(KILLED_CONTROLLER, ()), (STOPPED_DRIVER, at_last)], capsys)
 
 
+@pytest.mark.more
+@pytest.mark.timeout(900)
+def test_a_run_without_a_teacher(new_run: NewRun, capsys: pytest.CaptureFixture[str]) -> None:
+    """It comes back from its failures as any other; and a teacher that validations alone ask changes nothing of it."""
+    student = {"init": "pretrained", "layers": None, "model": str(BUNDLE / "stories260k")}
+    changes = {"student": student, "loss": {"name": "sft"}}
+    teacher = {"mode": "local", "replicas": 1}
+    evaluated = new_run(small_config("sft-evaluated", **changes, teacher=teacher))
+    evaluated.start()
+    evaluated.wait_for_end()
+    run = new_run(small_config("sft-alone", **changes, teacher=None))
+    run.start()
+    inflict_all = [(KILLED_RANK, ()), (KILLED_SCHEDULER, ()), (KILLED_DRIVER, ())]
+    hurt_one_after_another(run, evaluated, inflict_all, capsys, ("tokens", "steps"))
+    validations = [run.summary["validations"], evaluated.summary["validations"]]
+    alone, compared = ([line["cross_entropy"] for line in lines] for lines in validations)
+    assert alone == compared and len(alone) == 6
+    assert all("kl" in line for line in validations[1]) and not any("kl" in line for line in validations[0])
+    asked = evaluated.summary["teacher_tokens"]
+    assert "teacher" not in run.summary and "teacher_tokens" not in run.summary and 0 < asked < 5 * 2 * 96
+
+
 def hurt_one_after_another(
-    run: Run, baseline: Run, failures: list[tuple[Failure, tuple[str, ...]]], capsys: pytest.CaptureFixture[str]
+    run: Run,
+    baseline: Run,
+    failures: list[tuple[Failure, tuple[str, ...]]],
+    capsys: pytest.CaptureFixture[str],
+    compared: tuple[str, ...] = RESULTS,
 ) -> None:
     """Lets one failure happen in every EVERY steps, each with the overrides for a driver that is started again."""
     rng = Random(SEED)
@@ -68,7 +95,7 @@ def hurt_one_after_another(
     run.check_nothing_left()
     with capsys.disabled():
         print(f"\n{shown(recoveries)}")
-    check_same_result(run, baseline)
+    check_same_result(run, baseline, compared)
     ended_attempts = sum(failure.ends != "nothing" for failure, _ in failures)
     assert run.attempts - 1 >= ended_attempts and run.summary["restarts"] == run.attempts - 1
 

@@ -31,8 +31,10 @@ STEPS = 6
 # replicas, shards, payload
 POOLS = {"1x1": (1, 1, "hidden"), "2x1": (2, 1, "hidden"), "1x2": (1, 2, "hidden"), "logits": (1, 1, "logits")}
 Layout = tuple[str, int, int, str]
-"""Pool, or `local` for a teacher in the workers; ZeRO stage; micro-batch size; order of the data, or `mixture` for two sources
-in the global order."""
+"""Pool, `local` for a teacher in the workers, or one of SFT; ZeRO stage; micro-batch size; order of the data, or `mixture` for
+two sources in the global order."""
+SFT = ("none", "validated")
+"""The loss sft without a teacher, and with a local one that validations alone ask."""
 # By number of workers. 5 rows per step: on 2 workers the split is uneven, and with micro-batches of 1 the smaller share
 # leaves a worker an empty micro-batch.
 LAYOUTS: dict[int, list[Layout]] = {
@@ -43,6 +45,8 @@ LAYOUTS: dict[int, list[Layout]] = {
         ("1x2", 1, 5, "blocks"),
         ("logits", 2, 2, "global"),
         ("local", 1, 2, "mixture"),
+        ("none", 0, 2, "blocks"),
+        ("validated", 2, 5, "global"),
     ],
     2: [
         ("local", 0, 3, "global"),
@@ -51,10 +55,13 @@ LAYOUTS: dict[int, list[Layout]] = {
         ("logits", 2, 3, "global"),
         ("1x1", 3, 3, "blocks"),
         ("1x1", 0, 1, "mixture"),
+        ("none", 3, 1, "mixture"),
     ],
 }
 ORDERS = ("global", "blocks", "mixture")
-ALL_LAYOUTS = {workers: list(product(["local", *POOLS], [0, 1, 2, 3], [1, 2, 5], ORDERS)) for workers in (1, 2, 3)}
+ALL_LAYOUTS = {
+    workers: list(product(["local", *POOLS, *SFT], [0, 1, 2, 3], [1, 2, 5], ORDERS)) for workers in (1, 2, 3)
+}
 
 
 def config_for(layout: Layout, workers: int, out: str) -> DistillConfig:
@@ -65,53 +72,69 @@ def config_for(layout: Layout, workers: int, out: str) -> DistillConfig:
         {"path": stories["valid"], "name": "few", "weight": 1},
     ]
     replicas, shards, payload = POOLS.get(pool, (1, 1, "hidden"))
-    return build_config(
-        {
-            "out": out,
-            "teacher": {
-                "model": str(BUNDLE / "stories260k"),
-                "dtype": "float32",
-                "mode": "local" if pool == "local" else "pool",
-                "replicas": replicas,
-                "shards": shards,
-                "payload": payload,
-                "timeout_s": 120,
-                "max_tokens": 192,  # two rows of 96: requests of more rows are split
-            },
-            "student": {
-                "init": "cut",
-                "layers": [0, 4],
-                "dtype": "float32",
-                "workers": workers,
-                "zero_stage": zero_stage,
-            },
-            "data": {
-                "train": mixture if order == "mixture" else stories["train"],
-                "valid": None if order == "mixture" else stories["valid"],
-                "valid_documents": 3,
-                "sequence_length": 96,
-                "block_documents": 16,
-                "order": "blocks" if order == "blocks" else "global",
-            },
-            # alpha far above the default, so that the adaptive rule and not the floor moves t
-            "schedule": {"alpha": 1.0, "beta": 0.5},
-            "loss": {"memory_mib": 1},
-            "train": {
-                "steps": STEPS,
-                "batch_size": 5,
-                "micro_batch_size": micro_batch_size,
-                "learning_rate": 1e-3,
-                "warmup_steps": 2,
-                "max_grad_norm": 0.8,
-            },
+    tree = {
+        "out": out,
+        "teacher": {
+            "model": str(BUNDLE / "stories260k"),
+            "dtype": "float32",
+            "mode": "pool" if pool in POOLS else "local",
+            "replicas": replicas,
+            "shards": shards,
+            "payload": payload,
+            "timeout_s": 120,
+            "max_tokens": 192,  # two rows of 96: requests of more rows are split
+        },
+        "student": {
+            "init": "cut",
+            "layers": [0, 4],
+            "dtype": "float32",
+            "workers": workers,
+            "zero_stage": zero_stage,
+        },
+        "data": {
+            "train": mixture if order == "mixture" else stories["train"],
+            "valid": None if order == "mixture" else stories["valid"],
+            "valid_documents": 3,
+            "sequence_length": 96,
+            "block_documents": 16,
+            "order": "blocks" if order == "blocks" else "global",
+        },
+        # alpha far above the default, so that the adaptive rule and not the floor moves t
+        "schedule": {"alpha": 1.0, "beta": 0.5},
+        "loss": {"memory_mib": 1},
+        "train": {
+            "steps": STEPS,
+            "batch_size": 5,
+            "micro_batch_size": micro_batch_size,
+            "learning_rate": 1e-3,
+            "warmup_steps": 2,
+            "max_grad_norm": 0.8,
+        },
+    }
+    if pool in SFT:
+        student = {
+            "init": "scratch",
+            "layers": None,
+            "model": str(BUNDLE / "stories260k"),
+            "architecture": {"num_hidden_layers": 2},
         }
-    )
+        tree |= {"student": tree["student"] | student, "loss": {"name": "sft", "memory_mib": 1}}
+    if pool == "none":
+        tree["teacher"] = None
+    return build_config(tree)
 
 
 @pytest.fixture(scope="module")
 def references() -> dict[str, list[dict[str, float]]]:
-    """The plain run in each order of the data."""
-    return {order: reference_run(config_for(("local", 0, 5, order), 1, "unused")) for order in ORDERS}
+    """The plain run by loss and order of the data."""
+    kinds = product({"taid": "local", "sft": "none"}.items(), ORDERS)
+    return {
+        f"{loss} {order}": reference_run(config_for((pool, 0, 5, order), 1, "unused")) for (loss, pool), order in kinds
+    }
+
+
+def reference_of(layout: Layout) -> str:
+    return f"{'sft' if layout[0] in SFT else 'taid'} {layout[3]}"
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +188,7 @@ def run_dirs(
         write_config(config)
         spec = prepare(config)
         name = f"scheduler-{workers}-{label}"
-        schedulers.append(SchedulerOwner(name, config.schedule, spec.total_steps, workers))
+        schedulers.append(SchedulerOwner(name, config.effective_schedule, spec.total_steps, workers))
         schedulers[-1].set_pool(None)
         jobs.append(
             WorkerSpec(
@@ -201,8 +224,9 @@ def test_every_layout_follows_the_reference(
 ) -> None:
     for layout, lines in runs.items():
         assert [line["step"] for line in lines] == list(range(1, STEPS + 1)), layout
-        for line, expected in zip(lines, references[layout[3]], strict=True):
-            for key in ("t", "loss", "kl"):
+        for line, expected in zip(lines, references[reference_of(layout)], strict=True):
+            assert ("kl" in line) == ("t" in line) == ("kl" in expected)
+            for key in {"t", "loss", "kl"} & expected.keys():
                 assert line[key] == pytest.approx(expected[key], rel=0, abs=1e-5), (layout, line["step"], key)
             assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4), (layout, line["step"])
             assert line["tokens"] == expected["tokens"], layout
@@ -236,7 +260,7 @@ def test_sources_are_validated_apart(run_dirs: dict[Layout, Path]) -> None:
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_reference_is_worth_following(order: str, references: dict[str, list[dict[str, float]]]) -> None:
     """The setting exercises what the comparison is about: t moves off its floor, gradients are clipped, ragged counts."""
-    reference = references[order]
+    reference = references[f"taid {order}"]
     floor = [0.4 + 0.6 * n / STEPS for n in range(STEPS)]
     assert all(step["t"] > floor[i] + 1e-3 for i, step in enumerate(reference) if i >= 2)
     assert any(step["grad_norm"] > 0.8 for step in reference)

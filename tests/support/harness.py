@@ -40,8 +40,8 @@ SHARED = ("ServeController", "_AutoscalingCoordinatorActor")
 Tree = dict[str, Any]
 
 
-def small_config(name: str, **changes: Tree) -> Tree:
-    """Seconds of training, whose t moves with every loss. changes: values of whole sections, laid over these."""
+def small_config(name: str, **changes: Tree | None) -> Tree:
+    """Seconds of training, whose t moves with every loss. changes: values of whole sections, laid over these; None for null."""
     tree: Tree = {
         "name": name,
         "device": "cpu",
@@ -74,7 +74,7 @@ def small_config(name: str, **changes: Tree) -> Tree:
         "checkpoint": {"every_steps": 4},
     }
     for section, values in changes.items():
-        tree[section] = tree[section] | values
+        tree[section] = None if values is None else tree.get(section, {}) | values
     return tree
 
 
@@ -293,13 +293,17 @@ NewRun = Callable[[Tree], Run]
 """The fixture `new_run`: makes runs, and ends those that a failed test leaves behind."""
 
 
-def check_same_result(run: Run, baseline: Run) -> None:
-    """Every step once, with the same figures; the same weights and validations, bit for bit."""
+RESULTS = ("before", "after", "validations", "tokens", "steps")
+
+
+def check_same_result(run: Run, baseline: Run, compared: tuple[str, ...] = RESULTS) -> None:
+    """Every step once, with the same figures; the same weights and validations, bit for bit. compared: keys of the summary."""
     lines, expected = run.lines(), baseline.lines()
     assert [line["step"] for line in lines] == list(range(1, len(expected) + 1))
     for line, other in zip(lines, expected, strict=True):
-        assert {key: line[key] for key in SAME} == {key: other[key] for key in SAME}, f"step {line['step']} differs"
-    for key in ("before", "after", "validations", "tokens", "steps"):
+        same = [key for key in SAME if key in other]
+        assert {key: line.get(key) for key in same} == {key: other[key] for key in same}, f"step {line['step']} differs"
+    for key in compared:
         assert run.summary[key] == baseline.summary[key], f"{key} differs"
     weights = [(each.dir / "model" / "model.safetensors").read_bytes() for each in (run, baseline)]
     assert weights[0] == weights[1], "the weights differ"

@@ -31,14 +31,16 @@ def global_batches(config: DistillConfig) -> Iterator[list[Row]]:
 
 
 def reference_run(config: DistillConfig) -> list[dict[str, Any]]:
-    """Per optimizer step: t, loss (cross-entropy form), kl, grad_norm, tokens; `sources` has loss, kl and tokens of each source.
+    """Per optimizer step: loss (cross-entropy form), grad_norm, tokens, and but for sft t and kl; `sources` has loss, kl and
+    tokens of each source.
 
-    TAID with the adaptive schedule only.
+    TAID with the adaptive schedule, and sft, only.
     """
-    assert config.loss.name == "taid" and config.schedule.mode == "adaptive" and config.train.steps
+    sft = config.loss.name == "sft"
+    assert (sft or config.loss.name == "taid") and config.schedule.mode == "adaptive" and config.train.steps
     train, schedule = config.train, config.schedule
     student = build_student(config, None).train()
-    teacher = load_causal_lm(config.teacher, dtype="float32")
+    teacher = None if sft else load_causal_lm(config.given_teacher, dtype="float32")
     decayed = [p for p in student.parameters() if p.dim() >= 2]
     others = [p for p in student.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW(
@@ -59,13 +61,17 @@ def reference_run(config: DistillConfig) -> list[dict[str, Any]]:
             inputs = {name: torch.tensor(getattr(row, name)[None]) for name in ("input_ids", "position_ids")}
             chosen = torch.tensor(row.targets) != NO_LABEL
             student_logits = student(**inputs, use_cache=False).logits[0, chosen]
-            with torch.no_grad():
-                teacher_logits = teacher(**inputs, use_cache=False).logits[0, chosen]
-            target = torch.softmax((1 - t) * student_logits.detach() + t * teacher_logits, -1)
+            if teacher is None:
+                labels = torch.tensor(row.targets)[chosen]
+                target = torch.nn.functional.one_hot(labels, student_logits.shape[-1]).double()
+            else:
+                with torch.no_grad():
+                    teacher_logits = teacher(**inputs, use_cache=False).logits[0, chosen]
+                target = torch.softmax((1 - t) * student_logits.detach() + t * teacher_logits, -1)
             loss = -(target * torch.log_softmax(student_logits, -1)).sum()
             (loss / tokens).backward()
             cross_entropy = cross_entropy + loss.detach().double()
-            own_entropy = -(target * target.log()).sum().double()
+            own_entropy = -torch.xlogy(target, target).sum().double()
             entropy = entropy + own_entropy
             part = parts[row.source]
             parts[row.source] = [
@@ -85,16 +91,8 @@ def reference_run(config: DistillConfig) -> list[dict[str, Any]]:
             {"loss": whole / max(own, 1), "kl": (whole - least) / max(own, 1), "tokens": own}
             for whole, least, own in parts
         ]
-        history.append(
-            {
-                "t": t,
-                "loss": j,
-                "kl": j - float(entropy) / tokens,
-                "grad_norm": float(norm),
-                "tokens": tokens,
-                "sources": sources,
-            }
-        )
+        compared = {} if sft else {"t": t, "kl": j - float(entropy) / tokens}
+        history.append(compared | {"loss": j, "grad_norm": float(norm), "tokens": tokens, "sources": sources})
         if previous is not None:
             momentum = schedule.beta * momentum + (1 - schedule.beta) * (previous - j) / (previous + 1e-15)
             step = schedule.alpha / (1 + math.exp(-momentum)) * (1 - t)

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from taid_ray.config.schema import build_config
+from taid_ray.run.metrics import OF_TEACHER
 from taid_ray.scheduler.schedule import TAIDSchedule
 
 STEPS = 40
@@ -50,6 +51,22 @@ def metric_lines(tree: dict[str, Any], steps: int, total: int) -> list[dict[str,
         )  # fmt: skip
         rule.update(kl + 1.5)
     return lines
+
+
+def without_teacher(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of metrics or validations as a run with the loss sft and no teacher writes it."""
+    return {key: value for key, value in line.items() if key not in (*OF_TEACHER, "teacher_cross_entropy")}
+
+
+def write_run_without_teacher(run: Path, steps: int = STEPS) -> Path:
+    write_run(run, steps, teacher=None, student={"model": "org/student"}, loss={"name": "sft"})
+    write_lines(run / "metrics.jsonl", [without_teacher(line) for line in metric_lines(TREE, steps, STEPS)])
+    write_lines(run / "validation.jsonl", [without_teacher(line) for line in validation_lines(steps)])
+    summary = {key: value for key, value in SUMMARY.items() if key not in ("teacher", "t")}
+    for key in ("before", "after"):
+        summary[key] = without_teacher(summary[key])
+    (run / "summary.json").write_text(json.dumps(summary))
+    return run
 
 
 def validation_lines(steps: int) -> list[dict[str, Any]]:

@@ -59,7 +59,7 @@ class OfflineTeacher:
 
     def __init__(self, config: DistillConfig, num_shared: int, outputs: str = ""):
         """outputs: with mode file, the fingerprint of teacher.outputs. Raises ConfigError as `find_record` and `file_record`."""
-        self._mode = config.teacher.mode
+        self._mode = config.given_teacher.mode
         self._directory, self._record = file_record(config, outputs) if outputs else find_record(config, num_shared)
 
     def submit(self, batch: Batch) -> NoReturn:
@@ -99,7 +99,7 @@ class OfflineTeacher:
 
 def save_record(config: DistillConfig, teacher: TeacherClient, payload_error: float) -> None:
     """Writes the teacher's record and head into the cache, for later runs without it."""
-    info = teacher.info()
+    info, section = teacher.info(), config.given_teacher
     directory = teachers_directory(str(config.cache.directory)) / info.fingerprint
     directory.mkdir(parents=True, exist_ok=True)
     if needs_head(info.payload):
@@ -112,9 +112,9 @@ def save_record(config: DistillConfig, teacher: TeacherClient, payload_error: fl
     record = TeacherRecord(
         info=info,
         settings=_settings(config, info.num_shared),
-        model=config.teacher.model,
-        revision=config.teacher.revision,
-        weights=weight_files(config.teacher),
+        model=section.model,
+        revision=section.revision,
+        weights=weight_files(section),
         payload_error=payload_error,
         at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
@@ -148,24 +148,24 @@ def find_record(config: DistillConfig, num_shared: int) -> tuple[Path, TeacherRe
 
     Raises ConfigError if there is none, or if the teacher's weights on this machine are not those of the record.
     """
-    directory = str(config.cache.directory)
+    directory, teacher = str(config.cache.directory), config.given_teacher
     settings = _settings(config, num_shared)
     known = [entry for entry in all_records(directory) if entry[1].settings == settings]
-    weights = weight_files(config.teacher)
+    weights = weight_files(teacher)
     if weights:
         fitting = [entry for entry in known if entry[1].weights == weights]
         if known and not fitting:
             raise ConfigError(
-                f"teacher.mode: cache: the weights of teacher.model = {config.teacher.model} are others than those whose "
+                f"teacher.mode: cache: the weights of teacher.model = {teacher.model} are others than those whose "
                 f"outputs cache.directory = {directory} holds (since {known[0][1].at}); {WARM}, or name the old model"
             )
         known = fitting
     else:  # two finetuned versions of one model differ in nothing but their names
-        named = [entry for entry in known if (entry[1].model, entry[1].revision) == _name(config.teacher)]
+        named = [entry for entry in known if (entry[1].model, entry[1].revision) == _name(teacher)]
         known = named or (known if len({entry[1].info.fingerprint for entry in known}) == 1 else [])
     if not known:
         raise ConfigError(
-            f"teacher.mode: cache: cache.directory = {directory} holds no outputs of teacher.model = {config.teacher.model} "
+            f"teacher.mode: cache: cache.directory = {directory} holds no outputs of teacher.model = {teacher.model} "
             f"with these teacher settings; {WARM}"
         )
     return known[0]
@@ -224,7 +224,7 @@ def _name(config: TeacherConfig) -> tuple[str, str | None]:
 
 def _settings(config: DistillConfig, num_shared: int) -> str:
     """SHA-256 of everything but the weights that the teacher's outputs depend on."""
-    teacher = config.teacher
+    teacher = config.given_teacher
     model = load_model_config(teacher).to_dict()
     known = {key: value for key, value in model.items() if key not in ("_name_or_path", "transformers_version")}
     topk = teacher.topk if teacher.payload == "topk" else None

@@ -117,4 +117,4 @@ class OutputsFile:
 
 def outputs_file(config: DistillConfig, num_shared: int) -> OutputsFile:
     """Opens the file of a run with teacher.mode: file. Raises DataError. num_shared: ids that teacher and student share."""
-    return OutputsFile(str(config.teacher.outputs), config.teacher.topk, num_shared)
+    return OutputsFile(str(config.given_teacher.outputs), config.given_teacher.topk, num_shared)

@@ -59,7 +59,9 @@ EXPECTED: dict[Mark, str] = {
 def keys() -> set[str]:
     """Every key that holds a value, without those of the items of lists; of a range the range itself."""
     return {
-        key for key in known_keys() if key.rpartition(".")[2] not in RANGES and key != "student.lora" and "[" not in key
+        key
+        for key in known_keys()
+        if key.rpartition(".")[2] not in RANGES and key not in ("student.lora", "teacher") and "[" not in key
     }
 
 

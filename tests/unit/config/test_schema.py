@@ -29,6 +29,7 @@ MINIMAL: dict[str, Any] = {
     "data": {"train": "corpus.jsonl"},
     "train": {"steps": 10},
 }
+SFT: dict[str, Any] = {"teacher": None, "loss__name": "sft"}
 CUT: dict[str, Any] = {"init": "cut", "layers": [0]}
 
 
@@ -168,6 +169,17 @@ def test_a_loss_has_what_is_given_and_its_own_temperature() -> None:
     assert (loss.fixed_temperature, loss.squares_temperature) == (2.0, False)
     loss = build_config(tree_with()).loss
     assert (loss.settings, loss.fixed_temperature, loss.squares_temperature, loss.shown) == ({}, 1.0, False, "taid")
+
+
+def test_a_run_without_a_teacher(minimal_file: Path) -> None:
+    config = load_config(minimal_file, ["teacher=null", "loss.name=sft"])
+    assert config.teacher is None and not config.has_pool and not config.learns_from_teacher
+    assert config.effective_schedule.mode == "constant" and config.peer_timeout_s == config.student.timeout_s
+    assert build_config(config.model_dump(mode="json")) == config
+    again = build_config(config.model_dump(mode="json"), ["teacher.model=big", "loss.name=taid"])
+    assert again.given_teacher.model == "big" and again.has_pool and again.learns_from_teacher
+    evaluated = build_config(tree_with(loss__name="sft"))
+    assert evaluated.has_pool and not evaluated.learns_from_teacher
 
 
 def test_overrides_are_typed_and_nested(minimal_file: Path) -> None:
@@ -459,6 +471,17 @@ def test_every_problem_is_reported_at_once() -> None:
             {"teacher__mode": "cache"},
             ["teacher.mode: cache", "taid-ray cache warm", "cache.directory", "teacher.mode: pool"],
         ),
+        ({"teacher": None}, ["teacher: null", "loss.name: taid", "set loss.name: sft", "give teacher.model"]),
+        (SFT | {"student": CUT}, ["teacher: null", "student.init: cut", "student.model"]),
+        (SFT | {"student": {"init": "scratch"}}, ["teacher: null", "student.init: scratch", "set student.model"]),
+        (SFT | {"student__resize_to_teacher": True}, ["teacher: null", "student.resize_to_teacher", "remove it"]),
+        (SFT | {"cache__directory": "c"}, ["teacher: null", "cache.directory", "remove it"]),
+        (
+            SFT | {"checkpoint__best": "kl", "train__eval_every": 5},
+            ["teacher: null", "checkpoint.best: kl", "cross_entropy"],
+        ),
+        ({"loss": {"name": "sft", "sft_weight": 0.5}}, ["loss.sft_weight", "loss.name: sft", "0.5"]),
+        ({"loss": {"name": "sft", "weight": 0.5}}, ["loss.weight", "found loss.name: sft"]),
         ({"teacher__mode": "local", "teacher__shards": 3}, ["teacher.mode", "local", "shards: 3", "pool"]),
         ({"teacher__outputs": "o.parquet"}, ["teacher.outputs", "teacher.mode: file", "found teacher.mode: pool"]),
         ({"teacher__mode": "file"}, ["teacher.mode: file", "teacher.outputs", "not set"]),

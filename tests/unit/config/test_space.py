@@ -340,6 +340,14 @@ def test_early_stopping_needs_validations() -> None:
     assert "train.eval_every" in refused(keys, base(eval_every=STEPS), scheduler="median")
 
 
+def test_trials_without_a_teacher_are_compared_by_their_cross_entropy() -> None:
+    tree = base() | {"teacher": None, "student": {"model": "small"}, "loss": {"name": "sft"}}
+    space = {"space": {"train.learning_rate": {"loguniform": [1e-4, 1e-3]}}}
+    with pytest.raises(ConfigError, match=r"metric: kl .* teacher is null; set metric: cross_entropy"):
+        Space.model_validate(space).check(tree, 10)
+    Space.model_validate(space | {"metric": "cross_entropy"}).check(tree, 10)
+
+
 def test_a_base_that_is_wrong_itself_is_refused() -> None:
     assert "train.steps" in refused({"schedule.beta": {"choice": [0.9]}}, base(steps=0))
 

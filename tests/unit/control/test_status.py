@@ -34,6 +34,7 @@ from taid_ray.run.layout import (
     VALIDATION_FILE,
 )
 from taid_ray.run.live import SILENT_S, live_pool
+from taid_ray.run.metrics import OF_TEACHER
 from tests.support.journal import WITHIN_S
 from tests.support.run_files import ELSEWHERE, HERE, NOBODY, ended, line, run_dir, search_dir
 
@@ -406,3 +407,18 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         "Ray job taid-job",
     ):
         assert part in shown
+
+
+def test_a_run_without_a_teacher_has_no_figures_of_one(tmp_path: Path) -> None:
+    from taid_ray.cli.control import rows
+
+    run = run_dir(tmp_path / "run", steps=4, live=ELSEWHERE)
+    without = [{key: value for key, value in line(step).items() if key not in OF_TEACHER} for step in range(1, 5)]
+    (run / METRICS_FILE).write_text("".join(json.dumps(each) + "\n" for each in without))
+    (run / VALIDATION_FILE).write_text('{"step": 0, "cross_entropy": 3.0, "tokens": 9}\n')
+    found = read_status(run)
+    assert (found.t, found.kl, found.teacher_wait_share) == (None, None, None) and found.loss is not None
+    shown = dict(rows(found, None))
+    assert shown["figures"] == "loss 2.9600 (nats per token)"
+    assert shown["speed"] == "500 tokens/s, 1 s a step"
+    assert shown["validation"] == "cross-entropy 3.0000 after step 0"

@@ -17,6 +17,7 @@ from taid_ray.config.schema import DistillConfig, build_config
 from taid_ray.data.batch import Batch, collate
 from taid_ray.data.dataset import TrainingData, validation_rows
 from taid_ray.driver import cache_fill
+from taid_ray.driver.cache_export import export_cache
 from taid_ray.driver.preflight import prepare
 from taid_ray.errors import ConfigError, TaidRayError, TeacherError
 from taid_ray.models.pair import model_configs, run_tokenizer, shared_vocabulary
@@ -96,6 +97,13 @@ def test_a_filled_cache_answers_as_the_teacher(data: Path, filled: Path) -> None
         torch.testing.assert_close(cached.collect(cached.submit(batch)).tensors["hidden"], expected, rtol=0, atol=2e-5)
     assert cached.tokens == 0
     cached.close()
+
+
+@pytest.mark.parametrize("command", [cache_fill.fill_cache, lambda alone: export_cache(alone, Path("o.parquet"))])
+def test_without_a_teacher_there_is_nothing_to_keep(command: Any, data: Path, tmp_path: Path) -> None:
+    changes = {"student__model": str(BUNDLE / "stories260k"), "loss__name": "sft", "cache__directory": None}
+    with pytest.raises(ConfigError, match=r"^teacher is null, .* teacher\.model$"):
+        command(config(data, tmp_path, teacher=None, **changes))
 
 
 def test_filling_again_computes_nothing_but_what_is_damaged(data: Path, copy: Path) -> None:

@@ -205,6 +205,29 @@ def test_cross_entropy_on_labels(name: str, sft_weight: float) -> None:
     assert_same(case, case.chunked(name), case.plain(name))
 
 
+@pytest.mark.parametrize("variant", [{}, {"bias": True, "transforms": (SOFTCAP, PLAIN)}, {"dtype": torch.float64}])
+def test_sft_is_the_cross_entropy_and_needs_no_teacher(variant: dict[str, Any]) -> None:
+    case = Case(**variant)
+    plain, labels = losses.sft(case.logits()[0], case.labels).sum(), case.labels
+    objective = Objective("sft", torch.ones(()))
+    loss, parts = chunked_loss(objective, case.student, None, labels, chunk_tokens=5)
+    assert_same(case, loss, plain)
+    assert parts.kl == parts.sft and parts.entropy == 0
+    assert parts.sft.item() == pytest.approx(plain.item(), rel=1e-6)
+    scores = chunked_scores(case.student, None, labels, chunk_tokens=5)
+    assert scores.student_ce.item() == pytest.approx(plain.item(), rel=1e-6)
+    assert scores.teacher_ce is None and scores.kl is None
+
+
+def test_sft_and_a_teacher_exclude_each_other() -> None:
+    case = Case()
+    for name, teacher in (("sft", case.teacher), ("taid", None)):
+        with pytest.raises(ValueError, match=f"found {name}"):
+            chunked_loss(Objective(name, torch.ones(())), case.student, teacher, case.labels, chunk_tokens=5)
+    with pytest.raises(ValueError, match="labels, and there are none"):
+        chunked_loss(Objective("sft", torch.ones(())), case.student, None, chunk_tokens=5)
+
+
 def test_a_setting_reaches_the_divergence() -> None:
     case = Case(settings={"weight": 0.6})
     assert_same(case, case.chunked("js"), case.plain("js"))

@@ -26,6 +26,26 @@ def row(*ids: int) -> Row:
     return Row(list(ids), list(range(len(ids))), [NO_LABEL] * len(ids))
 
 
+def test_without_a_teacher_all_rows_of_the_student_count(tmp_path: Path) -> None:
+    """Also those that no token has, which it must learn to give nothing to."""
+    from taid_ray.models.pair import shared_vocabulary, student_model_config
+
+    tree = {
+        "teacher": None,
+        "student": {
+            "init": "scratch",
+            "model": str(BUNDLE / "stories260k"),
+            "architecture": {"vocab_size": 520},
+        },
+        "data": {"train": str(BUNDLE / "tinystories_train.jsonl")},
+        "loss": {"name": "sft"},
+        "train": {"steps": 1},
+    }
+    config = build_config(tree)
+    found = shared_vocabulary(config, None, student_model_config(config))
+    assert (found.num_shared, found.student_rows, found.unshared_ids) == (520, 520, ())
+
+
 def test_padded_embeddings_of_different_sizes_share_the_real_ids() -> None:
     tokens = {f"token {i}": i for i in range(151_665)}
     found = align(tokens, dict(tokens), 152_064, 151_936, resize_to_teacher=False)

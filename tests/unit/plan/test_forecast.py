@@ -51,6 +51,29 @@ def shown(found: Forecast) -> str:
     return console.export_text()
 
 
+def test_a_run_without_a_teacher_is_planned_without_one() -> None:
+    changes = ["loss.name=sft", "student.init=pretrained", "student.layers=null"]
+    student = f"student.model={quickstart().given_teacher.model}"
+    alone, evaluated = (planned(quickstart(*changes, student, *more)) for more in (["teacher=null"], []))
+    text, figures = shown(alone), alone.as_dict()
+    assert (
+        "replicas that hide" not in text and "teacher.payload" not in text and "the student is the bottleneck" in text
+    )
+    assert (figures["mode"], figures["payload"], figures["object_store_bytes"]) == ("none", None, 0.0)
+    assert "teacher" not in [name for name in figures if name == "teacher"] and alone.rates.teacher_s == 0.0
+    assert alone.configured.parts["teacher head"] == alone.configured.parts["prefetch window"] == 0.0
+    assert alone.processors == 1 and [point.replicas for point in alone.scaling] == [0, 0]
+    # A teacher for validations costs its process and its head, and no time of the steps.
+    assert (
+        evaluated.processors == 2
+        and len(evaluated.shard_memory) > 0
+        and "asked in validations only" in shown(evaluated)
+    )
+    assert evaluated.configured.parts["teacher head"] > 0
+    assert evaluated.times == alone.times and evaluated.as_dict()["wire_bytes_per_s"] == 0.0
+    assert planned(quickstart(*changes[1:], student)).times.loss_s > alone.times.loss_s
+
+
 @pytest.fixture(scope="module")
 def swallow() -> Models:
     """Shapes of Qwen2.5-32B and 1.5B, as their configs on the hub say, cut to an eighth of their layers."""

@@ -57,6 +57,27 @@ def test_card_names_teacher_data_schedule_and_results(tmp_path: Path) -> None:
     assert text.startswith("---\n") and "tags: [distillation, taid]" in text.split("---")[1]
 
 
+def test_card_of_a_run_without_a_teacher(tmp_path: Path) -> None:
+    figures = {"cross_entropy": 2.25, "parameters": 136_512}
+    summary = {"steps": 250, "tokens": 1_023_750, "before": figures | {"cross_entropy": 6.5523}, "after": figures}
+    alone = config(tmp_path, teacher=None, student={"model": "org/student"}, loss={"name": "sft"})
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    write_model_card(tmp_path / "run", alone, summary)
+    text = (tmp_path / "run" / "model" / "README.md").read_text(encoding="utf-8")
+    for expected in (
+        "tags: [sft]",
+        "supervised fine-tuning",
+        "| teacher | none |",
+        "| loss | cross-entropy on the labels |",
+        "|  | cross-entropy | perplexity | parameters |",
+        "| student after | 2.2500 | 9.49 | 136,512 |",
+        "The licences of the student it started from and of the data apply.",
+    ):
+        assert expected in text, (expected, text)
+    assert "KL" not in text and "distil" not in text
+    assert [row[0] for row in result_rows(summary)] == ["student before", "student after"]
+
+
 def test_card_has_no_local_path(tmp_path: Path) -> None:
     """Neither of what exists nor of what existed only on the machine of the run."""
     (tmp_path / "big-teacher").mkdir()

@@ -27,6 +27,7 @@ from tests.support.report_files import (
     metric_lines,
     write_lines,
     write_run,
+    write_run_without_teacher,
 )
 
 
@@ -189,6 +190,23 @@ def test_pictures_show_the_figures(tmp_path: Path) -> None:
     tops = {patch.get_label(): patch.get_data().values[0] for patch in axes.patches}  # type: ignore[attr-defined]
     assert tops["forward"] == pytest.approx(0.4) and tops["wait for the teacher"] == pytest.approx(1.9)
     assert tops["other"] == pytest.approx(2.0)
+
+
+def test_a_run_without_a_teacher_shows_no_figure_of_one(tmp_path: Path) -> None:
+    run = write_run_without_teacher(tmp_path / "run")
+    (note,) = [note for note in write_run_report(run) if "loss" in note]
+    assert note == "The loss is sft, cross-entropy on the data's own tokens, which learns from no teacher."
+    history = read_history(run)
+    names = {name for name, _ in key_figures(history)}
+    assert dict(key_figures(history))["teacher"] == "none" and "wait for the teacher" not in names
+    assert [row[0] for row in validation_rows(history)] == [
+        "student, first", "student, lowest cross-entropy", "student, last"
+    ]  # fmt: skip
+    labels = {label for draw in (loss_curves, throughput) for label in drawn(draw(history))}
+    assert labels == {"cross-entropy", "cross-entropy of the student", "throughput"}
+    assert not any("teacher" in name for name, *_ in time_rows(history))
+    text = re.sub(r'<details>.*?</details>|src=".*?"', "", (run / "report.html").read_text(), flags=re.S)
+    assert "KL" not in text and not (run / "report" / "t.png").exists()
 
 
 def test_a_slow_step_does_not_flatten_the_others(tmp_path: Path) -> None:

@@ -223,3 +223,15 @@ def test_read_ahead_raises_an_error_in_its_place() -> None:
     assert next(items) == 2
     with pytest.raises(ValueError, match="bad row"):
         next(items)
+
+
+def test_without_a_teacher_batches_pass_through() -> None:
+    """In order, each when it is collected, and nobody is asked."""
+    steps = list(step_batches(global_batches(3, 4), World(), 2))
+    stream = Prefetcher(iter(steps), None, 1, 0, PhaseClock(torch.device("cpu")))
+    found = []
+    for step in steps:
+        assert stream.next_step() is step
+        found += [stream.collect() for _ in step.batches]
+    assert [numbers(batch) for batch, _ in found] == [[n, n + 1] for n in range(1, 12, 2)]
+    assert all(output is None for _, output in found)

@@ -98,3 +98,11 @@ def test_a_rank_without_rows_takes_part() -> None:
     shares = [once(held_out(Teacher(), 3, World(rank, 4))) for rank in range(4)]
     assert [len(share) for share in shares] == [1] * 4
     assert [tokens for share in shares for tokens, _ in share] == [0, 1, 2, 3]
+
+
+def test_without_a_teacher_there_are_batches_only() -> None:
+    found = held_out(None)
+    assert not found.has_teacher
+    assert [(batch.num_loss_tokens, output) for batch, output in found] == [
+        (n, None) for n, _ in once(held_out(Teacher()))
+    ]
