@@ -43,7 +43,7 @@ def config_in(directory: Path, **data: str) -> DistillConfig:
 
 
 def prepare(config: DistillConfig, said: list[str], cpus: float = 1.0) -> Path:
-    return Path(prepare_data(config, SHARED, Preparation(said.append, lambda _: None, None, cpus)).index)
+    return Path(prepare_data(config, SHARED, Preparation(said.append, lambda _: None, None, cpus)).sources[0].index)
 
 
 def content(index: Path) -> dict[str, bytes]:
@@ -53,7 +53,7 @@ def content(index: Path) -> dict[str, bytes]:
 
 def expected(config: DistillConfig) -> dict[str, bytes]:
     """The files of this data set when one process makes them, one after another."""
-    index = Path(prepare_here(config).index)
+    index = Path(prepare_here(config).sources[0].index)
     names = {path.name.partition(".")[0] for path in index.parent.iterdir()}
     assert len(names) >= PARTS
     return content(index)
