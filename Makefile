@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BENCH_STAMP := $(VENV)/.installed-bench
 DOCS_STAMP := $(VENV)/.installed-docs
-BENCHMARKS := loss data payload overlap scheduler control_plane step scale_out tune
+BENCHMARKS := loss losses data payload overlap scheduler control_plane step scale_out tune
 LOG := $(VENV)/install.log
 
 .DEFAULT_GOAL := help

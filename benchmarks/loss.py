@@ -113,7 +113,8 @@ def liger_jsd(x: Inputs) -> Tensor:
     return loss.detach()
 
 
-VARIANTS: dict[str, Callable[[Inputs], Tensor]] = {
+Variant = Callable[[Inputs], Tensor]
+VARIANTS: dict[str, Variant] = {
     "published": published,
     "chunked": chunked,
     "chunked_jsd": chunked_jsd,
@@ -139,8 +140,9 @@ def measure(size: Size, names: list[str], targets: tuple[float, float]) -> dict[
     if needed > free:
         row["skipped"] = f"the published formula needs about {needed / 2**30:.1f} GiB, free are {free / 2**30:.1f}"
         names = [name for name in names if name != "published"]
-    row["peak_mib"] = {name: in_fresh_process(peak_bytes, size, name) / 2**20 for name in names}
-    row |= in_fresh_process(compare, size, names)
+    variants = {name: VARIANTS[name] for name in names}
+    row["peak_mib"] = {name: in_fresh_process(peak_bytes, size, each) / 2**20 for name, each in variants.items()}
+    row |= in_fresh_process(compare, size, variants, ("chunked", "published"))
     if "published" in names:
         seconds, peak = row["seconds"], row["peak_mib"]
         row["time_ratio"] = seconds["chunked"] / seconds["published"]
@@ -150,52 +152,52 @@ def measure(size: Size, names: list[str], targets: tuple[float, float]) -> dict[
     return row
 
 
-def peak_bytes(size: Size, name: str) -> int:
+def peak_bytes(size: Size, variant: Variant) -> int:
     """The most memory that one loss with its gradients took beyond its inputs."""
-    warm_up(size, [name])
+    warm_up(size, [variant])
     x = Inputs(size)
     if size.device == "cpu":
         with PeakMemory() as memory:
-            VARIANTS[name](x)
+            variant(x)
         return memory.bytes
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    VARIANTS[name](x)
+    variant(x)
     return torch.cuda.max_memory_allocated() - before
 
 
-def compare(size: Size, names: list[str]) -> dict[str, Any]:
-    """Median seconds of alternating rounds, and how far the chunked loss is from the published one."""
-    warm_up(size, names)
+def compare(size: Size, variants: dict[str, Variant], pair: tuple[str, str]) -> dict[str, Any]:
+    """Median seconds of alternating rounds, and how far the first variant of `pair` is from the second."""
+    warm_up(size, list(variants.values()))
     x = Inputs(size)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     results: dict[str, list[Tensor]] = {}
     for _ in range(size.rounds):
-        for name in names:
+        for name, variant in variants.items():
             x.forget_gradients()
             synchronize(size)
             start = time.perf_counter()
-            loss = VARIANTS[name](x)
+            loss = variant(x)
             synchronize(size)
             seconds[name].append(time.perf_counter() - start)
-            if name in ("published", "chunked") and name not in results:
+            if name in pair and name not in results:
                 assert x.hidden.grad is not None and x.head.grad is not None
                 results[name] = [loss.clone(), x.hidden.grad.clone(), x.head.grad.clone()]
     found: dict[str, Any] = {"seconds": {name: median(values) for name, values in seconds.items()}}
     found["all_seconds"] = seconds
     if len(results) == 2:
-        errors = map(relative_difference, results["chunked"], results["published"])
+        errors = map(relative_difference, *(results[name] for name in pair))
         found["differences"] = dict(zip(("loss", "hidden_gradient", "head_gradient"), errors, strict=True))
     return found
 
 
-def warm_up(size: Size, names: list[str]) -> None:
+def warm_up(size: Size, variants: list[Variant]) -> None:
     """Loads what the first call loads (and compiles, in Liger's case)."""
     tokens = 64 if size.device == "cpu" else size.tokens
     few = Inputs(Size(**asdict(size) | {"tokens": tokens}))
-    for name in names:
+    for variant in variants:
         few.forget_gradients()
-        VARIANTS[name](few)
+        variant(few)
     synchronize(size)
     del few
     gc.collect()

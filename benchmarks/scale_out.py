@@ -113,7 +113,9 @@ class TimedStudent:
     def backward(self, loss: Tensor) -> None:
         time.sleep(BACKWARD_S)
 
-    def reseed(self, step: int) -> None:
+    temperature = 1.0
+
+    def begin_step(self, step: int, total_steps: int) -> None:
         pass
 
     def step(self, learning_rate: float) -> float:

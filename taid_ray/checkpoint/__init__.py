@@ -4,6 +4,6 @@ Others use `store` (CheckpointStore, TrainingState), `save.CheckpointWriter` and
 
 Traps:
 - A checkpoint fits any number of workers and any ZeRO stage: `student.state` gathers every parameter whole, with its moments.
-- Nothing that follows from the step's number is stored: learning rate, random numbers (`Student.reseed`).
+- Nothing that follows from the step's number is stored: learning rate, random numbers (`Student.begin_step`).
 - Nothing is pickled: who can write to the storage can stop a run, not run code in it.
 """

@@ -1,5 +1,6 @@
 """The sections `loss` and `schedule`: what the student minimises."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import model_validator
@@ -17,6 +18,7 @@ LossName = Literal[
     "skew_reverse_kl",
     "adaptive_kl",
     "dkd",
+    "ctkd",
     "gkd",
 ]
 """Losses that compare the student with a teacher."""
@@ -27,10 +29,35 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "mu": ("adaptive_kl",),
 }
 """Keys of the section `loss` that are numbers of some divergences only, and which."""
+PUBLISHED = ("adaptive_kl", "ctkd", "dkd")
+"""Losses whose code in TAID's repository computes something else (`loss.published`)."""
 WITHOUT_TOPK = {
-    "adaptive_kl": "its head may reach beyond the ids that are sent, whose order is not known",
+    "adaptive_kl": "its head may reach into the ids that are not sent, and their order is not known",
 }
 """Losses that cannot learn from the likeliest ids alone, and why."""
+
+
+class LearnedTemperatureConfig(Section):
+    """The temperature that `ctkd` learns, T = min + (max - min) * sigmoid(theta), so that it raises the loss."""
+
+    min_temperature: Positive = 1.0
+    """Lower bound of the temperature."""
+    max_temperature: Positive = 21.0
+    """Upper bound of the temperature. A run starts at min + 0.73 * (max - min)."""
+    learning_rate: Positive = 1e-2
+    """Highest learning rate of theta, which is in the student's optimizer and follows its `lr_schedule`, without weight
+    decay. With AdamW that is about how far theta moves in a step."""
+    ramp: Unit = 0.1
+    """Share of the run in which the reversed gradient rises from nothing to its full size."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "LearnedTemperatureConfig":
+        if self.min_temperature >= self.max_temperature:
+            raise ValueError(
+                f"loss.ctkd.min_temperature = {self.min_temperature:g} is not below loss.ctkd.max_temperature = "
+                f"{self.max_temperature:g}; lower it"
+            )
+        return self
 
 
 class LossConfig(Section):
@@ -51,10 +78,15 @@ class LossConfig(Section):
     """With `adaptive_kl`: the mass of the teacher's likeliest ids that count as head. Default: 0.5."""
     temperature: Positive | None = None
     """Divides the logits of both sides before the divergence is formed; the cross-entropy of `sft_weight` is not changed by it.
-    Default: 4 with `dkd`, else 1."""
+    Default: 4 with `dkd`, else 1. With `ctkd` it is learned."""
     temperature_squared: bool | None = None
-    """Whether the divergence is multiplied by temperature ** 2, so that gradients keep their size. Default: true with `dkd`, as
-    in its published code, else false."""
+    """Whether the divergence is multiplied by temperature ** 2, so that gradients keep their size. Default: true with `dkd` and
+    `ctkd`, as in their published code, else false."""
+    ctkd: LearnedTemperatureConfig | None = None
+    """With `ctkd`: how the temperature is learned, with the keys below. Null stands for their defaults."""
+    published: Annotated[bool, SETS_RATES] = False
+    """With `adaptive_kl`, `ctkd` and `dkd`: compute what TAID's published code does in their place, with its defaults. For
+    comparisons with its results only; docs/losses.md says what is wrong there."""
     sft_weight: Unit = 0.0
     """Share of plain cross-entropy on the data's own tokens:
     loss = (1 - sft_weight) * divergence + sft_weight * cross-entropy."""
@@ -64,11 +96,23 @@ class LossConfig(Section):
 
     @model_validator(mode="after")
     def _settings_fit(self) -> "LossConfig":
-        for key in self.settings:
-            if self.name not in SETTINGS[key]:
+        for key in SETTINGS:
+            if getattr(self, key) is not None and self.name not in SETTINGS[key]:
                 raise ValueError(
                     f"loss.{key} only goes with {', '.join(SETTINGS[key])} (found loss.name: {self.name}); remove it"
                 )
+        if self.name == "ctkd" and self.temperature is not None:
+            raise ValueError(
+                f"loss.temperature is learned with loss.name: ctkd (found {self.temperature:g}); remove it, and set "
+                "loss.ctkd.min_temperature and max_temperature"
+            )
+        if self.name != "ctkd" and self.ctkd is not None:
+            raise ValueError(f"loss.ctkd only goes with loss.name: ctkd (found loss.name: {self.name}); remove it")
+        if self.published and self.name not in PUBLISHED:
+            raise ValueError(
+                f"loss.published only goes with {', '.join(PUBLISHED)} (found loss.name: {self.name}); remove it: what is "
+                "published of the others is right"
+            )
         if self.name == "gkd" and self.beta is not None and self.beta > 1:
             raise ValueError(f"loss.beta lies within [0, 1] with loss.name: gkd (found {self.beta:g}); lower it")
         changed = [key for key in ("sft_weight", "temperature", "temperature_squared") if getattr(self, key)]
@@ -80,27 +124,46 @@ class LossConfig(Section):
         return self
 
     @property
+    def method(self) -> str:
+        """The divergence as the losses' registry knows it."""
+        return f"published_{self.name}" if self.published and self.name != "dkd" else self.name
+
+    @property
     def settings(self) -> dict[str, float]:
-        """The numbers of the divergence that are given; the others have their defaults."""
-        return {key: value for key in SETTINGS if (value := getattr(self, key)) is not None}
+        """The numbers of the divergence that are given; the others have the loss's defaults."""
+        published = {"beta": 0.5} if self.published and self.name == "dkd" else {}
+        return published | {key: value for key in SETTINGS if (value := getattr(self, key)) is not None}
 
     @property
     def fixed_temperature(self) -> float:
-        """The temperature of the divergence."""
-        return self.temperature or (4.0 if self.name == "dkd" else 1.0)
+        """The temperature of the divergence, if it is not learned."""
+        if self.name == "ctkd" and self.published:  # where it begins, and no optimizer moves it
+            bounds = self.ctkd or LearnedTemperatureConfig()
+            span = bounds.max_temperature - bounds.min_temperature
+            return bounds.min_temperature + span / (1 + math.exp(-1))
+        return self.temperature or (4.0 if self.name == "dkd" and not self.published else 1.0)
 
     @property
     def squares_temperature(self) -> bool:
         """True if the divergence is multiplied by the square of the temperature."""
-        return self.name == "dkd" if self.temperature_squared is None else self.temperature_squared
+        return self.name in ("dkd", "ctkd") if self.temperature_squared is None else self.temperature_squared
+
+    @property
+    def learned_temperature(self) -> LearnedTemperatureConfig | None:
+        """How the temperature is learned; None if it is not."""
+        return (self.ctkd or LearnedTemperatureConfig()) if self.name == "ctkd" and not self.published else None
 
     @property
     def shown(self) -> str:
         """Name of the divergence, with the numbers that are given, in words."""
         numbers = [f"{key} {value:g}" for key, value in self.settings.items()]
+        if learned := self.learned_temperature:
+            numbers.append(f"temperature learned within {learned.min_temperature:g} and {learned.max_temperature:g}")
         if self.fixed_temperature != 1:
             squared = ", times its square" if self.squares_temperature else ""
             numbers.append(f"temperature {self.fixed_temperature:g}{squared}")
+        if self.published:
+            numbers.append("with the faults of TAID's published code, for comparison only")
         return f"{self.name} ({', '.join(numbers)})" if numbers else self.name
 
     @property

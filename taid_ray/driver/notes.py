@@ -14,7 +14,7 @@ def say_notes(config: DistillConfig, spec: RunSpec, say: Callable[[str], None], 
     for line in spec.data.description:
         say(line)
     schedule = schedule_notes(config, spec.total_steps) if with_schedule and spec.total_steps else []
-    for note in [*model_notes(spec), *data_notes(config, spec), *schedule]:
+    for note in [*model_notes(spec), *data_notes(config, spec), *loss_notes(config), *schedule]:
         say(f"note: {note}")
 
 
@@ -44,6 +44,25 @@ def lost_documents(config: DistillConfig, which: str, dropped: int, truncated: i
     return [
         f"of {which} documents, {dropped:,} are left out (empty, too long, or nothing left of the response) and {truncated:,} "
         f"are cut short (data.overlong: {config.data.overlong}); a larger data.sequence_length keeps more"
+    ]
+
+
+FAULTS = {
+    "adaptive_kl": "the head is in another order of the ids than the gaps, and gradients flow through the weight",
+    "ctkd": "the temperature is in no optimizer and stays as it is at the start",
+    "dkd": "the sum is divided by all positions, those without loss included",
+}
+"""What is wrong with losses in TAID's published code."""
+
+
+def loss_notes(config: DistillConfig) -> list[str]:
+    """Says that a loss is computed wrongly on purpose."""
+    name = config.loss.name
+    if not config.loss.published:
+        return []
+    return [
+        f"loss.published: {name} is computed with the faults of TAID's published code ({FAULTS[name]}), for comparison "
+        "only; remove the key to get the right loss"
     ]
 
 

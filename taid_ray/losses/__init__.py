@@ -14,7 +14,7 @@ from taid_ray.losses.adaptive_kl import adaptive_kl
 from taid_ray.losses.chunked import LossParts, Scores, Target, chunk_tokens_for, chunked_loss, chunked_scores
 from taid_ray.losses.decoupled import dkd
 from taid_ray.losses.divergences import entropy, forward_kl, reverse_kl, sft, tvd
-from taid_ray.losses.learned_temperature import ctkd
+from taid_ray.losses.learned_temperature import LearnedTemperature, ctkd, reversal_strength
 from taid_ray.losses.mixtures import gkd, js, skew_forward_kl, skew_reverse_kl
 from taid_ray.losses.objective import Objective
 from taid_ray.losses.projection import LogitTransform, Projection
@@ -24,6 +24,7 @@ from taid_ray.losses.topk import TopK
 
 __all__ = [
     "Divergence",
+    "LearnedTemperature",
     "LogitTransform",
     "LossParts",
     "Objective",
@@ -43,6 +44,7 @@ __all__ = [
     "gkd",
     "js",
     "log_target",
+    "reversal_strength",
     "reverse_kl",
     "sft",
     "skew_forward_kl",

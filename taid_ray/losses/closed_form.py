@@ -7,6 +7,8 @@
     w KL(p || q) + (1-w) KL(q || p), w fixed    the sum of the first two
     alpha TCKD + beta NCKD (DKD)                alpha (q_y - p_y) (1 at y, -q'_v elsewhere) + beta (q'_v - p'_v), 0 at y
 
+With both logits divided by T, a and b, the derivative of KL(p || q) by T is -(<q - p, a> + Cov_p(b, b - a)) / T.
+
 p, q: softmax of target_logits, logits, both [N, V] and at least float32; target_logits stay as they are. Masked vocabulary as in
 `divergences`; what an infinite term would pull on the probability in front of its logarithm is left out there as here.
 """
@@ -33,10 +35,23 @@ class ClosedForm(NamedTuple):
     normaliser: Tensor
     """logsumexp of the student's logits [N]"""
     entropy: Tensor | None = None
-    """Entropy of p [N]; None for losses that do not lack it, see registry.log_target"""
+    """Entropy of p [N], where it is at hand"""
+    slope: Tensor | None = None
+    """[N]: derivative of the loss by the temperature T, times T, where both logits are divided by it"""
 
 
-CLOSED_FORM = ("taid", "taid_reverse_kl", "forward_kl", "reverse_kl", "js", "adaptive_kl", "dkd", "ctkd", "gkd")
+CLOSED_FORM = (
+    "taid",
+    "taid_reverse_kl",
+    "forward_kl",
+    "reverse_kl",
+    "js",
+    "adaptive_kl",
+    "dkd",
+    "ctkd",
+    "published_ctkd",
+    "gkd",
+)
 """Losses whose gradient is formed without autograd."""
 
 
@@ -50,8 +65,8 @@ def closed_form_(
     if name in ("taid", "taid_reverse_kl"):
         target_logits = mix(logits, target_logits, t)
     weight = settings["beta"] if name == "gkd" else settings.get("weight")
-    if name in ("taid", "forward_kl", "ctkd") or (name == "gkd" and weight == 0):
-        return closed_form_kl_(logits, target_logits)
+    if name in ("taid", "forward_kl", "ctkd", "published_ctkd") or (name == "gkd" and weight == 0):
+        return closed_form_kl_(logits, target_logits, with_slope=name == "ctkd")
     if name in ("taid_reverse_kl", "reverse_kl") or (name == "gkd" and weight == 1):
         return closed_form_reverse_kl_(logits, target_logits)
     if weight is not None:
@@ -62,8 +77,8 @@ def closed_form_(
     return closed_form_dkd_(logits, target_logits, labels, settings["alpha"], settings["beta"])
 
 
-def closed_form_kl_(logits: Tensor, target_logits: Tensor) -> ClosedForm:
-    """Computes KL(p || q), and overwrites `logits` with its gradient.
+def closed_form_kl_(logits: Tensor, target_logits: Tensor, with_slope: bool = False) -> ClosedForm:
+    """Computes KL(p || q), and overwrites `logits` with its gradient. with_slope: also the derivative by the temperature.
 
     A row without any target (all of it below EXCLUDED) has KL +inf.
 
@@ -75,12 +90,19 @@ def closed_form_kl_(logits: Tensor, target_logits: Tensor) -> ClosedForm:
     top_logit, top_target = logits.amax(-1, keepdim=True), target_logits.amax(-1, keepdim=True)
     log_top_q, log_top_p = q.amax(-1).log(), p.amax(-1).log()
     target_logits = target_logits - top_target
-    gap = torch.sub(target_logits, logits.sub_(top_logit), out=logits)
+    logits.sub_(top_logit)
     # nansum, because 0 * inf counts as 0. A NaN in the logits is not lost: it is in log_top_q or log_top_p.
-    kl = gap.mul_(p).nansum(-1).add_(log_top_p).sub_(log_top_q)
-    entropy = target_logits.mul_(p).nansum(-1).add_(log_top_p).neg_()
+    own = (q * logits).nansum(-1) if with_slope else None
+    gaps = torch.sub(target_logits, logits, out=logits).mul_(p)
+    gap, product = gaps.nansum(-1), (gaps * target_logits).nansum(-1) if with_slope else None
+    target = target_logits.mul_(p).nansum(-1)
+    kl, entropy = gap + log_top_p - log_top_q, -(target + log_top_p)
     kl.add_(torch.sub(q, p, out=logits).sum(-1)).masked_fill_(top_target.squeeze(-1) < EXCLUDED, math.inf)
-    return ClosedForm(kl, top_logit.squeeze(-1) - log_top_q, entropy)
+    slope = None
+    if own is not None and product is not None:
+        # Of <q - p, a> + Cov_p(b, b - a), with a and b the logits less their largest; infinite only where the KL is.
+        slope = -(own - target + gap + product - target * gap).nan_to_num(0.0, 0.0, 0.0)
+    return ClosedForm(kl, top_logit.squeeze(-1) - log_top_q, entropy, slope)
 
 
 def closed_form_reverse_kl_(logits: Tensor, target_logits: Tensor) -> ClosedForm:

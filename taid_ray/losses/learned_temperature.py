@@ -1,14 +1,17 @@
 """CTKD (arXiv 2211.16231): distillation at a temperature that is learned against the student.
 
     ctkd = T^2 KL(p || q),   p, q = softmax of the logits of teacher and student divided by T
+    T    = low + (high - low) sigmoid(theta)
 
-The student lowers the loss, the temperature raises it.
+The student lowers the loss, theta raises it: on its way to theta the gradient is reversed, at first with strength 0, later 1.
+TAID's published code keeps T as it is at the start, because no optimizer has theta; nor does its strength have the sign.
 """
 
 import math
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from taid_ray.losses.divergences import forward_kl
 
@@ -21,22 +24,40 @@ def ctkd(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Te
     return temperature**2 * forward_kl(student_logits, teacher_logits, temperature)
 
 
-def temperature_slope(logits: Tensor, target_logits: Tensor, temperature: Tensor) -> Tensor:
-    """Computes the derivative [N] of KL(p || q) with respect to T, where p, q = softmax of target_logits, logits [N, V].
+class LearnedTemperature(nn.Module):
+    """The temperature T within (low, high), as a module whose parameter an optimizer that lowers the loss makes raise it."""
 
-    Both logits are divided by T already (a and b below). They stay as they are.
+    START = 1.0
+    """theta at the start, as published: T is then low + 0.73 (high - low)."""
 
-        d KL / dT = -(<q - p, a> + Cov_p(b, b - a)) / T
-    """
-    q, p = torch.softmax(logits, -1), torch.softmax(target_logits, -1)
-    a, b = (_from_top(x) for x in (logits, target_logits))
-    pull = (q.sub_(p).mul_(a)).sum(-1)
-    mean = (p * b).sum(-1, keepdim=True)
-    covariance = torch.sub(b, a, out=a).mul_(b.sub_(mean)).mul_(p).sum(-1)
-    return -(pull + covariance) / temperature
+    def __init__(self, low: float, high: float):
+        super().__init__()
+        self.low, self.high = low, high
+        # theta - START: near 0 bfloat16 is finer than near 1.
+        self.offset = nn.Parameter(torch.zeros(1))
+
+    def forward(self, strength: float) -> Tensor:
+        """Computes T, a 0-dim float32 tensor, whose gradient reaches the parameter times -strength."""
+        theta = self.START + _reverse(self.offset.float(), strength).squeeze(0)
+        return self.low + (self.high - self.low) * torch.sigmoid(theta)
 
 
-def _from_top(logits: Tensor) -> Tensor:
-    """Subtracts the largest logit of each row, and puts 0 in the place of -inf, whose probability is 0."""
-    x = logits - logits.amax(-1, keepdim=True)
-    return x.masked_fill_(x == -math.inf, 0.0)
+class _Reversal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, strength: float) -> Tensor:
+        ctx.strength = strength
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * -ctx.strength, None
+
+
+def _reverse(x: Tensor, strength: float) -> Tensor:
+    reversed_: Tensor = _Reversal.apply(x, strength)
+    return reversed_
+
+
+def reversal_strength(step: int, ramp_steps: float) -> float:
+    """Strength of the reversal in a step, from 1: half a cosine from 0 to 1 over `ramp_steps`, as in CTKD's code. No ramp: 1."""
+    return (1 - math.cos(math.pi * min(1.0, step / ramp_steps))) / 2 if ramp_steps > 0 else 1.0

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from taid_ray.losses.closed_form import CLOSED_FORM, closed_form_
 from taid_ray.losses.divergences import check_temperature, entropy_from_log_probs
-from taid_ray.losses.learned_temperature import temperature_slope
 from taid_ray.losses.registry import METHODS, divergence, log_target
 from taid_ray.losses.topk import TopK, bucket_slope, bucketed_, spread_, with_labels
 
@@ -145,16 +144,15 @@ class Objective:
             normaliser = logits.logsumexp(-1)
             logits, teacher = logits.div_(self.temperature), teacher / self.temperature
         slope = None
-        if isinstance(self.temperature, Tensor) and learn and self.learns_temperature:
-            slope = temperature_slope(logits, teacher, self.temperature)
         if self.name in CLOSED_FORM:
-            kl, own, entropy = closed_form_(self.name, self._numbers, logits, teacher, self.t, labels)
+            kl, own, entropy, slope = closed_form_(self.name, self._numbers, logits, teacher, self.t, labels)
             gradient = logits if learn else None
+            slope = slope / self.temperature if slope is not None and learn and self.learns_temperature else None
         else:
             # The entropy comes first: its temporaries are gone before the graph of the divergence grows.
             entropy, own = self._entropy(logits, teacher), logits.logsumexp(-1) if normaliser is None else normaliser
             kl, gradient = self._by_autograd(logits, teacher, labels, learn)
-        entropy = torch.zeros_like(kl) if entropy is None else entropy
+        entropy = torch.zeros_like(kl) if entropy is None or log_target(self.name) is None else entropy
         return _Tempered(kl, entropy, own if normaliser is None else normaliser, gradient, slope)
 
     def _by_autograd(

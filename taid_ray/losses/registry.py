@@ -43,6 +43,7 @@ METHODS = {
     "dkd": Method(partial(dkd, temperature=1.0), {"alpha": 1.0, "beta": 8.0}, takes_labels=True),
     "ctkd": Method(forward_kl),
     "gkd": Method(gkd, {"beta": 0.5}),
+    "published_ctkd": Method(forward_kl),
     "published_adaptive_kl": Method(published_adaptive_kl, {"mu": 0.5}),
 }
 
@@ -74,13 +75,13 @@ _PARAMETERS = {("js", "weight"): "teacher_weight"}
 def log_target(name: str) -> Divergence | None:
     """Returns the log-probabilities [N, V] of the target of the loss `name`, if the loss lacks that target's entropy.
 
-    With that entropy added, taid, forward_kl, ctkd and skew_forward_kl become the cross-entropy form of the published code.
+    With that entropy added, taid, forward_kl, published_ctkd and skew_forward_kl become the published cross-entropy form.
     None for the other losses, which are the same there. Raises ValueError for an unknown name.
     """
     _method(name)
     if name == "taid":
         return lambda student_logits, teacher_logits, t, labels=None: log_taid_target(student_logits, teacher_logits, t)
-    if name in ("forward_kl", "ctkd", "skew_forward_kl"):
+    if name in ("forward_kl", "published_ctkd", "skew_forward_kl"):
         return lambda student_logits, teacher_logits, t, labels=None: log_probs(teacher_logits.detach())
     return None
 

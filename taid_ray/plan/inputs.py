@@ -153,7 +153,7 @@ class PlanInputs:
             payload=payload,
             teacher_hidden=self.teacher.hidden_size if teacher else 0,
             teacher_dtype_bytes=self.teacher_bytes if teacher else 0,
-            closed_form=loss.name in (*SPARING, SFT) or payload == "topk",
+            closed_form=loss.method in (*SPARING, SFT) or payload == "topk",
         )
 
     @property

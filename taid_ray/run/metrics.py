@@ -18,7 +18,8 @@ PHASES = ("data", "teacher_wait", "forward", "loss", "backward", "optimizer", "s
 
 
 OF_TEACHER = (
-    "t", "momentum", "kl", "entropy_pt", "floor_active", "teacher_wait_s", "teacher_compute_s", "payload_bytes"
+    "t", "momentum", "kl", "entropy_pt", "floor_active", "teacher_wait_s", "teacher_compute_s", "payload_bytes",
+    "temperature",
 )  # fmt: skip
 """Fields of StepMetrics that mean something only where the loss compares with a teacher, so that lines of `sft` lack them."""
 
@@ -66,6 +67,9 @@ class StepMetrics:
     sources: dict[str, dict[str, float]] | None = None
     """Figures of each source of training data, by its name, if there are several: `loss`, `kl`, `sft` and `tokens`; without
     the sources that had no loss position in the step."""
+
+    temperature: float = 1.0
+    """Temperature of the loss in this step."""
 
     def line(self, learns_from_teacher: bool = True) -> dict[str, Any]:
         """Returns the line's content, without OF_TEACHER where the loss asks no teacher."""

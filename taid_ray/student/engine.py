@@ -7,6 +7,7 @@ only place where the head's weight is whole (outside it has shape (0,), and tied
 import math
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from taid_ray.distributed.device import loss_memory_mib
 from taid_ray.distributed.world import World
 from taid_ray.errors import NonFiniteLossError
 from taid_ray.losses.chunked import LossParts, Scores, Target, chunk_tokens_for, chunked_loss, chunked_scores
+from taid_ray.losses.learned_temperature import LearnedTemperature, reversal_strength
 from taid_ray.losses.objective import Objective
 from taid_ray.losses.projection import LogitTransform, Projection
 from taid_ray.models.adapters import add_lora, idle_adapters
@@ -30,7 +32,8 @@ from taid_ray.models.precision import train_as_reloaded
 from taid_ray.models.saving import check_saving, dtypes_when_reloaded, save_model, saved_tensors
 from taid_ray.student.clock import PhaseClock
 from taid_ray.student.decay import decay_groups
-from taid_ray.student.state import load_optimizer, load_weights, training_state
+from taid_ray.student.objective import learned_temperature, objective_of, temperature_group
+from taid_ray.student.state import load_optimizer, load_weights, trained_parameters, training_state
 from taid_ray.teacher.payload import TeacherOutput
 
 HeadFunction = Callable[[Tensor, Tensor, Tensor | None], Any]
@@ -39,9 +42,10 @@ HeadFunction = Callable[[Tensor, Tensor, Tensor | None], Any]
 class LossInHead(nn.Module):
     """Runs `function(hidden [N, H], head weight [V, H], head bias)` inside the model's head module."""
 
-    def __init__(self, model: nn.Module, causal_lm: Any):
+    def __init__(self, model: nn.Module, causal_lm: Any, temperature: LearnedTemperature | None):
         super().__init__()
         self.model = model
+        self.temperature = temperature  # `function` may call it: its parameter is trained with the model's
         self.causal_lm = [causal_lm]  # in a list: with LoRA it is a part of `model` and must not be registered twice
         patch_head_forward(causal_lm.get_output_embeddings())
 
@@ -108,15 +112,22 @@ class Student:
         check_saving(config, model, self.trained)
         if config.student.dtype != "float32":
             train_as_reloaded(self.trained, dtypes)
+        self.learned = learned_temperature(config)
+        """The temperature of the loss, if it is learned."""
+        self.parameters = trained_parameters(self.trained)
+        if self.learned is not None:
+            self.parameters["loss.temperature"] = self.learned.offset
         if checkpoint is not None:
-            load_weights(self.trained, checkpoint.tensor)
+            load_weights(self.parameters, checkpoint.tensor)
         optimizer = torch.optim.AdamW(
-            decay_groups(self.trained, config.train.weight_decay),
+            [*decay_groups(self.trained, config.train.weight_decay), *temperature_group(config, self.learned)],
             lr=config.train.learning_rate,
             betas=config.train.betas,
             eps=config.train.epsilon,
             fused=True,
         )
+        self._temperature = torch.tensor(config.loss.fixed_temperature)
+        self._strength = 1.0
         self.grad_norm = 0.0
         self.clips_itself = config.student.zero_stage == 0
         if self.clips_itself:
@@ -125,32 +136,29 @@ class Student:
         memory_mib = config.loss.memory_mib or loss_memory_mib(device)
         self.chunk_tokens = chunk_tokens_for(num_shared, memory_mib * 2**20)
         self.engine, *_ = deepspeed.initialize(
-            model=LossInHead(self.trained, model).to(device),
+            model=LossInHead(self.trained, model, self.learned).to(device),
             optimizer=optimizer,
             config=deepspeed_config(config),
         )
         if checkpoint is not None:
-            load_optimizer(self.engine, self.trained, checkpoint.tensor, checkpoint.result.step, world)
+            load_optimizer(self.engine, self.parameters, checkpoint.tensor, checkpoint.result.step, world)
 
     def reseed(self, step: int) -> None:
         """Seeds the random numbers of an optimizer step (dropout) from (seed, step, rank) and nothing else."""
         torch.manual_seed(random.Random(f"{self.config.train.seed}/{step}/{self.world.rank}").getrandbits(63))
+
+    def begin_step(self, step: int, total_steps: int) -> None:
+        """Prepares an optimizer step, from 1: random numbers, and how strongly a learned temperature is pulled."""
+        self.reseed(step)
+        learned = self.config.loss.learned_temperature
+        self._strength = reversal_strength(step, learned.ramp * total_steps) if learned else 0.0
 
     def forward(self, batch: Batch, teacher_output: TeacherOutput | None, t: float) -> tuple[Tensor, LossParts]:
         """The loss at interpolation `t`, summed over this micro-batch's loss positions, and its detached parts.
 
         teacher_output: None with `loss.name: sft`.
         """
-        loss = self.config.loss
-        # t as a tensor, so that its changing value recompiles nothing; on the CPU, so that no device waits for it.
-        objective = Objective(
-            loss.name,
-            torch.tensor(t, dtype=torch.float64),
-            loss.sft_weight,
-            loss.settings,
-            loss.fixed_temperature,
-            loss.squares_temperature,
-        )
+        objective = objective_of(self.config.loss, t)
         teacher, labels = self._target(batch, teacher_output)
         groups = None
         if len(self.source_names) > 1:
@@ -160,7 +168,12 @@ class Student:
             with self.clock.phase("loss"):
                 projection = self._projection(hidden, head_weight, head_bias)
                 return chunked_loss(
-                    objective, projection, teacher, labels, chunk_tokens=self.chunk_tokens, groups=groups
+                    self._at_temperature(objective),
+                    projection,
+                    teacher,
+                    labels,
+                    chunk_tokens=self.chunk_tokens,
+                    groups=groups,
                 )
 
         total, parts = self._run(batch, compute)
@@ -203,13 +216,13 @@ class Student:
         Raises NonFiniteLossError if that is not finite: DeepSpeed would drop the step and go on.
         """
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("rate", 1.0)
         self.engine.step()
         return self.grad_norm if self.clips_itself else finite_norm(float(self.engine.get_global_grad_norm()))
 
     def state(self) -> Iterator[tuple[str, Tensor | None]]:
         """Weights and optimizer state of a checkpoint, see state.training_state. Collective."""
-        return training_state(self.engine, self.trained, self.world)
+        return training_state(self.engine, self.parameters, self.world)
 
     def save(self, state: dict[str, Tensor], directory: Path) -> None:
         """Writes a Hugging Face model directory (adapters merged). For rank 0. state: see `gathered_state`."""
@@ -224,6 +237,11 @@ class Student:
                 if self.world.is_main:
                     state[name] = tensor.detach().cpu().clone()
         return state
+
+    @property
+    def temperature(self) -> float:
+        """The temperature of the loss in the last forward pass. Waits for the device."""
+        return float(self._temperature)
 
     def _run(self, batch: Batch, function: HeadFunction) -> Any:
         inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.inputs.items()}
@@ -242,6 +260,14 @@ class Student:
             head_weight = head_weight[: self.num_shared]
             head_bias = None if head_bias is None else head_bias[: self.num_shared]
         return Projection(hidden, head_weight, head_bias, self.transform)
+
+    def _at_temperature(self, objective: Objective) -> Objective:
+        """Gives the objective its learned temperature, if it has one. For the engine's forward pass, where that is whole."""
+        if self.learned is None:
+            return objective
+        temperature: Tensor = self.learned(self._strength)
+        self._temperature = temperature.detach()
+        return replace(objective, temperature=temperature)
 
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -14,6 +14,7 @@ from taid_ray.run.metrics import PHASES, StepMetrics
 from taid_ray.scheduler.aggregate import STOP, LossSums, SourceLoss, StepResult
 from taid_ray.student.engine import Student
 from taid_ray.student.learning_rate import learning_rate
+from taid_ray.student.objective import denominator
 from taid_ray.student.prefetch import Prefetcher, StepBatches
 from taid_ray.teacher.payload import TeacherOutput
 
@@ -50,7 +51,7 @@ def train_loop(
         clock.lap()  # what lies between the steps, validation for example, is not part of any
         step, waited_before = last.step + 1, stream.wait_s
         work = stream.next_step()
-        student.reseed(step)
+        student.begin_step(step, total_steps)
 
         sums = StepSums(student.device)
         for number in range(len(work.batches)):
@@ -63,7 +64,7 @@ def train_loop(
                 scheduler.submit(step, sums.report(stream.wait_s - waited_before, hooks.request(step)))
             with clock.phase("backward"):
                 # One denominator, the global batch's: the gradient is the same however the batch is split.
-                student.backward(loss_sum / work.num_loss_tokens)
+                student.backward(loss_sum / denominator(student.config, work.num_loss_tokens))
         lr = learning_rate(step - 1, student.config.train, total_steps)
         with clock.phase("optimizer"):
             grad_norm = student.step(lr)
@@ -72,7 +73,8 @@ def train_loop(
         check_same_batch(result, work)
 
         metrics = step_metrics(last, result, work.cursor, lr, grad_norm, clock.lap())
-        metrics = replace(metrics, sources=source_figures(student.source_names, result))
+        figures = source_figures(student.source_names, result)
+        metrics = replace(metrics, sources=figures, temperature=student.temperature)
         hooks.after_step(metrics, result, work.cursor)
         last = result
     return last

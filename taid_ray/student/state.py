@@ -5,7 +5,7 @@ DeepSpeed's own universal checkpoints do the same for stages 1 to 3 only, throug
 convert first; its functions for single parameters, used here, work in every stage and leave the files to us.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -36,13 +36,16 @@ Lookup = Callable[[str, torch.Size], Tensor]
 """Key and shape -> the float32 tensor, on the CPU."""
 
 
-def training_state(engine: Any, model: nn.Module, world: World) -> Iterator[tuple[str, Tensor | None]]:
+Parameters = Mapping[str, nn.Parameter]
+"""What training changes, by name."""
+
+
+def training_state(engine: Any, parameters: Parameters, world: World) -> Iterator[tuple[str, Tensor | None]]:
     """Keys and tensors, one parameter after another; None in place of a tensor that another rank is to save. Collective.
 
     The moments exist once a step was taken.
     """
     link_moments(engine)
-    parameters = trained_parameters(model)
     owners = share(((name, whole_numel(p)) for name, p in parameters.items()), world.size)
     for name, parameter in parameters.items():
         for kind in (WEIGHT, *MOMENTS):
@@ -50,13 +53,13 @@ def training_state(engine: Any, model: nn.Module, world: World) -> Iterator[tupl
             yield f"{name}/{kind}", whole.to("cpu", copy=True) if owners[name] == world.rank else None
 
 
-def load_weights(model: nn.Module, lookup: Lookup) -> None:
-    """Gives the trained parameters their saved values, before DeepSpeed takes the model. Collective."""
-    for name, parameter in trained_parameters(model).items():
+def load_weights(parameters: Parameters, lookup: Lookup) -> None:
+    """Gives the parameters their saved values, before DeepSpeed takes them. Collective."""
+    for name, parameter in parameters.items():
         parameter.data.copy_(lookup(f"{name}/{WEIGHT}", parameter.shape))
 
 
-def load_optimizer(engine: Any, model: nn.Module, lookup: Lookup, steps: int, world: World) -> None:
+def load_optimizer(engine: Any, parameters: Parameters, lookup: Lookup, steps: int, world: World) -> None:
     """Gives the engine the saved moments, and the float32 weights that bfloat16 parameters are rounded from. Collective.
 
     steps: optimizer steps that were taken.
@@ -66,7 +69,7 @@ def load_optimizer(engine: Any, model: nn.Module, lookup: Lookup, steps: int, wo
         moments = {moment: torch.zeros_like(updated, dtype=torch.float32).detach() for moment in MOMENTS}
         optimizer.state[updated] = {"step": torch.tensor(float(steps), device=updated.device)} | moments
     link_moments(engine)
-    for name, parameter in trained_parameters(model).items():
+    for name, parameter in parameters.items():
         for kind in (WEIGHT, *MOMENTS):
             whole = lookup(f"{name}/{kind}", whole_shape(parameter))
             _set(engine, parameter, kind, whole.to(parameter.device), world)

@@ -17,7 +17,7 @@ from tests.support.paths import BUNDLE, ROOT, SHARED
 METRIC_KEYS = {
     "step", "epoch", "t", "momentum", "loss", "kl", "entropy_pt", "sft", "floor_active", "lr", "grad_norm", "tokens",
     "tokens_per_s", "step_s", "teacher_wait_s", "data_s", "forward_s", "loss_s", "backward_s", "optimizer_s",
-    "schedule_wait_s", "teacher_compute_s", "payload_bytes", "samples_seen",
+    "schedule_wait_s", "teacher_compute_s", "payload_bytes", "samples_seen", "temperature",
 }  # fmt: skip
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the development data in ../shared")
 

@@ -47,6 +47,7 @@ LAYOUTS: dict[int, list[Layout]] = {
         ("local", 1, 2, "mixture"),
         ("none", 0, 2, "blocks"),
         ("validated", 2, 5, "global"),
+        ("1x1", 3, 1, "global"),
     ],
     2: [
         ("local", 0, 3, "global"),
@@ -56,12 +57,23 @@ LAYOUTS: dict[int, list[Layout]] = {
         ("1x1", 3, 3, "blocks"),
         ("1x1", 0, 1, "mixture"),
         ("none", 3, 1, "mixture"),
+        ("2x1", 1, 1, "global"),
+        ("local", 2, 2, "global"),
     ],
 }
 ORDERS = ("global", "blocks", "mixture")
 ALL_LAYOUTS = {
     workers: list(product(["local", *POOLS, *SFT], [0, 1, 2, 3], [1, 2, 5], ORDERS)) for workers in (1, 2, 3)
 }
+
+
+CTKD = {"name": "ctkd", "ctkd": {"learning_rate": 0.5, "ramp": 0.5}}
+OTHER_LOSSES: dict[Layout, dict[str, Any]] = {
+    ("1x1", 3, 1, "global"): CTKD,
+    ("2x1", 1, 1, "global"): CTKD,
+    ("local", 2, 2, "global"): {"name": "dkd"},
+}
+"""Layouts with another loss than taid."""
 
 
 def config_for(layout: Layout, workers: int, out: str) -> DistillConfig:
@@ -101,7 +113,7 @@ def config_for(layout: Layout, workers: int, out: str) -> DistillConfig:
         },
         # alpha far above the default, so that the adaptive rule and not the floor moves t
         "schedule": {"alpha": 1.0, "beta": 0.5},
-        "loss": {"memory_mib": 1},
+        "loss": {"memory_mib": 1} | OTHER_LOSSES.get(layout, {}),
         "train": {
             "steps": STEPS,
             "batch_size": 5,
@@ -127,14 +139,14 @@ def config_for(layout: Layout, workers: int, out: str) -> DistillConfig:
 @pytest.fixture(scope="module")
 def references() -> dict[str, list[dict[str, float]]]:
     """The plain run by loss and order of the data."""
-    kinds = product({"taid": "local", "sft": "none"}.items(), ORDERS)
-    return {
-        f"{loss} {order}": reference_run(config_for((pool, 0, 5, order), 1, "unused")) for (loss, pool), order in kinds
-    }
+    kinds: list[Layout] = [(pool, 0, 5, order) for pool, order in product(("local", "none"), ORDERS)]
+    kinds += {reference_of(layout): layout for layout in OTHER_LOSSES}.values()
+    return {reference_of(kind): reference_run(config_for(kind, 1, "unused")) for kind in kinds}
 
 
 def reference_of(layout: Layout) -> str:
-    return f"{'sft' if layout[0] in SFT else 'taid'} {layout[3]}"
+    loss = OTHER_LOSSES.get(layout, {"name": "sft" if layout[0] in SFT else "taid"})["name"]
+    return f"{loss} {layout[3]}"
 
 
 @pytest.fixture(scope="module")
@@ -226,8 +238,8 @@ def test_every_layout_follows_the_reference(
         assert [line["step"] for line in lines] == list(range(1, STEPS + 1)), layout
         for line, expected in zip(lines, references[reference_of(layout)], strict=True):
             assert ("kl" in line) == ("t" in line) == ("kl" in expected)
-            for key in {"t", "loss", "kl"} & expected.keys():
-                assert line[key] == pytest.approx(expected[key], rel=0, abs=1e-5), (layout, line["step"], key)
+            for key in {"t", "loss", "kl", "temperature"} & expected.keys():
+                assert line[key] == pytest.approx(expected[key], rel=1e-6, abs=1e-5), (layout, line["step"], key)
             assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4), (layout, line["step"])
             assert line["tokens"] == expected["tokens"], layout
             assert ("sources" in line) == (layout[3] == "mixture"), layout
@@ -268,3 +280,5 @@ def test_the_reference_is_worth_following(order: str, references: dict[str, list
     assert any(step["grad_norm"] > 0.8 for step in reference)
     assert len({step["tokens"] for step in reference}) > 1
     assert reference[-1]["loss"] != reference[0]["loss"]
+    learned = [step["temperature"] for step in references["ctkd global"]]
+    assert max(learned) - min(learned) > 1

@@ -10,7 +10,9 @@ from itertools import count
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from taid_ray import losses
 from taid_ray.config.schema import DistillConfig
 from taid_ray.data.batch import NO_LABEL, Row
 from taid_ray.data.dataset import TrainingData
@@ -30,21 +32,46 @@ def global_batches(config: DistillConfig) -> Iterator[list[Row]]:
     yield from (rows for rows, _ in data.batches())
 
 
-def reference_run(config: DistillConfig) -> list[dict[str, Any]]:
-    """Per optimizer step: loss (cross-entropy form), grad_norm, tokens, and but for sft t and kl; `sources` has loss, kl and
-    tokens of each source.
+def target_and_kl(
+    config: DistillConfig, position: tuple[Tensor, Tensor, Tensor], t: float, temperature: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The target [N, V], and the sum of the divergence over the positions of a row.
 
-    TAID with the adaptive schedule, and sft, only.
+    position: logits of student and teacher, and labels. TAID and CTKD are written out here; the others are the functions that
+    tests/golden is about.
+    """
+    z, tau, labels = position
+    loss = config.loss
+    mixed = (1 - t) * z.detach() + t * tau
+    target = torch.softmax(mixed / temperature, -1)
+    if loss.name in ("taid", "ctkd"):
+        kl = (target * (target.log() - torch.log_softmax(z / temperature, -1))).sum()
+        return target.detach(), kl * temperature**2 if loss.squares_temperature else kl
+    others: dict[str, tuple[Tensor | float, ...]] = {"taid_reverse_kl": (t,), "dkd": (labels,)}
+    function, fixed = getattr(losses, loss.name), float(temperature)
+    values = function(z, tau, *others.get(loss.name, ()), **loss.settings, temperature=fixed)
+    factor = fixed**2 if loss.squares_temperature and loss.name != "dkd" else 1.0
+    return target, factor * values.sum()
+
+
+def reference_run(config: DistillConfig) -> list[dict[str, Any]]:
+    """Per optimizer step: loss (cross-entropy form), grad_norm, tokens, and but for sft t, kl and temperature; `sources` has
+    loss, kl and tokens of each source.
+
+    TAID's schedule must be the adaptive one.
     """
     sft = config.loss.name == "sft"
-    assert (sft or config.loss.name == "taid") and config.schedule.mode == "adaptive" and config.train.steps
-    train, schedule = config.train, config.schedule
+    assert config.schedule.mode == "adaptive" and config.train.steps
+    train, schedule = config.train, config.effective_schedule
     student = build_student(config, None).train()
     teacher = None if sft else load_causal_lm(config.given_teacher, dtype="float32")
     decayed = [p for p in student.parameters() if p.dim() >= 2]
     others = [p for p in student.parameters() if p.dim() < 2]
+    theta = torch.ones(1, requires_grad=True)
+    learned = config.loss.learned_temperature
+    groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": train.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        [*groups, *([{"params": [theta], "weight_decay": 0.0}] if learned else [])],
         betas=train.betas,
         eps=train.epsilon,
     )
@@ -61,29 +88,39 @@ def reference_run(config: DistillConfig) -> list[dict[str, Any]]:
             inputs = {name: torch.tensor(getattr(row, name)[None]) for name in ("input_ids", "position_ids")}
             chosen = torch.tensor(row.targets) != NO_LABEL
             student_logits = student(**inputs, use_cache=False).logits[0, chosen]
+            labels = torch.tensor(row.targets)[chosen]
+            temperature = torch.tensor(config.loss.fixed_temperature)
+            if learned:
+                span = learned.max_temperature - learned.min_temperature
+                temperature = learned.min_temperature + span * theta.sigmoid().squeeze()
             if teacher is None:
-                labels = torch.tensor(row.targets)[chosen]
-                target = torch.nn.functional.one_hot(labels, student_logits.shape[-1]).double()
+                kl, own_entropy = torch.nn.functional.cross_entropy(student_logits, labels, reduction="sum"), 0.0
             else:
                 with torch.no_grad():
                     teacher_logits = teacher(**inputs, use_cache=False).logits[0, chosen]
-                target = torch.softmax((1 - t) * student_logits.detach() + t * teacher_logits, -1)
-            loss = -(target * torch.log_softmax(student_logits, -1)).sum()
-            (loss / tokens).backward()
-            cross_entropy = cross_entropy + loss.detach().double()
-            own_entropy = -torch.xlogy(target, target).sum().double()
+                target, kl = target_and_kl(config, (student_logits, teacher_logits, labels), t, temperature)
+                own_entropy = -float((target * target.log()).sum()) if config.loss.name == "taid" else 0.0
+            everything = train.batch_size * config.data.sequence_length  # what published DKD divides by
+            (kl / (everything if config.loss.published else tokens)).backward()
+            cross_entropy = cross_entropy + kl.detach().double() + own_entropy
             entropy = entropy + own_entropy
             part = parts[row.source]
             parts[row.source] = [
-                part[0] + float(loss.detach()),
-                part[1] + float(own_entropy),
+                part[0] + float(kl.detach()) + own_entropy,
+                part[1] + own_entropy,
                 part[2] + int(chosen.sum()),
             ]
-        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), train.max_grad_norm or math.inf)
+        if learned:
+            assert theta.grad is not None
+            ramp = min(1.0, (n + 1) / (learned.ramp * train.steps))
+            theta.grad *= -(1 - math.cos(math.pi * ramp)) / 2
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm or math.inf)
         warm = min(1.0, (n + 1) / train.warmup_steps) if train.warmup_steps else 1.0
         done = max(0, n - train.warmup_steps) / (train.steps - train.warmup_steps)
         for group in optimizer.param_groups:
-            group["lr"] = train.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * done))
+            highest = learned.learning_rate if learned and group["params"][0] is theta else train.learning_rate
+            group["lr"] = highest * warm * 0.5 * (1 + math.cos(math.pi * done))
         optimizer.step()
 
         j = float(cross_entropy) / tokens
@@ -91,9 +128,9 @@ def reference_run(config: DistillConfig) -> list[dict[str, Any]]:
             {"loss": whole / max(own, 1), "kl": (whole - least) / max(own, 1), "tokens": own}
             for whole, least, own in parts
         ]
-        compared = {} if sft else {"t": t, "kl": j - float(entropy) / tokens}
+        compared = {} if sft else {"t": t, "kl": j - float(entropy) / tokens, "temperature": temperature.item()}
         history.append(compared | {"loss": j, "grad_norm": float(norm), "tokens": tokens, "sources": sources})
-        if previous is not None:
+        if previous is not None and config.loss.is_taid:
             momentum = schedule.beta * momentum + (1 - schedule.beta) * (previous - j) / (previous + 1e-15)
             step = schedule.alpha / (1 + math.exp(-momentum)) * (1 - t)
             floor = schedule.t_start + (schedule.t_end - schedule.t_start) * n / train.steps

@@ -103,6 +103,8 @@ def test_every_loss_and_every_data_format_is_described() -> None:
     text = (ROOT / "docs" / "models-and-data.md").read_text(encoding="utf-8")
     choices = [*get_args(LossName), *get_args(DataConfig.model_fields["format"].annotation)]
     assert len(choices) > 8 and not [choice for choice in choices if f"`{choice}`" not in text]
+    text = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
+    assert not [name for name in get_args(LossName) if f"`{name}`" not in text]
 
 
 def test_the_drawing_in_light_and_in_dark_differs_in_its_colours_only() -> None:

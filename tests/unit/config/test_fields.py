@@ -19,6 +19,8 @@ from taid_ray.config.fields import (
 )
 from taid_ray.config.schema import known_keys, marks_of
 
+SECTIONS = {"teacher", "student.lora", "loss.ctkd"}
+"""Sections that may be null."""
 RANGES = {"min", "max"}
 EXPECTED: dict[Mark, str] = {
     RESUMABLE: """
@@ -43,7 +45,7 @@ EXPECTED: dict[Mark, str] = {
         student.model student.revision student.init student.layers student.architecture student.resize_to_teacher
         student.dtype student.attention student.cpus_per_worker student.deepspeed student.gradient_checkpointing
         student.lora.rank student.lora.alpha student.lora.dropout student.lora.target_modules
-        data.format data.loss_on data.turns data.sequence_length data.pack data.overlong loss.name loss.memory_mib
+        data.format data.loss_on data.turns data.sequence_length data.pack data.overlong loss.name loss.published loss.memory_mib
     """,
     TRAINING_ONLY: "data.train data.split data.order data.store data.block_documents",
     EVALUATED: """
@@ -59,9 +61,7 @@ EXPECTED: dict[Mark, str] = {
 def keys() -> set[str]:
     """Every key that holds a value, without those of the items of lists; of a range the range itself."""
     return {
-        key
-        for key in known_keys()
-        if key.rpartition(".")[2] not in RANGES and key not in ("student.lora", "teacher") and "[" not in key
+        key for key in known_keys() if key.rpartition(".")[2] not in RANGES and key not in SECTIONS and "[" not in key
     }
 
 

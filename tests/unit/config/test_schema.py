@@ -167,8 +167,27 @@ def test_a_loss_has_what_is_given_and_its_own_temperature() -> None:
     assert loss.shown == "dkd (beta 2, temperature 4, times its square)"
     loss = build_config(tree_with(loss={"name": "dkd", "temperature": 2, "temperature_squared": False})).loss
     assert (loss.fixed_temperature, loss.squares_temperature) == (2.0, False)
+    loss = build_config(tree_with(loss__name="ctkd")).loss
+    assert loss.learned_temperature is not None and loss.squares_temperature
+    assert loss.shown == "ctkd (temperature learned within 1 and 21)"
     loss = build_config(tree_with()).loss
-    assert (loss.settings, loss.fixed_temperature, loss.squares_temperature, loss.shown) == ({}, 1.0, False, "taid")
+    assert (loss.learned_temperature, loss.settings, loss.fixed_temperature, loss.squares_temperature, loss.shown) == (
+        None,
+        {},
+        1.0,
+        False,
+        "taid",
+    )
+
+
+def test_published_losses_have_the_published_defaults() -> None:
+    loss = build_config(tree_with(loss={"name": "dkd", "published": True})).loss
+    assert (loss.method, loss.settings, loss.fixed_temperature) == ("dkd", {"beta": 0.5}, 1.0)
+    loss = build_config(tree_with(loss={"name": "ctkd", "published": True})).loss
+    assert (loss.method, loss.learned_temperature, loss.squares_temperature) == ("published_ctkd", None, True)
+    assert loss.fixed_temperature == pytest.approx(15.621172, rel=1e-6)
+    loss = build_config(tree_with(loss={"name": "adaptive_kl", "published": True})).loss
+    assert loss.method == "published_adaptive_kl" and "for comparison only" in loss.shown
 
 
 def test_a_run_without_a_teacher(minimal_file: Path) -> None:
@@ -437,6 +456,13 @@ def test_every_problem_is_reported_at_once() -> None:
         ({"loss": {"name": "adaptive_kl", "beta": 0.5}}, ["loss.beta", "gkd", "dkd", "adaptive_kl"]),
         ({"loss": {"name": "gkd", "alpha": 0.5}}, ["loss.alpha", "dkd", "gkd"]),
         ({"loss": {"name": "gkd", "beta": 1.5}}, ["loss.beta", "[0, 1]", "gkd", "1.5"]),
+        ({"loss": {"name": "ctkd", "temperature": 2}}, ["loss.temperature", "ctkd", "2", "max_temperature"]),
+        ({"loss": {"name": "dkd", "ctkd": {"ramp": 0.5}}}, ["loss.ctkd", "dkd"]),
+        (
+            {"loss": {"name": "ctkd", "ctkd": {"min_temperature": 9, "max_temperature": 2}}},
+            ["loss.ctkd.min_temperature", "9", "loss.ctkd.max_temperature", "2"],
+        ),
+        ({"loss": {"name": "gkd", "published": True}}, ["loss.published", "adaptive_kl, ctkd, dkd", "gkd"]),
         ({"loss": {"name": "adaptive-kl"}}, ["loss.name", "'adaptive-kl'", "Did you mean adaptive_kl?"]),
         (
             {"loss__name": "adaptive_kl", "teacher__payload": "topk"},

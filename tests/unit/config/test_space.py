@@ -48,7 +48,7 @@ def refusal(path: Path, text: str) -> str:
 
 
 def test_the_spaces_are_shipped() -> None:
-    names = {"taid", "taid_paper", "taid_normalised", "schedule_menu", "full"}
+    names = {"ctkd", "dkd", "skew", "taid", "taid_paper", "taid_normalised", "schedule_menu", "full"}
     assert {path.stem for path in SHIPPED} == names
 
 

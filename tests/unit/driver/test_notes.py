@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from taid_ray.config.objective import ScheduleConfig
+from taid_ray.config.objective import PUBLISHED, ScheduleConfig
 from taid_ray.config.schema import build_config
 from taid_ray.driver.notes import say_notes
 from taid_ray.models.vocabulary import Vocabulary
@@ -17,11 +17,22 @@ SAME = Vocabulary(8, (), (), 8)
 TREE = {"teacher": {"model": "big"}, "student": {"model": "small"}, "data": {"train": "corpus.jsonl"}}
 
 
-def said(steps: int = 250, loss: str = "taid", vocabulary: Vocabulary = SAME, **schedule: Any) -> list[str]:
-    config = build_config(TREE | {"loss": {"name": loss}, "schedule": schedule, "train": {"steps": steps}})
+def said(
+    steps: int = 250, loss: str = "taid", vocabulary: Vocabulary = SAME, published: bool = False, **schedule: Any
+) -> list[str]:
+    config = build_config(
+        TREE | {"loss": {"name": loss, "published": published}, "schedule": schedule, "train": {"steps": steps}}
+    )
     lines: list[str] = []
     say_notes(config, RunSpec(steps, vocabulary, 0, DataCheck(10, 0, 0, 10)), lines.append)
     return lines
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_loss_that_is_wrong_on_purpose_is_named(name: str) -> None:
+    (note,) = said(loss=name, published=True)
+    assert f"loss.published: {name}" in note and "faults" in note and "for comparison only" in note
+    assert not said(loss=name)
 
 
 @pytest.mark.parametrize("mode", ["adaptive", "normalised"])

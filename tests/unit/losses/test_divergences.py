@@ -214,6 +214,7 @@ def test_minus_infinity_gives_no_nan(name: str, mask: str, t: float) -> None:
     infinite = {
         "taid": t == 1 and student_only,
         "forward_kl": student_only,
+        "ctkd": student_only,
         "reverse_kl": teacher_only,
         "taid_reverse_kl": t > 0 and teacher_only,
         "adaptive_kl": True,

@@ -24,7 +24,10 @@ Positions = tuple[Tensor, Tensor, Tensor]
 
 def learned(settings: dict[str, Any]) -> float:
     """CTKD's temperature."""
-    return settings["t_start"] + settings["t_end"] / (1 + math.exp(-settings["theta"]))
+    low, span = (
+        settings[key] for key in (("t_start", "t_end") if "t_start" in settings else ("temp_start", "temp_end"))
+    )
+    return float(low + span / (1 + math.exp(-settings["theta"])))
 
 
 def taid_with_cross_entropy(x: Positions, t: float, distil_ratio: float) -> Tensor:
@@ -33,6 +36,13 @@ def taid_with_cross_entropy(x: Positions, t: float, distil_ratio: float) -> Tens
         -(target := losses.log_target("taid")(z, tau, t)).exp() * target
     ).sum(-1)  # type: ignore[misc]
     return distil_ratio * cross_entropy_form + (1 - distil_ratio) * losses.sft(z, labels)
+
+
+def published_ctkd(x: Positions, temperature: float) -> Tensor:
+    """With the entropy of its target, which a run reports as part of its loss."""
+    sides, target = (x[0] / temperature, x[1] / temperature, 1.0), losses.log_target("published_ctkd")
+    log_p = target(*sides) if target else torch.zeros(())
+    return temperature**2 * (losses.divergence("published_ctkd")(*sides) - (log_p.exp() * log_p).sum(-1))
 
 
 FUNCTIONS: dict[str, Callable[[Positions, dict[str, Any]], Tensor]] = {
@@ -48,6 +58,7 @@ FUNCTIONS: dict[str, Callable[[Positions, dict[str, Any]], Tensor]] = {
     "fkl/dskd": lambda x, s: losses.forward_kl(*x[:2], temperature=s["temperature"]),
     "rkl/dskd": lambda x, s: losses.reverse_kl(*x[:2], temperature=s["temperature"]),
     "taid_rkl/composed": lambda x, s: losses.taid_reverse_kl(*x[:2], t=s["t"]),
+    "taid/ctkd": lambda x, s: published_ctkd(x, learned(s)),
     "taid/adaptive_kl": lambda x, s: losses.divergence("published_adaptive_kl", {"mu": s["head_threshold"]})(
         *x[:2], 1.0
     ),
@@ -137,7 +148,7 @@ def cross_entropy_offset(entry: dict[str, Any], case: dict[str, Any]) -> float:
 
 
 @pytest.mark.parametrize(
-    "entry", [e for e in ENTRIES if "theta" in e["settings"]], ids=lambda e: f"{e['case']}-{e['settings']['theta']}"
+    "entry", [e for e in ENTRIES if e["loss"] == "ctkd/original"], ids=lambda e: f"{e['case']}-{e['settings']['theta']}"
 )
 def test_gradient_of_the_learned_temperature(entry: dict[str, Any]) -> None:
     case, settings = CASES[entry["case"]], entry["settings"]
@@ -148,3 +159,30 @@ def test_gradient_of_the_learned_temperature(entry: dict[str, Any]) -> None:
     (gradient,) = torch.autograd.grad(losses.ctkd(student[mask], teacher[mask], temperature).mean(), theta)
     assert gradient.item() == pytest.approx(entry["theta_derivative_of_the_kl"], rel=1e-7)
     assert entry["lambda"] * gradient.item() == pytest.approx(entry["theta_grad64"], rel=1e-7)
+
+
+def test_strength_of_the_reversal() -> None:
+    for row in GOLDEN["ctkd_lambda"]:
+        for epoch, expected in zip(row["epoch"], row["lambda"], strict=True):
+            found = -row["decay_min"] * losses.reversal_strength(epoch, row["decay_loops"])
+            assert -found == pytest.approx(expected, abs=1e-10)
+    assert losses.reversal_strength(1, 0) == 1
+
+
+def test_a_temperature_learns_as_published() -> None:
+    run = GOLDEN["ctkd_temperature"][0]
+    student, teacher = logits_of(CASES[run["case"]], torch.float64)
+    mask = torch.tensor(CASES[run["case"]]["mask"], dtype=torch.bool).view(student.shape[:2])
+    temperature = losses.LearnedTemperature(run["t_start"], run["t_start"] + run["t_end"])
+    optimizer = torch.optim.SGD(temperature.parameters(), run["lr"], run["momentum"])
+    theta = lambda: temperature.START + temperature.offset  # noqa: E731
+    for n, epoch in enumerate(run["epoch"]):
+        value = temperature(losses.reversal_strength(epoch, run["decay_loops"]))
+        assert value.item() == pytest.approx(run["temperature"][n], rel=1e-6)
+        optimizer.zero_grad()
+        losses.ctkd(student[mask], teacher[mask], value.double()).mean().backward()
+        assert temperature.offset.grad is not None
+        assert temperature.offset.grad.item() == pytest.approx(run["theta_grad"][n], rel=2e-3)
+        temperature.offset.grad += run["weight_decay"] * theta().detach()
+        optimizer.step()
+        assert theta().item() == pytest.approx(run["theta_after64"][n], abs=5e-6)

@@ -162,6 +162,7 @@ def test_extreme_tails_give_no_nan(name: str, t: float, student_tail: str, log_t
     missing_at_student = student_tail == "none" and log_tail != NO_TAIL
     infinite = {
         "forward_kl": missing_at_student,
+        "ctkd": missing_at_student,
         "taid": missing_at_student and t == 1,
         "reverse_kl": student_tail == "usual" and log_tail == NO_TAIL,
         "taid_reverse_kl": t > 0 and student_tail == "usual" and log_tail == NO_TAIL,

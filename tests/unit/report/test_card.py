@@ -78,6 +78,15 @@ def test_card_of_a_run_without_a_teacher(tmp_path: Path) -> None:
     assert [row[0] for row in result_rows(summary)] == ["student before", "student after"]
 
 
+def test_card_says_that_a_loss_is_wrong_on_purpose(tmp_path: Path) -> None:
+    text = card(tmp_path, loss={"name": "ctkd", "published": True})
+    assert (
+        "| loss | ctkd (temperature 15.6212, times its square, with the faults of TAID's published code, for comparison"
+        in text
+    )
+    assert "published" not in card(tmp_path, loss={"name": "ctkd"})
+
+
 def test_card_has_no_local_path(tmp_path: Path) -> None:
     """Neither of what exists nor of what existed only on the machine of the run."""
     (tmp_path / "big-teacher").mkdir()

@@ -10,17 +10,19 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from taid_ray.config.schema import build_config
 from tests.support.students import TIED, config_for
 
 SAVED, STEPS, ROWS, LENGTH, IDS = 3, 5, 4, 12, 400
 # workers -> (ZeRO stage, further keys); every one saves a checkpoint, which all layouts of both world sizes read.
 LAYOUTS = {1: [(0, ""), (3, "")], 2: [(0, ""), (1, ""), (2, ""), (3, "")]}
-KINDS: dict[str, dict[str, Any]] = {"": {}, "lora": {"lora": {"rank": 4}}, "bf16": {"dtype": "bfloat16"}}
-LAYOUTS[2] += [(3, "lora"), (1, "bf16"), (3, "bf16")]
+KINDS: dict[str, dict[str, Any]] = {"": {}, "ctkd": {}, "lora": {"lora": {"rank": 4}}, "bf16": {"dtype": "bfloat16"}}
+LAYOUTS[2] += [(3, "lora"), (1, "bf16"), (3, "bf16"), (0, "ctkd"), (3, "ctkd")]
+LOSSES: dict[str, dict[str, Any]] = {"ctkd": {"name": "ctkd", "ctkd": {"learning_rate": 0.5}}}
 
 
 def train(stage: int, kind: str, world: Any, directory: Path, restored: Any) -> tuple[list[float], str]:
-    """Losses of the steps from the checkpoint (or 1) to STEPS, and the digest of the model then; saves after SAVED."""
+    """Losses plus temperatures from the checkpoint (or step 1) to STEPS, and the digest of the model then; saves after SAVED."""
     import xxhash
     from safetensors.torch import load_file
 
@@ -33,8 +35,11 @@ def train(stage: int, kind: str, world: Any, directory: Path, restored: Any) -> 
     from taid_ray.scheduler.aggregate import StepResult
     from taid_ray.scheduler.schedule import ScheduleState
     from taid_ray.student.engine import Student
+    from taid_ray.teacher.payload import TeacherOutput
 
-    config = config_for(TIED | {"zero_stage": stage} | KINDS[kind])
+    config = build_config(
+        config_for(TIED | {"zero_stage": stage} | KINDS[kind]).model_dump(), values={"loss": LOSSES.get(kind, {})}
+    )
     spec, device = prepare(config), torch.device("cpu")
     model = build_student(config, spec.vocabulary).eval()
     student = Student(config, model, spec.vocabulary.num_shared, world, device, restored)
@@ -48,10 +53,18 @@ def train(stage: int, kind: str, world: Any, directory: Path, restored: Any) -> 
         def loss(hidden: torch.Tensor, weight: torch.Tensor, _: Any, labels: torch.Tensor = labels) -> torch.Tensor:
             return torch.nn.functional.cross_entropy(hidden @ weight[:IDS].T, labels, reduction="sum")
 
-        total = student._run(Batch(inputs, torch.arange(own.numel()), labels, torch.zeros_like(labels)), loss)
+        batch = Batch(inputs, torch.arange(own.numel()), labels, torch.zeros_like(labels))
+        if kind == "ctkd":
+            student.begin_step(step + 1, STEPS)
+            sent = torch.randn(ids.numel(), student.num_shared, generator=torch.Generator().manual_seed(step))
+            answer = TeacherOutput("logits", {"logits": sent.chunk(world.size)[world.rank]})
+            total, _ = student.forward(batch, answer, 1.0)
+        else:
+            total = student._run(batch, loss)
         student.backward(total / ids.numel())
         student.step(1e-3)
         losses.append(world.sum([total.item() / ids.numel()])[0])
+        losses[-1] += student.temperature  # of this step: what was learned in those before
         if step + 1 == SAVED and not restored:
             saver = CheckpointWriter(CheckpointStore(str(directory)), config, world, 1, None, print)
             state = TrainingState(StepResult(SAVED, ScheduleState(0.4)), BlockCursor(), {})
@@ -86,7 +99,7 @@ def work(rank: int, size: int, port: int, root: str, save: bool) -> None:
             sources = [directory]
         else:
             sources = sorted(path for path in Path(root).iterdir() if path.name.endswith(f"-{kind}"))
-            sources = [path for path in sources if path.name in ("1-3-", "2-1-")]
+            sources = [path for path in sources if path.name in ("1-3-", "2-1-", "2-0-ctkd")]
         for source in sources:
             restored = restore(CheckpointStore(str(source)), world, print)
             assert restored is not None and restored.result.step == SAVED
@@ -123,7 +136,7 @@ def test_a_layout_goes_on_bit_for_bit(layout: str, runs: dict[str, tuple[list[fl
 def test_any_layout_goes_on_from_any_other(runs: dict[str, tuple[list[float], str]]) -> None:
     pairs = {key: key.split(" from ") for key in runs}
     others = {key: source for key, (layout, source) in pairs.items() if source not in ("-", layout)}
-    assert len(others) == 10
+    assert len(others) == 11
     for key, source in others.items():
         losses = runs[key][0]
         assert losses == pytest.approx(runs[f"{source} from -"][0][SAVED:], rel=0, abs=1e-5), key
