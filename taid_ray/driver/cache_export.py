@@ -7,15 +7,14 @@ from torch import Tensor
 
 from taid_ray.config.paths import with_absolute_paths
 from taid_ray.config.schema import DistillConfig
-from taid_ray.driver.cache_fill import cached_teacher, fill_config
+from taid_ray.driver.asked_rows import AskedRows, prepared_rows
+from taid_ray.driver.cache_fill import cached_teacher, connected, fill_config
 from taid_ray.driver.outputs_import import data_samples
 from taid_ray.driver.preflight import prepare
 from taid_ray.driver.progress import ProgressView
 from taid_ray.errors import ConfigError, TeacherError
 from taid_ray.models.hub import restoring_hub_mode
-from taid_ray.models.pair import run_tokenizer
 from taid_ray.run.directory import on_its_day
-from taid_ray.student.spec import RunSpec
 from taid_ray.teacher.cache.offline import WARM, TeacherRecord, find_record
 from taid_ray.teacher.cache.outputs import OutputsWriter, SampleOutputs
 from taid_ray.teacher.cache.samples import KeyedSample
@@ -38,8 +37,9 @@ class ExportResult:
 def export_cache(config: DistillConfig, path: Path) -> ExportResult:
     """Writes what `fill_cache` left for a configuration into a parquet file, one row per sample; see `outputs` for its form.
 
-    Memory does not depend on the size of the data. Raises ConfigError if the outputs are not of payload topk, if there is such
-    a file already, and if samples are missing in the cache; RunError if the file cannot be written.
+    Memory does not depend on the size of the data, which are prepared on Ray as a run does it. Raises ConfigError if the
+    outputs are not of payload topk, if there is such a file already, and if samples are missing in the cache; RunError if the
+    file cannot be written.
     """
     config = _offline(config)
     if path.exists() or not path.absolute().parent.is_dir():
@@ -51,7 +51,8 @@ def export_cache(config: DistillConfig, path: Path) -> ExportResult:
         _, record = find_record(config, spec.vocabulary.num_shared)
         writer = OutputsWriter(path, record)
         try:
-            samples, positions = _write_all(config, spec, record, writer, view)
+            with connected(config, view):
+                samples, positions = _write_all(prepared_rows(config, spec, view), record, writer, view)
             return ExportResult(samples, positions, writer.finish(), record)
         finally:
             writer.discard()
@@ -69,13 +70,12 @@ def _offline(config: DistillConfig) -> DistillConfig:
     return config.model_copy(update={"teacher": config.given_teacher.model_copy(update={"mode": "cache"})})
 
 
-def _write_all(
-    config: DistillConfig, spec: RunSpec, record: TeacherRecord, writer: OutputsWriter, view: ProgressView
-) -> tuple[int, int]:
+def _write_all(rows: AskedRows, record: TeacherRecord, writer: OutputsWriter, view: ProgressView) -> tuple[int, int]:
     """Writes every sample; returns their number and that of their loss positions. Raises ConfigError if any are missing."""
+    config = rows.config
     store = CacheStore(config.cache, view.say)
     samples = positions = missing = 0
-    for sample, document, split in data_samples(config, spec, run_tokenizer(config), record.info.fingerprint):
+    for sample, document, split in data_samples(rows, record.info.fingerprint):
         found = _outputs(sample, store, record)
         samples, positions = samples + 1, positions + sample.num_positions
         if found is None:

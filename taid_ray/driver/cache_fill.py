@@ -1,12 +1,12 @@
 """Computes the teacher's outputs for all of a configuration's data, so that runs on them need no teacher."""
 
 import math
+import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain, islice, takewhile
-from typing import Any
+from itertools import islice
 
 import torch
 
@@ -14,12 +14,11 @@ from taid_ray.config.models import TeacherConfig
 from taid_ray.config.paths import with_absolute_paths
 from taid_ray.config.schema import DistillConfig
 from taid_ray.data.batch import Row, collate
-from taid_ray.data.cursor import Cursor
-from taid_ray.data.dataset import START, TrainingData, validation_rows
-from taid_ray.data.shared_ids import check_ids
+from taid_ray.data.dataset import START, validation_rows
 from taid_ray.distributed.capacity import check_capacity, demand_of
 from taid_ray.distributed.cluster import cluster_has_gpus, ray_cluster
 from taid_ray.distributed.device import resolve, torch_device
+from taid_ray.driver.asked_rows import AskedRows, needs_preparing, prepared_rows
 from taid_ray.driver.preflight import prepare
 from taid_ray.driver.progress import ProgressView
 from taid_ray.errors import ConfigError
@@ -64,29 +63,48 @@ class FillResult:
 def fill_cache(config: DistillConfig) -> FillResult:
     """Fills `config.cache.directory` with the teacher's outputs for the validation rows and every training sample.
 
-    Training samples are those of one epoch, or of the run's steps if the data are a stream. Joins Ray or starts it, and a
-    teacher pool with it, as a run does; with teacher.mode: local neither. Outputs that are in the cache already are verified
-    and not computed again. Raises ConfigError, before anything is started, if the outputs do not fit into cache.disk_gib.
+    Training samples are those of one epoch, or of the run's steps if the data are a stream. Joins Ray or starts it, to prepare
+    the data as a run does, and a teacher pool on it; with teacher.mode: local and data.order: blocks neither. Outputs that are
+    in the cache already are verified and not computed again. Raises ConfigError, before the teacher is started, if the outputs
+    do not fit into cache.disk_gib.
     """
     config = on_its_day(fill_config(with_absolute_paths(config)))
     with restoring_hub_mode(), ProgressView() as view:
         view.say("checking models and data")
         spec = prepare(config)
-        tokenizer = run_tokenizer(config)
-        view.wait_for("reading all data")
-        rows = check_fits(config, spec, tokenizer)
-        with running_teacher(config, spec, view) as inner:
-            teacher = CachedTeacher(inner, CacheStore(config.cache, view.say), NoClaims(), torch.device("cpu"))
-            try:
-                request_rows(config, teacher, all_rows(config, spec, tokenizer), rows, view)
-                first = validation_rows(config.data.validations[0], tokenizer)
-                held_out = collate(first[: config.train.micro_batch_size])
-                save_record(config, inner, inner.payload_error(held_out))
-                return FillResult(
-                    str(config.cache.directory), rows, teacher.samples_found, teacher.samples_asked, teacher.tokens
-                )
-            finally:
-                teacher.close()
+        with connected(config, view):
+            rows = prepared_rows(config, spec, view)
+            view.wait_for("counting what the teacher will be asked")
+            total = check_fits(rows)
+            with running_teacher(config, spec, view) as inner:
+                return _fill(rows, total, inner, view)
+
+
+@contextmanager
+def connected(config: DistillConfig, view: ProgressView) -> Iterator[None]:
+    """Joins Ray or starts it, if the data are prepared on it or the teacher runs there."""
+    if not needs_preparing(config) and not config.has_pool:
+        yield
+        return
+    view.say("connecting to Ray" if os.environ.get("RAY_ADDRESS") else "starting Ray here")
+    with ray_cluster():
+        yield
+
+
+def _fill(rows: AskedRows, total: int, inner: TeacherClient, view: ProgressView) -> FillResult:
+    """Asks for all rows, `total` of them, and records which teacher answered."""
+    config = rows.config
+    teacher = CachedTeacher(inner, CacheStore(config.cache, view.say), NoClaims(), torch.device("cpu"))
+    try:
+        request_rows(config, teacher, iter(rows), total, view)
+        first = validation_rows(config.data.validations[0], run_tokenizer(config))
+        held_out = collate(first[: config.train.micro_batch_size])
+        save_record(config, inner, inner.payload_error(held_out))
+        return FillResult(
+            str(config.cache.directory), total, teacher.samples_found, teacher.samples_asked, teacher.tokens
+        )
+    finally:
+        teacher.close()
 
 
 def fill_config(config: DistillConfig) -> DistillConfig:
@@ -113,46 +131,25 @@ def cached_teacher(config: DistillConfig) -> TeacherConfig:
     return config.teacher
 
 
-def all_rows(config: DistillConfig, spec: RunSpec, tokenizer: Any) -> Iterator[Row]:
-    """Yields rows that hold every sample a run may ask for. Raises a TaidRayError for a row with ids that are not shared."""
-    tokens = tokenizer.get_vocab()
-    held_out = (validation_rows(source, tokenizer) for source in config.data.validations)
-    for rows in chain(held_out, _training_rows(config, spec, tokenizer)):
-        check_ids(rows, spec.vocabulary.num_shared, tokens)
-        yield from rows
-
-
-def _training_rows(config: DistillConfig, spec: RunSpec, tokenizer: Any) -> Iterator[list[Row]]:
-    for source in config.data.sources:
-        data = TrainingData(source, tokenizer, config.train.seed, batch_size=1)
-        training: Iterator[tuple[list[Row], Cursor]]
-        if source.streaming:
-            training = islice(data.batches(), spec.total_steps * config.train.batch_size)
-        else:
-            training = takewhile(lambda batch: batch[1].epoch == 0, data.batches())
-        yield from (rows for rows, _ in training)
-
-
-def check_fits(config: DistillConfig, spec: RunSpec, tokenizer: Any) -> int:
+def check_fits(rows: AskedRows) -> int:
     """Counts the rows. Raises ConfigError if the cache is too small for the outputs of all of them."""
-    per_token = payload_bytes_per_token(config, model_configs(config)[0], spec.vocabulary)
-    rows = tokens = samples = 0
-    for row in all_rows(config, spec, tokenizer):
-        rows, tokens, samples = rows + 1, tokens + row.num_loss_tokens, samples + row.num_samples
-    needed = (tokens * per_token + samples * (BLOCK + HEADER_BYTES)) / FULL / 2**30
+    config, amount = rows.config, rows.amount()
+    per_token = payload_bytes_per_token(config, model_configs(config)[0], rows.spec.vocabulary)
+    needed = (amount.loss_tokens * per_token + amount.samples * (BLOCK + HEADER_BYTES)) / FULL / 2**30
     if needed > config.cache.disk_gib:
         enough = math.ceil(needed * 1000) / 1000 if needed < 10 else math.ceil(needed)
         raise ConfigError(
-            f"cache.disk_gib: {config.cache.disk_gib:g} is too small for the teacher's outputs for all data: {tokens:,} loss "
+            f"cache.disk_gib: {config.cache.disk_gib:g} is too small for the teacher's outputs for all data: "
+            f"{amount.loss_tokens:,} loss "
             f"positions of {per_token:,} bytes (teacher.payload: {config.given_teacher.payload}) need {enough:g} GiB; set "
             f"cache.disk_gib={enough:g}, or choose a smaller teacher.payload"
         )
-    return rows
+    return amount.rows
 
 
 @contextmanager
 def running_teacher(config: DistillConfig, spec: RunSpec, view: ProgressView) -> Iterator[TeacherClient]:
-    """Loads the teacher into this process, or starts a pool of its own for it that is removed at the end."""
+    """Loads the teacher into this process, or starts a pool for it on the connected cluster, which is removed at the end."""
     num_shared = spec.vocabulary.num_shared
     if config.given_teacher.mode == "local":
         view.say("loading the teacher")
@@ -160,20 +157,18 @@ def running_teacher(config: DistillConfig, spec: RunSpec, view: ProgressView) ->
             config.given_teacher, num_shared, torch_device(resolve(config.device, torch.cuda.is_available()))
         )
         return
-    view.say("connecting to Ray")
-    with ray_cluster():
-        device = resolve(config.device, cluster_has_gpus())
-        demand = replace(demand_of(config, device), workers=0, max_workers=0)
-        check_capacity(demand)
-        name = f"{POOL_PREFIX}warm-{uuid.uuid4().hex[:8]}"
-        view.say(f"starting the teacher pool: {demand.replicas} replica(s) x {demand.shards} shard(s)")
-        try:
-            pool = PoolSpec(config.given_teacher, num_shared, device, demand.teacher_role)
-            start_pool(pool, name, on_wait=lambda what: view.wait_for(what.partition(" after ")[0]))
-            yield PoolTeacher(name, config.given_teacher, view.say)
-        finally:
-            view.say("removing the teacher pool")
-            stop_pool(name)
+    device = resolve(config.device, cluster_has_gpus())
+    demand = replace(demand_of(config, device), workers=0, max_workers=0)
+    check_capacity(demand)
+    name = f"{POOL_PREFIX}warm-{uuid.uuid4().hex[:8]}"
+    view.say(f"starting the teacher pool: {demand.replicas} replica(s) x {demand.shards} shard(s)")
+    try:
+        pool = PoolSpec(config.given_teacher, num_shared, device, demand.teacher_role)
+        start_pool(pool, name, on_wait=lambda what: view.wait_for(what.partition(" after ")[0]))
+        yield PoolTeacher(name, config.given_teacher, view.say)
+    finally:
+        view.say("removing the teacher pool")
+        stop_pool(name)
 
 
 def request_rows(

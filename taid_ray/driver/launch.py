@@ -21,6 +21,7 @@ from taid_ray.distributed.capacity import Demand, capacity_note, check_capacity,
 from taid_ray.distributed.cluster import cluster_has_gpus, ray_cluster
 from taid_ray.distributed.device import collective_backend, resolve
 from taid_ray.distributed.network import RayNetworkConfig
+from taid_ray.driver.asked_rows import AskedRows
 from taid_ray.driver.attempts import AttemptContext, AttemptLoop
 from taid_ray.driver.live import announce_cluster, liveness_file
 from taid_ray.driver.notes import lost_documents, say_notes, schedule_notes
@@ -117,8 +118,6 @@ def run_distillation(config: DistillConfig, context: RunContext) -> RunResult:
         view.say("checking models and data")
         spec = prepare(config)
         unchecked = check_same_data(config, spec.fingerprint) if state == "unfinished" and spec.fingerprint else None
-        if config.teacher and config.teacher.mode == "file":
-            import_outputs(config, spec, view)
         say_notes(config, spec, view.say)
         if unchecked:
             view.say(f"note: {unchecked}")
@@ -175,6 +174,8 @@ def run_on_cluster(
             parts.enter_context(PoolKeeper(config, spec, demand, own_pool, scheduler.set_pool, view))
         if data is None and config.data.order == "global":
             spec, data = prepare_for_run(config, spec, demand, context, view)
+        if config.teacher and config.teacher.mode == "file":
+            import_outputs(AskedRows(config, spec, data, stop), view)
         progress = parts.enter_context(
             progress_relay(scheduler, config.run_dir, spec.total_steps, view, context.on_validation)
         )

@@ -3,14 +3,13 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
 
 from taid_ray.config.schema import DistillConfig
-from taid_ray.driver.cache_fill import all_rows, check_fits
+from taid_ray.driver.asked_rows import AskedRows
+from taid_ray.driver.cache_fill import check_fits
 from taid_ray.driver.progress import ProgressView
 from taid_ray.errors import ConfigError, DataError, RunError
 from taid_ray.losses.projection import LogitTransform
-from taid_ray.models.pair import run_tokenizer
 from taid_ray.student.spec import RunSpec
 from taid_ray.teacher.cache.nearest import describe_nearest
 from taid_ray.teacher.cache.offline import TeacherRecord, file_record, write_record
@@ -23,19 +22,20 @@ from taid_ray.teacher.protocol import TeacherInfo
 SHOWN_TOKENS = 8
 
 
-def import_outputs(config: DistillConfig, spec: RunSpec, view: ProgressView) -> None:
+def import_outputs(rows: AskedRows, view: ProgressView) -> None:
     """Copies the outputs of every sample a run may ask for from teacher.outputs into cache.directory, and their record.
 
     Those that are there already stay. Raises DataError for a bad row of the file, and if it holds no outputs for a sample of
     the data; ConfigError if the cache is too small; RunError if it cannot be written.
     """
-    file, tokenizer = outputs_file(config, spec.vocabulary.num_shared), run_tokenizer(config)
+    config, spec = rows.config, rows.spec
+    file = outputs_file(config, spec.vocabulary.num_shared)
     fingerprint = str((spec.fingerprint or {})["outputs"])
     store = CacheStore(config.cache, view.say)
     view.wait_for("looking which outputs of teacher.outputs are in the cache")
-    check_fits(config, spec, tokenizer)
+    check_fits(rows)
     missing, samples = set(), 0
-    for sample, _, _ in data_samples(config, spec, tokenizer, fingerprint):
+    for sample, _, _ in data_samples(rows, fingerprint):
         samples += 1
         if not store.has(sample.key):
             missing.add(sample.key)
@@ -44,7 +44,7 @@ def import_outputs(config: DistillConfig, spec: RunSpec, view: ProgressView) -> 
     view.say(f"copying the outputs of {len(missing):,} samples from {file.path} into {config.cache.directory}")
     error = _copy(file, fingerprint, missing, store, view)
     if missing:
-        raise _not_held(config, spec, file, missing, samples)
+        raise _not_held(rows, file, missing, samples)
     if file.labels_outside:
         view.say(
             f"note: teacher.outputs has no label_log_probs; {file.labels_outside:,} labels are not among the ids of their "
@@ -53,12 +53,10 @@ def import_outputs(config: DistillConfig, spec: RunSpec, view: ProgressView) -> 
     write_record(str(config.cache.directory), _record(file, fingerprint, config, spec, error))
 
 
-def data_samples(
-    config: DistillConfig, spec: RunSpec, tokenizer: Any, fingerprint: str
-) -> Iterator[tuple[KeyedSample, int, str]]:
-    """Yields every sample a run may ask for, with the number and the split of its document. Raises as `all_rows`."""
-    for number, row in enumerate(all_rows(config, spec, tokenizer)):
-        split = "valid" if number < spec.data.valid_rows else "train"
+def data_samples(rows: AskedRows, fingerprint: str) -> Iterator[tuple[KeyedSample, int, str]]:
+    """Yields every sample a run may ask for, with the number and the split of its document. Raises as `AskedRows`."""
+    for number, row in enumerate(rows):
+        split = "valid" if number < rows.spec.data.valid_rows else "train"
         for sample, document in samples_of_row(row, fingerprint):
             yield sample, document, split
 
@@ -121,15 +119,13 @@ def _record(
     return TeacherRecord(info, settings, file.path, None, {}, payload_error, now)
 
 
-def _not_held(config: DistillConfig, spec: RunSpec, file: OutputsFile, missing: set[str], samples: int) -> DataError:
+def _not_held(rows: AskedRows, file: OutputsFile, missing: set[str], samples: int) -> DataError:
     """The error for samples that the file does not hold: how many, the first of them, and what differs."""
-    fingerprint = str((spec.fingerprint or {})["outputs"])
-    sample, document, split = next(
-        found for found in data_samples(config, spec, run_tokenizer(config), fingerprint) if found[0].key in missing
-    )
+    fingerprint = str((rows.spec.fingerprint or {})["outputs"])
+    sample, document, split = next(found for found in data_samples(rows, fingerprint) if found[0].key in missing)
     tokens = sample.tokens
     shown = ", ".join(map(str, tokens[:SHOWN_TOKENS])) + (", ..." if len(tokens) > SHOWN_TOKENS else "")
-    key = "data.valid" if split == "valid" and config.data.valid is not None else "data.train"
+    key = "data.valid" if split == "valid" and rows.config.data.valid is not None else "data.train"
     return DataError(
         f"teacher.outputs: {file.path} has no outputs for {len(missing):,} of the {samples:,} samples of the data. The first of "
         f"them is of document {document} of {key}, of {len(tokens)} tokens: {shown}. In the file, "

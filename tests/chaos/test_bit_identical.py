@@ -70,10 +70,12 @@ def test_a_run_without_a_teacher(new_run: NewRun, capsys: pytest.CaptureFixture[
     hurt_one_after_another(run, evaluated, inflict_all, capsys, ("tokens", "steps"))
     validations = [run.summary["validations"], evaluated.summary["validations"]]
     alone, compared = ([line["cross_entropy"] for line in lines] for lines in validations)
-    assert alone == compared and len(alone) == 6
+    assert alone == pytest.approx(compared, rel=1e-7) and len(alone) == 6  # two ways to the same normaliser
     assert all("kl" in line for line in validations[1]) and not any("kl" in line for line in validations[0])
     asked = evaluated.summary["teacher_tokens"]
-    assert "teacher" not in run.summary and "teacher_tokens" not in run.summary and 0 < asked < 5 * 2 * 96
+    assert (
+        "teacher" not in run.summary and "teacher_tokens" not in run.summary and 0 < asked < run.summary["tokens"] / 10
+    )
 
 
 def hurt_one_after_another(

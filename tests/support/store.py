@@ -1,7 +1,11 @@
 """Data files for tests of the store of encoded data, and their preparation without Ray."""
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+
+import pytest
 
 from taid_ray.config.schema import DistillConfig
 from taid_ray.data.reading.kinds import DataFile, kind_of
@@ -9,6 +13,7 @@ from taid_ray.data.store.assemble import assemble
 from taid_ray.data.store.prepare import Encoding, prepare_span
 from taid_ray.data.store.prepared import PreparedData, mixed
 from taid_ray.data.store.spans import spans_of
+from taid_ray.driver import asked_rows, cache_fill
 from taid_ray.models.pair import run_tokenizer
 
 STORE = tempfile.TemporaryDirectory(prefix="taid-store-")
@@ -32,6 +37,15 @@ def prepare_here(config: DistillConfig, num_shared: int = 1 << 32) -> PreparedDa
         shards = [shard for span in spans if (shard := prepare_span(span, encoding, directory, print))]
         sources.append(assemble(encoding, spans, shards, directory, num_shared, print))
     return mixed(config.data, sources)
+
+
+@contextmanager
+def preparing_here() -> Iterator[None]:
+    """Has the rows for which a teacher is asked prepared by `prepare_here`, so that nothing needs Ray."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asked_rows, "prepare_data", lambda config, num_shared, _: prepare_here(config, num_shared))
+        patch.setattr(cache_fill, "ray_cluster", nullcontext)
+        yield
 
 
 def story(number: int) -> str:

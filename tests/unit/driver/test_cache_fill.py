@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +18,31 @@ from taid_ray.cli.quickstart import BUNDLE
 from taid_ray.config.schema import DistillConfig, build_config
 from taid_ray.data.batch import Batch, collate
 from taid_ray.data.dataset import TrainingData, validation_rows
-from taid_ray.driver import cache_fill
+from taid_ray.driver import asked_rows, cache_fill
+from taid_ray.driver.asked_rows import Amount, AskedRows, prepared_rows
 from taid_ray.driver.cache_export import export_cache
 from taid_ray.driver.preflight import prepare
+from taid_ray.driver.progress import ProgressView
+from taid_ray.driver.signals import StopRequest
 from taid_ray.errors import ConfigError, TaidRayError, TeacherError
 from taid_ray.models.pair import model_configs, run_tokenizer, shared_vocabulary
 from taid_ray.teacher.cache import store
 from taid_ray.teacher.cache.cached import CachedTeacher
 from taid_ray.teacher.cache.claims import NoClaims
 from taid_ray.teacher.cache.offline import OfflineTeacher, all_records, find_record
+from taid_ray.teacher.cache.samples import samples_of_row
 from taid_ray.teacher.cache.store import CacheStore
 from taid_ray.teacher.local import LocalTeacher
+from tests.support.store import preparing_here
 
 CPU = torch.device("cpu")
 DOCUMENTS = 40
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_ray() -> Iterator[None]:
+    with preparing_here():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +110,57 @@ def test_a_filled_cache_answers_as_the_teacher(data: Path, filled: Path) -> None
         torch.testing.assert_close(cached.collect(cached.submit(batch)).tensors["hidden"], expected, rtol=0, atol=2e-5)
     assert cached.tokens == 0
     cached.close()
+
+
+def asked(settings: DistillConfig) -> AskedRows:
+    with ProgressView() as view:
+        return prepared_rows(settings, prepare(settings), view)
+
+
+def samples(rows: AskedRows) -> Counter[tuple[str, int]]:
+    """Every sample, by its key and the number of its document."""
+    return Counter((sample.key, document) for row in rows for sample, document in samples_of_row(row, "teacher"))
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_stored_rows_hold_the_samples_of_encoded_ones_each_once(
+    pack: bool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded = asked(config(data, tmp_path, data__order="blocks", data__pack=pack))
+    expected = samples(encoded)
+    stored = asked(config(data, tmp_path, data__pack=pack))
+    monkeypatch.setattr(asked_rows, "TrainingData", lambda *_, **__: pytest.fail("encoded in the driver"))
+    monkeypatch.setattr(asked_rows, "CHUNK_ROWS", 3)
+    found = samples(stored)
+    assert found == expected and set(found.values()) == {1} and len(found) > DOCUMENTS
+    assert samples(stored) == found  # again, from the beginning
+    rows = list(stored)
+    held_out = validation_rows(stored.config.data.sources[0], run_tokenizer(stored.config))
+    assert [row.input_ids.tolist() for row in rows[: len(held_out)]] == [row.input_ids.tolist() for row in held_out]
+    assert len(held_out) == stored.spec.data.valid_rows
+    counted = Amount(len(rows), sum(row.num_loss_tokens for row in rows), sum(row.num_samples for row in rows))
+    assert stored.amount() == counted and counted.samples == len(found)
+
+
+def test_the_teacher_is_asked_for_stored_rows_once(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config(data, tmp_path / "cache")
+    expected = len(samples(asked(settings)))
+    monkeypatch.setattr(asked_rows, "TrainingData", lambda *_, **__: pytest.fail("encoded in the driver"))
+    done = cache_fill.fill_cache(settings)
+    assert (done.computed, done.found) == (expected, 0)
+
+
+def test_sft_asks_for_the_rows_of_validation_only(data: Path, tmp_path: Path) -> None:
+    settings = config(data, tmp_path, loss__name="sft")
+    rows = asked(settings)
+    assert rows.data is None and len(list(rows)) == rows.amount().rows == rows.spec.data.valid_rows
+
+
+def test_a_wish_to_stop_ends_the_reading(data: Path, tmp_path: Path) -> None:
+    rows = asked(config(data, tmp_path))
+    stop = StopRequest(cause=15, times=1)
+    with pytest.raises(SystemExit):
+        list(AskedRows(rows.config, rows.spec, rows.data, stop))
 
 
 @pytest.mark.parametrize("command", [cache_fill.fill_cache, lambda alone: export_cache(alone, Path("o.parquet"))])

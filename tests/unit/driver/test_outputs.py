@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ from taid_ray.cli.quickstart import BUNDLE
 from taid_ray.config.schema import DistillConfig, build_config
 from taid_ray.data.batch import collate
 from taid_ray.data.fingerprint import changes
+from taid_ray.driver.asked_rows import prepared_rows
 from taid_ray.driver.cache_export import export_cache
-from taid_ray.driver.cache_fill import all_rows, fill_cache
+from taid_ray.driver.cache_fill import fill_cache
 from taid_ray.driver.outputs_import import import_outputs
 from taid_ray.driver.preflight import prepare
 from taid_ray.driver.progress import ProgressView
 from taid_ray.errors import ConfigError, DataError, RunError, TeacherError
-from taid_ray.models.pair import run_tokenizer
 from taid_ray.student.spec import RunSpec
 from taid_ray.teacher.cache import outputs
 from taid_ray.teacher.cache.cached import CachedTeacher
@@ -31,9 +32,16 @@ from taid_ray.teacher.cache.claims import NoClaims
 from taid_ray.teacher.cache.offline import OfflineTeacher
 from taid_ray.teacher.cache.store import CacheStore
 from taid_ray.teacher.wire import digest, pack
+from tests.support.store import preparing_here
 
 CPU = torch.device("cpu")
 K = 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_ray() -> Iterator[None]:
+    with preparing_here():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +76,7 @@ def begin(settings: DistillConfig) -> RunSpec:
     """What a run does before it starts Ray."""
     spec = prepare(settings)
     with ProgressView() as view:
-        import_outputs(settings, spec, view)
+        import_outputs(prepared_rows(settings, spec, view), view)
     return spec
 
 
@@ -77,7 +85,8 @@ def answers(settings: DistillConfig, spec: RunSpec) -> list[dict[str, torch.Tens
     fingerprint = (spec.fingerprint or {}).get("outputs", "")
     inner = OfflineTeacher(settings, spec.vocabulary.num_shared, fingerprint)
     teacher = CachedTeacher(inner, CacheStore(settings.cache, print), NoClaims(), CPU)
-    rows = list(all_rows(settings, spec, run_tokenizer(settings)))
+    with ProgressView() as view:
+        rows = list(prepared_rows(settings, spec, view))
     try:
         return [teacher.collect(teacher.submit(collate(rows[i : i + 5]))).tensors for i in range(0, len(rows), 5)]
     finally:
