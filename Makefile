@@ -8,7 +8,7 @@ BENCHMARKS := loss losses data payload overlap scheduler control_plane step scal
 LOG := $(VENV)/install.log
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-more test-all test-wheel test-all-layouts test-architectures test-netns soak lint docs bench bench-tune clean
+.PHONY: help install quickstart test test-more test-all test-wheel test-all-layouts test-architectures test-netns soak lint docs bench bench-tune compare compare-gap clean
 
 help:
 	@echo "make install     create $(VENV) and install taid-ray with its development tools"
@@ -25,6 +25,8 @@ help:
 	@echo "make docs        the documents as a site, in site/; a dead link is an error"
 	@echo "make bench       all benchmarks, or one: make bench ONLY=loss (see benchmarks/README.md)"
 	@echo "make bench-tune  what a search costs beside one run (some minutes)"
+	@echo "make compare     12 methods on TinyStories and 4 on Dolly, three seeds each (by hand; up to two hours)"
+	@echo "make compare-gap four methods under three teachers of growing size (by hand; up to two hours)"
 	@echo "make clean       remove $(VENV) and caches (runs/ stays)"
 
 # `$(WATCH) command` runs the command into the log and says every 3 s how far it is, so that the terminal never falls
@@ -99,6 +101,12 @@ bench: $(BENCH_STAMP)
 	@failed=; for name in $(or $(ONLY),$(BENCHMARKS)); do echo "== $$name"; \
 	$(BIN)/python -m benchmarks.$$name || failed="$$failed $$name"; done; \
 	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+
+compare: install
+	$(BIN)/python -m benchmarks.compare
+
+compare-gap: install
+	$(BIN)/python -m benchmarks.compare_gap
 
 bench-tune: install
 	$(BIN)/python -m benchmarks.tune

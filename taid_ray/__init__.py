@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any
 from taid_ray.config.schema import DistillConfig, build_config, load_config
 
 if TYPE_CHECKING:
+    from taid_ray.compare.driver import CompareResult, run_compare
     from taid_ray.config.space import Space, load_space
     from taid_ray.driver.launch import RunResult, distill
     from taid_ray.search.driver import SearchResult, run_search
 
 __all__ = [
+    "CompareResult",
     "DistillConfig",
     "RunResult",
     "SearchResult",
@@ -19,14 +21,17 @@ __all__ = [
     "distill",
     "load_config",
     "load_space",
+    "run_compare",
     "run_search",
 ]
 LAZY = {
+    "CompareResult": "compare.driver",
     "RunResult": "driver.launch",
     "SearchResult": "search.driver",
     "Space": "config.space",
     "distill": "driver.launch",
     "load_space": "config.space",
+    "run_compare": "compare.driver",
     "run_search": "search.driver",
 }
 

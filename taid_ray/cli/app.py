@@ -21,6 +21,7 @@ from rich.console import Console
 from taid_ray.cli import cache as cache_commands
 from taid_ray.cli import data as data_commands
 from taid_ray.cli import demo as demo_commands
+from taid_ray.cli.compare import compare
 from taid_ray.cli.control import JobEnd, scale, status, stop, submit
 from taid_ray.cli.plan import plan
 from taid_ray.cli.report import report
@@ -53,6 +54,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(plan)
+app.command()(compare)
 app.command()(report)
 app.command("simulate")(simulate_command)
 for command in (submit, status, scale, stop):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from taid_ray.compare.measures import ModelTotals, PairTotals
+from taid_ray.config.data import DataSource
 from taid_ray.config.models import StudentConfig
 from taid_ray.config.schema import DistillConfig
 from taid_ray.data.batch import Batch, collate
@@ -31,8 +32,8 @@ from taid_ray.teacher.payload import TeacherOutput
 class Evaluation:
     """What was measured of one student. Cross-entropy and KL are nats per loss position; masses and ROUGE-L lie in [0, 1]."""
 
-    documents: list[int]
-    """Numbers of the held-out documents, from 1."""
+    documents: list[str]
+    """Names of the held-out documents: their numbers, from 1, behind the name of their source where there are several."""
     tokens: list[int]
     """Loss positions of each document."""
     by_document: dict[str, list[float]]
@@ -42,8 +43,8 @@ class Evaluation:
     tail_mass_of_the_mean and, on prompts with responses, rouge_l (a mean over documents)."""
     calibration: list[dict[str, float]]
     """Bins of confidence, see `Calibration.bins`."""
-    rouge_documents: list[int]
-    """Numbers of the documents whose prompts were answered; none for plain text."""
+    rouge_documents: list[str]
+    """Names of the documents whose prompts were answered; none for plain text."""
     rouge_l: list[float]
     """ROUGE-L of each answer."""
     teacher: dict[str, float]
@@ -65,22 +66,22 @@ class Evaluator:
         teacher_config, student_config = model_configs(config)
         self._config, self._device, self._tokenizer = config, device, run_tokenizer(config)
         self._num_shared = shared_vocabulary(config, teacher_config, student_config).num_shared
-        held_out = config.data.validations[0]
-        rows = validation_rows(held_out.model_copy(update={"pack": False}), self._tokenizer)
-        rows.sort(key=lambda row: len(row.input_ids))  # for little padding
-        self._numbers = sorted({row.documents[0] for row in rows})
+        rows = [
+            (label(source, row.documents[0]), row)
+            for source in config.data.validations
+            for row in validation_rows(source.model_copy(update={"pack": False}), self._tokenizer)
+        ]
+        self._documents = list(dict.fromkeys(name for name, _ in rows))
+        rows.sort(key=lambda named: len(named[1].input_ids))  # for little padding
         self._batches = [
-            (collate(part), torch.tensor([self._numbers.index(row.documents[0]) for row in part]))
+            (collate([row for _, row in part]), torch.tensor([self._documents.index(name) for name, _ in part]))
             for part in (rows[start : start + BATCH_ROWS] for start in range(0, len(rows), BATCH_ROWS))
         ]
         section = config.given_teacher.model_copy(update={"payload": "hidden", "mode": "local", "shards": 1})
         self._teacher = TeacherModel(section, self._num_shared, device)
         self._teacher_head = self._teacher.head().to(device)
-        self._prompts, self._stop_ids = (
-            ([], [])
-            if held_out.format == "text"
-            else conversations(held_out, self._tokenizer, held_out.valid_documents)
-        )
+        asked = [source for source in config.data.validations if source.format != "text"]
+        self._prompts = [(source, *conversations(source, self._tokenizer, source.valid_documents)) for source in asked]
         self._teacher_rouge = self._rouge(self._teacher.model)
 
     def evaluate(self, model: Path) -> Evaluation:
@@ -88,18 +89,18 @@ class Evaluator:
         trusted = origin(self._config).trust_remote_code
         section = StudentConfig(model=str(model), attention=self._config.student.attention, trust_remote_code=trusted)
         student, head = load_student(self._config.model_copy(update={"student": section}), self._device)
-        totals = PairTotals(len(self._numbers), self._num_shared)
+        totals = PairTotals(len(self._documents), self._num_shared)
         for batch, documents in self._batches:
             self._add(totals, batch, documents, student, head.rows(self._num_shared))
         rouge = self._rouge(student)
         by_document = totals.student.sums | totals.divergences
         return Evaluation(
-            documents=self._numbers,
+            documents=self._documents,
             tokens=totals.tokens.long().tolist(),
             by_document={name: (sums / totals.tokens).tolist() for name, sums in by_document.items()},
             mean=_means(by_document, totals.tokens) | _whole(totals.student) | _mean_rouge(rouge),
             calibration=totals.student.calibration.bins(),
-            rouge_documents=[sample.document for sample in self._prompts],
+            rouge_documents=[label(source, each.document) for source, found, _ in self._prompts for each in found],
             rouge_l=rouge,
             teacher=_means(totals.teacher.sums, totals.tokens)
             | _whole(totals.teacher)
@@ -108,9 +109,11 @@ class Evaluator:
 
     def _rouge(self, model: Any) -> list[float]:
         """ROUGE-L of the model's answers to the prompts; nothing for plain text."""
-        if not self._prompts:
-            return []
-        return rouge_scores(model, self._tokenizer, self._prompts, self._device, self._stop_ids)
+        return [
+            score
+            for _, samples, stop_ids in self._prompts
+            for score in rouge_scores(model, self._tokenizer, samples, self._device, stop_ids)
+        ]
 
     @torch.no_grad()
     def _add(self, totals: PairTotals, batch: Batch, documents: Tensor, student: Any, head: Head) -> None:
@@ -133,6 +136,11 @@ class Evaluator:
             documents[batch.loss_positions // batch.inputs["input_ids"].shape[1]].to(self._device),
             chunk_tokens=chunk_tokens_for(self._num_shared, loss_memory_mib(self._device) * 2**20),
         )
+
+
+def label(source: DataSource, number: int) -> str:
+    """Names a document of a source of validation data."""
+    return f"{source.label} {number}" if source.label else str(number)
 
 
 def _means(by_document: dict[str, Tensor], tokens: Tensor) -> dict[str, float]:

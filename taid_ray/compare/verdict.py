@@ -29,6 +29,10 @@ class Verdict:
         """True if the interval holds 0, so that other documents and seeds might as well have shown the opposite."""
         return not (self.low > 0 or self.high < 0)
 
+    def exchanged(self) -> "Verdict":
+        """The verdict on the same two methods, the second one first."""
+        return Verdict(-self.difference, -self.high, -self.low)
+
 
 def judge(first: Floats, second: Floats, weights: Floats) -> Verdict:
     """Compares a figure of two methods.

@@ -55,7 +55,9 @@ def write_trial(run: Path, trial: Written) -> None:
     run.mkdir(parents=True)
     tree = BASE | {"out": str(run), "name": f"stories-{run.name}", "schedule": trial.schedule}
     (run / "config.yaml").write_text(yaml.safe_dump(build_config(tree).model_dump(mode="json")))
-    metrics = [{"step": step, "t": 0.4 + step / 100, "loss": 2 + 1 / step} for step in range(1, trial.step + 1)]
+    metrics = [
+        {"step": step, "t": 0.4 + step / 100, "loss": 2 + 1 / step, "step_s": 0.1} for step in range(1, trial.step + 1)
+    ]
     write_lines(run / "metrics.jsonl", metrics)
     validations = []
     for step in range(0, trial.step + 1, 10):
@@ -64,7 +66,7 @@ def write_trial(run: Path, trial: Written) -> None:
         validations.append({"step": step} | figures)
     write_lines(run / "validation.jsonl", validations)
     if trial.status == "finished":
-        (run / "summary.json").write_text(json.dumps({"steps": trial.step}))
+        (run / "summary.json").write_text(json.dumps({"steps": trial.step, "teacher_tokens": 1000}))
 
 
 def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:

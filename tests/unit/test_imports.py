@@ -44,6 +44,7 @@ def refused(call, *arguments):
         raise AssertionError(f"{call} accepted models that are not there")
 
 calls = {
+    "CompareResult": lambda call: call(Path("c"), None),
     "DistillConfig": lambda call: call.model_validate(tree),
     "RunResult": lambda call: call(Path("r"), {}),
     "SearchResult": lambda call: call(Path("s"), None),
@@ -52,6 +53,7 @@ calls = {
     "distill": lambda call: refused(call, taid_ray.build_config(tree)),
     "load_config": lambda call: call(quickstart),
     "load_space": lambda call: call(sys.argv[1]),
+    "run_compare": lambda call: refused(call, taid_ray.build_config(tree), ["taid"]),
     "run_search": lambda call: refused(call, taid_ray.build_config(tree), taid_ray.Space.model_validate(space)),
 }
 assert sorted(calls) == sorted(taid_ray.__all__)

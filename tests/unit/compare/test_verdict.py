@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from taid_ray.compare import verdict
 from taid_ray.compare.verdict import Verdict, judge
 
 SEEDS, DOCUMENTS = 3, 40
@@ -23,7 +24,10 @@ def figures(
 
 
 @pytest.mark.parametrize(("of_seeds", "of_documents"), [(0.05, 0.0), (0.05, 0.1), (0.0, 0.2)])
-def test_methods_that_do_not_differ_are_seldom_told_apart(of_seeds: float, of_documents: float) -> None:
+def test_methods_that_do_not_differ_are_seldom_told_apart(
+    of_seeds: float, of_documents: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verdict, "DRAWS", 800)
     numbers = np.random.default_rng(7)
     tries = [judge(*figures(numbers, 0.0, of_seeds, of_documents), np.ones(DOCUMENTS)) for _ in range(150)]
     assert sum(not found.within_noise for found in tries) <= 0.09 * len(tries)

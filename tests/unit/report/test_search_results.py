@@ -22,7 +22,7 @@ def test_a_trial_is_read_from_its_run_directory(tmp_path: Path) -> None:
     assert [line["step"] for line in trial.validations] == [0, 10, 20, 30, 40]
     assert (trial.step, trial.total_steps, trial.t) == (STEPS, STEPS, 0.8)
     assert (trial.figure("kl"), trial.figure("cross_entropy")) == (0.75, 2.25)
-    assert trial.summary == {"steps": STEPS}
+    assert trial.summary is not None and trial.summary["steps"] == STEPS
     assert (search.name, search.metric, search.path) == ("stories", "kl", tmp_path)
     assert search.space.space["schedule.alpha_steps"].kind == "loguniform"
 
