@@ -64,6 +64,8 @@ class SourceConfig(Section):
     """As `data.loss_on`."""
     turns: Annotated[Literal["all", "last"] | None, SETS_RATES] = None
     """As `data.turns`."""
+    overlong: Annotated[Literal["error", "drop", "truncate"] | None, SETS_RATES] = None
+    """As `data.overlong`."""
 
     @model_validator(mode="before")
     @classmethod

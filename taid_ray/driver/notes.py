@@ -33,7 +33,8 @@ def model_notes(spec: RunSpec) -> list[str]:
 
 def data_notes(config: DistillConfig, spec: RunSpec) -> list[str]:
     """Counts the documents that are lost or cut short, and says what else may not be meant."""
-    first = f"the first {config.data.block_documents}"
+    of_each = " of each source" if len(config.data.sources) > 1 else ""
+    first = f"the first {config.data.block_documents}{of_each}"
     return [*spec.data.notes, *lost_documents(config, first, spec.data.dropped, spec.data.truncated)]
 
 
@@ -41,9 +42,10 @@ def lost_documents(config: DistillConfig, which: str, dropped: int, truncated: i
     """Says how many of `which` documents are lost or cut short; nothing if none is."""
     if not dropped and not truncated:
         return []
+    rules = ", ".join(dict.fromkeys(source.overlong for source in config.data.sources))
     return [
         f"of {which} documents, {dropped:,} are left out (empty, too long, or nothing left of the response) and {truncated:,} "
-        f"are cut short (data.overlong: {config.data.overlong}); a larger data.sequence_length keeps more"
+        f"are cut short (data.overlong: {rules}); a larger data.sequence_length keeps more"
     ]
 
 
