@@ -60,8 +60,8 @@ class AskedRows:
         """Counts them. Of stored rows the index tells it; others are encoded for it."""
         if self.data is None or not self.config.learns_from_teacher:
             return _amount_of(self)
-        totals, stored = self.data.totals, self.data.stored_rows()
-        samples = stored.total("samples", np.arange(totals.rows))
+        totals = self.data.totals
+        samples = sum(int(source.opened.column("samples").sum()) for source in self.data.sources)
         return _amount_of(self._held_out()) + Amount(totals.rows, totals.loss_tokens, samples)
 
     def _held_out(self) -> Iterator[Row]:
