@@ -63,7 +63,11 @@ LAYOUTS: dict[int, list[Layout]] = {
 }
 ORDERS = ("global", "blocks", "mixture")
 ALL_LAYOUTS = {
-    workers: list(product(["local", *POOLS, *SFT], [0, 1, 2, 3], [1, 2, 5], ORDERS)) for workers in (1, 2, 3)
+    workers: [
+        *product(["local", *POOLS], [0, 1, 2, 3], [1, 2, 5], ORDERS),
+        *product(SFT, [0, 1, 2, 3], [1, 2, 5], ["global"]),
+    ]
+    for workers in (1, 2, 3)
 }
 
 
