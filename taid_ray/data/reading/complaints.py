@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from taid_ray.data.columns import Column
 from taid_ray.errors import DataError, shortened
+from taid_ray.storage import LASTING_ERRORS
 
 
 @contextmanager
@@ -18,6 +19,8 @@ def explained(source: str, what: str) -> Iterator[None]:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
+        if isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, LASTING_ERRORS):
+            what = "cannot be read. Check the disk or the network that it is on"  # nothing is wrong with the data
         raise DataError(f"{source} {what} ({shortened(str(cause)) or type(cause).__name__}).") from None
 
 

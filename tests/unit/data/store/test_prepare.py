@@ -423,7 +423,8 @@ def test_source_files_on_storage_that_fails_half_of_the_reads(
     assert made(tmp_path / "again") == expected and len(failed) > 50
     monkeypatch.setattr(storage, "TRIES", 3)
     draw.random = lambda: 0.0  # type: ignore[method-assign]
-    with pytest.raises(DataError, match=r"data\.train: .*a\.jsonl cannot be read.*Input/output error"):
+    failing = r"data\.train: .*a\.jsonl cannot be read. Check the disk or the network .*Input/output error"
+    with pytest.raises(DataError, match=failing):
         made(tmp_path / "again")
 
 
