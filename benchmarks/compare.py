@@ -26,8 +26,8 @@ from taid_ray.config.schema import DistillConfig, build_config
 METHODS = ["sft", "forward_kl", "reverse_kl", "js", "tvd", "skew_forward_kl"]
 METHODS += ["adaptive_kl", "dkd", "ctkd", "gkd_offline", "taid_linear", "taid"]
 DOLLY_METHODS = ["sft", "forward_kl", "skew_forward_kl", "taid"]
-CPUS, OBJECT_STORE_MIB = 3, 1024
-"""Of the local Ray: room for two runs at a time beside a teacher, whatever cores there are."""
+CPUS, OBJECT_STORE_MIB, CONCURRENT = 3, 1024, 2
+"""Of the local Ray, whatever cores there are; and runs at a time."""
 DOLLY = ROOT.parent / "shared" / "data" / "instruct"
 DOLLY_TEACHER = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 5}
 DOLLY_STUDENT = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 2}
@@ -66,7 +66,7 @@ def compared(
 ) -> tuple[dict[str, Any], list[Table]]:
     """The figures of one comparison, with the seconds that this call took, and its tables."""
     start = time.perf_counter()
-    found = run_compare(config, methods, seeds, out / name).comparison
+    found = run_compare(config, methods, seeds, out / name, CONCURRENT).comparison
     assert len(found.evaluations) == len(methods) * seeds, [trial.error for trial in found.trials.values()]
     seconds = time.perf_counter() - start
     return {"seconds": seconds, "training_s": training_s(found), **as_json(found)}, [

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ROOT, local_ray, write
-from benchmarks.compare import CPUS, OBJECT_STORE_MIB
+from benchmarks.compare import CONCURRENT, CPUS, OBJECT_STORE_MIB
 from benchmarks.pairs import trained_by_sft
 from taid_ray.cli.quickstart import BUNDLE
 from taid_ray.compare import tables
@@ -89,7 +89,7 @@ def compared(out: Path, short: bool) -> Gap:
         }
     )
     methods = METHODS[::3] if short else METHODS
-    return run_gap(config, methods, named, 2 if short else 3, out / "comparison")
+    return run_gap(config, methods, named, 2 if short else 3, out / "comparison", CONCURRENT)
 
 
 def link(model: Path, name: Path) -> str:

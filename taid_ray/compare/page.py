@@ -27,8 +27,9 @@ def write_report(comparison: Comparison) -> None:
     directory = comparison.path / "report"
     directory.mkdir(exist_ok=True)
     pictures = [picture_part(title, draw(comparison), directory / name) for name, (draw, title) in PICTURES.items()]
+    heading, *rows = quality(comparison)
     tables = [
-        _table("Quality: mean and spread over seeds, on the held-out documents", quality(comparison)),
+        table_part("Quality: mean and spread over seeds, on the held-out documents", heading, rows, rows[0]),
         _table("Shape of the distributions: mass of head and tail", shape(comparison)),
         _table("Cost: median time of a step, and memory that training needs", cost(comparison)),
     ]
@@ -95,8 +96,8 @@ def notes(comparison: Comparison) -> list[str]:
     if unequal := comparison.unequal_starts():
         found.append(f"With seed {unequal[0]} the methods did not begin with the same student: do not compare them.")
     found.append(
-        "A verdict draws held-out documents and seeds anew: where the interval of 95 % holds no difference, it says "
-        f"within noise. Documents: {', '.join(map(str, documents))}."
+        "A verdict draws held-out documents and seeds anew, and says within noise where the 95 % interval of the difference "
+        f"holds 0. Documents: {', '.join(map(str, documents))}."
     )
     if num_pairs > 1:
         found.append(
@@ -112,7 +113,7 @@ def notes(comparison: Comparison) -> list[str]:
 
 
 def _table(title: str, rows: list[list[str]]) -> str:
-    return table_part(title, rows[0], rows[1:], rows[1] if title.startswith("Quality") else None)
+    return table_part(title, rows[0], rows[1:])
 
 
 def _title(comparison: Comparison) -> str:

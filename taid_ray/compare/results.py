@@ -17,7 +17,7 @@ import numpy as np
 
 from taid_ray.compare.evaluation import Evaluation
 from taid_ray.compare.methods import SEED
-from taid_ray.compare.verdict import Floats, Verdict, judge
+from taid_ray.compare.verdict import UNKNOWN, Floats, Verdict, judge
 from taid_ray.config.space import VARIANT
 from taid_ray.errors import ConfigError
 from taid_ray.files import damaged, read_json
@@ -131,7 +131,7 @@ class Comparison:
             for first, second in combinations(self.methods, 2):
                 seeds = self.seeds(first, second)
                 ours, others = ([self.evaluations[method, seed] for seed in seeds] for method in (first, second))
-                verdict = judge_evaluations(ours, others, figure)
+                verdict = judge_evaluations(ours, others, figure) if seeds else UNKNOWN
                 found[first, second, figure.key], found[second, first, figure.key] = verdict, verdict.exchanged()
         return found
 
@@ -145,15 +145,15 @@ class Comparison:
 
 
 def judge_evaluations(first: Sequence[Evaluation], second: Sequence[Evaluation], figure: Figure) -> Verdict:
-    """Compares evaluations of the same documents, [seeds] each, by a figure of JUDGED."""
+    """Compares evaluations of the same documents, one for each seed that both have, by a figure of JUDGED."""
 
     def by_document(evaluations: Sequence[Evaluation]) -> Floats:
         rouge = figure.key == "rouge_l"
         return np.array([each.rouge_l if rouge else each.by_document[figure.key] for each in evaluations])
 
-    values = by_document(first), by_document(second)
-    weights = np.ones(values[0].shape[1]) if figure.key == "rouge_l" else np.array(first[0].tokens, dtype=np.float64)
-    return judge(*values, weights)
+    ours = by_document(first)
+    weights = np.ones(ours.shape[1]) if figure.key == "rouge_l" else np.array(first[0].tokens, dtype=np.float64)
+    return judge(ours, by_document(second), weights)
 
 
 def read_comparison(path: Path) -> Comparison:

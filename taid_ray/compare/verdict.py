@@ -34,6 +34,10 @@ class Verdict:
         return Verdict(-self.difference, -self.high, -self.low)
 
 
+UNKNOWN = Verdict(math.nan, -math.inf, math.inf)
+"""The verdict where nothing can be compared."""
+
+
 def judge(first: Floats, second: Floats, weights: Floats) -> Verdict:
     """Compares a figure of two methods.
 
@@ -44,12 +48,12 @@ def judge(first: Floats, second: Floats, weights: Floats) -> Verdict:
     Documents and seeds are drawn anew, each with replacement, DRAWS times; the interval is that between percentiles. A few
     seeds drawn from themselves vary too little: what is particular to a seed is widened, by sqrt(S / (S - 1)) for the missing
     degree of freedom and by the ratio of Student's t to the normal quantile. Of one seed nothing is known about other seeds,
-    and the interval is over documents only. Always the same for the same figures. Figures that are not finite give an
-    interval without ends.
+    and the interval is over documents only. Always the same for the same figures. Figures that are not finite
+    are UNKNOWN.
     """
     gaps = first - second
     if not np.isfinite(gaps).all():
-        return Verdict(math.nan, -math.inf, math.inf)
+        return UNKNOWN
     seeds, documents = gaps.shape
     mean = gaps.mean(0)
     widened = mean + _widening(seeds) * (gaps - mean)

@@ -69,6 +69,13 @@ def test_what_failed_is_left_out_and_told(tmp_path: Path) -> None:
     assert (tmp_path / "C/comparison.html").exists()
 
 
+def test_methods_without_a_seed_in_common_are_not_told_apart(tmp_path: Path) -> None:
+    comparison = read_comparison(write_comparison(tmp_path / "C", {"sft": [2.0, None], "taid": [None, 1.0]}))
+    assert comparison.verdict("taid", "sft", CROSS_ENTROPY).within_noise
+    assert ["taid", "100.0", "-", "101", "1.01"] in cost(comparison)
+    write_report(comparison)
+
+
 def test_methods_that_did_not_begin_alike_are_told(tmp_path: Path) -> None:
     directory = write_comparison(tmp_path / "C", METHODS)
     assert read_comparison(directory).unequal_starts() == [0, 1, 2]  # the files of these runs begin elsewhere
