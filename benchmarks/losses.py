@@ -65,7 +65,7 @@ def plain(x: Inputs, name: str) -> Tensor:
 
 
 def chunked(x: Inputs, name: str) -> Tensor:
-    """As a training step calls it."""
+    """As a training step calls it, but for the cross-entropy on the labels that it also reports."""
     temperature = temperature_of(name)
     known = temperature if temperature.requires_grad else float(temperature)
     objective = Objective(name, torch.tensor(T), temperature=known, squared=name in TEMPERATURES)
@@ -74,7 +74,7 @@ def chunked(x: Inputs, name: str) -> Tensor:
         objective,
         Projection(x.hidden, x.head),
         Projection(x.teacher_hidden, x.teacher_head),
-        x.labels,
+        x.labels if name == "dkd" else None,  # as the plain form, which has no cross-entropy on them either
         chunk_tokens=losses.chunk_tokens_for(len(x.head), memory),
     )
     (loss / len(x.labels)).backward()
