@@ -80,13 +80,15 @@ def with_sources(run: Path) -> Path:
     """Makes the run at this place one on a mixture: 75 tokens of each step are of `wiki`, and 25 of every second of `code`."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
-        line["sources"] = {"wiki": {"loss": line["loss"], "kl": line["kl"], "sft": 0.0, "tokens": 75}}
+        compared = {"kl": line["kl"]} if "kl" in line else {}
+        line["sources"] = {"wiki": compared | {"loss": line["loss"], "sft": 0.0, "tokens": 75}}
         if line["step"] % 2:
-            line["sources"]["code"] = {"loss": line["loss"] + 1, "kl": line["kl"] / 2, "sft": 0.0, "tokens": 25}
+            compared = {key: kl / 2 for key, kl in compared.items()}
+            line["sources"]["code"] = compared | {"loss": line["loss"] + 1, "sft": 0.0, "tokens": 25}
     write_lines(run / "metrics.jsonl", lines)
     lines = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
     for line in lines:
-        own = {key: line[key] for key in ("cross_entropy", "teacher_cross_entropy", "kl", "tokens")}
+        own = {key: line[key] for key in ("cross_entropy", "teacher_cross_entropy", "kl", "tokens") if key in line}
         line["sources"] = {"wiki": own, "code": own | {"cross_entropy": own["cross_entropy"] + 0.5}}
     write_lines(run / "validation.jsonl", lines)
     return run

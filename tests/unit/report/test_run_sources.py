@@ -6,8 +6,13 @@ import pytest
 
 from taid_ray.report.history import read_history
 from taid_ray.report.run_page import write_run_report
-from taid_ray.report.run_sources import source_curves, source_rows
-from tests.support.report_files import STEPS, with_sources, write_run
+from taid_ray.report.run_sources import source_curves, source_heading, source_rows
+from tests.support.report_files import (
+    STEPS,
+    with_sources,
+    write_run,
+    write_run_without_teacher,
+)
 
 
 def test_figures_of_each_source(tmp_path: Path) -> None:
@@ -30,6 +35,15 @@ def test_the_picture_has_a_curve_for_each_source(tmp_path: Path) -> None:
         "code",
         "teacher on code",
     ]
+
+
+def test_without_a_teacher_sources_have_no_figures_of_one(tmp_path: Path) -> None:
+    run = with_sources(write_run_without_teacher(tmp_path / "run"))
+    history = read_history(run)
+    assert source_heading(history) == ["source", "", "loss tokens", "loss at the end", "cross-entropy"]
+    assert [len(row) for row in source_rows(history)] == [5, 5]
+    assert [line.get_label() for line in source_curves(history).axes[1].get_lines()] == ["wiki", "code"]
+    write_run_report(run)
 
 
 @pytest.mark.parametrize("mixture", [False, True])
