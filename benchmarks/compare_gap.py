@@ -23,9 +23,9 @@ from taid_ray.config.schema import build_config
 METHODS = ["forward_kl", "skew_forward_kl", "taid_linear", "taid"]
 SIXTEEN_HEADS = {"num_attention_heads": 16, "num_key_value_heads": 8}
 TEACHERS = {  # name, fields of the Llama's config, steps
-    "60k": ({"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4}, 800),
-    "250k": ({"hidden_size": 64, "intermediate_size": 168, "num_hidden_layers": 5}, 800),
-    "1m": ({"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 5} | SIXTEEN_HEADS, 800),
+    "60k": ({"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4}, 600),
+    "250k": ({"hidden_size": 64, "intermediate_size": 168, "num_hidden_layers": 5}, 600),
+    "1m": ({"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 5} | SIXTEEN_HEADS, 600),
 }
 STUDENT = {"hidden_size": 24, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 STUDENT |= {"num_key_value_heads": 2, "head_dim": 6}
