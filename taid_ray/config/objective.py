@@ -33,6 +33,7 @@ PUBLISHED = ("adaptive_kl", "ctkd", "dkd")
 """Losses whose code in TAID's repository computes something else (`loss.published`)."""
 WITHOUT_TOPK = {
     "adaptive_kl": "its head may reach into the ids that are not sent, and their order is not known",
+    "ctkd": "at the high temperatures that it learns, much of the probability is on the ids that are not sent",
 }
 """Losses that cannot learn from the likeliest ids alone, and why."""
 

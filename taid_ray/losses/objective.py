@@ -10,7 +10,7 @@ from torch import Tensor
 from taid_ray.losses.closed_form import CLOSED_FORM, closed_form_
 from taid_ray.losses.divergences import check_temperature, entropy_from_log_probs
 from taid_ray.losses.registry import METHODS, divergence, log_target
-from taid_ray.losses.topk import TopK, bucket_slope, bucketed_, spread_, with_labels
+from taid_ray.losses.topk import TopK, bucketed_, spread_, with_labels
 
 SPARING = frozenset(CLOSED_FORM) - {"adaptive_kl", "js", "gkd"}
 """Losses that keep few tensors of a block alive. Adaptive KL sorts one; the others need a third distribution."""
@@ -97,6 +97,8 @@ class Objective:
         label_logits = None if labels is None else logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
         pulled = torch.softmax(logits, -1) if learn and self.sft_weight > 0 else None
         if isinstance(teacher, TopK):
+            if self.learns_temperature:
+                raise ValueError("a temperature learns from whole distributions only, found the likeliest ids")
             found = self._on_buckets(logits, teacher, labels, learn)
         else:
             found = self._on_vocabulary(logits, teacher, labels, learn)
@@ -171,7 +173,6 @@ class Objective:
         if METHODS[self.name].takes_labels and labels is not None:
             teacher, labels = with_labels(teacher, labels)
         found = bucketed_(logits, teacher, self.temperature)
-        slope = bucket_slope(found) if learn and self.learns_temperature else None
         kl, gradient = self._by_autograd(found.student, found.teacher, labels, learn)
         entropy, target = torch.zeros_like(kl), log_target(self.name)
         if target:
@@ -179,7 +180,7 @@ class Objective:
             entropy = entropy_from_log_probs(log_p) + log_p[:, -1].exp() * found.tail_entropy
         if gradient is not None:
             gradient = spread_(gradient, found.shares, found.ids)
-        return _Tempered(kl, entropy, found.normaliser, gradient, slope)
+        return _Tempered(kl, entropy, found.normaliser, gradient, None)
 
 
 def _on_labels(logits: Tensor, labels: Tensor, learn: bool) -> BlockResult:

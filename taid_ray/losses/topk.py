@@ -56,10 +56,6 @@ class Buckets:
     """Logits [N, k + 1]."""
     teacher: Tensor
     """Logits [N, k + 1]."""
-    student_slope: Tensor
-    """[N, k + 1]: derivative of `student` with respect to the temperature."""
-    teacher_slope: Tensor
-    """[N, k + 1]"""
     ids: Tensor
     """[N, k]"""
     shares: Tensor
@@ -84,20 +80,7 @@ def bucketed_(logits: Tensor, known: TopK, temperature: float | Tensor) -> Bucke
         tail = logits.div_(temperature).logsumexp(-1, keepdim=True)
         student = torch.cat([student[:, :-1] / temperature, tail], -1)
         teacher[:, -1:] += _finite(tail - own_tail)
-    shares, entropy = tail_shares_(logits, student)
-    # The tail of both sides, for example d logsumexp(z / T) / dT = (entropy - logsumexp(z / T)) / T.
-    slopes = [-_finite(side) / temperature for side in (student, teacher)]
-    for slope in slopes:
-        slope[:, -1] += entropy / temperature
-    return Buckets(student, teacher, slopes[0], slopes[1], ids, shares, entropy, normaliser)
-
-
-def bucket_slope(x: Buckets) -> Tensor:
-    """Computes the derivative [N] of KL(p || q) between the buckets with respect to the temperature."""
-    log_p, log_q = x.teacher.log_softmax(-1), x.student.log_softmax(-1)
-    p, q, gap = log_p.exp(), log_q.exp(), _finite(log_p - log_q)
-    by_teacher = p * (gap - (p * gap).sum(-1, keepdim=True))
-    return ((q - p) * x.student_slope + by_teacher * x.teacher_slope).sum(-1)
+    return Buckets(student, teacher, ids, *tail_shares_(logits, student), normaliser)
 
 
 def with_labels(known: TopK, labels: Tensor) -> tuple[TopK, Tensor]:

@@ -469,6 +469,10 @@ def test_every_problem_is_reported_at_once() -> None:
             ["loss.name", "adaptive_kl", "teacher.payload: topk", "head", "hidden"],
         ),
         (
+            {"loss__name": "ctkd", "teacher__payload": "topk"},
+            ["loss.name", "ctkd", "teacher.payload: topk", "high temperatures", "hidden"],
+        ),
+        (
             {"loss__name": "taid_reverse_kl", "schedule__t_start": 0},
             ["taid_reverse_kl", "schedule.t_start", "adaptive", "found schedule.t_start: 0"],
         ),
