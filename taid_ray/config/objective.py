@@ -114,6 +114,12 @@ class LossConfig(Section):
                 f"loss.published only goes with {', '.join(PUBLISHED)} (found loss.name: {self.name}); remove it: what is "
                 "published of the others is right"
             )
+        for key in ("learning_rate", "ramp") if self.published and self.ctkd else ():
+            if getattr(self.ctkd, key) != LearnedTemperatureConfig.model_fields[key].default:
+                raise ValueError(
+                    f"loss.ctkd.{key} does nothing with loss.published, whose temperature no optimizer moves (found "
+                    f"{getattr(self.ctkd, key):g}); remove it"
+                )
         if self.name == "gkd" and self.beta is not None and self.beta > 1:
             raise ValueError(f"loss.beta lies within [0, 1] with loss.name: gkd (found {self.beta:g}); lower it")
         changed = [key for key in ("sft_weight", "temperature", "temperature_squared") if getattr(self, key)]

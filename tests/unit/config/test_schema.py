@@ -462,6 +462,10 @@ def test_every_problem_is_reported_at_once() -> None:
             {"loss": {"name": "ctkd", "ctkd": {"min_temperature": 9, "max_temperature": 2}}},
             ["loss.ctkd.min_temperature", "9", "loss.ctkd.max_temperature", "2"],
         ),
+        (
+            {"loss": {"name": "ctkd", "published": True, "ctkd": {"ramp": 0.5}}},
+            ["loss.ctkd.ramp", "loss.published", "0.5", "remove"],
+        ),
         ({"loss": {"name": "gkd", "published": True}}, ["loss.published", "adaptive_kl, ctkd, dkd", "gkd"]),
         ({"loss": {"name": "adaptive-kl"}}, ["loss.name", "'adaptive-kl'", "Did you mean adaptive_kl?"]),
         (
