@@ -77,7 +77,7 @@ test-netns: install
 	$(BIN)/python -m pytest -m netns tests/netns
 
 soak: install
-	TAID_SOAK_MINUTES=$(or $(MINUTES),10) $(BIN)/python -m pytest -m soak --durations=0 tests/chaos
+	TAID_SOAK_MINUTES=$(or $(MINUTES),10) $(BIN)/python -m pytest -m soak --durations=0 tests/chaos tests/integration/test_prepare.py
 
 lint: install
 	$(BIN)/ruff check .

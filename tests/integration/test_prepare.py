@@ -150,7 +150,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
         found.close()
 
 
-@pytest.mark.more
+@pytest.mark.soak  # its own Ray cluster disturbs the one that other tests share
 def test_a_node_that_is_lost_while_it_prepares_leaves_its_part_to_another(
     nodes: Nodes, tmp_path: Path, many_parts: None
 ) -> None:

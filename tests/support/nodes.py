@@ -19,7 +19,9 @@ class Nodes:
     def __init__(self, **head: Any) -> None:
         """head: arguments of the head's raylet."""
         from ray.cluster_utils import Cluster
+        from ray.experimental.internal_kv import internal_kv_get_gcs_client
 
+        self._own_cluster = internal_kv_get_gcs_client()
         self._cluster = Cluster(initialize_head=True, head_node_args=head | {"_system_config": DETECTION})
         self.address: str = self._cluster.address
         self._nodes: dict[str, Any] = {}
@@ -43,4 +45,8 @@ class Nodes:
         return list(psutil.Process(raylet.process.pid).children(recursive=True))
 
     def close(self) -> None:
+        from ray.experimental.internal_kv import _initialize_internal_kv
+
         self._cluster.shutdown()
+        if self._own_cluster is not None:  # which shutdown makes this process forget, and Serve needs
+            _initialize_internal_kv(self._own_cluster)
