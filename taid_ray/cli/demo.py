@@ -47,7 +47,7 @@ def mode_averaging_command(
 
 
 def _table(found: "Demonstration") -> Table:
-    """Each fit's Gaussian, its divergences from the mixture (nats), and its probability where the mixture has hardly any."""
+    """Makes a table of the fits: Gaussian, divergences from the mixture (nats), probability where the mixture has hardly any."""
     from taid_ray.demo.mode_averaging import kl, log_mixture, share_in_gaps
 
     fits = [("forward KL", found.forward_kl), ("reverse KL", found.reverse_kl)]

@@ -130,7 +130,7 @@ def _told(method: str, before: str, after: str, change: Verdict) -> str:
 
 
 def _course(gap: Gap, method: str) -> str:
-    """How the students fare from the first teacher to the last one."""
+    """Says how the students fare from the first teacher to the last one."""
     names = list(gap.comparisons)
     means = [statistics.fmean(gap.comparisons[name].values(method, CROSS_ENTROPY.key)) for name in names]
     best = names[means.index(min(means))]

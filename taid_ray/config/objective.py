@@ -157,7 +157,7 @@ class LossConfig(Section):
 
     @property
     def learned_temperature(self) -> LearnedTemperatureConfig | None:
-        """How the temperature is learned; None if it is not."""
+        """Settings of the temperature that is learned; None if none is."""
         return (self.ctkd or LearnedTemperatureConfig()) if self.name == "ctkd" and not self.published else None
 
     @property

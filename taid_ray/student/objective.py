@@ -39,7 +39,7 @@ def temperature_group(config: DistillConfig, temperature: LearnedTemperature | N
 
 
 def denominator(config: DistillConfig, tokens: int) -> int:
-    """What the gradient of a global batch's sum is divided by: its loss positions, `tokens`.
+    """Returns the number that the gradient of a global batch's sum is divided by: its loss positions, `tokens`.
 
     The published DKD divides by all positions instead, those without loss and padding included.
     """

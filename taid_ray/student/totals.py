@@ -124,7 +124,7 @@ class RunTotals:
         }
 
     def of_teacher(self, teacher: TeacherInfo, teacher_tokens: int, learns_from_teacher: bool) -> dict[str, Any]:
-        """What summary.json says of the teacher. teacher_tokens: of this attempt, over all ranks. learns_from_teacher: False
+        """Figures of the teacher for summary.json. teacher_tokens: of this attempt, over all ranks. learns_from_teacher: False
         if it was asked in validations only."""
         trained = {"t": self.t, "payload_bytes": self.payload_bytes} if learns_from_teacher else {}
         return {

@@ -49,7 +49,7 @@ class Lists:
 
     @property
     def starts(self) -> Ints:
-        """Where each row begins in `values`."""
+        """Places in `values` at which the rows begin."""
         starts: Ints = np.cumsum(self.sizes) - self.sizes
         return starts
 
