@@ -112,16 +112,21 @@ def dolly_config(data: Path, out: Path, short: bool) -> DistillConfig:
             "student": {"model": str(student), "dtype": "float32", "cpus_per_worker": 0.75},
             "data": dolly,
             "schedule": {"t_start": 0.2, "alpha": 0.02},
-            "train": {
-                "steps": 20 if short else 300,
-                "batch_size": 16,
-                "micro_batch_size": 16,
-                "learning_rate": 1e-3,
-                "warmup_steps": 10,
-                "eval_every": 10 if short else 50,
-            },
+            "train": train_section(short, steps=300, learning_rate=1e-3, eval_every=50),
         }
     )
+
+
+def train_section(short: bool, steps: int, learning_rate: float, eval_every: int) -> dict[str, Any]:
+    """The section `train` of a comparison's configuration. short: of a few steps only, to try it."""
+    return {
+        "steps": 20 if short else steps,
+        "batch_size": 16,
+        "micro_batch_size": 16,
+        "learning_rate": learning_rate,
+        "warmup_steps": 10,
+        "eval_every": 10 if short else eval_every,
+    }
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ROOT, local_ray, write
-from benchmarks.compare import CONCURRENT, CPUS, OBJECT_STORE_MIB
+from benchmarks.compare import CONCURRENT, CPUS, OBJECT_STORE_MIB, train_section
 from benchmarks.pairs import trained_by_sft
 from taid_ray.cli.quickstart import BUNDLE
 from taid_ray.compare import tables
@@ -79,14 +79,7 @@ def compared(out: Path, short: bool) -> Gap:
             },
             "data": DATA | {"valid_documents": 20 if short else 198},
             "schedule": {"t_start": 0.2, "alpha": 0.02},
-            "train": {
-                "steps": 20 if short else 400,
-                "batch_size": 16,
-                "micro_batch_size": 16,
-                "learning_rate": 4e-3,
-                "warmup_steps": 10,
-                "eval_every": 10 if short else 100,
-            },
+            "train": train_section(short, steps=400, learning_rate=4e-3, eval_every=100),
         }
     )
     methods = METHODS[::3] if short else METHODS
