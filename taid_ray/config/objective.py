@@ -87,7 +87,7 @@ class LossConfig(Section):
     """With `ctkd`: how the temperature is learned, with the keys below. Null stands for their defaults."""
     published: Annotated[bool, SETS_RATES] = False
     """With `adaptive_kl`, `ctkd` and `dkd`: compute what TAID's published code does in their place, with its defaults. For
-    comparisons with its results only; docs/losses.md says what is wrong there."""
+    comparisons with its results only; docs/losses/index.md says what is wrong there."""
     sft_weight: Unit = 0.0
     """Share of plain cross-entropy on the data's own tokens:
     loss = (1 - sft_weight) * divergence + sft_weight * cross-entropy."""

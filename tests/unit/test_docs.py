@@ -15,7 +15,7 @@ from taid_ray.config.schema import DistillConfig, known_keys
 from taid_ray.config.space import ALPHA_STEPS
 from tests.support.paths import ROOT
 
-DOCUMENTS = [*sorted((ROOT / "docs").glob("*.md")), *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING"))]
+DOCUMENTS = [*sorted((ROOT / "docs").rglob("*.md")), *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING"))]
 OTHERS_OPTIONS = {"--account", "--dependency", "--exclusive", "--requeue", "--set", "--temp-dir"}
 """Of Slurm, helm and Ray."""
 
@@ -103,8 +103,11 @@ def test_every_loss_and_every_data_format_is_described() -> None:
     text = (ROOT / "docs" / "models-and-data.md").read_text(encoding="utf-8")
     choices = [*get_args(LossName), *get_args(DataConfig.model_fields["format"].annotation)]
     assert len(choices) > 8 and not [choice for choice in choices if f"`{choice}`" not in text]
-    text = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
-    assert not [name for name in get_args(LossName) if f"`{name}`" not in text]
+    families = [page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs" / "losses").glob("[!i]*.md"))]
+    assert not [name for name in get_args(LossName) if not any(re.search(rf"\b{name}\b", page) for page in families)]
+    assert not [
+        page[:20] for page in families for part in ("source", "default", "**when to use") if part not in page.lower()
+    ]
 
 
 def test_the_drawing_in_light_and_in_dark_differs_in_its_colours_only() -> None:
