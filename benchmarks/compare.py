@@ -102,7 +102,7 @@ def dolly_config(data: Path, out: Path, short: bool) -> DistillConfig:
         "sequence_length": 512,
         "overlong": "drop",
     }
-    teacher = trained_by_sft(out / "dolly-teacher", DOLLY_TEACHER, dolly, 20 if short else 500)
+    teacher = trained_by_sft(out / "dolly-teacher", DOLLY_TEACHER, dolly, 20 if short else 250)
     student = trained_by_sft(out / "dolly-student", DOLLY_STUDENT, dolly, 10 if short else 150)
     return build_config(
         {

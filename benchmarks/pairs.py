@@ -8,6 +8,8 @@ from taid_ray.config.schema import build_config
 from taid_ray.driver.launch import distill
 
 STORIES = BUNDLE / "stories260k"
+CPUS = 2
+"""Threads of the one worker, which trains alone."""
 
 
 def trained_by_sft(run: Path, architecture: dict[str, Any], data: dict[str, Any], steps: int) -> Path:
@@ -27,6 +29,7 @@ def trained_by_sft(run: Path, architecture: dict[str, Any], data: dict[str, Any]
                 "init": "scratch",
                 "architecture": architecture,
                 "dtype": "float32",
+                "cpus_per_worker": CPUS,
             },
             "data": data,
             "train": {
