@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from taid_ray.media.refs import ImageRef
+
 NO_LABEL = -100
 PAD_ID = 0
 
@@ -33,6 +35,8 @@ class Row:
     """Numbers, from 1, of the documents in the dataset that its samples come from, in order."""
     source: int = 0
     """Number, from 0, of the source of training data that it is of; see `DataConfig.sources`."""
+    images: tuple[ImageRef, ...] = ()
+    """Its images, in the order of their tokens in `input_ids`."""
 
     def __post_init__(self) -> None:
         for name in ("input_ids", "position_ids", "targets"):
@@ -41,7 +45,7 @@ class Row:
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, Row)
-            and (self.documents, self.source) == (other.documents, other.source)
+            and (self.documents, self.source, self.images) == (other.documents, other.source, other.images)
             and np.array_equal(self.input_ids, other.input_ids)
             and np.array_equal(self.position_ids, other.position_ids)
             and np.array_equal(self.targets, other.targets)
@@ -60,7 +64,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Batch:
-    """Model inputs plus the loss positions. A mapping of inputs, so that other modalities can join input_ids."""
+    """Model inputs plus the loss positions, and references to the images, of which each model makes inputs of its own."""
 
     inputs: dict[str, Tensor]
     """Keyword arguments of the model; input_ids and position_ids are [B, T] int64."""
@@ -70,6 +74,8 @@ class Batch:
     """[N] int64, the token each loss position predicts."""
     sources: Tensor
     """[N] int64, the number of the source that each loss position is of."""
+    images: tuple[tuple[ImageRef, ...], ...] = ()
+    """The images of each row, B tuples; empty if no row has one."""
 
     @property
     def num_loss_tokens(self) -> int:
@@ -101,4 +107,5 @@ def collate(rows: Sequence[Row]) -> Batch:
         loss_positions=torch.from_numpy(loss_positions),
         labels=torch.from_numpy(flat_targets[loss_positions]),
         sources=torch.from_numpy(sources.astype(np.int64)),
+        images=tuple(row.images for row in rows) if any(row.images for row in rows) else (),
     )

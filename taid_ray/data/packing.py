@@ -2,11 +2,12 @@
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from taid_ray.data.batch import NO_LABEL, Row
+from taid_ray.media.refs import ImageRef
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,8 @@ class Sample:
     """loss_mask[i], i >= 1: token i is to be predicted (by position i - 1). loss_mask[0] has no effect."""
     document: int = 0
     """Number of its document in the dataset, from 1, as errors about the data count rows."""
+    images: tuple[ImageRef, ...] = ()
+    """Its images, in the order of their tokens; `start` counts from the sample's first token."""
 
     @property
     def num_loss_tokens(self) -> int:
@@ -85,4 +88,9 @@ def _row(samples: Sequence[Sample]) -> Row:
     mask[starts] = False  # the last position of a sample would predict into the next document
     targets = np.where(np.roll(mask, -1), np.roll(ids, -1), NO_LABEL)
     positions = np.arange(len(ids)) - np.repeat(starts, lengths)
-    return Row(ids, positions, targets, tuple(sample.document for sample in samples))
+    images = [
+        replace(image, start=image.start + int(start))
+        for start, sample in zip(starts, samples, strict=True)
+        for image in sample.images
+    ]
+    return Row(ids, positions, targets, tuple(sample.document for sample in samples), images=tuple(images))

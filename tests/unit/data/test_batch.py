@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from taid_ray.data.batch import NO_LABEL, PAD_ID, Row, collate
+from taid_ray.media.refs import ImageRef
 
 PACKED = Row([5, 6, 7, 8, 9], [0, 1, 0, 1, 2], [6, NO_LABEL, NO_LABEL, 9, 4])
 SHORT = Row([3, 2], [0, 1], [2, NO_LABEL])
@@ -96,3 +98,12 @@ def test_collate_is_what_one_would_write_plainly(rows: list[Row]) -> None:
     found = [batch.inputs["input_ids"], batch.inputs["position_ids"], batch.loss_positions, batch.labels]
     for one, other in zip(found, plainly(rows), strict=True):
         assert one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+
+
+def test_images_of_each_row() -> None:
+    """A batch of text alone has no images at all; else every row has its own, also where that is none."""
+    image = ImageRef("0" * 32, start=0, tokens=2, width=4, height=4, place="memory:")
+    seen = replace(SHORT, images=(image,))
+    assert seen != SHORT
+    assert collate([SHORT, PACKED]).images == () == collate([]).images
+    assert collate([PACKED, seen]).images == ((), (image,))

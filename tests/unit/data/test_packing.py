@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from taid_ray.data.batch import NO_LABEL, Row
 from taid_ray.data.packing import Sample, cut, to_rows
+from taid_ray.media.refs import ImageRef
 
 LENGTH = 12
 
@@ -101,3 +102,18 @@ def test_a_large_block_packs_quickly() -> None:
     rows = to_rows(samples, 2048, True)
     assert time.process_time() - start < 3  # 0.3 s on an idle core
     assert sum(len(row.input_ids) for row in rows) / (2048 * len(rows)) > 0.95
+
+
+def test_images_go_with_their_samples() -> None:
+    """In a packed row every image's tokens stand where its sample has put them."""
+    samples = []
+    for number, length in enumerate([5, 3, 4]):
+        ids = list(range(100 * number, 100 * number + length))
+        image = ImageRef(f"{number:032x}", start=1, tokens=2, width=9, height=8, place="memory:")
+        samples.append(Sample(ids, [False] * length, number + 1, (image,) if number != 1 else ()))
+    rows = to_rows(samples, LENGTH, pack=True)
+    found = {
+        image.digest: row.input_ids[image.start : image.start + image.tokens] for row in rows for image in row.images
+    }
+    assert {int(digest, 16): ids.tolist() for digest, ids in found.items()} == {0: [1, 2], 2: [201, 202]}
+    assert [image.start for row in rows for image in row.images] == sorted(i.start for row in rows for i in row.images)
