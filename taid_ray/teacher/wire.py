@@ -22,7 +22,7 @@ DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
         torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn,
-        torch.int64, torch.int32, torch.int8,
+        torch.int64, torch.int32, torch.int8, torch.uint8,
     )
 }  # fmt: skip
 """The dtypes of requests, payloads and heads. Of these, every pattern of bits is a value."""

@@ -5,13 +5,14 @@ A sample is one document or piece of one. It attends to nothing but itself, so i
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from taid_ray.data.batch import NO_LABEL, Batch, Ints, Row, collate
 from taid_ray.data.packing import best_fit
+from taid_ray.media.refs import ImageRef
 
 FORMAT = "taid-ray sample 1"
 """Part of every key. Change it whenever other code makes the teacher's outputs different."""
@@ -49,6 +50,7 @@ def samples_of(batch: Batch, fingerprint: str, with_labels: bool) -> list[KeyedS
     begins = np.ones(ids.shape, dtype=bool)
     begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
     starts = np.flatnonzero(begins)
+    images = _images_from_first(batch)
     loss_positions, labels = batch.loss_positions.numpy(), batch.labels.numpy()
     edges = np.searchsorted(loss_positions, [*starts, ids.size])
     ids, positions = ids.reshape(-1), positions.reshape(-1)
@@ -56,12 +58,14 @@ def samples_of(batch: Batch, fingerprint: str, with_labels: bool) -> list[KeyedS
     for start, first, last in zip(starts, edges[:-1], edges[1:], strict=True):
         if first == last:
             continue
-        part = slice(start, loss_positions[last - 1] + 1)
+        part = slice(int(start), int(loss_positions[last - 1]) + 1)
         where, wanted = loss_positions[first:last] - start, labels[first:last]
-        key = _key(fingerprint, ids[part], positions[part], where, wanted if with_labels else wanted[:0])
+        seen = _images_in(images, part)
+        labels_seen = wanted if with_labels else wanted[:0]
+        key = _key(fingerprint, ids[part], positions[part], where, labels_seen, images=seen)
         targets = np.full(part.stop - start, NO_LABEL)
         targets[where] = wanted
-        row = Row(ids[part], positions[part], targets)
+        row = Row(ids[part], positions[part], targets, images=seen)
         samples.append(KeyedSample(key, row, int(last - first)))
     return samples
 
@@ -93,17 +97,41 @@ def batch_of_samples(samples: Sequence[KeyedSample], length: int, pack: bool) ->
 
 
 def _joined(rows: Sequence[Row]) -> Row:
+    starts = np.cumsum([0, *(len(row.input_ids) for row in rows)])
     return Row(
         np.concatenate([row.input_ids for row in rows]),
         np.concatenate([row.position_ids for row in rows]),
         np.concatenate([row.targets for row in rows]),
+        images=tuple(
+            _moved(image, int(start)) for start, row in zip(starts, rows, strict=False) for image in row.images
+        ),
     )
 
 
-def _key(fingerprint: str, *arrays: np.ndarray) -> str:
+def _images_from_first(batch: Batch) -> list[ImageRef]:
+    """All images of a batch, in order; their `start` counts from the first position of the first row."""
+    length = batch.inputs["input_ids"].shape[1]
+    return [_moved(image, number * length) for number, images in enumerate(batch.images) for image in images]
+
+
+def _images_in(images: Sequence[ImageRef], part: slice) -> tuple[ImageRef, ...]:
+    """Those images that lie in a part of the positions; their `start` counts from its first position."""
+    touching = [image for image in images if image.start < part.stop and image.start + image.tokens > part.start]
+    # A loss position may be an image's last token, but no earlier one.
+    assert all(part.start <= image.start and image.start + image.tokens <= part.stop for image in touching)
+    return tuple(_moved(image, -part.start) for image in touching)
+
+
+def _moved(image: ImageRef, by: int) -> ImageRef:
+    return replace(image, start=image.start + by)
+
+
+def _key(fingerprint: str, *arrays: np.ndarray, images: Sequence[ImageRef] = ()) -> str:
     result = hashlib.sha256(f"{FORMAT} {fingerprint} {[len(array) for array in arrays]}".encode())
     for array in arrays:
         result.update(np.ascontiguousarray(array, dtype=np.int64).data)
+    for image in images:  # where they come from does not count
+        result.update(f" {image.digest} {image.start} {image.tokens} {image.width} {image.height}".encode())
     return result.hexdigest()
 
 

@@ -1,11 +1,15 @@
 """Messages between the clients of a teacher pool and its replicas, each with its checksum, and the errors of replicas."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import xxhash
 
 from taid_ray.data.batch import Batch
-from taid_ray.errors import TeacherError
+from taid_ray.errors import MessageError, TeacherError
+from taid_ray.media.refs import ImageRef
 from taid_ray.teacher.wire import Packed, digest, pack, unpack, verify
 
 ScoreInputs = tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]
@@ -19,20 +23,42 @@ class ScoreRequest(NamedTuple):
     targets: dict[str, Packed]
     """loss_positions and labels."""
     checksum: str
-    """Digest of everything above."""
+    """Digest of inputs, targets and images."""
+    images: tuple[tuple[ImageRef, ...], ...] = ()
+    """The images of each row, as in Batch."""
+    contents: Any = None
+    """Reference to an object in Ray's store that holds the files' bytes, see `contents_of`; None without images."""
 
     @classmethod
-    def of(cls, batch: Batch) -> "ScoreRequest":
-        """Packs a batch, without copies where its tensors are contiguous."""
+    def of(cls, batch: Batch, contents: Any = None) -> "ScoreRequest":
+        """Packs a batch, without copies where its tensors are contiguous. contents: see the field."""
         inputs = _packed(batch.inputs)
         targets = _packed({"loss_positions": batch.loss_positions, "labels": batch.labels})
-        return cls(inputs, targets, digest(_joined(inputs, targets)))
+        return cls(inputs, targets, digest(_joined(inputs, targets, batch.images)), batch.images, contents)
 
     def unpacked(self) -> ScoreInputs:
-        """Returns what was packed. Raises MessageError if this is not what was sent."""
-        verify(_joined(self.inputs, self.targets), self.checksum)
+        """Returns what was packed, without the images. Raises MessageError if this is not what was sent."""
+        verify(_joined(self.inputs, self.targets, self.images), self.checksum)
         inputs = {name: unpack(packed) for name, packed in self.inputs.items()}
         return inputs, unpack(self.targets["loss_positions"]), unpack(self.targets["labels"])
+
+    def checked_contents(self, found: Mapping[str, Any]) -> dict[str, bytes]:
+        """Returns the images' bytes by their digests, which they must have. found: the object that `contents` refers to.
+
+        Raises MessageError if one is missing or damaged.
+        """
+        wanted = {image.digest for images in self.images for image in images}
+        checked = {}
+        for name in wanted:
+            checked[name] = bytes(found.get(name, b""))
+            if xxhash.xxh3_128_hexdigest(checked[name]) != name:
+                raise MessageError(f"the image {name} arrived damaged ({len(checked[name])} bytes)")
+        return checked
+
+
+def contents_of(images: Mapping[str, bytes]) -> dict[str, np.ndarray]:
+    """Makes of images' bytes, by their digests, arrays that Ray's object store keeps and reads without copying."""
+    return {name: np.frombuffer(content, np.uint8) for name, content in images.items()}
 
 
 class HeadPiece(NamedTuple):
@@ -77,6 +103,10 @@ def _packed(tensors: dict[str, torch.Tensor]) -> dict[str, Packed]:
     return {name: pack(tensor) for name, tensor in tensors.items()}
 
 
-def _joined(inputs: dict[str, Packed], targets: dict[str, Packed]) -> dict[str, Packed]:
-    """Merges both under names that cannot coincide: a model may have an input called labels."""
-    return {f"inputs.{name}": packed for name, packed in inputs.items()} | targets
+def _joined(inputs: dict[str, Packed], targets: dict[str, Packed], images: Any) -> dict[str, Packed]:
+    """Merges all under names that cannot coincide: a model may have an input called labels."""
+    merged = {f"inputs.{name}": packed for name, packed in inputs.items()} | targets
+    if images:
+        text = np.frombuffer(repr(images).encode(), np.uint8)
+        merged["images"] = ("uint8", text.shape, text)
+    return merged

@@ -2,6 +2,7 @@ import random
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 
 from taid_ray.data.batch import Batch, collate
 from taid_ray.data.packing import Sample, to_rows
-from taid_ray.teacher.cache.samples import batch_of_samples, join, samples_of, split
+from taid_ray.media.refs import ImageRef
+from taid_ray.teacher.cache.samples import batch_of_samples, join, samples_of, split, topk_key
 
 TEACHER = "f" * 64
 
@@ -81,6 +83,66 @@ def test_an_input_that_no_key_covers_is_refused() -> None:
     made = batch(documents(2))
     with pytest.raises(AssertionError, match="cover"):
         samples_of(replace(made, inputs=made.inputs | {"pixels": torch.zeros(2)}), TEACHER, False)
+
+
+def test_keys_of_text_are_those_of_the_first_version() -> None:
+    """Made by the code before there were images: with others, what existing caches hold would be lost."""
+    made = batch([Sample([5, 6, 7, 8], [False, True, True, False]), Sample([9, 10, 11], [False, False, True])], 16)
+    assert keys(made) == [
+        "2dc4348bdeb5ab2c7fe539ba20a09928843307216960075ac35efff4790ae0c2",
+        "9d4ac5165abf3384e620d936c57154d15be9e2b0a9989086c7df564348011c32",
+    ]
+    labelled = [
+        "ed69c95098931c783528d1731241822c26903db39fc7186f21de8341d052bea4",
+        "e7777c7e6da2504340e4aa32a0816f7101676e33df7971675fdab3cb7a0970a9",
+    ]
+    assert keys(made, with_labels=True) == labelled
+    assert topk_key(TEACHER, np.array([5, 6, 7, 8]), np.array([0, 1])) == labelled[0]
+
+
+def image(start: int, name: str = "a", tokens: int = 3, width: int = 64, place: str = "memory:") -> ImageRef:
+    return ImageRef(name * 32, start, tokens, width, 48, place)
+
+
+SEEN = Sample(
+    [5, 50, 50, 50, 6, 7, 50, 50, 50, 8], [False] * 5 + [True] + [False] * 4, images=(image(1), image(6, "b"))
+)
+"""Its only loss position, the 5th, is in front of the second image."""
+
+
+def key_of(sample: Sample) -> str:
+    (key,) = keys(batch([sample]))
+    return key
+
+
+def test_keys_cover_the_images_up_to_the_last_loss_position() -> None:
+    first, second = SEEN.images
+    base = key_of(SEEN)
+    assert key_of(replace(SEEN, images=(first, replace(second, digest="c" * 32)))) == base
+    assert key_of(replace(SEEN, images=(replace(first, place="file:elsewhere.png"),))) == base
+    others = [(), (image(1, "c"),), (image(1, width=65),), (image(0),), (image(1, tokens=2),)]
+    assert len({base, *(key_of(replace(SEEN, images=images)) for images in others)}) == 6
+
+
+def test_an_image_may_end_with_a_loss_position_but_not_hold_one() -> None:
+    ids = [5, 50, 50, 50, 6]
+    ends = samples_of(batch([Sample(ids, [False] * 4 + [True], images=(image(1),))]), TEACHER, False)
+    assert ends[0].row.images == (image(1),)
+    with pytest.raises(AssertionError):
+        samples_of(batch([Sample(ids, [False] * 3 + [True, False], images=(image(1),))]), TEACHER, False)
+
+
+def test_images_move_with_their_samples() -> None:
+    text = Sample([9, 10, 11, 12], [False, True, True, True])
+    other = Sample([50, 50, 7], [False, False, True], images=(image(0, "d", tokens=2),))
+    for made in (batch([text, SEEN, other], 32), batch([text, SEEN, other], 32, pack=False)):
+        found = {sample.row.images: sample for sample in samples_of(made, TEACHER, False)}
+        assert found.keys() == {(), (image(1),), (image(0, "d", tokens=2),)}
+        joined, order = batch_of_samples([found[image(1),], found[()], found[image(0, "d", tokens=2),]], 32, pack=True)
+        assert [sample.key for sample in order] == keys(joined)
+        (row,) = joined.inputs["input_ids"].tolist()
+        assert all(row[seen.start : seen.start + seen.tokens] == [50] * seen.tokens for seen in joined.images[0])
+        assert sorted(seen.digest[0] for seen in joined.images[0]) == ["a", "d"]
 
 
 def test_a_batch_without_loss_has_no_samples() -> None:

@@ -2,22 +2,26 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import xxhash
 from ray.exceptions import ActorDiedError, RaySystemError, RayTaskError
 
 from taid_ray.config.models import TeacherConfig
-from taid_ray.data.batch import Batch
+from taid_ray.data.batch import Batch, collate
+from taid_ray.data.packing import Sample, to_rows
 from taid_ray.distributed.world import World
 from taid_ray.errors import MessageError, TeacherError
 from taid_ray.losses.projection import LogitTransform
+from taid_ray.media.refs import ImageRef
 from taid_ray.teacher.pool import client
 from taid_ray.teacher.pool import request as module
 from taid_ray.teacher.pool.client import PoolTeacher
 from taid_ray.teacher.pool.hedging import Hedge, LatencyTracker
-from taid_ray.teacher.pool.messages import AlreadyHereError, ScoreRequest, ScoreResponse
+from taid_ray.teacher.pool.messages import AlreadyHereError, ScoreRequest, ScoreResponse, contents_of
 from taid_ray.teacher.pool.request import PendingRequest, ResponseWaiter
 from taid_ray.teacher.protocol import TeacherInfo
 from taid_ray.teacher.wire import digest, pack
@@ -379,6 +383,28 @@ def test_a_request_survives_the_wire_and_damage_to_any_part_is_noticed() -> None
         getattr(request, part)[name] = (dtype, shape, damaged)
         with pytest.raises(MessageError, match="checksum"):
             request.unpacked()
+
+
+def test_images_of_a_request_are_covered_by_its_checksum_and_their_bytes_by_their_digests() -> None:
+    content = b"a picture"
+    name = xxhash.xxh3_128_hexdigest(content)
+    batch = replace(BATCH, images=((ImageRef(name, 0, 1, 4, 3, "file:a.png"),),))
+    request = ScoreRequest.of(batch, "a reference")
+    request.unpacked()
+    assert ScoreRequest.of(BATCH).checksum != request.checksum
+    for damaged in ((), (tuple(replace(image, start=1) for image in batch.images[0]),), 7):
+        with pytest.raises(MessageError, match="checksum"):
+            request._replace(images=damaged).unpacked()
+    sent = contents_of({name: content})
+    assert request.checked_contents(sent | {"another": sent[name]}) == {name: content}
+    for arrived in ({}, {name: sent[name][1:]}, {name: sent[name] ^ 1}):
+        with pytest.raises(MessageError, match=f"the image {name} arrived damaged"):
+            request.checked_contents(arrived)
+
+
+def test_a_request_without_images_has_the_checksum_that_it_always_had() -> None:
+    samples = [Sample([5, 6, 7, 8], [False, True, True, False]), Sample([9, 10, 11], [False, False, True])]
+    assert ScoreRequest.of(collate(to_rows(samples, 16, True))).checksum == "0726224e0cb8b7e0"
 
 
 def test_one_client_of_a_run_keeps_the_lease(monkeypatch: pytest.MonkeyPatch) -> None:
