@@ -18,4 +18,4 @@ class ImageRef:
     height: int
     """Pixels, as the image is seen."""
     place: str
-    """Where the bytes are: `file:PATH`, `zip:ARCHIVE!MEMBER`, `pack:SHARD@OFFSET+BYTES` or `memory:`."""
+    """Where the bytes are: `file:PATH`, `zip:ARCHIVE!MEMBER`, `pack:FILE@OFFSET+BYTES` or `memory:`; see `reader`."""
