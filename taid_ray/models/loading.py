@@ -130,20 +130,23 @@ def check_weights(source: Source) -> None:
         )
 
 
-def load_causal_lm(source: Source, *, dtype: str | None = None, device: torch.device | None = None) -> Any:
+def load_causal_lm(
+    source: Source, *, dtype: str | None = None, device: torch.device | None = None, images: bool = False
+) -> Any:
     """Loads a causal language model in eval mode, on CPU unless `device` says otherwise.
 
-    dtype: by default the source's. With teacher.shards above 1 the result is this process's part of a tensor-parallel
-    model, and all processes of the group must call it together. Raises ModelError if there is no such model, its
-    architecture or a setting is not supported, or the checkpoint lacks weights.
+    dtype: by default the source's. images: with the parts that see images. With teacher.shards above 1 the result is this
+    process's part of a tensor-parallel model, and all processes of the group must call it together. Raises ModelError if
+    there is no such model, its architecture or a setting is not supported, or the checkpoint lacks weights.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # taid-ray reports progress itself, and actors' bars would mix with it
     section, placement = section_name(source), _placement(source, device)
     with _explained(source, "model") as name, explained_attention(source.attention, section):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        kind: Any = AutoModelForImageTextToText if images else AutoModelForCausalLM
+        loaded: Any = kind.from_pretrained(
             name,
             revision=source.revision,
             trust_remote_code=source.trust_remote_code,

@@ -1,8 +1,6 @@
 """The frozen teacher in one process, or one shard of it: loading, tests, and scoring of batches."""
 
-import hashlib
-import json
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -10,36 +8,45 @@ from torch import Tensor
 
 from taid_ray.config.models import TeacherConfig
 from taid_ray.errors import ModelError, TeacherError
+from taid_ray.media.pictures import Images, Read, pictures_of
+from taid_ray.media.processor import MediaSettings, load_media_processor
 from taid_ray.models.head import Head, head_of, hidden_states
 from taid_ray.models.isolation import check_packing, check_probe
-from taid_ray.models.lengths import chunk_length, context_length, uniform_length
+from taid_ray.models.lengths import chunk_length, context_length
 from taid_ray.models.loading import load_causal_lm
 from taid_ray.models.probes import PROBE_LENGTH, Probe, long_probe, probe_inputs, probe_of
 from taid_ray.models.self_test import explained_tests, self_test
-from taid_ray.teacher.payload import bytes_per_token, check_topk, encode, measured_error, needs_head
+from taid_ray.teacher.fingerprint import digest, fingerprint, head_digest
+from taid_ray.teacher.groups import micro_batches, used_lengths
+from taid_ray.teacher.payload import bytes_per_token, check_topk, divergence, encode, measured_error, needs_head
+from taid_ray.teacher.pictures import RowPictures, check_pictures, with_pictures
 from taid_ray.teacher.protocol import TeacherInfo
-from taid_ray.teacher.wire import pack
-
-PADDING_LIMIT = 256
-"""Padding (positions) one forward pass may hold. A pass of fewer positions than this costs a GPU about as much as one
-with these many, because it spends its time on reading the weights; so more padding than this is worth a second pass."""
-SUMS = 1021
-"""A prime, so that two rows of a matrix that change places change the sums."""
 
 
 class TeacherModel:
     """A frozen teacher that scores batches deterministically."""
 
-    def __init__(self, config: TeacherConfig, num_shared: int, device: torch.device, leader: bool = True):
+    def __init__(
+        self,
+        config: TeacherConfig,
+        num_shared: int,
+        device: torch.device,
+        leader: bool = True,
+        media: MediaSettings | None = None,
+    ):
         """Loads and tests the model. With config.shards > 1 all processes of the group construct it together.
 
-        leader: False for the shards whose answers nobody reads; they keep no whole head.
+        leader: False for the shards whose answers nobody reads; they keep no whole head. media: how images are processed;
+        None for a model that is shown none.
         Raises ConfigError or ModelError if the model cannot be used so, TeacherError if it is not deterministic.
         """
         if config.payload == "topk":
             check_topk(config.topk, num_shared)
         self._config, self._device = config, device
-        self._model = load_causal_lm(config, device=device).requires_grad_(False)
+        self._media = (
+            None if media is None else load_media_processor(config.model, media, "teacher.model", config.revision)
+        )
+        self._model = load_causal_lm(config, device=device, images=media is not None).requires_grad_(False)
         whole = head_of(self._model)
         self._vocab_rows, self._num_shared, self._dtype = whole.weight.shape[0], num_shared, whole.weight.dtype
         if num_shared > self._vocab_rows:
@@ -58,40 +65,73 @@ class TeacherModel:
         if self._head is not None and config.shards > 1 and needs_head(config.payload):
             self._head = self._head.to(torch.device("cpu"))  # a gathered copy that is only sent away
         answer = self._check_deterministic()
-        fingerprint = _fingerprint(self._model, num_shared, config)
+        identity = fingerprint(self._model, num_shared, config, self._media)
         if leader:
-            self._info = self._describe(fingerprint, answer, logits, packing_error)
+            self._info = self._describe(identity, answer, logits, packing_error)
 
     @property
     def model(self) -> Any:
         """The transformers model, for what `score` does not offer (text generation)."""
         return self._model
 
-    def score(self, inputs: dict[str, Tensor], loss_positions: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def pictures(self, images: Images, read: Read) -> RowPictures:
+        """Reads and processes the images of a request. Raises what `read` raises, and DataError for one that is broken."""
+        if not images:
+            return ()
+        assert self._media is not None, "a teacher that is shown images must be told how to process them"
+        return pictures_of(self._media, images, read)
+
+    def score(
+        self, inputs: dict[str, Tensor], loss_positions: Tensor, labels: Tensor, pictures: RowPictures = ()
+    ) -> dict[str, Tensor]:
         """Computes the payload's tensors (see payload) at the loss positions, on the teacher's device; {} but for the leader.
 
         inputs: [B, T] each, padded on the right with continuing position_ids. loss_positions: [N], ascending, into
-        B * T. labels: [N], the ids they predict, which only payload topk looks at. What is computed together is a
-        function of this request alone, so that the same request always gives the same bits. Collective for a
-        tensor-parallel teacher. Raises TeacherError for impossible ids.
+        B * T. labels: [N], the ids they predict, which only payload topk looks at. pictures: see RowPictures. What is
+        computed together is a function of this request alone, so that the same request always gives the same bits.
+        Collective for a tensor-parallel teacher. Raises TeacherError for impossible ids and for image tokens without images.
         """
-        self.check_request(inputs, loss_positions, labels)
-        hidden = self._hidden(inputs, loss_positions)
-        if self._head is None:
-            return {}
-        return encode(self._config.payload, hidden, self._head, labels.to(self._device), self._config.topk)
+        self.check_request(inputs, loss_positions, labels, pictures)
+        return self._answer(inputs, loss_positions, labels, pictures)
 
-    def payload_error(self, inputs: dict[str, Tensor], loss_positions: Tensor) -> float:
+    def payload_error(self, inputs: dict[str, Tensor], loss_positions: Tensor, pictures: RowPictures = ()) -> float:
         """Measures what the payload loses on average over the loss positions, see payload.measured_error; 0.0 if exact.
 
         Arguments and errors as in `score`. The leader calls it while the other shards of a tensor-parallel teacher `score`.
         """
-        self.check_request(inputs, loss_positions)
-        hidden, config = self._hidden(inputs, loss_positions), self._config
+        self.check_request(inputs, loss_positions, pictures=pictures)
+        hidden, config = self._hidden(inputs, loss_positions, pictures), self._config
         return measured_error(config.payload, hidden, self.head().to(self._device), config.topk)
 
-    def check_request(self, inputs: dict[str, Tensor], loss_positions: Tensor, labels: Tensor | None = None) -> None:
-        """Raises TeacherError for ids or positions that do not exist: on a GPU they would take the process down."""
+    def seeing(
+        self, inputs: dict[str, Tensor], loss_positions: Tensor, pictures: RowPictures, others: RowPictures
+    ) -> list[float]:
+        """Measures how far other pictures in their places change what the model predicts, whatever the payload.
+
+        Returns for each row the mean over its loss positions of KL(pictures || others) in nats, over the shared ids; 0.0
+        for a row that has none. The leader calls it while the other shards of a tensor-parallel teacher `score` first the
+        one, then the other.
+        """
+        for shown in (pictures, others):
+            self.check_request(inputs, loss_positions, pictures=shown)
+        seen, unseen = (self._hidden(inputs, loss_positions, shown) for shown in (pictures, others))
+        found = divergence(self.head().to(self._device), seen, unseen).cpu()
+        rows, length = inputs["input_ids"].shape
+        row, zeros = loss_positions // length, torch.zeros(rows, dtype=torch.float64)
+        counts = zeros.index_add(0, row, torch.ones_like(found)).clamp(min=1)
+        return (zeros.index_add(0, row, found) / counts).tolist()
+
+    def check_request(
+        self,
+        inputs: dict[str, Tensor],
+        loss_positions: Tensor,
+        labels: Tensor | None = None,
+        pictures: RowPictures = (),
+    ) -> None:
+        """Raises TeacherError for ids or positions that do not exist: on a GPU they would take the process down.
+
+        So for image tokens without an image, which a model would take for words, and for images without tokens.
+        """
         ids = inputs["input_ids"]
         if ids.ndim != 2 or not ids.numel():
             raise TeacherError(
@@ -108,6 +148,8 @@ class TeacherModel:
             )
         if labels is not None:
             self._check_labels(labels, len(loss_positions))
+        if self._media is not None:
+            check_pictures(self._media, ids, used_lengths(loss_positions, *ids.shape).tolist(), pictures)
 
     def head(self) -> Head:
         """Returns the head's first num_shared rows. Only the leader has them."""
@@ -136,30 +178,52 @@ class TeacherModel:
         # No longer row is packed where chunks are shorter than rows, see lengths.check_lengths.
         return long_probe(self._device, context_length(model), chunk_length(model), self._config.max_tokens // 2)
 
+    def _answer(
+        self, inputs: dict[str, Tensor], loss_positions: Tensor, labels: Tensor, pictures: RowPictures
+    ) -> dict[str, Tensor]:
+        """Does what `score` does, for a request that is known to be possible."""
+        hidden = self._hidden(inputs, loss_positions, pictures)
+        if self._head is None:
+            return {}
+        return encode(self._config.payload, hidden, self._head, labels.to(self._device), self._config.topk)
+
     @torch.no_grad()  # not inference_mode: its tensors may not be saved for a student's backward pass
-    def _hidden(self, inputs: dict[str, Tensor], loss_positions: Tensor) -> Tensor:
+    def _hidden(self, inputs: dict[str, Tensor], loss_positions: Tensor, pictures: RowPictures) -> Tensor:
         """Computes the hidden states [N, H] at the loss positions, in their order."""
         rows, length = inputs["input_ids"].shape
         row, column = loss_positions // length, loss_positions % length
-        # A causal model never looks beyond a row's last loss position.
-        used = torch.zeros(rows, dtype=torch.int64).scatter_reduce_(0, row, column + 1, "amax")
+        used = used_lengths(loss_positions, rows, length)
         result = torch.empty(len(loss_positions), self._hidden_size, dtype=self._dtype, device=self._device)
         for group in micro_batches(used.tolist(), self._config.max_tokens):
             chosen, longest = torch.tensor(group), int(used[group[0]])
             place = torch.full((rows,), -1).scatter_(0, chosen, torch.arange(len(group)))[row]
             here = (place >= 0).nonzero().flatten()
-            cut = {name: tensor[chosen, :longest].to(self._device) for name, tensor in inputs.items()}
+            cut = {name: tensor[chosen, :longest] for name, tensor in inputs.items()}
+            if self._media is not None:
+                shown = [pictures[number] for number in group] if pictures else ()
+                cut = with_pictures(self._media, cut, used[chosen], shown, self._dtype)
             wanted = (place[here] * longest + column[here]).to(self._device)
-            result[here.to(self._device)] = hidden_states(self._model, cut).flatten(0, 1)[wanted]
+            computed = hidden_states(self._model, {name: tensor.to(self._device) for name, tensor in cut.items()})
+            result[here.to(self._device)] = computed.flatten(0, 1)[wanted]
         return result
 
     def _check_deterministic(self) -> dict[str, Tensor]:
         """Scores the probe twice and returns the answer. Raises TeacherError unless the bits are the same."""
-        inputs = probe_inputs(self._vocab_rows, self._device)
+        inputs = probe_inputs(self._vocab_rows, torch.device("cpu"))
+        answer = self._same_twice(inputs, ())
+        if self._media is None:
+            return answer
+        ids, image, content = self._media.blank_row()
+        row = {"input_ids": torch.from_numpy(ids)[None], "position_ids": torch.arange(len(ids))[None]}
+        seen = self._same_twice(row, self.pictures(((image,),), lambda _: content))
+        return answer | {f"image {name}": tensor for name, tensor in seen.items()}
+
+    def _same_twice(self, inputs: dict[str, Tensor], pictures: RowPictures) -> dict[str, Tensor]:
+        """Scores inputs twice, unchecked, because a probe may hold image tokens; errors as `_check_deterministic`."""
         positions = torch.arange(inputs["input_ids"].numel())
-        first, second = (self.score(inputs, positions, torch.zeros_like(positions)) for _ in range(2))
+        first, second = (self._answer(inputs, positions, torch.zeros_like(positions), pictures) for _ in range(2))
         for name in first:
-            if _digest(first[name]) != _digest(second[name]):
+            if digest(first[name]) != digest(second[name]):
                 difference = float((first[name].float() - second[name].float()).abs().max())
                 raise TeacherError(
                     f"teacher.model = {self._config.model} is not deterministic: scoring the probe twice gave {name} that "
@@ -168,14 +232,14 @@ class TeacherModel:
         return first
 
     def _describe(
-        self, fingerprint: str, answer: dict[str, Tensor], logits: Tensor, packing_error: str | None
+        self, identity: str, answer: dict[str, Tensor], logits: Tensor, packing_error: str | None
     ) -> TeacherInfo:
         """Returns what identifies the teacher. answer: to the probe; logits: the model's own on the probe, all rows."""
         model, config, head = self._model, self._config, self.head()
         num_shared, hidden_size = head.weight.shape
         return TeacherInfo(
-            fingerprint=fingerprint,
-            probe_digest=_digest(*answer.values()),
+            fingerprint=identity,
+            probe_digest=digest(*answer.values()),
             head_digest=head_digest(head),
             dtype=str(self._dtype).removeprefix("torch."),
             hidden_size=hidden_size,
@@ -192,37 +256,6 @@ class TeacherModel:
         )
 
 
-def micro_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Yields groups of row numbers to compute together, longest row first, so that little is spent on padding.
-
-    lengths: of the part of each row that matters; rows of 0 are left out. A group's rows x longest is at most max_tokens
-    (unless it is one row), of which at most PADDING_LIMIT positions are padding.
-    """
-    group: list[int] = []
-    padding = 0
-    for row in sorted((row for row, length in enumerate(lengths) if length), key=lambda row: -lengths[row]):
-        longest = lengths[group[0]] if group else lengths[row]
-        padding += longest - lengths[row]
-        if group and ((len(group) + 1) * longest > max_tokens or padding > PADDING_LIMIT):
-            yield group
-            group, padding = [], 0
-        group.append(row)
-    if group:
-        yield group
-
-
-def head_digest(head: Head) -> str:
-    """Returns the SHA-256 of the bytes of weight and bias."""
-    return _digest(head.weight, *([] if head.bias is None else [head.bias]))
-
-
-def _digest(*tensors: Tensor) -> str:
-    result = hashlib.sha256()
-    for tensor in tensors:
-        result.update(pack(tensor)[2].data)
-    return result.hexdigest()
-
-
 def _packing_error(probe: Probe, lengths: Set[int]) -> str | None:
     try:
         for length in sorted(lengths):
@@ -230,36 +263,3 @@ def _packing_error(probe: Probe, lengths: Set[int]) -> str | None:
     except ModelError as error:
         return str(error)
     return None
-
-
-def _fingerprint(model: Any, num_shared: int, teacher: TeacherConfig) -> str:
-    """Hashes the model's config, what is sent of its answers, and sums over the bits of every whole parameter.
-
-    The same however the model is split. Collective for a tensor-parallel teacher, which gathers one parameter at a time.
-    """
-    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "distributed_config")}
-    if uniform_length(model.config) is not None:
-        # Before rows were kept that short, what a cache holds may depend on the rows that were computed with a sample.
-        config["longest_row"] = uniform_length(model.config)
-    sent = [num_shared, teacher.payload, teacher.topk if teacher.payload == "topk" else None]
-    result = hashlib.sha256(json.dumps([config, *sent], sort_keys=True, default=str).encode())
-    for name, parameter in model.named_parameters():
-        whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-        result.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        for part in bit_sums(whole.detach()):
-            result.update(pack(part)[2].data)
-    return result.hexdigest()
-
-
-def bit_sums(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns SUMS sums over all bits of a tensor, read as int64, and the bytes at its end that fill no whole group of them.
-
-    Computed on its device, in one pass. Not a hash, but a weight that changes or moves changes a sum.
-    """
-    flat = tensor.contiguous().view(-1)
-    if flat.storage_offset() * flat.itemsize % 8:
-        flat = flat.clone()  # else torch does not read it as int64
-    bits = flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8)
-    whole = bits.numel() // (8 * SUMS) * 8 * SUMS
-    # Sums of integers come out the same in any order, on any device; what overflows wraps around.
-    return bits[:whole].view(-1, 8 * SUMS).view(torch.int64).sum(0), bits[whole:]

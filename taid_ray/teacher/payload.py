@@ -182,8 +182,15 @@ def measured_error(kind: Payload, hidden: Tensor, head: Head, k: int) -> float:
             total += tensors["log_tail"].exp().sum()
         else:
             carried = dequantized(tensors["values"], tensors["scale"], part.dtype)
-            total += _kl(head.logits(part), head.logits(carried))
+            total += _kl(head.logits(part), head.logits(carried)).sum()
     return float(total) / len(hidden)
+
+
+@torch.no_grad()
+def divergence(head: Head, hidden: Tensor, other: Tensor) -> Tensor:
+    """Computes KL(p || q) in nats at each position, float64 [N], of p by hidden states `hidden` and q by `other`, [N, H]."""
+    parts = zip(*(states.split(chunk_rows(head.weight.shape[0])) for states in (hidden, other)), strict=True)
+    return torch.cat([_kl(head.logits(p), head.logits(q)) for p, q in parts])
 
 
 def dequantized(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -254,11 +261,11 @@ def _largest(values: Tensor, k: int) -> Tensor:
 
 
 def _kl(exact_logits: Tensor, carried_logits: Tensor) -> Tensor:
-    """Computes KL(exact || carried), summed over the rows of float32 logits [n, V], as a float64 scalar."""
+    """Computes KL(exact || carried) of each row of float32 logits [n, V], in float64 [n]."""
     exact, carried = exact_logits.log_softmax(-1), carried_logits.log_softmax(-1)
     # An id the teacher excludes (-inf on both sides) adds nothing, where -inf - -inf would be NaN.
     terms = torch.where(exact == float("-inf"), 0.0, exact.exp() * (exact - carried))
-    return terms.sum(-1).double().sum()
+    return terms.sum(-1).double()
 
 
 def _fine(tensor: Tensor, lowest: bool) -> Tensor:

@@ -81,6 +81,12 @@ class TeacherClient(Protocol):
     def payload_error(self, batch: Batch) -> float:
         """Measures what the payload loses on a batch, see TeacherModel.payload_error."""
 
+    def seeing(self, batch: Batch, without: Batch) -> list[float]:
+        """Measures how far the images change what the teacher predicts, see TeacherModel.seeing.
+
+        without: the same rows with other images, of the same sizes, in the places of theirs.
+        """
+
     def head(self) -> Head:
         """Returns the head's shared rows. All workers of a run call it, or none does."""
 

@@ -59,7 +59,7 @@ def batches(order: list[int], first: int) -> list[Batch]:
 
 def answers(batches: list[Batch]) -> list[torch.Tensor]:
     local = LocalTeacher(CONFIG, SHARED, CPU)
-    return [local.collect(batch).tensors["hidden"] for batch in batches]
+    return [local.collect(local.submit(batch)).tensors["hidden"] for batch in batches]
 
 
 def trial(

@@ -19,8 +19,8 @@ from taid_ray.config.models import TeacherConfig
 from taid_ray.data.batch import NO_LABEL, Batch, Row, collate
 from taid_ray.distributed.world import World
 from taid_ray.errors import ModelError, TeacherError
+from taid_ray.teacher.fingerprint import head_digest
 from taid_ray.teacher.local import LocalTeacher
-from taid_ray.teacher.model import head_digest
 from taid_ray.teacher.pool import lifecycle, shared_head
 from taid_ray.teacher.pool.client import PoolTeacher, replica_states
 from taid_ray.teacher.pool.deployment import PoolSpec

@@ -109,6 +109,9 @@ class CachedTeacher:
     def payload_error(self, batch: Batch) -> float:
         return self._inner.payload_error(batch)
 
+    def seeing(self, batch: Batch, without: Batch) -> list[float]:
+        return self._inner.seeing(batch, without)
+
     def head(self) -> Head:
         return self._inner.head()
 

@@ -25,7 +25,7 @@ from taid_ray.losses.projection import LogitTransform
 from taid_ray.models.head import Head
 from taid_ray.models.loading import load_model_config
 from taid_ray.teacher.cache.samples import samples_of
-from taid_ray.teacher.model import head_digest
+from taid_ray.teacher.fingerprint import head_digest
 from taid_ray.teacher.payload import TeacherOutput, needs_head
 from taid_ray.teacher.protocol import TeacherClient, TeacherInfo
 
@@ -50,6 +50,8 @@ class TeacherRecord:
     payload_error: float
     at: str
     """When the cache was filled (ISO 8601)."""
+    seeing: list[float] | None = None
+    """How far images changed what the teacher predicted, see TeacherModel.seeing; None for a teacher that is shown none."""
 
 
 class OfflineTeacher:
@@ -77,6 +79,10 @@ class OfflineTeacher:
         """Returns what the payload loses, as it was measured when the cache was filled."""
         return self._record.payload_error
 
+    def seeing(self, batch: Batch, without: Batch) -> list[float]:
+        """Returns what was measured when the cache was filled, on the first validation rows with an image."""
+        return list(self._record.seeing or ())
+
     def head(self) -> Head:
         """Reads the teacher's head. Raises TeacherError if the file is missing or damaged."""
         path, info = self._directory / HEAD_FILE, self._record.info
@@ -97,7 +103,9 @@ class OfflineTeacher:
         pass
 
 
-def save_record(config: DistillConfig, teacher: TeacherClient, payload_error: float) -> None:
+def save_record(
+    config: DistillConfig, teacher: TeacherClient, payload_error: float, seeing: list[float] | None = None
+) -> None:
     """Writes the teacher's record and head into the cache, for later runs without it."""
     info, section = teacher.info(), config.given_teacher
     directory = teachers_directory(str(config.cache.directory)) / info.fingerprint
@@ -117,6 +125,7 @@ def save_record(config: DistillConfig, teacher: TeacherClient, payload_error: fl
         weights=weight_files(section),
         payload_error=payload_error,
         at=datetime.now(UTC).isoformat(timespec="seconds"),
+        seeing=seeing,
     )
     write_record(str(config.cache.directory), record)
 
@@ -125,7 +134,8 @@ def write_record(directory: str, record: TeacherRecord) -> None:
     """Writes a teacher.json into a cache.directory. Raises RunError if it cannot be written."""
     path = teachers_directory(directory) / record.info.fingerprint / TEACHER_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"format": FORMAT} | asdict(record))
+    known = {key: value for key, value in asdict(record).items() if key != "seeing" or value is not None}
+    write_json(path, {"format": FORMAT} | known)
 
 
 def file_record(config: DistillConfig, fingerprint: str) -> tuple[Path, TeacherRecord]:

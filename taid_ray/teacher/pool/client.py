@@ -5,9 +5,10 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
+import ray
 import torch
 from ray import serve
 
@@ -15,12 +16,14 @@ from taid_ray.config.models import TeacherConfig
 from taid_ray.data.batch import Batch
 from taid_ray.distributed.world import World
 from taid_ray.errors import MessageError, TeacherError
+from taid_ray.media.pictures import Read
 from taid_ray.models.head import Head
 from taid_ray.teacher.payload import TeacherOutput
+from taid_ray.teacher.pictures import read_once
 from taid_ray.teacher.pool.deployment import DEPLOYMENT
 from taid_ray.teacher.pool.hedging import LatencyTracker
 from taid_ray.teacher.pool.lease import keep_lease, require_lease
-from taid_ray.teacher.pool.messages import HeadPiece, ScoreRequest, ScoreResponse
+from taid_ray.teacher.pool.messages import HeadPiece, ScoreRequest, ScoreResponse, contents_of
 from taid_ray.teacher.pool.request import PendingRequest, ResponseWaiter
 from taid_ray.teacher.pool.shared_head import shared_head
 from taid_ray.teacher.protocol import TeacherInfo
@@ -41,7 +44,8 @@ logger = logging.getLogger(__name__)
 class PoolTeacher:
     """A TeacherClient of a running pool, for one student worker.
 
-    A thread takes the answers in the order of the requests, so that `collect` finds them checked and on the device.
+    A thread takes the answers in the order of the requests, so that `collect` finds them checked and on the device. Where
+    there are images another thread reads them, and so sends the requests, in the same order.
     """
 
     def __init__(
@@ -51,9 +55,11 @@ class PoolTeacher:
         notify: Callable[[str], None] = logger.warning,
         device: torch.device = CPU,
         world: World = ALONE,
+        read: Read | None = None,
     ):
         """notify: told of long waits, and of late, lost and damaged requests. device: where answers are wanted. world: the
-        workers that use the pool together; rank 0 keeps it alive while this client exists.
+        workers that use the pool together; rank 0 keeps it alive while this client exists. read: returns the bytes of an
+        image; None where there are none.
 
         Raises TeacherError if there is no such pool.
         """
@@ -68,9 +74,14 @@ class PoolTeacher:
         self._instruments = Instruments(run_of_pool(app_name), STUDENT)
         self._to_device = ToDevice(device)
         self._device = device
+        self._read = read
+        self._unsent: queue.SimpleQueue[PendingRequest | None] = queue.SimpleQueue()
         self._pending: queue.SimpleQueue[PendingRequest | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._fetch_all, name=f"fetch-{app_name}", daemon=True)
         self._thread.start()
+        self._sending = threading.Thread(target=self._send_all, name=f"send-{app_name}", daemon=True)
+        if read is not None:
+            self._sending.start()
 
     def submit(self, batch: Batch) -> PendingRequest | None:
         """Sends the batch and returns at once; None for one without loss positions, about which there is nothing to ask.
@@ -79,13 +90,15 @@ class PoolTeacher:
         """
         if not batch.num_loss_tokens:
             return None
-        request, num_positions = ScoreRequest.of(batch), batch.num_loss_tokens
+        num_positions = batch.num_loss_tokens
         self.tokens += batch.inputs["input_ids"].numel()
+        packed = cache(lambda: self._packed(batch))  # all copies refer to the same bytes in the object store
         pending = PendingRequest(
-            lambda request_id: self._handle.score.remote(request, request_id),
+            lambda request_id: self._handle.score.remote(packed(), request_id),
             lambda answer: (answer, self._accepted(answer, num_positions)),
+            at_once=self._read is None,
         )
-        self._pending.put(pending)
+        (self._pending if self._read is None else self._unsent).put(pending)
         return pending
 
     def collect(self, request: PendingRequest | None) -> TeacherOutput:
@@ -103,8 +116,13 @@ class PoolTeacher:
 
     def payload_error(self, batch: Batch) -> float:
         """Returns what the payload loses on a batch, as measured by a replica; see TeacherModel.payload_error."""
-        request = ScoreRequest.of(batch)
+        request = self._packed(batch)
         return float(self._ask(lambda: self._handle.payload_error.remote(request)))
+
+    def seeing(self, batch: Batch, without: Batch) -> list[float]:
+        """Returns how far the images change what the teacher predicts, as measured by a replica; see TeacherModel.seeing."""
+        requests = [self._packed(one) for one in (batch, without)]
+        return [float(value) for value in self._ask(lambda: self._handle.seeing.remote(*requests))]
 
     def info(self) -> TeacherInfo:
         """Returns what identifies the pool's teacher, asked of the pool once."""
@@ -128,6 +146,9 @@ class PoolTeacher:
     def close(self) -> None:
         """Withdraws what is still under way and stops keeping the lease."""
         self._waiter.stopped = True
+        if self._read is not None:
+            self._unsent.put(None)
+            self._sending.join(CLOSE_S)
         self._pending.put(None)
         self._thread.join(CLOSE_S)
         self._stop_renewing()
@@ -150,6 +171,22 @@ class PoolTeacher:
         request = PendingRequest(lambda _: send(), accept)
         request.wanted = True
         return self._waiter.answer(request)
+
+    def _packed(self, batch: Batch) -> ScoreRequest:
+        """Makes a request of a batch, whose images' bytes are read and put into the object store, equal ones once."""
+        if not batch.images:
+            return ScoreRequest.of(batch)
+        return ScoreRequest.of(batch, ray.put(contents_of(read_once(batch.images, self._read))))
+
+    def _send_all(self) -> None:
+        """Sends what was submitted, until None comes. An error ends its request's way."""
+        while (request := self._unsent.get()) is not None:
+            try:
+                request.begin()
+            except BaseException as error:  # handed over, to be raised by `collect`
+                request.output.set_exception(error)
+            else:
+                self._pending.put(request)
 
     def _fetch_all(self) -> None:
         while (request := self._pending.get()) is not None:

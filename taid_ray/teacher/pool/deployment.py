@@ -11,6 +11,7 @@ from ray.serve.schema import LoggingConfig
 
 from taid_ray.config.models import TeacherConfig
 from taid_ray.distributed.capacity import TEACHER_RESOURCE
+from taid_ray.media.processor import MediaSettings
 from taid_ray.names import NAMESPACE
 from taid_ray.teacher.pool.autoscaling import serve_scaling
 from taid_ray.teacher.pool.lease import lease_name
@@ -50,6 +51,8 @@ class PoolSpec:
     """Whether shards ask for TEACHER_RESOURCE, which some node offers."""
     max_workers: int = field(default=1, compare=False)
     """The most student workers that ask the pool at the same time."""
+    media: MediaSettings | None = None
+    """How images are processed; None for a teacher that is shown none."""
 
     @property
     def queue_limit(self) -> int:
@@ -86,7 +89,7 @@ def teacher_app(spec: PoolSpec, app_name: str) -> serve.Application:
         max_constructor_retry_count=100,
         logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
     )(TeacherReplica)
-    return deployment.bind(config, spec.num_shared, spec.device_kind, app_name, actor)
+    return deployment.bind(config, spec.num_shared, spec.device_kind, app_name, actor, spec.media)
 
 
 def replica_environment(job: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Messages between the clients of a teacher pool and its replicas, each with its checksum, and the errors of replicas."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,7 +10,9 @@ import xxhash
 
 from taid_ray.data.batch import Batch
 from taid_ray.errors import MessageError, TeacherError
+from taid_ray.media.joining import Picture
 from taid_ray.media.refs import ImageRef
+from taid_ray.teacher.pictures import RowPictures
 from taid_ray.teacher.wire import Packed, digest, pack, unpack, verify
 
 ScoreInputs = tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]
@@ -59,6 +62,27 @@ class ScoreRequest(NamedTuple):
 def contents_of(images: Mapping[str, bytes]) -> dict[str, np.ndarray]:
     """Makes of images' bytes, by their digests, arrays that Ray's object store keeps and reads without copying."""
     return {name: np.frombuffer(content, np.uint8) for name, content in images.items()}
+
+
+PackedPictures = Sequence[Sequence[Picture]]
+"""RowPictures with numpy arrays in place of tensors, which Ray's object store keeps and reads without copying."""
+
+
+def packed_pictures(pictures: RowPictures) -> PackedPictures:
+    """Prepares pictures for the other shards of a replica, which share its node."""
+    return _with_tensors(pictures, lambda tensor: tensor.numpy())
+
+
+def unpacked_pictures(packed: PackedPictures) -> RowPictures:
+    """Returns what was packed, sharing its memory."""
+    return _with_tensors(packed, torch.from_numpy)
+
+
+def _with_tensors(pictures: RowPictures, made: Callable[[Any], Any]) -> RowPictures:
+    return tuple(
+        tuple(replace(one, tensors={name: made(tensor) for name, tensor in one.tensors.items()}) for one in row)
+        for row in pictures
+    )
 
 
 class HeadPiece(NamedTuple):

@@ -1,16 +1,15 @@
 """A replica of the teacher pool: a group of tensor-parallel processes that Serve runs (see deployment).
 
 The Serve replica is the leader, shard 0, and computes like the others; shards 1.. are its child actors, placed in its
-placement group and gone when it is gone. All shards get every request; the leader's payload is the answer.
+placement group and gone when it is gone. All shards get every request; the leader's payload is the answer. The leader
+processes images for all of them, in a thread beside the request that is computed meanwhile.
 """
 
 import asyncio
-import os
 import socket
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from datetime import timedelta
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from typing import Any, TypeVar
 
 import ray
@@ -21,10 +20,10 @@ from ray.exceptions import RayActorError
 from torch.distributed import TCPStore
 
 from taid_ray.config.models import TeacherConfig
-from taid_ray.distributed.device import collective_backend, torch_device
 from taid_ray.errors import MessageError, TaidRayError, TeacherError
-from taid_ray.models.hub import offline_if_unreachable
+from taid_ray.media.processor import MediaSettings
 from taid_ray.teacher.model import TeacherModel
+from taid_ray.teacher.pictures import RowPictures
 from taid_ray.teacher.pool.autoscaling import REPORT_S, LoadMeter
 from taid_ray.teacher.pool.lease import ReplicaCommand, find_lease
 from taid_ray.teacher.pool.messages import (
@@ -34,38 +33,21 @@ from taid_ray.teacher.pool.messages import (
     ScoreInputs,
     ScoreRequest,
     ScoreResponse,
+    packed_pictures,
     sealed,
 )
+from taid_ray.teacher.pool.shard import GROUP_TIMEOUT, LOOPBACK, TeacherShard, load_shard
 from taid_ray.teacher.protocol import TeacherInfo
 from taid_ray.tracking.prometheus import TEACHER, Instruments, run_of_pool
 
-LOOPBACK = "127.0.0.1"  # a replica's placement group lies on one node
-GROUP_TIMEOUT = timedelta(minutes=30)  # shards may finish loading a large model at very different times
 PING_TIMEOUT_S = 20.0
 """Seconds for all shards to answer a health check."""
 FAILURE_PAUSE_S = 5.0
 """Seconds between the report of a failed start and its exception."""
+WITH_PIXELS = 3
+"""Requests whose images' pixels are held at a time: of the one that is computed, and of two that are next."""
 
 T = TypeVar("T")
-
-
-class TeacherShard:
-    """One process of a tensor-parallel teacher, other than the leader. Runs as an actor; blocking work in threads."""
-
-    async def load(self, config: TeacherConfig, num_shared: int, device_kind: str, rank: int, port: int) -> None:
-        """Loads this shard, together with the others. port: of the leader's TCPStore on this node."""
-
-        def work() -> TeacherModel:
-            return load_shard(config, num_shared, device_kind, rank, TCPStore(LOOPBACK, port, timeout=GROUP_TIMEOUT))
-
-        self._model = await asyncio.to_thread(work)
-
-    async def score(self, request: ScoreRequest) -> None:
-        """Takes this shard's part in a computation."""
-        await asyncio.to_thread(self._model.score, *request.unpacked())
-
-    async def ping(self) -> None:
-        """Answers, and so shows that this process lives."""
 
 
 class TeacherReplica:
@@ -78,9 +60,14 @@ class TeacherReplica:
         device_kind: str,
         app_name: str,
         shard_options: dict[str, Any],
+        media: MediaSettings | None = None,
     ):
-        """Loads the model on all shards. Raises ModelError or TeacherError, which also goes to the pool's lease."""
-        self._one_at_a_time = asyncio.Lock()
+        """Loads the model on all shards. media: how images are processed, if there are any.
+
+        Raises ModelError or TeacherError, which also goes to the pool's lease.
+        """
+        self._one_at_a_time, self._media = asyncio.Lock(), media
+        self._with_pixels = asyncio.Semaphore(WITH_PIXELS)
         self._here: set[str] = set()
         self._load_meter = LoadMeter(time.monotonic())
         self._name = serve.get_replica_context().replica_id.unique_id
@@ -109,21 +96,14 @@ class TeacherReplica:
         """Computes the payload at the loss positions, as TeacherModel.score.
 
         request_id: the same for all copies of a request. Raises AlreadyHereError at once if one is here already,
-        MessageError if the request is damaged, TeacherError for impossible ids, ReplicaBrokenError if a shard is lost.
+        MessageError if the request is damaged, TeacherError for impossible ids, DataError for an image that cannot be used,
+        ReplicaBrokenError if a shard is lost.
         """
         if request_id in self._here:
             raise AlreadyHereError(f"replica {self._name} has this request already")
-        inputs = self._unpacked(request)
-
-        def compute() -> tuple[dict[str, torch.Tensor], float]:
-            return _timed(lambda: self._model.score(*inputs))
-
-        def share() -> list[ray.ObjectRef]:
-            return [shard.score.remote(request) for shard in self._shards]
-
         self._here.add(request_id)
         try:
-            tensors, seconds = await self._in_turn(inputs, compute, share)
+            tensors, seconds = await self._in_turn([request], lambda *asked: _timed(lambda: self._model.score(*asked)))
         finally:
             self._here.discard(request_id)
         self._instruments.add("taid_teacher_requests", 1)
@@ -134,11 +114,17 @@ class TeacherReplica:
 
     async def payload_error(self, request: ScoreRequest) -> float:
         """Computes what the payload loses on this request, as TeacherModel.payload_error; errors as in `score`."""
-        inputs = self._unpacked(request)
         return await self._in_turn(
-            inputs,
-            lambda: self._model.payload_error(*inputs[:2]),
-            lambda: [shard.score.remote(request) for shard in self._shards],
+            [request], lambda inputs, positions, _, *shown: self._model.payload_error(inputs, positions, *shown)
+        )
+
+    async def seeing(self, request: ScoreRequest, without: ScoreRequest) -> list[float]:
+        """Computes how far the images change the answers, as TeacherModel.seeing; errors as in `score`.
+
+        without: the same rows with other images.
+        """
+        return await self._in_turn(
+            [request, without], lambda inputs, positions, _, *shown: self._model.seeing(inputs, positions, *shown)
         )
 
     async def head_piece(self, start: int, stop: int) -> HeadPiece:
@@ -161,38 +147,59 @@ class TeacherReplica:
         except MessageError as error:
             raise MessageError(f"{error} (at replica {self._name})") from error
 
+    def _pictures(self, request: ScoreRequest, contents: dict[str, Any]) -> RowPictures:
+        """Processes the images of a request. Raises MessageError for damaged bytes, DataError for a broken picture."""
+        try:
+            checked = request.checked_contents(contents)
+        except MessageError as error:
+            raise MessageError(f"{error} (at replica {self._name})") from error
+        return self._model.pictures(request.images, lambda image: checked[image.digest])
+
     async def _load(self, config: TeacherConfig, num_shared: int, device_kind: str) -> TeacherModel:
         store = None
         if config.shards > 1:
             # Port 0: the system picks a free one, so replicas on one node cannot collide.
             store = TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False, timeout=GROUP_TIMEOUT)
         others = [
-            shard.load.remote(config, num_shared, device_kind, rank, store.port)
+            shard.load.remote(config, num_shared, device_kind, rank, store.port, self._media)
             for rank, shard in enumerate(self._shards, start=1)
             if store is not None
         ]
-        leader = asyncio.to_thread(load_shard, config, num_shared, device_kind, 0, store)
+        leader = asyncio.to_thread(load_shard, config, num_shared, device_kind, 0, store, self._media)
         return (await asyncio.gather(leader, *others))[0]  # the first failure of any shard ends the wait
 
-    async def _in_turn(self, inputs: ScoreInputs, compute: Callable[[], T], share: Callable[[], list[Any]]) -> T:
-        """Runs `compute` after all earlier requests and returns its result; `share` starts the other shards' part of it."""
+    async def _in_turn(self, requests: Sequence[ScoreRequest], compute: Callable[..., T]) -> T:
+        """Returns `compute(inputs, loss_positions, labels, *pictures)` of a request, run after all earlier ones.
+
+        requests: the request, and others that differ from it in their images only; `pictures` are those of each, where
+        there are any. Raises what Ray raises if a client that holds the images' bytes is gone.
+        """
         self._load_meter.add(1, time.monotonic())
         try:
-            # A caller that gives up while its request waits takes it out of the queue.
-            await self._one_at_a_time.acquire()
-            # Once started, all shards must finish together before the next batch, whether or not anybody listens.
-            return await asyncio.shield(asyncio.create_task(self._compute(inputs, compute, share)))
+            inputs = self._unpacked(requests[0])
+            # Not in `_compute`: bytes that are lost break this request, and not the replica.
+            contents = [(request, await request.contents) for request in requests if request.contents is not None]
+            async with self._with_pixels if contents else nullcontext():
+                shown = [await asyncio.to_thread(self._pictures, *found) for found in contents]
+                # A caller that gives up while its request waits takes it out of the queue.
+                await self._one_at_a_time.acquire()
+                # Once started, all shards must finish together before the next batch, whether or not anybody listens.
+                return await asyncio.shield(asyncio.create_task(self._compute(requests[0], inputs, shown, compute)))
         finally:
             self._load_meter.add(-1, time.monotonic())
 
-    async def _compute(self, inputs: ScoreInputs, compute: Callable[[], T], share: Callable[[], list[Any]]) -> T:
+    async def _compute(
+        self, request: ScoreRequest, inputs: ScoreInputs, shown: list[RowPictures], compute: Callable[..., T]
+    ) -> T:
         try:
             if self._broken is not None:
                 raise ReplicaBrokenError(self._broken)
             # Before any shard sees the request: an impossible one must not stop the group inside a collective.
-            self._model.check_request(*inputs)
+            for pictures in shown or [()]:
+                self._model.check_request(*inputs, *([pictures] if pictures else []))
             try:
-                found: T = (await asyncio.gather(asyncio.to_thread(compute), *share()))[0]
+                others = await self._shared(request, shown) if self._shards else []
+                found: T = (await asyncio.gather(asyncio.to_thread(compute, *inputs, *shown), *others))[0]
             except Exception as error:
                 if not self._shards:
                     raise
@@ -201,6 +208,12 @@ class TeacherReplica:
             return found
         finally:
             self._one_at_a_time.release()
+
+    async def _shared(self, request: ScoreRequest, shown: list[RowPictures]) -> list[ray.ObjectRef]:
+        """Starts the other shards' part of a computation."""
+        # Put by the leader, so that no shard depends on the client, and the pixels are written once for all of them.
+        packed = [await asyncio.to_thread(ray.put, packed_pictures(pictures)) for pictures in shown]
+        return [shard.score.remote(request, *packed) for shard in self._shards]
 
     async def _report_load(self, lease: ActorHandle) -> None:
         """Tells the pool's lease how much there is to do here, until the pool is removed."""
@@ -219,22 +232,6 @@ class TeacherReplica:
         head = self._model.head()
         tensors = {"weight": head.weight} if head.bias is None else {"weight": head.weight, "bias": head.bias}
         return HeadPiece(self._model.info().fingerprint, *sealed({n: x[start:stop] for n, x in tensors.items()}))
-
-
-def load_shard(
-    config: TeacherConfig, num_shared: int, device_kind: str, rank: int, store: TCPStore | None
-) -> TeacherModel:
-    """Joins the replica's process group, if it has one, and loads this shard. All shards call it together."""
-    if device_kind == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # transformers would otherwise split the model over the node's GPUs
-    if store is not None:
-        os.environ["LOCAL_RANK"] = "0"  # transformers' index of the GPU; Ray shows each shard one only
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        torch.distributed.init_process_group(
-            collective_backend(device_kind), store=store, rank=rank, world_size=config.shards, timeout=GROUP_TIMEOUT
-        )
-    offline_if_unreachable([config.model])
-    return TeacherModel(config, num_shared, torch_device(device_kind), leader=rank == 0)
 
 
 def _timed(compute: Callable[[], T]) -> tuple[T, float]:

@@ -63,10 +63,13 @@ WAIT_TIMES = WaitTimes()
 class PendingRequest:
     """Something asked of the pool, under way at one replica or, after a hedge, as copies at several."""
 
-    def __init__(self, send: Callable[[str], Any], accept: Callable[[Any], Any] = lambda answer: answer):
+    def __init__(
+        self, send: Callable[[str], Any], accept: Callable[[Any], Any] = lambda answer: answer, at_once: bool = True
+    ):
         """send: sends it under the id it is given, and returns Serve's response.
 
         accept: turns an answer into what the caller gets. Raises MessageError for one that is to be asked for again.
+        at_once: False for a request that is under way only after `begin`.
         """
         self.accept, self.id, self._send = accept, uuid.uuid4().hex, send
         self.submitted = time.monotonic()
@@ -78,6 +81,12 @@ class PendingRequest:
         """What it was lost or damaged by, last."""
         self.damaged = 0
         """How often it was damaged."""
+        if at_once:
+            self.send()
+
+    def begin(self) -> None:
+        """Sends the first copy."""
+        self.submitted = time.monotonic()
         self.send()
 
     def send(self) -> None:

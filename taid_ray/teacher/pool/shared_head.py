@@ -23,7 +23,7 @@ from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError
 from taid_ray.distributed.world import World
 from taid_ray.errors import AttemptError, MessageError, TeacherError
 from taid_ray.models.head import Head
-from taid_ray.teacher.model import head_digest
+from taid_ray.teacher.fingerprint import head_digest
 from taid_ray.teacher.pool.messages import HeadPiece
 from taid_ray.teacher.protocol import TeacherInfo
 from taid_ray.teacher.wire import unpack

@@ -12,6 +12,7 @@ from torch.distributed import TCPStore
 from taid_ray.config.models import TeacherConfig
 from taid_ray.data.batch import Batch
 from taid_ray.errors import TaidRayError
+from taid_ray.media.processor import MediaSettings
 from tests.support.architectures.fields import VOCAB
 
 SHARDS = 2
@@ -26,15 +27,18 @@ class SplitTeacher:
         self._processes: list[Any] = []
         self._ends: list[Connection] = []
 
-    def hidden(self, model: Path, batch: Batch) -> Tensor:
+    def hidden(
+        self, model: Path, batch: Batch, media: MediaSettings | None = None, contents: dict[str, bytes] | None = None
+    ) -> Tensor:
         """Computes the hidden states [N, H], float32, that the leader answers with.
 
-        Raises what the package raises, or RuntimeError for anything else.
+        media: how images are processed, if there are any. contents: their bytes, by digest. Raises what the package raises,
+        or RuntimeError for anything else.
         """
         if not self._processes:
             self._start()
         for end in self._ends:
-            end.send((str(model), batch))
+            end.send((str(model), batch, media, contents))
         if not all(end.poll(WAIT_S) for end in self._ends):
             self.close()
             raise RuntimeError(f"no answer within {WAIT_S:.0f} s from all {SHARDS} shards")
@@ -69,22 +73,28 @@ def _serve(rank: int, port: int, end: Connection) -> None:
     import transformers
 
     from taid_ray.teacher.model import TeacherModel
-    from taid_ray.teacher.pool.replica import load_shard
+    from taid_ray.teacher.pool.shard import load_shard
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     store = TCPStore("127.0.0.1", port)
     while True:
-        model, batch = end.recv()
+        model, batch, media, contents = end.recv()
         config = TeacherConfig(model=model, dtype="float32", shards=SHARDS)
         try:
             if torch.distributed.is_initialized():
-                teacher = TeacherModel(config, VOCAB, torch.device("cpu"), leader=rank == 0)
+                teacher = TeacherModel(config, VOCAB, torch.device("cpu"), leader=rank == 0, media=media)
             else:
-                teacher = load_shard(config, VOCAB, "cpu", rank, store)
-            answer = teacher.score(batch.inputs, batch.loss_positions, batch.labels)
+                teacher = load_shard(config, VOCAB, "cpu", rank, store, media)
+            answer = _answer(teacher, batch, contents)
             end.send(answer["hidden"].numpy() if answer else None)
         except TaidRayError as error:
             end.send(error)
         except Exception as error:
             end.send(RuntimeError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"))
+
+
+def _answer(teacher: Any, batch: Batch, contents: dict[str, bytes]) -> dict[str, Tensor]:
+    shown = teacher.pictures(batch.images, lambda image: contents[image.digest])
+    found: dict[str, Tensor] = teacher.score(batch.inputs, batch.loss_positions, batch.labels, shown)
+    return found

@@ -106,7 +106,7 @@ def test_a_filled_cache_answers_as_the_teacher(data: Path, filled: Path) -> None
     assert cached.info() == local.info()
     assert torch.equal(cached.head().weight, local.head().weight)
     for batch in batches(settings):
-        expected = local.collect(batch).tensors["hidden"]
+        expected = local.collect(local.submit(batch)).tensors["hidden"]
         torch.testing.assert_close(cached.collect(cached.submit(batch)).tensors["hidden"], expected, rtol=0, atol=2e-5)
     assert cached.tokens == 0
     cached.close()
@@ -187,7 +187,7 @@ def test_approximate_payloads_keep_their_error(data: Path, tmp_path: Path, paylo
     local, cached = LocalTeacher(settings.teacher, num_shared(settings), CPU), reader(settings)
     first = collate(validation_rows(settings.data.sources[0], run_tokenizer(settings))[:4])
     assert cached.payload_error(first) == local.payload_error(first) > 0
-    found, expected = cached.collect(cached.submit(first)).tensors, local.collect(first).tensors
+    found, expected = cached.collect(cached.submit(first)).tensors, local.collect(local.submit(first)).tensors
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     cached.close()
 

@@ -16,8 +16,10 @@ from taid_ray.models.head import Head, head_of, hidden_states
 from taid_ray.models.isolation import check_packing
 from taid_ray.models.loading import explained_attention, load_causal_lm, load_tokenizer
 from taid_ray.models.probes import probe_of
+from taid_ray.teacher.fingerprint import bit_sums, head_digest
+from taid_ray.teacher.groups import PADDING_LIMIT, micro_batches
 from taid_ray.teacher.local import LocalTeacher
-from taid_ray.teacher.model import PADDING_LIMIT, TeacherModel, bit_sums, head_digest, micro_batches
+from taid_ray.teacher.model import TeacherModel
 from taid_ray.teacher.payload import TeacherOutput, measured_error
 
 VOCAB, SHARED = 61, 57
@@ -159,7 +161,7 @@ def ragged() -> Batch:
 def test_leaving_out_what_nobody_reads_changes_nothing(
     name: str, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("taid_ray.teacher.model.PADDING_LIMIT", 10)
+    monkeypatch.setattr("taid_ray.teacher.groups.PADDING_LIMIT", 10)
     attention = "eager" if name == "gemma2" else "sdpa"
     teacher, request = TeacherModel(config(saved(name), attention=attention, max_tokens=64), SHARED, CPU), ragged()
     shapes = forward_shapes(teacher)

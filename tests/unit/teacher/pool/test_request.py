@@ -14,7 +14,7 @@ from taid_ray.config.models import TeacherConfig
 from taid_ray.data.batch import Batch, collate
 from taid_ray.data.packing import Sample, to_rows
 from taid_ray.distributed.world import World
-from taid_ray.errors import MessageError, TeacherError
+from taid_ray.errors import DataError, MessageError, TeacherError
 from taid_ray.losses.projection import LogitTransform
 from taid_ray.media.refs import ImageRef
 from taid_ray.teacher.pool import client
@@ -319,16 +319,25 @@ DAMAGED_ANSWERS = {
 
 
 @pytest.fixture
-def pool(clock: Clock, said: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., PoolTeacher]:
+def sent() -> list[ScoreRequest]:
+    """All requests that a client sent, copies, too."""
+    return []
+
+
+@pytest.fixture
+def pool(
+    clock: Clock, said: list[str], sent: list[ScoreRequest], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., PoolTeacher]:
     """A client of a pool that gives each request the answers of one list, in the list's order."""
     monkeypatch.setattr(client, "keep_lease", lambda _: lambda: None)
     monkeypatch.setattr(client, "require_lease", lambda _: None)
 
-    def connect(*plans: list[ScoreResponse]) -> PoolTeacher:
+    def connect(*plans: list[ScoreResponse], **options: Any) -> PoolTeacher:
         waiting = [Sender(clock, *((0.0, answer) for answer in plan)) for plan in plans]
         by_id: dict[str, Sender] = {}
 
         def send(request: ScoreRequest, request_id: str) -> Response:
+            sent.append(request)
             if request_id not in by_id:
                 by_id[request_id] = waiting.pop(0)
             return by_id[request_id](request_id)
@@ -341,7 +350,7 @@ def pool(clock: Clock, said: list[str], monkeypatch: pytest.MonkeyPatch) -> Call
                 remote = staticmethod(lambda: Response(clock, 0.0, INFO))
 
         monkeypatch.setattr(client.serve, "get_app_handle", lambda _: Handle)
-        return PoolTeacher("pool", TeacherConfig(model="t"), said.append)
+        return PoolTeacher("pool", TeacherConfig(model="t"), said.append, **options)
 
     return connect
 
@@ -369,6 +378,37 @@ def test_three_damaged_answers_are_an_error(kind: str, pool: Callable[..., PoolT
         teacher.collect(teacher.submit(BATCH))
     teacher.close()
     assert len(said) == 2
+
+
+def test_images_are_read_once_and_sent_in_order(
+    pool: Callable[..., PoolTeacher], sent: list[ScoreRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put: list[Any] = []
+    monkeypatch.setattr(client.ray, "put", lambda value: put.append(value) or len(put))
+
+    def read(image: ImageRef) -> bytes:
+        if image.digest == "gone":
+            raise DataError("the image is missing")
+        return image.digest.encode()
+
+    def seeing(*digests: str) -> Batch:
+        images = tuple(ImageRef(digest, at, 1, 4, 3, "memory:") for at, digest in enumerate(digests))
+        return replace(BATCH, images=(images,))
+
+    damaged = answer(payload(log_tail=torch.zeros(3)))
+    teacher = pool([damaged, answer(payload())], [answer(payload())], [answer(payload())], read=read)
+    requests = [teacher.submit(batch) for batch in (seeing("a", "b", "a"), seeing("gone"), BATCH, seeing("c"))]
+    teacher.collect(requests[0])
+    with pytest.raises(DataError, match="is missing"):
+        teacher.collect(requests[1])
+    for request in requests[2:]:
+        teacher.collect(request)
+    teacher.close()
+    assert [{name: bytes(data) for name, data in found.items()} for found in put] == [
+        {"a": b"a", "b": b"b"},
+        {"c": b"c"},
+    ]
+    assert sorted((request.contents or 0, len(request.images)) for request in sent) == [(0, 0), (1, 1), (1, 1), (2, 1)]
 
 
 def test_a_request_survives_the_wire_and_damage_to_any_part_is_noticed() -> None:

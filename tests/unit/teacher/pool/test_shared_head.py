@@ -13,7 +13,7 @@ from ray.exceptions import ObjectStoreFullError, OwnerDiedError
 from taid_ray.errors import AttemptError, TeacherError
 from taid_ray.losses.projection import LogitTransform
 from taid_ray.models.head import Head
-from taid_ray.teacher.model import head_digest
+from taid_ray.teacher.fingerprint import head_digest
 from taid_ray.teacher.pool import shared_head as module
 from taid_ray.teacher.pool.lease import Lease
 from taid_ray.teacher.pool.messages import HeadPiece
