@@ -47,6 +47,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(WATCH) $(BIN)/python -m pip install -c constraints.txt torch
 	@echo "Installing taid-ray and everything else it needs ..."
 	@$(WATCH) $(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@$(WATCH) $(BIN)/python tests/support/torchvision_beside_cpu_torch.py
 	@touch $@
 	@echo "Installed."
 
