@@ -170,6 +170,9 @@ class StudentConfig(Section):
     sets itself are refused."""
     gradient_checkpointing: Annotated[bool, RESUMABLE, SETS_RATES] = False
     """Save memory by computing activations a second time in the backward pass."""
+    freeze: Annotated[list[Name], SETS_RATES] = []
+    """Modules of the student that are not trained, for example `[vision_tower, multi_modal_projector]`: their names in the model,
+    or the last parts of these. They take no memory for gradients and for the optimizer."""
     lora: Annotated[LoraConfig | None, SETS_RATES] = None
     """Train low-rank adapters instead of all weights, with the keys below. By default all weights are trained."""
 
@@ -209,6 +212,11 @@ class StudentConfig(Section):
             raise ValueError(f"student.layers only goes with init: cut (found init: {self.init})")
         if self.init != "scratch" and self.architecture:
             raise ValueError(f"student.architecture only goes with init: scratch (found init: {self.init})")
+        if self.freeze and self.lora is not None:
+            raise ValueError(
+                f"student.freeze does not go with student.lora (found {self.freeze}): with adapters all of the student's own "
+                "weights are frozen anyway; remove one of the two"
+            )
         if self.dtype == "float32" and "flash" in self.attention:
             raise ValueError(
                 f"student.attention: {self.attention} computes in bfloat16 only (found student.dtype: float32); set "

@@ -4,6 +4,7 @@ import io
 from typing import Any
 
 from taid_ray.errors import DataError, shortened
+from taid_ray.media.headers import FORMATS
 
 
 def open_image(content: bytes, width: int, height: int, name: str) -> Any:
@@ -15,7 +16,7 @@ def open_image(content: bytes, width: int, height: int, name: str) -> Any:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if sorted(image.size) != sorted((width, height)):
                 raise DataError(_other_size(name, image.size, width, height))
             upright = ImageOps.exif_transpose(image).convert("RGB")

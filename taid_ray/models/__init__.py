@@ -1,9 +1,9 @@
 """Hugging Face models: loading them, taking them apart, the student's first weights, the vocabulary that a pair shares.
 
 Others use `loading` (load_causal_lm, load_tokenizer), `head` (Head, head_of, hidden_states), `self_test` and `isolation`
-(tests of a loaded model, on the tokens of `probes`), `lengths` (the longest rows), `student_init` (build_student), `adapters`
-(add_lora), `precision`, `saving` (check_saving, save_model), `vocabulary.Vocabulary`, `pair` (checks of teacher and student
-together) and `hub`.
+(tests of a loaded model, on the tokens of `probes`), `image_isolation` and `processors` (the same with images), `lengths` (the
+longest rows), `student_init` (build_student), `adapters` (add_lora), `freezing`, `precision`, `saving` (check_saving,
+save_model), `vocabulary.Vocabulary`, `pair` (checks of teacher and student together) and `hub`.
 Free of Ray and of DeepSpeed.
 
 Traps:

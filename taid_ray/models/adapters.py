@@ -1,11 +1,13 @@
 """Adapters (LoRA, through peft) on a student, and the checks that it computes with them, and that they can be merged."""
 
+import re
 from typing import Any
 
 import torch
 
 from taid_ray.config.models import LoraConfig
 from taid_ray.errors import ConfigError, ModelError, shortened
+from taid_ray.media.families import FAMILIES
 from taid_ray.models.head import hidden_states
 from taid_ray.models.probes import attention_that_runs, of_the_machine, probe_inputs
 
@@ -13,8 +15,8 @@ from taid_ray.models.probes import attention_that_runs, of_the_machine, probe_in
 def add_lora(model: Any, lora: LoraConfig, seed: int) -> Any:
     """Wraps `model` with adapters (in place, through peft); only they train. The same on every rank.
 
-    Raises ConfigError if there are no such modules, ModelError if peft is not installed, or for an adapter on weights that
-    are tied to others.
+    In a model of FAMILIES, which sees images, only its language model gets some. Raises ConfigError if there are no such
+    modules, ModelError if peft is not installed, or for an adapter on weights that are tied to others.
     """
     try:
         from peft import LoraConfig as PeftConfig
@@ -28,6 +30,7 @@ def add_lora(model: Any, lora: LoraConfig, seed: int) -> Any:
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
+        exclude_modules=_outside_language(model),
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]):
@@ -41,6 +44,20 @@ def add_lora(model: Any, lora: LoraConfig, seed: int) -> Any:
             ) from None
     _refuse_tied(model)
     return adapted
+
+
+def _outside_language(model: Any) -> str | None:
+    """A pattern of the names of the modules that only images go through; None for a model of text.
+
+    Adapters on those that images go through would be idle in every batch without one, and cannot be told from others by name.
+    """
+    if model.config.model_type not in FAMILIES:
+        return None
+    language = {
+        id(module) for part in (model.get_decoder(), model.get_output_embeddings()) for module in part.modules()
+    }
+    names = [name for name, module in model.named_modules() if name and id(module) not in language]
+    return "|".join(map(re.escape, names))
 
 
 def _refuse_tied(adapted: Any) -> None:

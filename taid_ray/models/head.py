@@ -9,6 +9,7 @@ from torch import Tensor
 
 from taid_ray.errors import ModelError
 from taid_ray.losses.projection import LogitTransform
+from taid_ray.media.families import FAMILIES
 
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere; Falcon-H1; Muse
 """Fields of transformers configs that logits are multiplied by."""
@@ -61,16 +62,31 @@ def body_of(model: Any) -> Any:
 def hidden_states(model: Any, inputs: dict[str, Tensor], one_row: bool | None = None) -> Tensor:
     """Computes the hidden states [B, T, H] that the head of a causal language model is applied to (after the final norm).
 
-    inputs: [B, T] each. No attention mask is passed: with restarting position_ids and no cache, transformers keeps
-    packed documents apart. one_row: the rows are computed as one long row; by default as the model's attention needs it.
+    inputs: input_ids [B, T], position_ids, see `model_inputs`, and what the model takes for images, if there are any. No
+    attention mask is passed: with restarting position_ids and no cache, transformers keeps packed documents apart. one_row: the
+    rows are computed as one long row; by default as the model's attention needs it.
     """
     rows, length = inputs["input_ids"].shape
+    inputs = model_inputs(model, inputs)
     if computes_one_row(model) if one_row is None else one_row:
-        inputs = {name: tensor.reshape(1, -1) for name, tensor in inputs.items()}
+        positions = inputs["position_ids"]
+        shape = (1, -1) if positions.dim() == 2 else (len(positions), 1, -1)
+        inputs |= {"input_ids": inputs["input_ids"].reshape(1, -1), "position_ids": positions.reshape(shape)}
     hidden: Tensor = body_of(model)(**inputs, use_cache=False)[0]
     # Mamba's residual stream is float32 in any dtype; its own forward converts what it hands to the head.
     head = model.get_output_embeddings().weight
     return hidden.reshape(rows, length, -1).to(head.dtype if head.is_floating_point() else hidden.dtype)
+
+
+def model_inputs(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gives positions [B, T] of text the form that the model wants: [4, B, T] where its positions have three coordinates.
+
+    Such a model takes [B, T] as well, and lets documents of a packed row see each other then.
+    """
+    family, positions = FAMILIES.get(model.config.model_type), inputs["position_ids"]
+    if family is None or not family.mrope or positions.dim() == 3:
+        return dict(inputs)
+    return inputs | {"position_ids": positions.expand(4, *positions.shape)}
 
 
 def computes_one_row(model: Any) -> bool:

@@ -13,6 +13,7 @@ import torch
 
 from taid_ray.config.models import StudentConfig, TeacherConfig
 from taid_ray.errors import ModelError, shortened
+from taid_ray.media.families import family_of
 from taid_ray.models.tokenizer import check_tokenizer
 
 Source = TeacherConfig | StudentConfig
@@ -66,10 +67,23 @@ def load_generation_config(source: Source, model_config: Any) -> Any:
         ) from None
 
 
-def check_causal_lm(model_config: Any, key: str) -> None:
-    """Raises ModelError, naming `key`, if transformers has no causal language model for this config."""
+def auto_class(images: bool) -> Any:
+    """Returns the class of transformers that loads language models; `images`: those that are shown images, too."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if images else AutoModelForCausalLM
+
+
+def check_causal_lm(model_config: Any, key: str, images: bool = False) -> None:
+    """Raises ModelError, naming `key`, if transformers has no causal language model for this config.
+
+    images: the model is to be one that can be shown images.
+    """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    if images:
+        family_of(model_config, key)
+        return
     own_code = "AutoModelForCausalLM" in (getattr(model_config, "auto_map", None) or {})
     if not own_code and type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(
@@ -135,18 +149,16 @@ def load_causal_lm(
 ) -> Any:
     """Loads a causal language model in eval mode, on CPU unless `device` says otherwise.
 
-    dtype: by default the source's. images: with the parts that see images. With teacher.shards above 1 the result is this
-    process's part of a tensor-parallel model, and all processes of the group must call it together. Raises ModelError if
+    dtype: by default the source's. images: the model is one that is shown images. With teacher.shards above 1 the result is
+    this process's part of a tensor-parallel model, and all processes of the group must call it together. Raises ModelError if
     there is no such model, its architecture or a setting is not supported, or the checkpoint lacks weights.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # taid-ray reports progress itself, and actors' bars would mix with it
     section, placement = section_name(source), _placement(source, device)
     with _explained(source, "model") as name, explained_attention(source.attention, section):
-        kind: Any = AutoModelForImageTextToText if images else AutoModelForCausalLM
-        loaded: Any = kind.from_pretrained(
+        loaded: Any = auto_class(images).from_pretrained(
             name,
             revision=source.revision,
             trust_remote_code=source.trust_remote_code,
@@ -215,13 +227,12 @@ def implementation(attention: str) -> str | None:
     return None if attention == "auto" else attention
 
 
-def check_attention(source: Source, model_config: Any) -> None:
+def check_attention(source: Source, model_config: Any, images: bool = False) -> None:
     """Raises ModelError if the key `attention` asks for sdpa, and transformers has none for this model."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    if source.attention != "sdpa" or type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    mapping = auto_class(images)._model_mapping
+    if source.attention != "sdpa" or type(model_config) not in mapping:
         return
-    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
+    found: Any = mapping[type(model_config)]
     classes = found if isinstance(found, tuple) else (found,)
     if not any(each._supports_sdpa for each in classes):
         raise _no_sdpa(section_name(source), classes[0].__name__)

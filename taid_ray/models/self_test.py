@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from taid_ray.errors import ModelError, shortened
-from taid_ray.models.head import Head, computes_one_row, head_of, hidden_states, whole_tensor
+from taid_ray.models.head import Head, computes_one_row, head_of, hidden_states, model_inputs, whole_tensor
 from taid_ray.models.isolation import check_probe
 from taid_ray.models.probes import (
     PROBE_LENGTH,
@@ -89,6 +89,7 @@ def self_test(model: Any, head: Head, section: str) -> Tensor:
     hidden = hidden_states(model, inputs)
     if not bool(torch.isfinite(hidden).all()):
         raise ModelError(f"the hidden states of {name} are {not_finite(hidden.dtype, section)}")
+    inputs = model_inputs(model, inputs)
     own = whole_tensor(model(**inputs, use_cache=False).logits)
     if not bool((own < float("inf")).all()):  # an id that the model excludes has -inf
         raise ModelError(f"the logits of {name} are {not_finite(own.dtype, section)}")

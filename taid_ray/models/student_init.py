@@ -11,7 +11,9 @@ from taid_ray.config.schema import DistillConfig
 from taid_ray.errors import ConfigError, ModelError, shortened
 from taid_ray.models.adapters import add_lora
 from taid_ray.models.cut import keep_layers, kept_state
+from taid_ray.models.freezing import freeze
 from taid_ray.models.loading import (
+    auto_class,
     explained_attention,
     implementation,
     load_causal_lm,
@@ -44,6 +46,7 @@ def build_student(config: DistillConfig, vocabulary: Vocabulary | None) -> Any:
         resize_with_mean(model, vocabulary)
     if has_teacher_tokenizer(config):
         take_token_ids(model, config)
+    freeze(model, student.freeze)
     return model
 
 
@@ -82,12 +85,12 @@ def student_model_config(config: DistillConfig) -> Any:
 
 
 def check_student(config: DistillConfig, model_config: Any) -> None:
-    """Builds a student of other shape, or with adapters, without its weights, to see that it can be built.
+    """Builds a student of other shape, with frozen parts or with adapters, without its weights, to see that it can be built.
 
     Raises ConfigError or ModelError.
     """
     student, remote_code = config.student, origin(config).trust_remote_code
-    if student.init == "pretrained" and student.lora is None:
+    if student.init == "pretrained" and student.lora is None and not student.freeze:
         return
     key, value = (
         ("student.layers", student.layers) if student.init == "cut" else ("student.architecture", student.architecture)
@@ -110,19 +113,23 @@ def check_student(config: DistillConfig, model_config: Any) -> None:
         if student.init == "cut":
             teacher = from_architecture(load_model_config(origin(config)), attention, 0, remote_code)
             kept_state(teacher, model, student.layers or [])
+        freeze(model, student.freeze)
         if student.lora is not None:
             add_lora(model, student.lora, 0)
 
 
 def from_architecture(
-    model_config: Any, attention: str, seed: int, trust_remote_code: bool = False, dtype: torch.dtype = torch.float32
+    model_config: Any,
+    attention: str,
+    seed: int,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype = torch.float32,
+    images: bool = False,
 ) -> Any:
-    """Makes a model with new weights, on CPU unless a device is set, the same on every rank."""
-    from transformers import AutoModelForCausalLM
-
+    """Makes a model with new weights, on CPU unless a device is set, the same on every rank; `images`: one that is shown them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(
+        return auto_class(images).from_config(
             model_config,
             dtype=dtype,
             attn_implementation=implementation(attention),

@@ -43,7 +43,7 @@ EXPECTED: dict[Mark, str] = {
         teacher.model teacher.revision teacher.dtype teacher.quantization teacher.attention teacher.shards
         teacher.cpus_per_shard teacher.payload teacher.topk teacher.max_tokens
         student.model student.revision student.init student.layers student.architecture student.resize_to_teacher
-        student.dtype student.attention student.cpus_per_worker student.deepspeed student.gradient_checkpointing
+        student.dtype student.attention student.cpus_per_worker student.deepspeed student.gradient_checkpointing student.freeze
         student.lora.rank student.lora.alpha student.lora.dropout student.lora.target_modules
         data.format data.loss_on data.turns data.sequence_length data.pack data.overlong loss.name loss.published loss.memory_mib
     """,
