@@ -13,7 +13,7 @@ import torch
 
 from taid_ray.config.models import StudentConfig, TeacherConfig
 from taid_ray.errors import ModelError, shortened
-from taid_ray.media.families import family_of
+from taid_ray.media.families import FAMILIES, family_of
 from taid_ray.models.tokenizer import check_tokenizer
 
 Source = TeacherConfig | StudentConfig
@@ -103,6 +103,11 @@ def check_divisible(teacher_config: Any, shards: int) -> None:
     if shards > 1 and text.model_type in NOT_SHARDED:
         raise ModelError(
             f"teacher.shards = {shards}: transformers does not split a model of type {text.model_type} rightly; set "
+            "teacher.shards: 1"
+        )
+    if shards > 1 and teacher_config.model_type in FAMILIES and not text.base_model_tp_plan:
+        raise ModelError(
+            f"teacher.shards = {shards}: transformers has no plan to split a model of type {teacher_config.model_type}; set "
             "teacher.shards: 1"
         )
     for field in ("num_attention_heads", "num_key_value_heads"):

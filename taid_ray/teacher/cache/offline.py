@@ -22,6 +22,7 @@ from taid_ray.data.batch import Batch
 from taid_ray.errors import ConfigError, TeacherError
 from taid_ray.files import give_usual_mode, write_json
 from taid_ray.losses.projection import LogitTransform
+from taid_ray.media.processor import MediaSettings, load_media_processor
 from taid_ray.models.head import Head
 from taid_ray.models.loading import load_model_config
 from taid_ray.teacher.cache.samples import samples_of
@@ -59,10 +60,15 @@ class OfflineTeacher:
 
     tokens = 0
 
-    def __init__(self, config: DistillConfig, num_shared: int, outputs: str = ""):
-        """outputs: with mode file, the fingerprint of teacher.outputs. Raises ConfigError as `find_record` and `file_record`."""
+    def __init__(self, config: DistillConfig, num_shared: int, outputs: str = "", media: MediaSettings | None = None):
+        """outputs: with mode file, the fingerprint of teacher.outputs. media: how images are processed, if there are any.
+
+        Raises ConfigError as `find_record` and `file_record`.
+        """
         self._mode = config.given_teacher.mode
-        self._directory, self._record = file_record(config, outputs) if outputs else find_record(config, num_shared)
+        self._directory, self._record = (
+            file_record(config, outputs) if outputs else find_record(config, num_shared, media)
+        )
 
     def submit(self, batch: Batch) -> NoReturn:
         """Raises TeacherError, because only samples that the cache does not hold are asked for."""
@@ -104,9 +110,16 @@ class OfflineTeacher:
 
 
 def save_record(
-    config: DistillConfig, teacher: TeacherClient, payload_error: float, seeing: list[float] | None = None
+    config: DistillConfig,
+    teacher: TeacherClient,
+    payload_error: float,
+    seeing: list[float] | None = None,
+    media: MediaSettings | None = None,
 ) -> None:
-    """Writes the teacher's record and head into the cache, for later runs without it."""
+    """Writes the teacher's record and head into the cache, for later runs without it.
+
+    seeing: see TeacherRecord. media: how images are processed, if there are any.
+    """
     info, section = teacher.info(), config.given_teacher
     directory = teachers_directory(str(config.cache.directory)) / info.fingerprint
     directory.mkdir(parents=True, exist_ok=True)
@@ -119,7 +132,7 @@ def save_record(
         temporary.replace(directory / HEAD_FILE)
     record = TeacherRecord(
         info=info,
-        settings=_settings(config, info.num_shared),
+        settings=_settings(config, info.num_shared, media),
         model=section.model,
         revision=section.revision,
         weights=weight_files(section),
@@ -153,13 +166,16 @@ def file_record(config: DistillConfig, fingerprint: str) -> tuple[Path, TeacherR
         ) from None
 
 
-def find_record(config: DistillConfig, num_shared: int) -> tuple[Path, TeacherRecord]:
+def find_record(
+    config: DistillConfig, num_shared: int, media: MediaSettings | None = None
+) -> tuple[Path, TeacherRecord]:
     """Finds the newest record of the teacher that `config` names; returns its directory and its content.
 
-    Raises ConfigError if there is none, or if the teacher's weights on this machine are not those of the record.
+    media: how images are processed, if there are any. Raises ConfigError if there is no record, or if the teacher's weights
+    on this machine are not those of the record.
     """
     directory, teacher = str(config.cache.directory), config.given_teacher
-    settings = _settings(config, num_shared)
+    settings = _settings(config, num_shared, media)
     known = [entry for entry in all_records(directory) if entry[1].settings == settings]
     weights = weight_files(teacher)
     if weights:
@@ -232,13 +248,15 @@ def _name(config: TeacherConfig) -> tuple[str, str | None]:
     return config.model, config.revision
 
 
-def _settings(config: DistillConfig, num_shared: int) -> str:
+def _settings(config: DistillConfig, num_shared: int, media: MediaSettings | None) -> str:
     """SHA-256 of everything but the weights that the teacher's outputs depend on."""
     teacher = config.given_teacher
     model = load_model_config(teacher).to_dict()
     known = {key: value for key, value in model.items() if key not in ("_name_or_path", "transformers_version")}
     topk = teacher.topk if teacher.payload == "topk" else None
-    sent = [known, teacher.dtype, teacher.quantization, teacher.payload, topk, num_shared]
+    sent: list[Any] = [known, teacher.dtype, teacher.quantization, teacher.payload, topk, num_shared]
+    if media is not None:
+        sent.append(load_media_processor(teacher.model, media, "teacher.model", teacher.revision).identity())
     return hashlib.sha256(json.dumps(sent, sort_keys=True, default=str).encode()).hexdigest()
 
 

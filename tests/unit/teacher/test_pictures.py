@@ -1,27 +1,27 @@
 """A teacher that is shown images: its answers are those of the plain model, and it never answers without having seen them."""
 
-import io
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import xxhash
 from torch import Tensor
 
 from taid_ray.config.models import TeacherConfig
+from taid_ray.config.schema import build_config
 from taid_ray.data.batch import NO_LABEL, Batch, Row, collate
-from taid_ray.errors import DataError, TeacherError
+from taid_ray.errors import ConfigError, DataError, ModelError, TeacherError
 from taid_ray.media.processor import MediaProcessor, MediaSettings
 from taid_ray.media.refs import ImageRef
-from taid_ray.models.loading import load_causal_lm
+from taid_ray.models.loading import check_divisible, load_causal_lm
+from taid_ray.teacher.cache.offline import OfflineTeacher, all_records, save_record, write_record
 from taid_ray.teacher.local import LocalTeacher
 from taid_ray.teacher.model import TeacherModel
 from tests.support.architectures.split import SplitTeacher
-from tests.support.tiny_vision import row_ids, save_tiny, tiny_media
+from tests.support.shown import batch_with_images, noise
+from tests.support.tiny_vision import save_tiny, tiny_config, tiny_media
 
 CPU = torch.device("cpu")
 SETTINGS = MediaSettings("pil")
@@ -40,40 +40,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TeacherCo
         return TeacherConfig(model=str(root / name), mode="local", dtype="float32")
 
     return config
-
-
-def noise(width: int, height: int, seed: int) -> bytes:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def row(media: MediaProcessor, contents: dict[str, bytes], seed: int, *parts: str | tuple[int, int]) -> Row:
-    """A row of texts and pictures of noise; its last three tokens carry loss."""
-    ids, images = row_ids(media, *parts)
-    shown: list[ImageRef] = []
-    for number, image in enumerate(images):
-        content = noise(image.width, image.height, 10 * seed + number)
-        shown.append(replace(image, digest=xxhash.xxh3_128_hexdigest(content)))
-        contents[shown[-1].digest] = content
-    targets = [ids[i + 1] if len(ids) - 4 <= i < len(ids) - 1 else NO_LABEL for i in range(len(ids))]
-    return Row(ids, list(range(len(ids))), targets, images=tuple(shown))
-
-
-def request(media: MediaProcessor) -> tuple[Batch, dict[str, bytes]]:
-    """Rows with one image, none and two, and one with an image behind its last loss position; the images' bytes."""
-    contents: dict[str, bytes] = {}
-    rows = [
-        row(media, contents, 1, "see", (40, 30), "a cat and a dog"),
-        row(media, contents, 2, "no picture at all"),
-        row(media, contents, 3, (32, 32), "and", (16, 64), "so on and on"),
-    ]
-    early = row(media, contents, 4, "one, two, three", (30, 40))
-    targets = np.full(len(early.input_ids), NO_LABEL)
-    targets[2] = early.input_ids[3]
-    return collate([*rows, replace(early, targets=targets)]), contents
 
 
 def pictures(teacher: TeacherModel, batch: Batch, contents: dict[str, bytes]) -> Any:
@@ -101,7 +67,7 @@ def plain(config: TeacherConfig, batch: Batch, media: MediaProcessor, contents: 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_answers_with_pictures_are_those_of_the_model_itself(name: str, saved: Callable[[str], TeacherConfig]) -> None:
     config, media = saved(name), tiny_media(name)
-    batch, contents = request(media)
+    batch, contents = batch_with_images(media)
     together = TeacherModel(config, SHARED, CPU, media=SETTINGS)
     expected, found = plain(config, batch, media, contents), hidden(together, batch, contents)
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
@@ -116,7 +82,7 @@ def llava(saved: Callable[[str], TeacherConfig]) -> TeacherModel:
 
 
 def test_another_picture_changes_its_own_row_only(llava: TeacherModel) -> None:
-    batch, contents = request(tiny_media("llava"))
+    batch, contents = batch_with_images(tiny_media("llava"))
     before = hidden(llava, batch, contents)
     first = batch.images[0][0].digest
     after = hidden(llava, batch, contents | {first: noise(40, 30, 99)})
@@ -124,7 +90,7 @@ def test_another_picture_changes_its_own_row_only(llava: TeacherModel) -> None:
 
 
 def test_image_tokens_without_their_images_are_refused(llava: TeacherModel) -> None:
-    batch, contents = request(tiny_media("llava"))
+    batch, contents = batch_with_images(tiny_media("llava"))
     shown = [list(found) for found in pictures(llava, batch, contents)]
     asked = (batch.inputs, batch.loss_positions, batch.labels)
     with pytest.raises(TeacherError, match="row 0 of a request has 4 image tokens, and its 0 images make 0 features"):
@@ -141,7 +107,7 @@ def test_image_tokens_without_their_images_are_refused(llava: TeacherModel) -> N
 
 
 def test_a_broken_picture_is_refused_before_the_model_sees_it(llava: TeacherModel) -> None:
-    batch, contents = request(tiny_media("llava"))
+    batch, contents = batch_with_images(tiny_media("llava"))
     broken = contents | {batch.images[0][0].digest: b"no picture"}
     with pytest.raises(DataError):
         pictures(llava, batch, broken)
@@ -150,7 +116,7 @@ def test_a_broken_picture_is_refused_before_the_model_sees_it(llava: TeacherMode
 def test_a_local_teacher_reads_each_image_and_answers_in_any_order(
     saved: Callable[[str], TeacherConfig], llava: TeacherModel
 ) -> None:
-    batch, contents = request(tiny_media("llava"))
+    batch, contents = batch_with_images(tiny_media("llava"))
     text = collate([Row([5, 6, 7], [0, 1, 2], [6, 7, NO_LABEL])])
     asked: list[str] = []
 
@@ -175,7 +141,7 @@ def test_a_local_teacher_reads_each_image_and_answers_in_any_order(
 
 def test_seeing_is_the_divergence_of_answers_with_and_without(llava: TeacherModel) -> None:
     media = tiny_media("llava")
-    batch, contents = request(media)
+    batch, contents = batch_with_images(media)
     shown, greys = pictures(llava, batch, contents), llava.pictures(batch.images, media.grey)
     found = llava.seeing(batch.inputs, batch.loss_positions, shown, greys)
     exact = [
@@ -201,11 +167,47 @@ def test_the_processor_is_part_of_the_identity_and_pixels_of_the_probe(
     assert changed.head_digest == info.head_digest
 
 
+def test_a_record_is_found_for_the_processor_that_it_was_made_with(
+    saved: Callable[[str], TeacherConfig], tmp_path: Path
+) -> None:
+    section = {"model": saved("llava").model, "dtype": "float32", "mode": "cache"}
+    config = build_config(
+        {
+            "teacher": section,
+            "student": {"model": saved("llava").model, "dtype": "float32"},
+            "data": {"train": "rows.jsonl"},
+            "schedule": {"alpha": 1.0, "beta": 0.5},
+            "train": {"steps": 1, "batch_size": 1, "micro_batch_size": 1, "learning_rate": 0.1},
+            "cache": {"directory": str(tmp_path)},
+        }
+    )
+    teacher = LocalTeacher(saved("llava"), SHARED, CPU, SETTINGS)
+    save_record(config, teacher, 0.0, [0.5, 0.25], SETTINGS)
+    batch, _ = batch_with_images(tiny_media("llava"))
+    assert OfflineTeacher(config, SHARED, media=SETTINGS).seeing(batch, batch) == [0.5, 0.25]
+    for other in (None, MediaSettings("pil", {"image_mean": [0.4, 0.4, 0.4]})):
+        with pytest.raises(ConfigError, match="holds no outputs"):
+            OfflineTeacher(config, SHARED, media=other)
+    ((_, record),) = all_records(tmp_path)
+    write_record(str(tmp_path / "text"), replace(record, seeing=None))
+    assert '"seeing"' not in next((tmp_path / "text").rglob("teacher.json")).read_text()
+    assert all_records(tmp_path / "text")[0][1] == replace(record, seeing=None)
+
+
+def test_a_family_without_a_plan_is_not_split() -> None:
+    with pytest.raises(
+        ModelError, match=r"teacher\.shards = 2: .* no plan to split a model of type qwen3_vl; set .* 1"
+    ):
+        check_divisible(tiny_config("qwen3_vl"), 2)
+    check_divisible(tiny_config("qwen3_vl"), 1)
+    check_divisible(tiny_config("qwen2_5_vl"), 2)
+
+
 @pytest.mark.more
 @pytest.mark.parametrize("name", ["llava", "internvl"])
 def test_a_split_teacher_sees_what_a_whole_one_sees(name: str, saved: Callable[[str], TeacherConfig]) -> None:
     config = saved(name)
-    batch, contents = request(tiny_media(name))
+    batch, contents = batch_with_images(tiny_media(name))
     whole = TeacherModel(config, SHARED, CPU, media=SETTINGS)
     split = SplitTeacher()
     try:

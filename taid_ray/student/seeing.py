@@ -1,0 +1,56 @@
+"""Does a model see? Its answers on some rows are compared with those it gives when every image in them is grey."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from statistics import median
+
+from taid_ray.data.batch import Batch, Row, collate
+from taid_ray.errors import DataError, TeacherError
+from taid_ray.media.grey import greyed
+from taid_ray.media.refs import ImageRef
+from taid_ray.teacher.protocol import TeacherClient
+
+SEEING_ROWS = 32
+"""Rows that are compared, at most."""
+
+
+def seeing_batches(
+    rows: Sequence[Row], size: int, grey: Callable[[ImageRef], bytes], memory: dict[str, bytes]
+) -> list[tuple[Batch, Batch]]:
+    """Makes batches of up to `size` of the first SEEING_ROWS rows that have an image, each beside its twin with grey images.
+
+    grey, memory: see `media.grey.greyed`. Raises DataError if no row has an image.
+    """
+    shown = [row for row in rows if row.images and row.num_loss_tokens][:SEEING_ROWS]
+    if not shown:
+        raise DataError(
+            f"none of the {len(rows)} validation rows has an image, so nothing can show whether teacher and student see; raise "
+            "data.valid_documents, or name rows with images as data.valid"
+        )
+    batches = [collate(shown[first : first + size]) for first in range(0, len(shown), size)]
+    return [(batch, replace(batch, images=greyed(batch.images, grey, memory))) for batch in batches]
+
+
+def teacher_seeing(teacher: TeacherClient, batches: Sequence[tuple[Batch, Batch]], least: float) -> list[float]:
+    """Measures how far the images of each row change what the teacher predicts, see TeacherModel.seeing.
+
+    batches: of `seeing_batches`. least: `data.sees_at_least`. Raises TeacherError if the median is smaller.
+    """
+    found = [value for batch, without in batches for value in teacher.seeing(batch, without)]
+    if not median(found) >= least:
+        raise TeacherError(
+            f"the teacher does not see: its answers with and without the images differ by {median(found):.2g} nats (median of "
+            f"{len(found)} rows, largest {max(found):.2g}), less than data.sees_at_least = {least:g}; check that its vision "
+            "weights were loaded, and that the images fit the answers in data.valid"
+        )
+    return found
+
+
+def seeing_note(who: str, found: Sequence[float], least: float) -> str:
+    """Says what was measured. who: teacher or student. least: `data.sees_at_least`."""
+    above = sum(value >= least for value in found) / len(found)
+    fewer = "" if len(found) == SEEING_ROWS else f", of {SEEING_ROWS} wanted"
+    return (
+        f"with grey images the {who}'s answers differ by {median(found):.2g} nats (median of {len(found)} rows with images"
+        f"{fewer}), by {least:g} or more in {above:.0%} of them"
+    )

@@ -1,0 +1,72 @@
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from taid_ray.data.batch import NO_LABEL, Batch, Row
+from taid_ray.errors import DataError, TeacherError
+from taid_ray.media.refs import ImageRef
+from taid_ray.student.seeing import SEEING_ROWS, seeing_batches, seeing_note, teacher_seeing
+
+IMAGE = ImageRef("a" * 32, 1, 2, 64, 48, "file:a.png")
+
+
+def row(*images: ImageRef, loss: bool = True) -> Row:
+    return Row([5, 9, 9, 6], [0, 1, 2, 3], [NO_LABEL, NO_LABEL, 6 if loss else NO_LABEL, NO_LABEL], images=images)
+
+
+def grey(image: ImageRef) -> bytes:
+    return f"{image.width}x{image.height}".encode()
+
+
+def test_the_first_rows_with_images_are_shown_with_grey_ones_too() -> None:
+    wide = replace(IMAGE, width=100)
+    memory: dict[str, bytes] = {}
+    batches = seeing_batches([row(), row(IMAGE), row(wide, loss=False), row(wide)], 1, grey, memory)
+    assert [batch.images for batch, _ in batches] == [((IMAGE,),), ((wide,),)]
+    for batch, without in batches:
+        (found,), (image,) = without.images[0], batch.images[0]
+        assert memory[found.digest] == grey(image) and found.place == "memory:"
+        assert replace(found, digest=image.digest, place=image.place) == image
+        assert without.inputs is batch.inputs and without.loss_positions is batch.loss_positions
+    assert len(memory) == 2
+
+
+def test_only_so_many_rows_are_looked_at() -> None:
+    batches = seeing_batches([row(IMAGE)] * 50, 5, grey, {})
+    assert [len(batch.images) for batch, _ in batches] == [5] * 6 + [2] and SEEING_ROWS == 32
+
+
+def test_rows_without_images_show_nothing() -> None:
+    with pytest.raises(DataError, match=r"none of the 3 validation rows has an image, .*data\.valid_documents"):
+        seeing_batches([row()] * 3, 2, grey, {})
+
+
+def teacher(values: list[float]) -> Any:
+    left = list(values)
+
+    def seeing(batch: Batch, without: Batch) -> list[float]:
+        return [left.pop(0) for _ in batch.images]
+
+    return SimpleNamespace(seeing=seeing)
+
+
+def test_a_teacher_that_sees_too_little_is_refused_with_both_numbers() -> None:
+    batches = seeing_batches([row(IMAGE)] * 3, 2, grey, {})
+    assert teacher_seeing(teacher([0.5, 0.0, 0.01]), batches, 0.01) == [0.5, 0.0, 0.01]
+    with pytest.raises(
+        TeacherError, match=r"differ by 0\.0003 nats \(median of 3 rows, .* data\.sees_at_least = 0\.01;"
+    ):
+        teacher_seeing(teacher([0.5, 0.0003, 0.0]), batches, 0.01)
+    with pytest.raises(TeacherError, match="nan"):
+        teacher_seeing(teacher([float("nan")] * 3), batches, 0.0)
+
+
+def test_the_note_says_how_many_rows_were_seen() -> None:
+    said = seeing_note("student", [0.5, 0.0003, 0.02, 0.02], 0.01)
+    assert (
+        "student's answers differ by 0.02 nats (median of 4 rows with images, of 32 wanted), by 0.01 or more in 75%"
+        in said
+    )
+    assert "wanted" not in seeing_note("teacher", [1.0] * 32, 0.01)
