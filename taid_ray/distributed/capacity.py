@@ -160,19 +160,24 @@ def most_replicas(demand: Demand, limit: int, nodes: list[dict[str, Any]] | None
 
 
 def check_object_store(
-    payload_bytes: int, teacher: TeacherConfig, workers: int, nodes: list[dict[str, Any]] | None = None
+    payload_bytes: int,
+    teacher: TeacherConfig,
+    workers: int,
+    nodes: list[dict[str, Any]] | None = None,
+    image_bytes: int = 0,
 ) -> None:
-    """Raises ClusterError if the teacher's answers in flight would fill more than half of the nodes' object stores.
+    """Raises ClusterError if requests in flight and the teacher's answers would fill more than half of the object stores.
 
-    payload_bytes: largest size of one answer. The answers are taken to be spread evenly over the nodes, so that what is
-    refused here could not have worked.
+    payload_bytes: largest size of one answer. image_bytes: of one request's images. All is taken to be spread evenly over
+    the nodes, so that what is refused here could not have worked.
     """
     room = sum(node.get("object_store_memory", 0) for node in _alive(nodes)) / 2
-    needed = teacher.in_flight_bytes(payload_bytes) * workers
+    needed = (teacher.in_flight_bytes(payload_bytes) + teacher.window * image_bytes) * workers
     if needed > room:
+        images = f"and images of up to {image_bytes / 2**20:.0f} MiB for each of them, " if image_bytes else ""
         raise ClusterError(
             f"teacher.window: {teacher.window} answers of up to {payload_bytes / 2**20:.0f} MiB, in all at most "
-            f"teacher.window_mib: {teacher.window_mib}, for each of {workers} student worker(s) need "
+            f"teacher.window_mib: {teacher.window_mib}, {images}for each of {workers} student worker(s) need "
             f"{needed / 2**20:.0f} MiB, more than half of the cluster's object store ({room / 2**20:.0f} MiB). Lower "
             "teacher.window, teacher.window_mib or train.micro_batch_size, choose a smaller teacher.payload, or start Ray "
             "with more --object-store-memory."

@@ -90,7 +90,14 @@ class PoolKeeper:
 
     def _start(self) -> None:
         demand, num_shared = self._demand, self._spec.vocabulary.num_shared
-        pool = PoolSpec(self._config.given_teacher, num_shared, demand.device, demand.teacher_role, demand.max_workers)
+        pool = PoolSpec(
+            self._config.given_teacher,
+            num_shared,
+            demand.device,
+            demand.teacher_role,
+            demand.max_workers,
+            self._spec.media,
+        )
         info = start_pool(pool, self._name, on_wait=self._wait)
         self._stop_renewing = keep_lease(self._name)
         self._view.say(f"teacher pool is ready ({info.num_parameters:,} parameters, {info.dtype})")

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 import torch
 
 from taid_ray.data.batch import Row, collate
+from taid_ray.media.pictures import Read
 from taid_ray.student.context import WorkerContext
 from taid_ray.student.engine import Student
 from taid_ray.teacher.cache.cached import CachedTeacher
@@ -22,17 +23,19 @@ POOL_MARGIN_S = 300.0
 """Patience beyond teacher.timeout_s, within which the driver says whether the pool is up."""
 
 
-def open_teacher(context: WorkerContext, student: Student, closing: ExitStack) -> TeacherClient | None:
+def open_teacher(
+    context: WorkerContext, student: Student, closing: ExitStack, read: Read | None = None
+) -> TeacherClient | None:
     """Connects to the teacher, once it is up, and gives the student its head if it needs that. Collective.
 
-    Returns None if the run has no teacher.
+    read: returns the bytes of an image; None in a run without images. Returns None if the run has no teacher.
     """
     section = context.config.teacher
     if section is None:
         context.note("student is ready")
         return None
     context.note("student is ready; waiting for the teacher")
-    teacher = connect_teacher(context)
+    teacher = connect_teacher(context, read)
     closing.callback(teacher.close)
     if context.config.data.pack:
         teacher.info().require_packing()
@@ -41,21 +44,24 @@ def open_teacher(context: WorkerContext, student: Student, closing: ExitStack) -
     return teacher
 
 
-def connect_teacher(context: WorkerContext) -> TeacherClient:
-    """The pool's client once the pool is up, a teacher in this process, or stored outputs; behind the cache if there is one."""
+def connect_teacher(context: WorkerContext, read: Read | None = None) -> TeacherClient:
+    """The pool's client once the pool is up, a teacher in this process, or stored outputs; behind the cache if there is one.
+
+    read: as in `open_teacher`.
+    """
     config, worker, scheduler = context.config, context.worker, context.scheduler
     section = config.given_teacher
-    num_shared = worker.spec.vocabulary.num_shared
+    num_shared, media = worker.spec.vocabulary.num_shared, worker.spec.media
     teacher: TeacherClient
     claims: ClaimRegistry = NoClaims()
     if section.mode == "local":
-        teacher = LocalTeacher(section, num_shared, context.device)
+        teacher = LocalTeacher(section, num_shared, context.device, media, read)
     elif section.is_stored:
-        teacher = OfflineTeacher(config, num_shared, (worker.spec.fingerprint or {}).get("outputs", ""))
+        teacher = OfflineTeacher(config, num_shared, (worker.spec.fingerprint or {}).get("outputs", ""), media)
     else:
         scheduler.wait_for_pool(section.timeout_s + POOL_MARGIN_S)
         answers_at = torch.device("cpu") if config.cache.on else context.device
-        teacher = PoolTeacher(worker.pool, section, scheduler.note, answers_at, context.world)
+        teacher = PoolTeacher(worker.pool, section, scheduler.note, answers_at, context.world, read)
         claims = PoolClaims(worker.pool) if config.cache.on else claims
     if config.cache.on:
         teacher = CachedTeacher(teacher, CacheStore(config.cache, scheduler.note), claims, context.device)

@@ -7,6 +7,7 @@ from typing import Any
 from taid_ray.config.schema import DistillConfig
 from taid_ray.data.fingerprint import Fingerprint
 from taid_ray.data.store.prepared import PreparedData
+from taid_ray.media.processor import MediaSettings
 from taid_ray.models.vocabulary import Vocabulary
 
 
@@ -42,6 +43,10 @@ class RunSpec:
     """Of the data, as the driver has read them."""
     stop_ids: tuple[int, ...] = ()
     """Ids of the tokens that end answers, or documents of `format: text`, in the first block of the training data."""
+    media: MediaSettings | None = None
+    """How both models' images are processed; None in a run without images."""
+    image_bytes: int = 0
+    """Of the images of one request to the teacher, at most; 0 until the data are prepared."""
 
 
 @dataclass(frozen=True)

@@ -37,3 +37,12 @@ def test_half_of_the_stores(
     else:
         with pytest.raises(ClusterError, match=f"teacher.window: {window} .*teacher.window_mib: {window_mib}"):
             check_object_store(payload_mib * MIB, teacher, workers, nodes(*stores))
+
+
+def test_images_count_for_every_request_under_way() -> None:
+    teacher = TeacherConfig(model="x", window=40, window_mib=400)
+    check_object_store(100 * MIB, teacher, 2, nodes(3520), image_bytes=12 * MIB)
+    with pytest.raises(
+        ClusterError, match=r"and images of up to 12 MiB for each of them, for each of 2 .* need 1760 MiB"
+    ):
+        check_object_store(100 * MIB, teacher, 2, nodes(3519), image_bytes=12 * MIB)

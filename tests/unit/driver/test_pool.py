@@ -10,10 +10,12 @@ from ray.exceptions import RayError
 from taid_ray.config.schema import build_config
 from taid_ray.driver import pool
 from taid_ray.driver.pool import PoolKeeper
+from taid_ray.media.processor import MediaSettings
 from taid_ray.teacher.pool.deployment import PoolSpec
 from tests.support.views import WITHIN_S, View
 
-SPEC: Any = SimpleNamespace(total_steps=40, vocabulary=SimpleNamespace(num_shared=7))
+MEDIA = MediaSettings("pil")
+SPEC: Any = SimpleNamespace(total_steps=40, vocabulary=SimpleNamespace(num_shared=7), media=MEDIA)
 DEMAND: Any = SimpleNamespace(replicas=1, max_replicas=1, shards=1, device="cpu", teacher_role=False, max_workers=3)
 CONFIG = build_config(
     {"teacher": {"model": "t"}, "student": {"model": "s"}, "data": {"train": "d"}, "train": {"steps": 40}}
@@ -55,6 +57,7 @@ def test_news_of_the_pool_may_fail_and_the_workers_are_told_of_the_pool_all_the_
         assert enough.wait(WITHIN_S)
     assert set(told) == {None}
     assert started[0].max_workers == DEMAND.max_workers, "for the queues of the replicas"
+    assert started[0].media == MEDIA
     assert [line for line in view.said if "not to be read" in line] == [
         "watching the teacher pool failed (ValueError: not to be read); the run goes on, and it is tried again"
     ]

@@ -73,7 +73,7 @@ def test_a_teacher_that_is_refused_is_closed(monkeypatch: pytest.MonkeyPatch) ->
             self.closed = True
 
     teacher, spec = Teacher(), SimpleNamespace(config=config_for(TIED))
-    monkeypatch.setattr(open_teacher, "connect_teacher", lambda context: teacher)
+    monkeypatch.setattr(open_teacher, "connect_teacher", lambda *_: teacher)
     place: Any = SimpleNamespace(config=spec.config, note=print)
     with pytest.raises(ModelError), ExitStack() as closing:
         open_teacher.open_teacher(place, SimpleNamespace(), closing)  # type: ignore[arg-type]

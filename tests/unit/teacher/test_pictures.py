@@ -26,7 +26,7 @@ from tests.support.tiny_vision import save_tiny, tiny_config, tiny_media
 CPU = torch.device("cpu")
 SETTINGS = MediaSettings("pil")
 SHARED = 500
-FAMILIES = ["llava", "idefics3"]
+FAMILIES = ["llava", "idefics3", "qwen2_5_vl"]
 
 
 @pytest.fixture(scope="module")
