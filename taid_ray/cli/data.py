@@ -101,6 +101,8 @@ def print_samples(console: Console, samples: "Sequence[SamplePreview]", shorten:
             else:
                 text.append(shown)
         console.print(text, soft_wrap=True)
+        for number, place in enumerate(sample.images, 1):
+            print_line(console, f"image {number}: {_visible(place)}")
 
 
 def _shortened(text: str) -> str:

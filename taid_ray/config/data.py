@@ -58,6 +58,12 @@ class SourceConfig(Section):
     """As `data.prompt_columns`."""
     response_column: str | None = None
     """As `data.response_column`."""
+    images_column: Annotated[Name | None, SETS_RATES] = None
+    """As `data.images_column`."""
+    images_directory: Annotated[Name | None, MOVABLE] = None
+    """As `data.images_directory`."""
+    bad_images: Literal["error", "drop"] | None = None
+    """As `data.bad_images`."""
     chat_template: str | None = None
     """As `data.chat_template`. Of several, RUN/model gets that of the first source that has one."""
     loss_on: Annotated[Literal["response", "all"] | None, SETS_RATES] = None
@@ -115,6 +121,20 @@ class DataConfig(Section):
     response_column: str = "response"
     """With `format: prompt_response`: the column of the response. Where it is left at the default, `completion` is looked for,
     too."""
+    images_column: Annotated[Name | None, SETS_RATES] = None
+    """With `format: chat`: the column of each row's images: paths, bytes, mappings of both, or lists of these. Rows without any
+    are text. Where it is `images`, `image` is looked for, too. `<image>` in a message, or a part of the type `image`, says
+    where an image stands; without any of these, images begin the first message of the user."""
+    images_directory: Annotated[Name | None, MOVABLE] = None
+    """Folder or zip archive that the paths of images are relative to. All nodes must see it."""
+    bad_images: Literal["error", "drop"] = "error"
+    """What happens to a row with an image that is missing, damaged, too large, or not a still picture of 8 bits a colour: the run
+    stops with an error, or the row is left out and counted. To drop rows, all images are decoded once."""
+    max_image_pixels: Annotated[Int, Field(ge=1, le=89_478_485)] = 67_108_864
+    """Largest number of pixels of an image; one with more counts as damaged."""
+    image_processor: Annotated[dict[str, Any], SETS_RATES] = {}
+    """Settings of the models' image processors in place of their own, such as `max_patches` (InternVL) or `max_pixels` (Qwen-VL):
+    they decide how many tokens an image becomes."""
     chat_template: str | None = None
     """Jinja chat template, or the path of a file that holds one, for `format: chat` and `prompt_response`. By default the
     tokenizer's own."""
@@ -178,6 +198,24 @@ class DataConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _images_fit(self) -> "DataConfig":
+        sources = [] if isinstance(self.train, str) else self.train
+        for key, column, form in (
+            ("data.images_column", self.images_column, self.format),
+            *(
+                (f"data.train[{number}].images_column", source.images_column, source.format or self.format)
+                for number, source in enumerate(sources)
+            ),
+        ):
+            if column is None:
+                continue
+            if form != "chat":
+                raise ValueError(f"{key} needs format: chat (found format: {form})")
+            if self.order != "global":
+                raise ValueError(f"{key} needs data.order: global (found data.order: {self.order})")
+        return self
+
+    @model_validator(mode="after")
     def _sources_fit(self) -> "DataConfig":
         if isinstance(self.train, str):
             return self
@@ -222,6 +260,11 @@ class DataConfig(Section):
             keys = {"key": f"data.train[{number}].path", "valid_key": valid_key}
             found.append(DataSource(**own | given | keys, train=source.path, label=source.label))
         return tuple(found)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether some source of training data has a column of images, which makes a run one of vision-language models."""
+        return any(source.images_column is not None for source in self.sources)
 
     @property
     def validations(self) -> tuple["DataSource", ...]:

@@ -36,13 +36,14 @@ def with_absolute_paths(config: DistillConfig) -> DistillConfig:
         return value
 
     def absolute_source(source: SourceConfig) -> SourceConfig:
-        paths = {key: absolute_data(getattr(source, key)) for key in ("path", "valid")}
+        paths = {key: absolute_data(getattr(source, key)) for key in ("path", "valid", "images_directory")}
         return source.model_copy(update=paths | {"chat_template": absolute(source.chat_template)})
 
     train = config.data.train
     data = {
         "train": absolute_data(train) if isinstance(train, str) else [absolute_source(source) for source in train],
         "valid": absolute_data(config.data.valid),
+        "images_directory": absolute(config.data.images_directory),
         "chat_template": absolute(config.data.chat_template),
         "store": absolute_storage(config.data.store),
     }

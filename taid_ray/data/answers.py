@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from taid_ray.config.data import DataConfig
 from taid_ray.data.chat import ChatTemplate, Tools, chat_template
+from taid_ray.data.images import IMAGE_MARK, RowImages
 from taid_ray.data.messages import Message, Understood, read_messages, read_tools
 from taid_ray.data.turns import THINK_END, Conversation, Rendered
 from taid_ray.data.visibility import check_shown, with_fitting_arguments
@@ -43,22 +44,28 @@ class AnswerCounts:
 class AnswerRenderer:
     """Renders conversations with the chat template of some data."""
 
-    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises DataError if there is no chat template, or none that can be used."""
+    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, image_token: str | None = None) -> None:
+        """image_token: what the template writes for an image, where there may be some.
+
+        Raises DataError if there is no chat template, or none that can be used.
+        """
         self.counts, self._understood = AnswerCounts(), Understood()
-        self._config, self._tokenizer = config, tokenizer
+        self._config, self._tokenizer, self._image_token = config, tokenizer, image_token
         self._day = date.fromisoformat(config.date) if config.date else date.today()
         self._templates: dict[bool, ChatTemplate] = {}
         """By whether there are tools."""
         self._template(None)
 
-    def conversation(self, document: dict[str, Any], where: str) -> list[Rendered]:
-        """Renders a row of `format: chat`. Raises DataError, beginning with `where`."""
+    def conversation(self, document: dict[str, Any], where: str, images: RowImages | None = None) -> list[Rendered]:
+        """Renders a row of `format: chat`. images: those of the row, if it may have some.
+
+        Raises DataError, beginning with `where`.
+        """
         column, system = self._config.messages_column, document.get("system")
         tools = read_tools(document.get("tools"), f"{where} of column 'tools'")
         template = self._template(tools)
         place = f"{where} of column {column!r}"
-        messages = read_messages(document[column], place, self._understood, system, template.literals)
+        messages = read_messages(document[column], place, self._understood, system, template.literals, images)
         self.counts.with_tools += tools is not None
         used = not isinstance(system, str) or not system.strip() or messages[0].get("content") == system
         self.counts.unused_system += not used
@@ -66,10 +73,12 @@ class AnswerRenderer:
 
     def render(self, messages: list[Message], tools: Tools, where: str) -> list[Rendered]:
         """Renders messages as the texts that train their answers. Raises DataError, beginning with `where`."""
+        self._check_words(messages, where)
         conversation = with_fitting_arguments(Conversation(messages, tools, self._template(tools), where))
         whole = self._config.loss_on == "all"
         found = [conversation.whole()] if whole else conversation.trained(self._config.turns == "last")
         check_shown(conversation)
+        self._check_images(conversation, found)
         self._count(conversation, found)
         return found
 
@@ -128,6 +137,27 @@ class AnswerRenderer:
             )
         return said
 
+    def _check_words(self, messages: list[Message], where: str) -> None:
+        """Raises DataError for a text that the processor would take for an image."""
+        if self._image_token is not None and any(self._image_token in message["content"] for message in messages):
+            raise DataError(
+                f"{where} has {self._image_token!r} in its text, which the model takes for an image. Remove it, or give the row "
+                f"an image in data.images_column for each."
+            )
+
+    def _check_images(self, conversation: Conversation, found: list[Rendered]) -> None:
+        """Raises DataError if the template shows more or fewer images than the messages have."""
+        if self._image_token is None:
+            return
+        for rendered in found:
+            shown = rendered.text.count(self._image_token)
+            messages = conversation.messages[: rendered.messages]
+            if shown != (given := sum(message["content"].count(IMAGE_MARK) for message in messages)):
+                raise DataError(
+                    f"{conversation.where}: the chat template shows {shown} of {given} images; set data.chat_template to the "
+                    f"model's own."
+                )
+
     def _ends(self) -> dict[str, int]:
         """The special tokens that end answers, with their ids."""
         tokens = [token for token in self.counts.endings if token is not None]
@@ -142,7 +172,7 @@ class AnswerRenderer:
                     f"data.format: chat needs a chat template and the tokenizer {self._tokenizer.name_or_path!r} has none. "
                     f"Set data.chat_template to a Jinja template or to a file that holds one."
                 )
-            self._templates[known] = ChatTemplate(source, self._tokenizer, self._day)
+            self._templates[known] = ChatTemplate(source, self._tokenizer, self._day, self._image_token)
         return self._templates[known]
 
     def _origin(self) -> str:

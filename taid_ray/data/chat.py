@@ -11,10 +11,13 @@ from jinja2 import TemplateSyntaxError, nodes
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
+from taid_ray.data.images import IMAGE_MARK
 from taid_ray.data.messages import Message
 from taid_ray.errors import DataError, shortened
 
 Tools = list[dict[str, Any]] | None
+MARK = "qzx"
+"""A text that no template writes."""
 
 
 class TemplateFailed(Exception):
@@ -48,8 +51,14 @@ def chat_template(configured: str | None, tokenizer: PreTrainedTokenizerBase, to
 class ChatTemplate:
     """A chat template with its tokenizer, on a fixed day."""
 
-    def __init__(self, source: str, tokenizer: PreTrainedTokenizerBase, day: date) -> None:
-        """Compiles the template. Raises DataError if it is not valid Jinja, or draws random numbers."""
+    def __init__(
+        self, source: str, tokenizer: PreTrainedTokenizerBase, day: date, image_token: str | None = None
+    ) -> None:
+        """Compiles the template.
+
+        image_token: what it writes for an image, where there may be some; then contents are handed to it in parts. Raises
+        DataError if it is not valid Jinja, draws random numbers, or should show images and does not know parts.
+        """
         try:
             tree = chat_template_utils._compile_jinja_template(source).environment.parse(source)
         except TemplateSyntaxError as error:
@@ -80,6 +89,12 @@ class ChatTemplate:
         """Texts of all tokens that were added to the tokenizer's own."""
         beginnings = {*self.special} - ({tokenizer.bos_token} - {tokenizer.eos_token})
         self._beginning = re.compile(rf"\s*({'|'.join(map(re.escape, sorted(beginnings, key=len, reverse=True)))})")
+        self.image_token = image_token
+        """Text that the template writes for an image; None without images."""
+        self._plain_roles: frozenset[str] | None = None
+        """Roles whose content stays text; None: all roles, because there are no images."""
+        if image_token is not None:
+            self._plain_roles = self._roles_without_parts()
 
     def render(self, messages: Sequence[Message], tools: Tools = None, generation_prompt: bool = False) -> str:
         """Renders as transformers does, but for the date. Raises TemplateFailed."""
@@ -89,7 +104,7 @@ class ChatTemplate:
             compiled.globals["strftime_now"] = self._now.strftime
         try:
             text = self.tokenizer.apply_chat_template(
-                list(messages),
+                [self._in_parts(message) for message in messages],
                 tools=None if tools is None else list(tools),
                 chat_template=self._rendered_source,
                 tokenize=False,
@@ -98,6 +113,47 @@ class ChatTemplate:
         except Exception as error:  # a template computes, so it may divide by zero, call itself for ever, ...
             raise TemplateFailed(f"{shortened(error)}") from None
         return str(text)
+
+    def _in_parts(self, message: Message) -> Message:
+        """The message with its content as the parts, text and images, that templates of vision-language models take."""
+        content = message.get("content")
+        if self._plain_roles is None or message["role"] in self._plain_roles or not content:
+            return message
+        parts: list[dict[str, str]] = []
+        for number, text in enumerate(content.split(IMAGE_MARK)):
+            parts += [{"type": "image"}] * (number > 0) + [{"type": "text", "text": text}] * bool(text)
+        return message | {"content": parts}
+
+    def _roles_without_parts(self) -> frozenset[str]:
+        """Finds the roles whose content the template does not take in parts. Raises DataError if the user is one of them."""
+        user = {"role": "user", "content": f"{IMAGE_MARK}{MARK}"}
+        self._plain_roles = frozenset(("assistant", "system", "tool"))
+        if not self._takes_parts([user]):
+            raise DataError(
+                f"data.chat_template: does not write {self.image_token!r} for an image in a message of the user. Set it to the "
+                f"template of the vision-language model itself."
+            )
+        answer = {"role": "assistant", "content": MARK}
+        talks = {
+            "assistant": [user, answer],
+            "system": [{"role": "system", "content": MARK}, user],
+            "tool": [user, answer, {"role": "tool", "content": MARK}],
+        }
+        for role, talk in talks.items():
+            before = self._plain_roles
+            self._plain_roles = before - {role}
+            if not self._takes_parts(talk):
+                self._plain_roles = before
+        return self._plain_roles
+
+    def _takes_parts(self, talk: list[Message]) -> bool:
+        """Whether a conversation with one image is rendered with it, and without lists as Python shows them."""
+        assert self.image_token is not None
+        try:
+            text = self.render(talk)
+        except TemplateFailed:
+            return False
+        return text.count(self.image_token) == 1 and "'type'" not in text and text.count(MARK) == len(talk)
 
     @cached_property
     def generation_prompt(self) -> str:

@@ -1,13 +1,14 @@
 """The columns that each `data.format` reads: under which names they are looked for, and which key sets the name."""
 
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from taid_ray.config.data import DataConfig
 
 USUAL_NAMES = {
     "data.messages_column": ("messages", "conversations", "conversation"),
     "data.response_column": ("response", "completion"),
+    "data.images_column": ("images", "image"),
 }
 """The default of a key, and the other names under which public data sets keep such a column."""
 
@@ -35,11 +36,14 @@ def columns_of(config: DataConfig) -> list[Column]:
         case "text":
             return [_column(config.text_column, "data.text_column")]
         case "chat":
-            return [
+            found = [
                 _column(config.messages_column, "data.messages_column"),
                 Column(("tools",), "data.format", required=False),
                 Column(("system",), "data.format", required=False),
             ]
+            if config.images_column is not None:
+                found.append(replace(_column(config.images_column, "data.images_column"), required=False))
+            return found
         case "prompt_response":
             return [
                 *(_column(name, "data.prompt_columns") for name in dict.fromkeys(config.prompt_columns)),

@@ -7,6 +7,7 @@ any restart, streamed or not.
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -16,8 +17,10 @@ from taid_ray.data.batch import Row
 from taid_ray.data.cursor import BlockCursor
 from taid_ray.data.documents import Documents, open_documents
 from taid_ray.data.encoding import Columns, Counts, Encoder
+from taid_ray.data.images import BLOCK_DOCUMENTS_WITH_IMAGES, EncoderMedia
 from taid_ray.data.packing import Sample, to_rows
 from taid_ray.errors import DataError
+from taid_ray.media.reader import resolved
 
 T = TypeVar("T")
 
@@ -28,13 +31,24 @@ START = BlockCursor()
 class TrainingData:
     """Training rows as global batches, in an order that depends on the data, `config` and `seed` only."""
 
-    def __init__(self, config: DataSource, tokenizer: PreTrainedTokenizerBase, seed: int, batch_size: int) -> None:
-        """Opens `config.train`. Raises DataError if it cannot be read, or if validation takes all of it."""
+    def __init__(
+        self,
+        config: DataSource,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        batch_size: int,
+        media: EncoderMedia | None = None,
+    ) -> None:
+        """Opens `config.train`.
+
+        media: in a run with images, and only then. Raises DataError if it cannot be read, or if validation takes all of it.
+        """
         self._source = f"{config.key}: {config.train}"
         self._config, self._tokenizer, self._seed, self._batch_size = config, tokenizer, seed, batch_size
         self.documents = open_documents(config, "train")
         self._num_validation = config.valid_documents if config.valid is None else 0
-        self._encoder = Encoder(config, tokenizer, self._source)
+        self._media = media
+        self._encoder = Encoder(config, tokenizer, self._source, media)
         if next(self._blocks(0), None) is None:
             found = self.num_documents or f"at most {self._num_validation}"
             raise DataError(
@@ -103,7 +117,7 @@ class TrainingData:
 
     def rows_per_epoch(self) -> int:
         """Counts the rows in one pass over the data, the same in every epoch. Reads and encodes all of it."""
-        encoder = Encoder(self._config, self._tokenizer, self._source)
+        encoder = Encoder(self._config, self._tokenizer, self._source, self._media)
         blocks = enumerate(self._blocks(0))
         return sum(len(self._block_rows(encoder, 0, block, *documents)) for block, documents in blocks)
 
@@ -124,6 +138,8 @@ class TrainingData:
 
     def _blocks(self, first: int) -> Iterator[tuple[int, Columns]]:
         size = self._config.block_documents
+        if self._media is not None:  # then rows are only looked at here, and a block holds all its images
+            size = min(size, BLOCK_DOCUMENTS_WITH_IMAGES)
         return self.documents.blocks(self._num_validation + first * size, size)
 
     def _block_rows(self, encoder: Encoder, epoch: int, block: int, first_row: int, columns: Columns) -> list[Row]:
@@ -143,26 +159,36 @@ def open_validation(config: DataSource) -> Documents:
 
 
 def validation_rows(
-    config: DataSource, tokenizer: PreTrainedTokenizerBase, documents: Documents | None = None
+    config: DataSource,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Documents | None = None,
+    media: EncoderMedia | None = None,
 ) -> list[Row]:
     """Reads the rows of the first `valid_documents` documents of `data.valid` or, without it, of `data.train`; never shuffled.
 
-    documents: those of `open_validation`, where they are open already. Raises DataError if they cannot be read or hold
-    nothing to predict.
+    documents: those of `open_validation`, where they are open already. media: in a run with images, and only then; its `keep`
+    takes those that the documents hold as bytes. Raises DataError if they cannot be read or hold nothing to predict.
     """
     source = f"{config.key}: {config.train}" if config.valid is None else f"{config.valid_key}: {config.valid}"
-    encoder = Encoder(config, tokenizer, source)
+    encoder = Encoder(config, tokenizer, source, media)
     documents = documents or open_validation(config)
     first_row, columns = next(documents.blocks(0, config.valid_documents))
     samples = encoder.encode(columns, first_row)
     if not samples:
         raise nothing_to_learn(source, encoder.counts)
-    return to_rows(samples, config.sequence_length, config.pack)
+    rows = to_rows(samples, config.sequence_length, config.pack)
+    return rows if media is None else [_with_places(row, config.images_directory) for row in rows]
+
+
+def _with_places(row: Row, directory: str | None) -> Row:
+    """The row with places of images that a reader finds."""
+    return replace(row, images=tuple(replace(image, place=resolved(image.place, directory)) for image in row.images))
 
 
 def nothing_to_learn(source: str, counts: Counts) -> DataError:
     """Makes the error for documents of which none gave a sample. source: the key of the data and their name."""
+    images = f", {counts.bad_images} of them for an image that cannot be used" if counts.bad_images else ""
     return DataError(
         f"{source} has no loss position: none of {counts.documents} documents gave a sample ({counts.dropped} were "
-        f"dropped as empty, too long, or with their response cut off). Check data.sequence_length and data.overlong."
+        f"dropped as empty, too long, or with their response cut off{images}). Check data.sequence_length and data.overlong."
     )

@@ -40,10 +40,12 @@ def fingerprint(train: Documents, valid: Documents | None, read_train: bool = Tr
 
 
 def rows_digest(rows: Iterable[Row]) -> str:
-    """Hashes the tokens of rows, and which of them carry loss."""
+    """Hashes the tokens of rows, which of them carry loss, and their images."""
     result = xxhash.xxh3_128()
     for row in rows:
         result.update(json.dumps([x.tolist() for x in (row.input_ids, row.position_ids, row.targets)]).encode())
+        if row.images:
+            result.update(json.dumps([[image.digest, image.start] for image in row.images]).encode())
     return result.hexdigest()
 
 

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from taid_ray.data.images import IMAGE_MARK, OWN_KEYS, RowImages
 from taid_ray.errors import DataError
 
 Message = dict[str, Any]
@@ -21,6 +22,8 @@ TOOL_CALL_ROLES = ("function_call", "tool_call")
 """Roles of messages whose content is the JSON text of the assistant's tool calls."""
 TEXT_PARTS = ("text", "input_text", "output_text")
 """Types of content parts that are text."""
+IMAGE_PARTS = ("image", "image_url", "input_image")
+"""Types of content parts that are images."""
 
 
 @dataclass
@@ -34,16 +37,24 @@ class Understood:
 
 
 def read_messages(
-    value: Any, where: str, understood: Understood, system: Any = None, named: Collection[str] = ()
+    value: Any,
+    where: str,
+    understood: Understood,
+    system: Any = None,
+    named: Collection[str] = (),
+    images: RowImages | None = None,
 ) -> list[Message]:
     """Reads one conversation: a list of messages, a mapping of lists, or the JSON text of either.
 
     A message has its role under `role` or `from`, and its content under `content` or `value`: text, or a list of text parts;
     none beside tool calls. system: text that begins a conversation of from/value messages which has no system message.
-    named: the roles that the template itself names. Raises DataError, beginning with `where`.
+    named: the roles that the template itself names. images: those of the row, if it may have some; contents then have
+    `images.IMAGE_MARK` in the place of each. Raises DataError, beginning with `where`.
     """
-    reader = _Reader(where, understood, named)
+    reader = _Reader(where, understood, named, images)
     messages = [reader.message(item) for item in reader.items(value)]
+    if images is not None:
+        reader.place_rest(messages, images)
     if reader.from_and_value and isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
         understood.shapes["the column 'system' as the first message"] = None
         messages.insert(0, {"role": "system", "content": system})
@@ -89,6 +100,7 @@ class _Reader:
     where: str
     understood: Understood
     named: Collection[str]
+    images: RowImages | None = None
     from_and_value: bool = False
     """Whether a role stood under `from`."""
 
@@ -121,8 +133,9 @@ class _Reader:
         calls = self._tool_calls(found, calls_key)
         role_key = "role" if "role" in found or "from" not in found else "from"
         text_key = "content" if "content" in found or "value" not in found else "value"
-        content = self._content(found.get(text_key, "" if calls else None), item)
         name = found.get(role_key)
+        asks = not isinstance(name, str) or name.strip().lower() not in ROLES["assistant"]
+        content = self._content(found.get(text_key, "" if calls else None), item, asks)
         if not isinstance(name, str):
             raise DataError(
                 f"{self.where} holds a message without text under 'role' (or 'from'): {shown(item)}. Fix the row."
@@ -165,10 +178,18 @@ class _Reader:
             )
         return role
 
-    def _content(self, value: Any, item: Any) -> str:
-        """Returns a message's content as text."""
+    def place_rest(self, messages: list[Message], images: RowImages) -> None:
+        """Puts images for which there is no mark before the first text of the user. Raises DataError if marks are lacking."""
+        first = next((message for message in messages if message["role"] == "user"), None)
+        if first is not None and (marks := images.rest()):
+            self.understood.shapes["images without a mark, put before the first message of the user"] = None
+            first["content"] = marks + first["content"]
+        images.check_all_used()
+
+    def _content(self, value: Any, item: Any, asks: bool) -> str:
+        """Returns a message's content as text. asks: it is not the assistant's, whose `<image>` is text."""
         if isinstance(value, str):
-            return value
+            return self._text(value, asks)
         if not isinstance(value, list) or not value:
             raise DataError(
                 f"{self.where} holds a message without text under 'content' (or 'value'): {shown(item)}. Fix the row."
@@ -176,14 +197,24 @@ class _Reader:
         texts = []
         for part in value:
             kind, text = (part.get("type", "text"), part.get("text")) if isinstance(part, dict) else ("text", part)
+            if self.images is not None and kind in IMAGE_PARTS:
+                texts.append(self.images.mark(_own_image(part)))
+                continue
             if kind not in TEXT_PARTS or not isinstance(text, str):
                 raise DataError(
                     f"{self.where} holds a content part that is not text: {shown(part)}. Only text can be trained on; leave "
                     f"other parts out."
                 )
-            texts.append(text)
+            texts.append(self._text(text, asks))
         self.understood.shapes["content in parts, whose texts were joined"] = None
         return "".join(texts)
+
+    def _text(self, text: str, asks: bool) -> str:
+        if self.images is None:
+            return text
+        if IMAGE_MARK in text:
+            raise DataError(f"{self.where} holds the character {IMAGE_MARK!r}, which no text has. Fix the row.")
+        return self.images.marked(text) if asks else text
 
     def _tool_calls(self, message: Message, key: str) -> list[Any]:
         """Reads a message's tool calls; older data have one, under `function_call`."""
@@ -207,6 +238,15 @@ class _Reader:
                 f"{self.where} holds a message of tool calls whose content is not their JSON text: {shown(item)}. Fix the row."
             )
         return [_wrapped(call) for call in calls]
+
+
+def _own_image(part: Message) -> Any:
+    """Returns what a content part says of its image: a value as in a column of images, or None if it only marks a place."""
+    own = {key: part[key] for key in OWN_KEYS if part.get(key) not in (None, "")}
+    for key in ("image", "image_url"):
+        if key in own:
+            return own[key]
+    return own or None
 
 
 def _wrapped(call: Any) -> Any:

@@ -15,6 +15,7 @@ class Part:
 
     text: str
     has_loss: bool
+    """False for an image, whose text is `[image WIDTHxHEIGHT]`."""
 
 
 @dataclass(frozen=True)
@@ -29,17 +30,26 @@ class SamplePreview:
     loss_tokens: int
     source: str = ""
     """Name of the source of training data, if there are several."""
+    images: tuple[str, ...] = ()
+    """Where its images are, in order."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns row, text, loss_text (a string for each part that carries loss), tokens, loss_tokens; also source, if named."""
+        """Returns row, text, loss_text (a string for each part that carries loss), tokens, loss_tokens.
+
+        Also source, if named, and images, if any.
+        """
         named = {"source": self.source} if self.source else {}
-        return named | {
-            "row": self.row,
-            "text": "".join(part.text for part in self.parts),
-            "loss_text": [part.text for part in self.parts if part.has_loss],
-            "tokens": self.tokens,
-            "loss_tokens": self.loss_tokens,
-        }
+        return (
+            named
+            | {
+                "row": self.row,
+                "text": "".join(part.text for part in self.parts),
+                "loss_text": [part.text for part in self.parts if part.has_loss],
+                "tokens": self.tokens,
+                "loss_tokens": self.loss_tokens,
+            }
+            | ({"images": list(self.images)} if self.images else {})
+        )
 
 
 def preview(sample: Sample, tokenizer: PreTrainedTokenizerBase, source: str = "") -> SamplePreview:
@@ -48,12 +58,24 @@ def preview(sample: Sample, tokenizer: PreTrainedTokenizerBase, source: str = ""
     A token carries loss if it is to be predicted, which the first one of a sample never is.
     """
     mask = [False, *sample.loss_mask[1:]]
-    parts, start = [], 0
-    for has_loss, run in groupby(mask):
-        stop = start + len(list(run))
-        parts.append(Part(_text_between(sample.input_ids, start, stop, tokenizer), has_loss))
-        start = stop
-    return SamplePreview(sample.document, parts, len(mask), sample.num_loss_tokens, source)
+    parts, done = [], 0
+    for image in sample.images:
+        parts += _parts(sample.input_ids, mask, done, image.start, tokenizer)
+        parts.append(Part(f"[image {image.width}x{image.height}]", has_loss=False))
+        done = image.start + image.tokens
+    parts += _parts(sample.input_ids, mask, done, len(mask), tokenizer)
+    places = tuple(image.place.removeprefix("file:") for image in sample.images)
+    return SamplePreview(sample.document, parts, len(mask), sample.num_loss_tokens, source, places)
+
+
+def _parts(ids: list[int], mask: list[bool], start: int, stop: int, tokenizer: PreTrainedTokenizerBase) -> list[Part]:
+    """Decodes a range of tokens without images."""
+    parts = []
+    for has_loss, run in groupby(mask[start:stop]):
+        end = start + len(list(run))
+        parts.append(Part(_text_between(ids, start, end, tokenizer), has_loss))
+        start = end
+    return parts
 
 
 def _text_between(ids: list[int], start: int, stop: int, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from taid_ray.data.chat import ChatTemplate, TemplateFailed, Tools, common_prefix
+from taid_ray.data.chat import MARK, ChatTemplate, TemplateFailed, Tools, common_prefix
 from taid_ray.data.messages import Message
 from taid_ray.errors import DataError
 
@@ -20,7 +20,6 @@ Span = tuple[int, int]
 """Half-open range of characters."""
 PROBES = "0", "1"
 """Two texts of which no two renderings have more in common than what stands before them."""
-MARK = "qzx"
 THINK_END = "</think>"
 THOUGHTS = re.compile(r"(\s|[<\[][^<>\[\]]*think[^<>\[\]]*[>\]])*", re.IGNORECASE)
 """What an answer may begin with that the generation prompt lacks: tags around no reasoning, but not another heading."""
@@ -48,6 +47,8 @@ class Rendered:
 
     text: str
     turns: list[Turn] = field(default_factory=list)
+    messages: int = 0
+    """Number of messages, from the first one, that it shows."""
 
 
 class Conversation:
@@ -106,7 +107,7 @@ class Conversation:
     def _served(self, count: int, indices: Sequence[int]) -> Rendered:
         text = self.text(count)
         turns = [turn for index in indices if (turn := self._turn(index, count)) is not None]
-        return Rendered(text + (turns[-1].added if turns else ""), turns)
+        return Rendered(text + (turns[-1].added if turns else ""), turns, count)
 
     def _turn(self, index: int, count: int) -> Turn | None:
         """Locates a turn in the rendering of the first `count` messages; None if that does not serve it."""

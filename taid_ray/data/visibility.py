@@ -9,9 +9,10 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any
 
-from taid_ray.data.chat import TemplateFailed
+from taid_ray.data.chat import MARK, TemplateFailed
+from taid_ray.data.images import IMAGE_MARK
 from taid_ray.data.messages import Message
-from taid_ray.data.turns import MARK, THINK_END, Conversation
+from taid_ray.data.turns import THINK_END, Conversation
 from taid_ray.errors import DataError
 
 
@@ -103,10 +104,11 @@ def _check_texts(conversation: Conversation) -> None:
     """Looks for the contents themselves."""
     whole = conversation.rendered(len(conversation.messages))
     for index, message in enumerate(conversation.messages):
-        text = message["content"].rpartition(THINK_END)[2].strip()
-        forms = text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]
-        if not any(form in whole or form in _last(conversation, index) for form in forms):
-            raise _left_out(conversation, index, "content")
+        for part in message["content"].rpartition(THINK_END)[2].split(IMAGE_MARK):  # images are counted elsewhere
+            text = part.strip()
+            forms = text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]
+            if not any(form in whole or form in _last(conversation, index) for form in forms):
+                raise _left_out(conversation, index, "content")
 
 
 def _last(conversation: Conversation, index: int) -> str:

@@ -10,12 +10,20 @@ from taid_ray.config.schema import DistillConfig
 from taid_ray.data.dataset import TrainingData, open_validation, validation_rows
 from taid_ray.data.documents import Documents
 from taid_ray.data.fingerprint import Fingerprint, fingerprint, rows_digest
+from taid_ray.data.images import EncoderMedia
 from taid_ray.data.preview import SamplePreview, preview
 from taid_ray.data.shared_ids import check_ids
 from taid_ray.data.store.prepared import PreparedData
 from taid_ray.errors import ConfigError
 from taid_ray.models.hub import hub_names, offline_if_unreachable
-from taid_ray.models.pair import check_models, check_run_tokenizer, model_configs, run_tokenizer, shared_vocabulary
+from taid_ray.models.pair import (
+    check_models,
+    check_run_tokenizer,
+    model_configs,
+    run_media,
+    run_tokenizer,
+    shared_vocabulary,
+)
 from taid_ray.models.vocabulary import Vocabulary
 from taid_ray.student.spec import DataCheck, RunSpec
 from taid_ray.teacher.cache.offline import find_record
@@ -24,13 +32,18 @@ from taid_ray.teacher.cache.store import check_directory
 from taid_ray.teacher.payload import check_topk, payload_bytes_per_token
 
 
-def prepare(config: DistillConfig) -> RunSpec:
+def prepare(config: DistillConfig, trains: bool = True) -> RunSpec:
     """Checks teacher, student and data against each other. Downloads from the hub what is not there yet.
 
-    Raises ConfigError, ModelError or DataError.
+    trains: False where only the data are prepared. Raises ConfigError, ModelError or DataError.
     """
+    if config.data.has_images and trains:
+        raise ConfigError(
+            "data.images_column: images cannot be trained on yet, only prepared and shown (`taid-ray data`); remove the key"
+        )
     teacher_config, student_config = model_configs(config)
-    check_models(config, teacher_config, student_config)
+    if not config.data.has_images:
+        check_models(config, teacher_config, student_config)
     tokenizer = run_tokenizer(config)
     check_run_tokenizer(config, tokenizer, student_config)
     vocabulary = shared_vocabulary(config, teacher_config, student_config)
@@ -40,13 +53,14 @@ def prepare(config: DistillConfig) -> RunSpec:
     check_directory(config.cache)
     if teacher and teacher.mode == "cache":
         find_record(config, vocabulary.num_shared)
-    data = training_data(config, tokenizer)
+    media = encoder_media(config)
+    data = training_data(config, tokenizer, media)
     held_out = [open_validation(source) for source in config.data.validations]
     encodes_here = config.data.order == "blocks"  # else tasks read the training data, see driver/prepare.py
     found = documents_fingerprint(config.data, [source.documents for source in data], held_out)
     if teacher and teacher.mode == "file":
         found["outputs"] = outputs_file(config, vocabulary.num_shared).fingerprint
-    checked = check_data(config.data, data, tokenizer, vocabulary.num_shared, held_out)
+    checked = check_data(config.data, data, tokenizer, vocabulary.num_shared, held_out, media)
     return RunSpec(
         total_steps=config.train.steps or (steps_of_epochs(config, data[0].rows_per_epoch()) if encodes_here else 0),
         vocabulary=vocabulary,
@@ -57,10 +71,17 @@ def prepare(config: DistillConfig) -> RunSpec:
     )
 
 
-def training_data(config: DistillConfig, tokenizer: Any) -> list[TrainingData]:
+def encoder_media(config: DistillConfig) -> EncoderMedia | None:
+    """What the run's images become, for data that are only looked at; None without images. Raises ModelError."""
+    media = run_media(config)
+    return None if media is None else EncoderMedia(media)
+
+
+def training_data(config: DistillConfig, tokenizer: Any, media: EncoderMedia | None = None) -> list[TrainingData]:
     """Opens the sources of a run's training data. Raises DataError."""
     return [
-        TrainingData(source, tokenizer, config.train.seed, config.train.batch_size) for source in config.data.sources
+        TrainingData(source, tokenizer, config.train.seed, config.train.batch_size, media)
+        for source in config.data.sources
     ]
 
 
@@ -89,7 +110,7 @@ def first_samples(config: DistillConfig, count: int) -> tuple[list[str], list[Sa
     offline_if_unreachable(hub_names(config))
     tokenizer = run_tokenizer(config)
     lines, samples = [], []
-    for source, data in zip(config.data.sources, training_data(config, tokenizer), strict=True):
+    for source, data in zip(config.data.sources, training_data(config, tokenizer, encoder_media(config)), strict=True):
         samples += [preview(sample, tokenizer, source.label) for sample in islice(data.samples(), count)]
         lines += [*data.description(), *(f"note: {note}" for note in data.notes())]
     return lines, samples
@@ -101,6 +122,7 @@ def check_data(
     tokenizer: Any,
     num_shared: int,
     held_out: Sequence[Documents],
+    media: EncoderMedia | None = None,
 ) -> DataCheck:
     """Encodes the first block of each source and the validation rows, so that almost every DataError comes early.
 
@@ -110,7 +132,7 @@ def check_data(
     rows = [source.first_block() for source in data]
     dropped, truncated = (sum(getattr(source.counts, name) for source in data) for name in ("dropped", "truncated"))
     pairs = [*zip(config.validations, held_out, strict=True)]
-    valid_rows = [validation_rows(where, tokenizer, documents) for where, documents in pairs]
+    valid_rows = [validation_rows(where, tokenizer, documents, media) for where, documents in pairs]
     for part in (*rows, *valid_rows):
         check_ids(part, num_shared, tokens)
     for source, own in zip(data, rows, strict=True):

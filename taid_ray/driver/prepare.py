@@ -16,6 +16,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from taid_ray.config.paths import with_absolute_paths
 from taid_ray.config.schema import DistillConfig
+from taid_ray.data.encoding import BAD_SAID, Counts
 from taid_ray.data.store.assemble import assemble
 from taid_ray.data.store.prepare import Encoding, prepare_span
 from taid_ray.data.store.prepared import PreparedData, mixed
@@ -29,7 +30,7 @@ from taid_ray.driver.progress import ProgressView
 from taid_ray.driver.signals import POLL_S, StopRequest, stop_signals
 from taid_ray.errors import ConfigError, RunError, TaidRayError, shortened
 from taid_ray.models.hub import restoring_hub_mode
-from taid_ray.models.pair import run_tokenizer
+from taid_ray.models.pair import image_backend, run_media, run_tokenizer
 from taid_ray.run.directory import on_its_day
 
 TASK_RETRIES = 3
@@ -62,17 +63,19 @@ def prepare_data(config: DistillConfig, num_shared: int, preparation: Preparatio
     num_shared: token ids below it are known to both models. Raises DataError for documents that cannot be read or encoded,
     or that leave nothing to train on; RunError if the store cannot be written.
     """
-    tokenizer = run_tokenizer(config)
-    sources = []
+    tokenizer, backend = run_tokenizer(config), image_backend() if config.data.has_images else None
+    tokens, sources = run_media(config, backend), []
     for number, source in enumerate(config.data.sources):
-        encoding, spans = Encoding(source, tokenizer), spans_of(source)
+        encoding, spans = Encoding(source, tokenizer, tokens), spans_of(source)
         location = str(inside(config.data_store, encoding.key))
         open_store(location).create()
-        shards = SpanQueue(config, number, location, spans, preparation).run()
+        shards = SpanQueue(config, number, location, spans, preparation, backend).run()
         prepared = assemble(encoding, spans, shards, location, num_shared, preparation.say)
         found, documents = prepared.opened.totals, prepared.counts.documents
         said = f"{documents:,} documents are {found.rows:,} rows of {found.tokens:,} tokens in {location}"
         preparation.say(f"{source.key}: {said}")
+        for line in _about_images(shards, prepared.counts):
+            preparation.say(f"{source.key}: {line}")
         sources.append(prepared)
     data = mixed(config.data, sources)
     if len(sources) > 1:
@@ -80,6 +83,18 @@ def prepare_data(config: DistillConfig, num_shared: int, preparation: Preparatio
         parts = ", ".join(f"{uses:,} of {source.label}" for source, uses in shares)
         preparation.say(f"data.train: an epoch has {data.rows:,} rows: {parts}")
     return data
+
+
+def _about_images(shards: Sequence[ShardFacts], counts: Counts) -> list[str]:
+    """Says in sentences what became of the images of a source; nothing without any."""
+    said = [f"{counts.images:,} image(s) are in the rows"] * counts.has_images
+    if counts.bad_images:
+        examples = [reason for shard in shards for reason in (shard.media or {}).get("bad", ())][:BAD_SAID]
+        said.append(
+            f"{counts.bad_images:,} row(s) were left out for an image (data.bad_images: drop), for example: "
+            f"{' | '.join(examples)}"
+        )
+    return said
 
 
 def prepare_ahead(config: DistillConfig) -> PreparedData:
@@ -93,7 +108,7 @@ def prepare_ahead(config: DistillConfig) -> PreparedData:
         raise ConfigError("data.order: blocks encodes the data while it trains, so there is nothing to prepare")
     with restoring_hub_mode(), ProgressView() as view:
         view.say("checking models and data")
-        spec = preflight.prepare(config)
+        spec = preflight.prepare(config, trains=False)
         say_notes(config, spec, view.say, with_schedule=False)
         view.say("connecting to Ray" if os.environ.get("RAY_ADDRESS") else "starting Ray here")
         with ray_cluster(), stop_signals() as stop:
@@ -111,6 +126,8 @@ class SpanQueue:
     """The store of the shards; exists."""
     spans: Sequence[Span]
     preparation: Preparation
+    backend: str | None = None
+    """What processes images, see `models.pair.image_backend`; None without images."""
     _running: dict[ray.ObjectRef, int] = field(default_factory=dict)
     _done: dict[int, ShardFacts] = field(default_factory=dict)
     _ask_again_at: float = 0.0
@@ -130,7 +147,9 @@ class SpanQueue:
                     raise stop.end()
                 while waiting and len(self._running) < most and time.monotonic() >= self._ask_again_at:
                     number = waiting.popleft()
-                    self._running[task.remote(self.spans[number], settings, self.source, self.location)] = number
+                    self._running[
+                        task.remote(self.spans[number], settings, self.source, self.location, self.backend)
+                    ] = number
                 self._take(waiting)
                 self.preparation.show(self.progress())
         finally:
@@ -180,21 +199,24 @@ class SpanQueue:
         )
 
 
-def encode(span: Span, settings: str, source: int, location: str) -> tuple[ShardFacts | None, list[str]]:
+def encode(
+    span: Span, settings: str, source: int, location: str, backend: str | None
+) -> tuple[ShardFacts | None, list[str]]:
     """Prepares one span in a Ray worker. settings: the configuration as JSON. source: number of the span's source.
 
-    Returns the facts of its shard, or None if another run is preparing it, and what is to be said.
+    backend: what processes images, None without any. Returns the facts of its shard, or None if another run is preparing it, and
+    what is to be said.
     """
     said: list[str] = []
     facts = prepare_span(
-        span, _encoding(settings, source), location, lambda line: said.append(f"{line}; it is made anew")
+        span, _encoding(settings, source, backend), location, lambda line: said.append(f"{line}; it is made anew")
     )
     return facts, said
 
 
 @lru_cache(maxsize=1)
-def _encoding(settings: str, source: int) -> Encoding:
+def _encoding(settings: str, source: int, backend: str | None) -> Encoding:
     """Loads the tokenizer once per process; one with code of its own could not be sent from the driver."""
     os.environ["RAYON_NUM_THREADS"] = "1"  # before the tokenizer starts its threads: a task has one CPU
     config = DistillConfig.model_validate_json(settings)
-    return Encoding(config.data.sources[source], run_tokenizer(config))
+    return Encoding(config.data.sources[source], run_tokenizer(config), run_media(config, backend))

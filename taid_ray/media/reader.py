@@ -124,7 +124,9 @@ class ImageReader:
             if member.file_size > MOST_BYTES:
                 raise BadImage(f"has {member.file_size:,} bytes, more than {MOST_BYTES:,}")
             return opened.read(member)
-        except OSError:
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # a damaged archive that sends its reader before the beginning of the file
+                raise BadImage(f"cannot be unpacked ({archive} is damaged)") from None
             if (broken := self._archives.pop(archive, None)) is not None:  # its handle may be stale
                 broken.close()
             raise

@@ -3,7 +3,7 @@
 The config of a teacher is None where there is none.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from taid_ray.config.models import StudentConfig, TeacherConfig
 from taid_ray.config.schema import DistillConfig
@@ -21,6 +21,9 @@ from taid_ray.models.saving import check_architecture
 from taid_ray.models.student_init import check_student, has_teacher_tokenizer, student_model_config
 from taid_ray.models.tokenizer import added_ids, check_saved_tokenizer, check_size
 from taid_ray.models.vocabulary import Vocabulary, align
+
+if TYPE_CHECKING:
+    from taid_ray.media.processor import MediaProcessor
 
 
 def model_configs(config: DistillConfig) -> tuple[Any, Any]:
@@ -62,6 +65,30 @@ def tokenizer_section(config: DistillConfig) -> StudentConfig | TeacherConfig:
 def run_tokenizer(config: DistillConfig) -> Any:
     """The tokenizer of data and of RUN/model: the student's own, or the teacher's where the student has none."""
     return load_tokenizer(tokenizer_section(config))
+
+
+def run_media(config: DistillConfig, backend: str | None = None) -> "MediaProcessor | None":
+    """The processor of images whose tokens stand in the data, of the model that has the tokenizer; None without images.
+
+    backend: what processes images, as `image_backend` says where the run is started; by default as it says here. Raises
+    ModelError if the model has none that is known.
+    """
+    if not config.data.has_images:
+        return None
+    from taid_ray.media.processor import MediaSettings, load_media_processor
+
+    section = tokenizer_section(config)
+    assert section.model is not None
+    key = "student.model" if section is config.student else "teacher.model"
+    settings = MediaSettings(backend or image_backend(), config.data.image_processor)
+    return load_media_processor(section.model, settings, key, section.revision)
+
+
+def image_backend() -> str:
+    """Tells what processes images here: torchvision where it can be imported, else Pillow."""
+    from taid_ray.media.processor import torchvision_problem
+
+    return "pil" if torchvision_problem() else "torchvision"
 
 
 def check_run_tokenizer(config: DistillConfig, tokenizer: Any, student_config: Any) -> None:

@@ -14,7 +14,7 @@ from taid_ray.data.store.prepare import Encoding, prepare_span
 from taid_ray.data.store.prepared import PreparedData, mixed
 from taid_ray.data.store.spans import spans_of
 from taid_ray.driver import asked_rows, cache_fill
-from taid_ray.models.pair import run_tokenizer
+from taid_ray.models.pair import run_media, run_tokenizer
 
 STORE = tempfile.TemporaryDirectory(prefix="taid-store-")
 """Shared by the tests of a process, since what is in it never changes."""
@@ -31,7 +31,7 @@ def prepare_here(config: DistillConfig, num_shared: int = 1 << 32) -> PreparedDa
     """Prepares the training data of `config` in this process, one span after another."""
     sources = []
     for source in config.data.sources:
-        encoding, spans = Encoding(source, run_tokenizer(config)), spans_of(source)
+        encoding, spans = Encoding(source, run_tokenizer(config), run_media(config)), spans_of(source)
         directory = Path(STORE.name) / encoding.key
         directory.mkdir(exist_ok=True)
         shards = [shard for span in spans if (shard := prepare_span(span, encoding, directory, print))]

@@ -9,7 +9,8 @@ from typing import Any
 from taid_ray.data.reading.retried import open_retried
 from taid_ray.storage import LASTING_ERRORS, persistently
 
-BATCH_ROWS = 1024
+BATCH_ROWS, BATCH_ROWS_OF_BYTES = 1024, 16
+"""Rows that are in memory at once; fewer where a column holds bytes, which are images."""
 FILE_MARK = b"ARROW1\0\0"
 """Begins an Arrow file with a footer; what follows is as in a stream."""
 
@@ -25,7 +26,7 @@ def read_parquet(path: Path, names: Sequence[str], skip: int) -> Iterator[dict[s
             for _ in range(file.metadata.row_group(groups.pop(0)).num_rows):
                 skip -= 1
                 yield None
-        for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns):
+        for batch in file.iter_batches(_batch_rows(file.schema_arrow, columns), row_groups=groups, columns=columns):
             yield from _rows(batch, columns, skip)
             skip = max(0, skip - batch.num_rows)
 
@@ -36,7 +37,8 @@ def read_row_groups(path: Path, names: Sequence[str], groups: Sequence[int]) -> 
 
     with open_retried(path) as source, pq.ParquetFile(source) as file:
         columns = _present(file.schema_arrow.names, names)
-        for batch in file.iter_batches(BATCH_ROWS, row_groups=list(groups), columns=columns):
+        size = _batch_rows(file.schema_arrow, columns)
+        for batch in file.iter_batches(size, row_groups=list(groups), columns=columns):
             yield from _full_rows(batch, columns)
 
 
@@ -170,9 +172,17 @@ def _rows(batch: Any, columns: list[str], skip: int) -> Iterator[dict[str, Any] 
 
 
 def _full_rows(batch: Any, columns: list[str]) -> Iterator[dict[str, Any]]:
-    values = [_python(batch.column(name)) for name in columns]
-    for number in range(batch.num_rows):
-        yield {name: column[number] for name, column in zip(columns, values, strict=True)}
+    size = _batch_rows(batch.schema, columns)
+    for start in range(0, batch.num_rows, size):
+        part = batch.slice(start, size)
+        values = [_python(part.column(name)) for name in columns]
+        for number in range(part.num_rows):
+            yield {name: column[number] for name, column in zip(columns, values, strict=True)}
+
+
+def _batch_rows(schema: Any, columns: list[str]) -> int:
+    """Rows to have in memory at once, by the types of the columns that are read."""
+    return BATCH_ROWS_OF_BYTES if any("binary" in str(schema.field(name).type) for name in columns) else BATCH_ROWS
 
 
 def _python(array: Any) -> list[Any]:

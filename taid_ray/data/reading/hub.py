@@ -57,6 +57,8 @@ class HubDocuments:
         self._rows, self._source, self._columns = rows, source, columns_of(config)
         self._name = source.partition(": ")[2]
         self._is_stream = not isinstance(rows, datasets.Dataset)
+        if config.images_column is not None:
+            rows = rows.with_format("arrow")  # as it is stored: else every image would be decoded
         with explained(source, "cannot be read. Repair the data"):
             first = next(iter(rows), None)
         if first is None:
@@ -136,7 +138,8 @@ class HubDocuments:
 
     def _slices(self, skip: int, size: int) -> Iterator[Columns]:
         for start in range(skip, len(self._rows), size):
-            yield self._rows[start : start + size]
+            block = self._rows[start : start + size]
+            yield block if isinstance(block, dict) else block.to_pydict()
 
 
 def _values(block: Columns, names: Sequence[str], count: int) -> list[Any]:

@@ -36,7 +36,14 @@ def assemble(
     """
     check_columns(spans, shards, encoding)
     _check_highest_id(encoding, num_shared, spans, shards)
-    prepared = PreparedSource(write_index(location, shards, notify), _fingerprint(encoding.config, spans, shards))
+    config = encoding.config
+    index, found = write_index(location, shards, notify), _fingerprint(config, spans, shards)
+    prepared = PreparedSource(index, found, config.images_directory)
+    if config.images_column is not None and not any(shard.media for shard in shards):
+        raise DataError(
+            f"{config.key}: {config.train} has no image: no row has one in the column {config.images_column!r} or in its "
+            f"messages. Set data.images_column to the column of the images, or remove it."
+        )
     _check_rows(encoding.config, prepared.counts, spans, shards)
     return prepared
 

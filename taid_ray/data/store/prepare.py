@@ -7,8 +7,9 @@ store, and a killed one is in nobody's way.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
 from itertools import groupby, islice
@@ -24,12 +25,14 @@ from taid_ray.data import chat
 from taid_ray.data.batch import Row
 from taid_ray.data.columns import Column, columns_of, lacking
 from taid_ray.data.encoding import Columns, Encoder
+from taid_ray.data.images import BLOCK_DOCUMENTS_WITH_IMAGES, EncoderMedia, ImageTokens
 from taid_ray.data.packing import Sample, to_rows
 from taid_ray.data.reading.complaints import explained, no_column
 from taid_ray.data.reading.rows import columns_found
+from taid_ray.data.store.pack import Pack, pack_name
 from taid_ray.data.store.remote import Location, open_store
 from taid_ray.data.store.sealed import making, read_sealed, write_sealed
-from taid_ray.data.store.shard import SCHEMA, ShardFacts, locate_blocks, to_record_batch
+from taid_ray.data.store.shard import MEDIA_TOTALS, SCHEMA, ShardFacts, locate_blocks, to_record_batch
 from taid_ray.data.store.spans import Span, documents_before, hash_content, read_documents
 from taid_ray.errors import DataError
 from taid_ray.storage import LASTING_ERRORS, persistently
@@ -42,9 +45,11 @@ WINDOW_TOKENS = 1 << 21
 """Samples are packed together, and written as one record batch, whenever they have so many tokens or more."""
 NOT_ENCODED = {
     "train", "valid", "subset", "split", "valid_split", "valid_documents", "streaming", "block_documents",
-    "order", "store", "chat_template", "date", "label", "key", "valid_key",
+    "order", "store", "chat_template", "date", "label", "key", "valid_key", "images_directory", "image_processor",
 }  # fmt: skip
-"""Keys of a source that say which documents are read, not what becomes of them, and two that `Encoding` resolves."""
+"""Keys of a source that say which documents are read, not what becomes of them, and those that `Encoding` resolves."""
+OF_IMAGES = {"images_column", "bad_images", "max_image_pixels"}
+"""Keys that are part of the encoding only in a run with images, so that text keeps the shards that it has always had."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +58,17 @@ class Encoding:
 
     config: DataSource
     tokenizer: PreTrainedTokenizerBase
+    tokens: ImageTokens | None = None
+    """For a run with images, and only then: what tokens they become."""
 
     @cached_property
     def key(self) -> str:
         """Identifies the encoding, in 16 hexadecimal digits."""
-        settings = self.config.model_dump(mode="json", exclude=NOT_ENCODED)
+        images = self.tokens is not None
+        settings = self.config.model_dump(mode="json", exclude=NOT_ENCODED if images else NOT_ENCODED | OF_IMAGES)
         parts = [FORMAT, settings, *self._templates(), _identity(self.tokenizer)]
+        if self.tokens is not None:
+            parts.append(self.tokens.identity())
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def _templates(self) -> list[Any]:
@@ -96,17 +106,27 @@ def prepare_span(
     digest = xxhash.xxh3_128(f"{content} {span.skip} {encoding.key}".encode()).hexdigest()
     store = open_store(location)
     path = store.directory / f"{digest}.arrow"
-    if said := store.find(path.name, notify):
+    pack = pack_name(digest)
+    if (said := store.find(path.name, notify)) and (not _has_pack(said) or store.find(pack, notify)):
         return ShardFacts.from_dict(said)
     with making(path, wait=False) as granted:
         if not granted:
             return None
         said = read_sealed(path, lambda _: None)
-        if said is None:
-            shard = _ShardMaker(span, encoding, source, version)
-            said = write_sealed(path, SCHEMA, shard.record_batches(), lambda whole: shard.facts(digest, content, whole))
+        if said is None or (_has_pack(said) and read_sealed(store.directory / pack, lambda _: None) is None):
+            shard = _ShardMaker(span, encoding, source, version, Pack(store.directory, digest))
+            with closing(shard.pack):
+                said = write_sealed(
+                    path, SCHEMA, shard.record_batches(), lambda whole: shard.facts(digest, content, whole)
+                )
+        if _has_pack(said):
+            store.publish(pack)  # before the shard, which says that it is there
         store.publish(path.name)
         return ShardFacts.from_dict(said)
+
+
+def _has_pack(said: dict[str, Any]) -> bool:
+    return bool((said.get("media") or {}).get("packed"))
 
 
 def check_columns(spans: Sequence[Span], shards: Sequence[ShardFacts], encoding: Encoding) -> None:
@@ -132,10 +152,14 @@ def check_columns(spans: Sequence[Span], shards: Sequence[ShardFacts], encoding:
 class _ShardMaker:
     """Makes the blocks of one shard, and counts what is in them."""
 
-    def __init__(self, span: Span, encoding: Encoding, source: str, version: tuple[int, int]) -> None:
-        """version: that of the file when its hash was taken."""
+    def __init__(self, span: Span, encoding: Encoding, source: str, version: tuple[int, int], pack: Pack) -> None:
+        """version: that of the file when its hash was taken. pack: takes the images that the documents hold as bytes."""
         self._span, self._encoding, self._source, self._version = span, encoding, source, version
-        self._encoder = Encoder(encoding.config, encoding.tokenizer, source)
+        self.pack = pack
+        media = None if encoding.tokens is None else EncoderMedia(encoding.tokens, pack.keep)
+        self._block_documents = BLOCK_DOCUMENTS if media is None else BLOCK_DOCUMENTS_WITH_IMAGES
+        self._encoder = Encoder(encoding.config, encoding.tokenizer, source, media)
+        self._images = _ImageTotals()
         self._columns = encoding.columns
         self._found: set[str] = set()
         self._documents = self._tokens = self._loss_tokens = 0
@@ -160,15 +184,21 @@ class _ShardMaker:
         if _version(self._span, self._source) != self._version:
             raise DataError(f"{self._source} was changed while it was read. Start again when it is complete.")
         found = [column.name for column in self._columns if column.name in self._found]
-        counts = asdict(self._encoder.counts)
+        counts = self._encoder.counts.to_dict()
         numbers = (self._tokens, self._loss_tokens, self._highest_id, self._documents)
-        return ShardFacts(digest, content, *numbers, counts, found, locate_blocks(path)).to_dict()
+        packed = self.pack.seal()
+        media = (
+            self._images.facts() | {"packed": packed, "bad": self._encoder.bad}
+            if self._encoder.counts.has_images
+            else None
+        )
+        return ShardFacts(digest, content, *numbers, counts, found, locate_blocks(path), media).to_dict()
 
     def _blocks(self) -> Iterator[tuple[Columns, int]]:
         """Yields the documents that are not skipped, in blocks, with the first one's number in the span, from 1."""
         with explained(self._source, f"cannot be read as {self._span.file.kind}. Repair or convert the file"):
             rows = read_documents(self._span, self._encoding.column_names)
-            while block := list(islice(rows, BLOCK_DOCUMENTS)):
+            while block := list(islice(rows, self._block_documents)):
                 kept = [row for row in block if row is not None]
                 first = self._documents + len(block) - len(kept) + 1
                 self._documents += len(block)
@@ -201,12 +231,37 @@ class _ShardMaker:
         self._tokens += sum(len(row.input_ids) for row in rows)
         self._loss_tokens += sum(row.num_loss_tokens for row in rows)
         self._highest_id = max(self._highest_id, *(int(row.input_ids.max()) for row in rows))
+        self._images.add(rows, self._encoder.image_bytes)
         return to_record_batch([_from_zero(row) for row in rows])
 
 
 def _from_zero(row: Row) -> Row:
     """The row with its documents counted from 0."""
-    return Row(row.input_ids, row.position_ids, row.targets, tuple(document - 1 for document in row.documents))
+    documents = tuple(document - 1 for document in row.documents)
+    return Row(row.input_ids, row.position_ids, row.targets, documents, images=row.images)
+
+
+class _ImageTotals:
+    """What is known of the images of the rows so far."""
+
+    def __init__(self) -> None:
+        self._digest = xxhash.xxh3_128()
+        self._images = self._bytes = self._largest_images = self._largest_bytes = 0
+
+    def add(self, rows: Sequence[Row], sizes: Mapping[str, int]) -> None:
+        """sizes: bytes of the images, by their digests."""
+        for images in (row.images for row in rows if row.images):
+            self._digest.update(" ".join(image.digest for image in images).encode())
+            size = sum(sizes[image.digest] for image in images)
+            self._images += len(images)
+            self._bytes += size
+            self._largest_images = max(self._largest_images, len(images))
+            self._largest_bytes = max(self._largest_bytes, size)
+
+    def facts(self) -> dict[str, Any]:
+        """Returns them, named as in `ShardFacts.media`."""
+        numbers = (self._images, self._bytes, self._largest_images, self._largest_bytes)
+        return dict(zip(MEDIA_TOTALS, numbers, strict=True)) | {"digest": self._digest.hexdigest()}
 
 
 def _version(span: Span, source: str) -> tuple[int, int]:

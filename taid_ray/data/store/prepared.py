@@ -8,7 +8,7 @@ from typing import Any
 
 from taid_ray.config.data import DataConfig, SourceConfig
 from taid_ray.data.encoding import Counts
-from taid_ray.data.store.index import Index, Totals
+from taid_ray.data.store.index import Index, Totals, together
 from taid_ray.data.store.order import GlobalOrder, MixedOrder, Order, uses_by_weight
 from taid_ray.data.store.reader import BatchReader, StoredRows
 from taid_ray.data.store.remote import Location
@@ -23,6 +23,8 @@ class PreparedSource:
     """The index of its rows, see `index.write_index`; remote or in a directory that all nodes see."""
     fingerprint: dict[str, Any]
     """What tells its documents from others, see `data.fingerprint`."""
+    images_directory: str | None = None
+    """Folder or zip archive that the paths of its images are relative to."""
 
     @cached_property
     def opened(self) -> Index:
@@ -36,7 +38,7 @@ class PreparedSource:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out the open index, which every process maps for itself."""
-        return {"index": self.index, "fingerprint": self.fingerprint}
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ class PreparedData:
 
     def stored_rows(self) -> StoredRows:
         """Opens the rows of all sources, numbered one source after another."""
-        return StoredRows([source.opened for source in self.sources])
+        directories = [source.images_directory for source in self.sources]
+        return StoredRows([source.opened for source in self.sources], directories)
 
     def reader(self, seed: int, batch_size: int) -> BatchReader:
         """Opens the global batches of `batch_size` rows in the order that `seed` gives. Raises DataError."""
@@ -115,6 +118,7 @@ def _uses(sources: Sequence[SourceConfig], rows: Sequence[int]) -> tuple[int, ..
 
 
 def _together(found: Sequence[Totals]) -> Totals:
+    names = dict.fromkeys(name for totals in found for name in totals.counts)
     return Totals(
         hashlib.sha256(" ".join(totals.digest for totals in found).encode()).hexdigest()[:32],
         rows=sum(totals.rows for totals in found),
@@ -122,5 +126,6 @@ def _together(found: Sequence[Totals]) -> Totals:
         tokens=sum(totals.tokens for totals in found),
         loss_tokens=sum(totals.loss_tokens for totals in found),
         highest_id=max(totals.highest_id for totals in found),
-        counts={name: sum(totals.counts[name] for totals in found) for name in found[0].counts},
+        counts={name: sum(totals.counts.get(name, 0) for totals in found) for name in names},
+        media=together([totals.media for totals in found]),
     )

@@ -3,7 +3,8 @@
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ from taid_ray.data.batch import NO_LABEL, Ints, Row
 from taid_ray.data.batching import share
 from taid_ray.data.store.index import Index, Place
 from taid_ray.data.store.order import Order
+from taid_ray.data.store.pack import pack_name
+from taid_ray.data.store.shard import read_image
 from taid_ray.errors import DataError
+from taid_ray.media.reader import resolved
+from taid_ray.media.refs import ImageRef
 from taid_ray.storage import persistently
 
 OPEN_FILES = 64
@@ -29,8 +34,9 @@ class StoredRows:
     where a mapped page would end the process; and no read brings in more than the row.
     """
 
-    def __init__(self, indexes: Sequence[Index]) -> None:
-        self._indexes = indexes
+    def __init__(self, indexes: Sequence[Index], images_directories: Sequence[str | None] = ()) -> None:
+        """images_directories: those of the sources, see `PreparedSource`; none for sources without images."""
+        self._indexes, self._images_directories = indexes, images_directories
         self._first_rows = np.cumsum([0, *(index.totals.rows for index in indexes)]).tolist()
         self._first_documents = np.cumsum([1, *(index.totals.documents for index in indexes)]).tolist()
         self._files: OrderedDict[Path, int] = OrderedDict()
@@ -42,7 +48,8 @@ class StoredRows:
             places = index.places(rows[where] - self._first_rows[number])
             for at, place in zip(where.tolist(), places, strict=True):
                 file = index.store.fetch(f"{place.shard}.arrow")
-                found[at] = self._row(file, place, self._first_documents[number] + place.first_document, number)
+                row = self._row(file, place, self._first_documents[number] + place.first_document, number)
+                found[at] = row if place.media_at is None else replace(row, images=self._images(file, place, number))
         return [found[at] for at in range(len(rows))]
 
     def total(self, column: str, rows: Ints) -> int:
@@ -77,6 +84,28 @@ class StoredRows:
         begins[starts] = starts
         positions = np.arange(tokens) - np.maximum.accumulate(begins)
         return Row(ids, positions, targets, tuple((documents + first_document).tolist()), source)
+
+    def _images(self, file: Path, place: Place, number: int) -> tuple[ImageRef, ...]:
+        """Reads the references of a row of source `number`, with places that are found on this node."""
+        assert place.media_at is not None
+        rows_at, starts_at, text_at = place.media_at
+        first, behind = self._values(file, rows_at + 4 * place.row, 2, INT32).tolist()
+        if first == behind:
+            return ()
+        edges = self._values(file, starts_at + 4 * first, behind - first + 1, INT32).tolist()
+        text = self._values(file, text_at + edges[0], edges[-1] - edges[0], UINT8).tobytes()
+        refs = [read_image(text[start - edges[0] : stop - edges[0]].decode()) for start, stop in pairwise(edges)]
+        store = self._indexes[number].store
+        directory = self._images_directories[number] if self._images_directories else None
+        found = []
+        for ref in refs:
+            kind, _, where = ref.place.partition(":")
+            if kind == "pack":
+                shard, _, part = where.partition("@")
+                found.append(replace(ref, place=f"pack:{store.fetch(pack_name(shard))}@{part}"))
+            else:
+                found.append(replace(ref, place=resolved(ref.place, directory)))
+        return tuple(found)
 
     def _values(self, file: Path, at: int, count: int, dtype: np.dtype[Any]) -> NDArray[Any]:
         """Reads `count` values from byte `at` on, if need be several times."""

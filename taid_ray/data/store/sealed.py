@@ -44,7 +44,7 @@ def write_sealed(
     size and the checksum of the file. Raises RunError if the disk does not take it. What a killed process leaves is
     overwritten by the next one.
     """
-    temporary = path.with_suffix(".arrow.tmp")
+    temporary = temporary_of(path)
     try:
         with temporary.open("wb") as file:
             with pa.ipc.new_file(file, schema) as writer:
@@ -52,14 +52,33 @@ def write_sealed(
                     writer.write_batch(batch)
             file.flush()
             os.fsync(file.fileno())
-        said = facts(temporary) | {"size": temporary.stat().st_size, "checksum": digest_of(temporary)}
-        temporary.replace(path)
+        return seal(path, facts(temporary))
     except OSError as error:
-        raise RunError(f"{path} cannot be written ({error}); make room there, and start again") from error
+        raise unwritten(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_of(path: Path) -> Path:
+    """Returns the name of a file while it is made."""
+    return path.with_name(f"{path.name}.tmp")
+
+
+def seal(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """Puts a file that is whole under its temporary name into its place, and writes what is known of it beside it.
+
+    Returns `facts`, with the size and the checksum of the file. Raises OSError or RunError if the disk does not take it.
+    """
+    temporary = temporary_of(path)
+    said = facts | {"size": temporary.stat().st_size, "checksum": digest_of(temporary)}
+    temporary.replace(path)
     write_json(path.with_suffix(".json"), said | {"seal": _seal(said)})
     return said
+
+
+def unwritten(path: Path, error: OSError) -> RunError:
+    """Makes the error for a file that the disk does not take."""
+    return RunError(f"{path} cannot be written ({error}); make room there, and start again")
 
 
 def sealed_facts(path: Path) -> dict[str, Any] | None:

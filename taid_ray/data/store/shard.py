@@ -2,11 +2,12 @@
 
 Columns, with a row of training data in each row: `input_ids`; `loss_mask`, true where a position predicts the next token;
 `starts`, the positions at which samples begin; `documents`, the number of each sample's document in the span, from 0;
-`media`, room for references to images or sound, null today. Blocks of rows are record batches. Of each block the shard's
+`media`, the images of the row, each as `DIGEST START TOKENS WIDTH HEIGHT PLACE` (`media.refs.ImageRef`), null in a block without
+any. Blocks of rows are record batches. Of each block the shard's
 facts say where in the file its buffers are, so that a row is read by four reads of just its bytes, without opening Arrow.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from taid_ray.data.batch import NO_LABEL, Ints, Row
+from taid_ray.media.refs import ImageRef
 
 SCHEMA = pa.schema(
     [
@@ -27,6 +29,15 @@ SCHEMA = pa.schema(
 )
 
 
+MEDIA_TOTALS: dict[str, Callable[[Iterable[int]], int]] = {
+    "images": sum,
+    "image_bytes": sum,
+    "largest_row_images": max,
+    "largest_row_image_bytes": max,
+}
+"""Numbers about images, and how those of parts become that of the whole."""
+
+
 @dataclass(frozen=True)
 class Block:
     """Place of one record batch's values in the file, as byte offsets of its buffers."""
@@ -37,6 +48,9 @@ class Block:
     """The mask has one bit per token, the lowest of a byte first."""
     starts_at: int
     documents_at: int
+    media_at: tuple[int, ...] | None = None
+    """Three places: offsets of the rows among the images, and of the images in their text (int32 each, one more than there are),
+    and the text; None without images."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,9 @@ class ShardFacts:
     columns: list[str]
     """Columns of the format that at least one of the documents has."""
     blocks: list[Block]
+    media: dict[str, Any] | None = None
+    """With images: MEDIA_TOTALS, a `digest` of all of them in order, whether some are in a pack (`packed`), and why documents
+    were dropped for an image, a few times (`bad`)."""
 
     @property
     def rows(self) -> int:
@@ -65,14 +82,15 @@ class ShardFacts:
         return sum(block.rows for block in self.blocks)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the facts as JSON can hold them."""
-        return asdict(self)
+        """Returns the facts as JSON can hold them; those about images only if there are some."""
+        return _without_none(asdict(self)) | {"blocks": [_without_none(asdict(block)) for block in self.blocks]}
 
     @classmethod
     def from_dict(cls, said: dict[str, Any]) -> "ShardFacts":
         """Reads what `to_dict` gave; other keys are passed over."""
         blocks = [Block(**block) for block in said["blocks"]]
-        return cls(**{name: said[name] for name in cls.__dataclass_fields__ if name != "blocks"}, blocks=blocks)
+        names = cls.__dataclass_fields__.keys() - {"blocks", "media"}
+        return cls(**{name: said[name] for name in names}, blocks=blocks, media=said.get("media"))
 
 
 def to_record_batch(rows: Sequence[Row]) -> pa.RecordBatch:
@@ -86,7 +104,24 @@ def to_record_batch(rows: Sequence[Row]) -> pa.RecordBatch:
     documents = pa.array([number for row in rows for number in row.documents], pa.int32())
     columns = [(token_edges, ids), (token_edges, mask), (sample_edges, pa.array(np.concatenate(starts), pa.int32()))]
     lists = [pa.ListArray.from_arrays(edges, values) for edges, values in [*columns, (sample_edges, documents)]]
-    return pa.record_batch([*lists, pa.nulls(len(rows), SCHEMA.field("media").type)], schema=SCHEMA)
+    kind = SCHEMA.field("media").type
+    images = [[_written(image) for image in row.images] for row in rows]
+    media = pa.array(images, kind) if any(images) else pa.nulls(len(rows), kind)
+    return pa.record_batch([*lists, media], schema=SCHEMA)
+
+
+def read_image(text: str) -> ImageRef:
+    """Reads what stands for an image in the column `media`."""
+    digest, start, tokens, width, height, place = text.split(" ", 5)
+    return ImageRef(digest, int(start), int(tokens), int(width), int(height), place)
+
+
+def _written(image: ImageRef) -> str:
+    return f"{image.digest} {image.start} {image.tokens} {image.width} {image.height} {image.place}"
+
+
+def _without_none(said: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def locate_blocks(path: Path) -> list[Block]:
@@ -96,7 +131,11 @@ def locate_blocks(path: Path) -> list[Block]:
         content = source.read_buffer()
         for batch in _batches(content):
             values = [batch.column(number).values.buffers()[1] for number in range(4)]
-            found.append(Block(batch.num_rows, *(buffer.address - content.address for buffer in values)))
+            media = batch.column(4)
+            if not media.null_count:
+                values += [media.buffers()[number] for number in (1, 3, 4)]
+            ids, mask, starts, documents, *of_media = (buffer.address - content.address for buffer in values)
+            found.append(Block(batch.num_rows, ids, mask, starts, documents, tuple(of_media) or None))
     return found
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from rich.console import Console
@@ -11,8 +12,13 @@ from typer.testing import CliRunner
 
 from taid_ray.cli.app import app
 from taid_ray.cli.data import print_samples
+from taid_ray.config.schema import load_config
 from taid_ray.data.preview import Part, SamplePreview
+from taid_ray.driver import preflight
+from tests.support.images import picture
 from tests.support.paths import BUNDLE
+from tests.support.store import prepare_here
+from tests.support.tiny_vision import save_tiny
 
 ROWS = [{"prompt": f"question {i}", "response": f"answer {i}"} for i in range(1, 6)]
 
@@ -81,3 +87,36 @@ def test_long_parts_are_shortened_in_the_middle(capsys: pytest.CaptureFixture[st
     print_samples(Console(), [long], shorten=True)
     shown = capsys.readouterr().out
     assert f"{'a' * 200} [... 200 characters ...] {'b' * 200}" in shown
+
+
+def test_images_are_shown_by_their_sizes_and_files(tmp_path: Path) -> None:
+    save_tiny("llava", tmp_path / "model")
+    (tmp_path / "cat.png").write_bytes(picture((40, 30)))
+    talk = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a cat"}]
+    (tmp_path / "d.jsonl").write_text(
+        "".join(json.dumps({"conversations": talk, "image": "cat.png"}) + "\n" for _ in range(3))
+    )
+    model, data = (
+        {"model": str(tmp_path / "model")},
+        {"train": str(tmp_path / "d.jsonl"), "images_directory": str(tmp_path)},
+    )
+    tree = {
+        "teacher": model,
+        "student": model,
+        "data": data | {"format": "chat", "images_column": "images", "valid_documents": 1, "sequence_length": 64},
+        "train": {"steps": 1, "batch_size": 1},
+    }
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(tree))
+
+    shown = printed("data", "show", str(file), "--rows", "1")
+    assert "[image 40x30]" in shown and "⟦a cat<|im_end|>" in shown and shown.rstrip().endswith("image 1: cat.png")
+    (row,) = json.loads(printed("data", "show", str(file), "--rows", "1", "--json"))
+    assert row["images"] == ["cat.png"] and "[image 40x30]" in row["text"]
+
+    loaded = load_config(file)
+    rows = prepare_here(loaded).stored_rows().read(np.arange(1))
+    assert [image.place for image in rows[0].images] == [f"file:{tmp_path}/cat.png"]
+    assert preflight.prepare(loaded, trains=False).data.valid_rows == 1
+    refused = CliRunner().invoke(app, ["check", str(file)])
+    assert refused.exit_code and "images cannot be trained on yet" in str(refused.exception or refused.output)

@@ -33,7 +33,7 @@ EXPECTED: dict[Mark, str] = {
         checkpoint.every_steps checkpoint.every_minutes checkpoint.keep checkpoint.best
         cache.directory cache.disk_gib tracking.wandb tracking.mlflow data.store
     """,
-    MOVABLE: "data.train data.valid",
+    MOVABLE: "data.train data.valid data.images_directory",
     SETS_STEPS: "train.steps train.epochs",
     SETS_ROWS: """
         student.model student.revision student.resize_to_teacher teacher.model teacher.revision train.batch_size
@@ -45,7 +45,8 @@ EXPECTED: dict[Mark, str] = {
         student.model student.revision student.init student.layers student.architecture student.resize_to_teacher
         student.dtype student.attention student.cpus_per_worker student.deepspeed student.gradient_checkpointing student.freeze
         student.lora.rank student.lora.alpha student.lora.dropout student.lora.target_modules
-        data.format data.loss_on data.turns data.sequence_length data.pack data.overlong loss.name loss.published loss.memory_mib
+        data.format data.images_column data.image_processor data.loss_on data.turns data.sequence_length data.pack data.overlong
+        loss.name loss.published loss.memory_mib
     """,
     TRAINING_ONLY: "data.train data.split data.order data.store data.block_documents",
     EVALUATED: """
@@ -88,7 +89,11 @@ def test_keys_of_sources_are_marked_like_those_of_the_section() -> None:
     assert sources == set(SourceConfig.model_fields)
     for name in sources:
         marks = marks_of(f"data.train[3].{name}")
-        assert TRAINING_ONLY in marks and RESUMABLE not in marks and (MOVABLE in marks) == (name in ("path", "valid"))
+        assert (
+            TRAINING_ONLY in marks
+            and RESUMABLE not in marks
+            and (MOVABLE in marks) == (name in ("path", "valid", "images_directory"))
+        )
         same = marks_of("data.train" if name == "path" else f"data.{name}")
         assert (SETS_RATES in marks) == (SETS_RATES in same) and (MOVABLE in marks) == (MOVABLE in same)
 

@@ -5,7 +5,7 @@ import random
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def test_the_index_knows_every_row(index: Index) -> None:
         tokens=sum(len(row.input_ids) for row in rows),
         loss_tokens=sum(row.num_loss_tokens for row in rows),
         highest_id=max(int(row.input_ids.max()) for row in rows),
-        counts=asdict(Counts(documents=97)),
+        counts=Counts(documents=97).to_dict(),
     )
 
 
