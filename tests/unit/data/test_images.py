@@ -5,6 +5,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow.parquet as pq
 import pytest
 
 from taid_ray.config.data import DataSource
@@ -13,6 +15,8 @@ from taid_ray.data.encoding import Encoder
 from taid_ray.data.images import EncoderMedia
 from taid_ray.data.packing import Sample
 from taid_ray.data.preview import preview
+from taid_ray.data.reading.arrow_rows import _batch_rows
+from taid_ray.data.reading.hub import HubDocuments
 from taid_ray.errors import ConfigError, DataError
 from taid_ray.media.reader import ImageReader, digest_of
 from tests.support.images import CLOSE, IMAGE_TOKEN, OPEN, TEMPLATE, StubTokens, picture, vision_tokenizer
@@ -280,3 +284,41 @@ def test_validation_rows_have_images_that_can_be_read(folder: Path) -> None:
             )
     assert [len(sample.images) for sample in TrainingData(config, TOKENIZER, 0, 1, media).samples()] == [0, 2, 0]
     assert digest_of(CAT) == images[0].digest
+
+
+def dataset_with_images(folder: Path) -> Any:
+    """A data set as of the hub, with an Image feature: one image by its bytes, one by its path."""
+    features = datasets.Features({
+        "messages": [{"role": datasets.Value("string"), "content": datasets.Value("string")}],
+        "images": datasets.Sequence(datasets.Image()),
+    })  # fmt: skip
+    images = [{"bytes": CAT, "path": None}, {"bytes": None, "path": str(folder / "sub dir" / "dog.jpg")}]
+    return datasets.Dataset.from_dict({"messages": [MARKED] * 3, "images": [images] * 3}, features=features)
+
+
+def test_image_features_of_the_hub_stay_undecoded(folder: Path) -> None:
+    broken = dataset_with_images(folder).add_item(
+        {"messages": MARKED, "images": [{"bytes": b"broken", "path": None}] * 2}
+    )
+    config = DataSource(train="hub/name", format="chat", images_column="images")
+    documents = HubDocuments(broken, "data.train: hub/name", config)
+    (first, good), (last, bad) = documents.blocks(1, 2)
+    samples = encoder_of(folder).encode(good, first)
+    assert (first, last) == (2, 4) and [len(sample.images) for sample in samples] == [2, 2]
+    with pytest.raises(DataError, match="row 4: image 1 is no picture"):
+        encoder_of(folder).encode(bad, last)
+    assert documents.fingerprint() == documents.fingerprint()
+
+
+def test_saved_image_features_are_read_in_small_parts(folder: Path, tmp_path: Path) -> None:
+    found = dataset_with_images(folder)
+    found.save_to_disk(tmp_path / "saved")
+    found.to_parquet(tmp_path / "d.parquet")
+    for path in (tmp_path / "saved", tmp_path / "d.parquet"):
+        config = DataSource(
+            train=str(path), format="chat", images_column="images", valid_documents=3, sequence_length=256
+        )
+        rows = validation_rows(config, TOKENIZER, media=EncoderMedia(TOKENS))
+        assert [image.digest for row in rows for image in row.images] == [digest_of(CAT), digest_of(DOG)] * 3
+    schema = pq.read_schema(tmp_path / "d.parquet")
+    assert (_batch_rows(schema, ["images"]), _batch_rows(schema, ["messages"])) == (16, 1024)
