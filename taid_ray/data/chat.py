@@ -116,13 +116,17 @@ class ChatTemplate:
 
     def _in_parts(self, message: Message) -> Message:
         """The message with its content as the parts, text and images, that templates of vision-language models take."""
-        content = message.get("content")
-        if self._plain_roles is None or message["role"] in self._plain_roles or not content:
+        content = message["content"]
+        if (
+            self._plain_roles is None
+            or message["role"] in self._plain_roles
+            or (message.get("tool_calls") and not content)
+        ):
             return message
         parts: list[dict[str, str]] = []
         for number, text in enumerate(content.split(IMAGE_MARK)):
             parts += [{"type": "image"}] * (number > 0) + [{"type": "text", "text": text}] * bool(text)
-        return message | {"content": parts}
+        return message | {"content": parts or [{"type": "text", "text": ""}]}
 
     def _roles_without_parts(self) -> frozenset[str]:
         """Finds the roles whose content the template does not take in parts. Raises DataError if the user is one of them."""

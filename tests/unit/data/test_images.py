@@ -241,6 +241,31 @@ def test_templates(folder: Path) -> None:
         assert shown(folder, LLAVA, ["cat.png", "sub dir/dog.jpg"], chat_template=template) == EXPECTED
 
 
+def test_templates_that_look_at_the_first_part_or_show_images_first(folder: Path) -> None:
+    """As those of SmolVLM, which asks for the type of the first part, and of LLaVA 1.5, whose turns no token ends."""
+    smol = (
+        "<|im_start|>{% for m in messages %}{{ m.role | capitalize }}{{ ':' if m.content[0].type == 'image' else ': ' }}"
+        "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% else %}<|image|>{% endif %}{% endfor %}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+    )
+    assert shown(folder, MARKED, ["cat.png", "sub dir/dog.jpg"], chat_template=smol) == (
+        "<|im_start|>User:[image 8x6]\nwhat?<|im_end|>\nAssistant:⟦ a cat<|im_end|>\n⟧"
+        "User: and [image 16x4]?<|im_end|>\nAssistant:⟦ a cat<|im_end|>\n⟧"
+    )
+    assert "Assistant:⟦ <|im_end|>" in shown(
+        folder, [user("?"), {"role": "assistant", "content": ""}], chat_template=smol
+    )
+    llava = (
+        "{% for m in messages %}{{ m.role.upper() }}: {% for part in m.content | selectattr('type', 'equalto', 'image') %}"
+        "<|image|>\n{% endfor %}{% for part in m.content | selectattr('type', 'equalto', 'text') %}"
+        "{% generation %}{{ part.text + ' ' }}{% endgeneration %}{% endfor %}{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    )
+    assert shown(folder, MARKED, ["cat.png", "sub dir/dog.jpg"], chat_template=llava) == (
+        "USER: [image 8x6]\n\nwhat? ASSISTANT:⟦ a cat ⟧USER: [image 16x4]\nand  ? ASSISTANT:⟦ a cat ⟧"
+    )
+
+
 def test_keys_that_do_not_fit(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.images_column needs format: chat \(found format: text\)"):
         DataSource(train="x", images_column="images")
