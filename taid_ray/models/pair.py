@@ -35,26 +35,26 @@ def model_configs(config: DistillConfig) -> tuple[Any, Any]:
 
 def check_models(config: DistillConfig, teacher_config: Any, student_config: Any) -> None:
     """Checks what can be known about both models without loading weights. Raises ConfigError or ModelError."""
-    student = config.student
+    student, images = config.student, config.data.has_images
     if config.teacher:
-        _check_teacher(config.teacher, teacher_config, student)
+        _check_teacher(config.teacher, teacher_config, student, images)
     if student.model is not None:
-        check_causal_lm(student_config, "student.model")
+        check_causal_lm(student_config, "student.model", images)
         if student.init == "pretrained":
             check_weights(student)
-    check_attention(student, student_config)
+    check_attention(student, student_config, images)
     check_student(config, student_config)
     check_architecture(config, student_config)
     check_lengths(config, teacher_config, student_config)
 
 
-def _check_teacher(teacher: TeacherConfig, teacher_config: Any, student: StudentConfig) -> None:
-    check_causal_lm(teacher_config, "teacher.model")
+def _check_teacher(teacher: TeacherConfig, teacher_config: Any, student: StudentConfig, images: bool) -> None:
+    check_causal_lm(teacher_config, "teacher.model", images)
     check_divisible(teacher_config, teacher.shards)
     if not teacher.is_stored or student.init == "cut":
         check_weights(teacher)
     if not teacher.is_stored:
-        check_attention(teacher, teacher_config)
+        check_attention(teacher, teacher_config, images)
 
 
 def tokenizer_section(config: DistillConfig) -> StudentConfig | TeacherConfig:

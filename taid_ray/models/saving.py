@@ -121,7 +121,12 @@ def student_skeleton(config: DistillConfig, model_config: Any, dtype: str) -> An
     remote_code = origin(config).trust_remote_code
     with torch.device("meta"), warnings.catch_warnings(action="ignore"):
         return from_architecture(
-            copy.deepcopy(model_config), "eager", config.train.seed, remote_code, getattr(torch, dtype)
+            copy.deepcopy(model_config),
+            "eager",
+            config.train.seed,
+            remote_code,
+            getattr(torch, dtype),
+            config.data.has_images,
         )
 
 

@@ -1,6 +1,7 @@
 """Building the student: loaded, new, or cut out of the teacher."""
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,11 +35,15 @@ def build_student(config: DistillConfig, vocabulary: Vocabulary | None) -> Any:
     student = config.student
     match student.init:
         case "pretrained":
-            model = load_causal_lm(student, dtype="float32")
+            model = load_causal_lm(student, dtype="float32", images=config.data.has_images)
         case "scratch":
             with explained_attention(student.attention, "student"):
                 model = from_architecture(
-                    student_model_config(config), student.attention, config.train.seed, origin(config).trust_remote_code
+                    student_model_config(config),
+                    student.attention,
+                    config.train.seed,
+                    origin(config).trust_remote_code,
+                    images=config.data.has_images,
                 )
         case "cut":
             model = cut_layers(config)
@@ -67,21 +72,39 @@ def student_model_config(config: DistillConfig) -> Any:
     """
     student, result = config.student, load_model_config(origin(config))
     if student.init == "scratch":
-        for key, value in student.architecture.items():
-            if not hasattr(result, key):
-                raise ConfigError(
-                    f"student.architecture.{key}: {type(result).__name__} has no such field (found {value!r})"
-                )
-            try:
-                setattr(result, key, value)
-            except (TypeError, ValueError, StrictDataclassError) as error:
-                raise ConfigError(
-                    f"student.architecture.{key}: not a value that {type(result).__name__} takes (found {value!r}); "
-                    f"{error.__cause__ or error}"
-                ) from None
+        _change(result, student.architecture, "student.architecture")
     if student.init == "cut":
+        _check_deep_features(result, student.layers or [])
         keep_layers(result.get_text_config(), student.layers or [])
     return result
+
+
+def _change(model_config: Any, values: Mapping[str, Any], key: str) -> None:
+    """Replaces values of a config in place; a mapping changes the config of a part, such as `text_config`."""
+    for name, value in values.items():
+        if not hasattr(model_config, name):
+            raise ConfigError(f"{key}.{name}: {type(model_config).__name__} has no such field (found {value!r})")
+        part = getattr(model_config, name)
+        if isinstance(value, Mapping) and hasattr(part, "model_type"):
+            _change(part, value, f"{key}.{name}")
+            continue
+        try:
+            setattr(model_config, name, value)
+        except (TypeError, ValueError, StrictDataclassError) as error:
+            raise ConfigError(
+                f"{key}.{name}: not a value that {type(model_config).__name__} takes (found {value!r}); "
+                f"{error.__cause__ or error}"
+            ) from None
+
+
+def _check_deep_features(model_config: Any, layers: list[int]) -> None:
+    """Raises ConfigError if too few layers are left for what a vision tower hands to each of the first ones (Qwen3-VL)."""
+    needed = len(getattr(getattr(model_config, "vision_config", None), "deepstack_visual_indexes", None) or ())
+    if 0 < len(layers) < needed:
+        raise ConfigError(
+            f"student.layers: {type(model_config).__name__} adds what its vision tower sees to its first {needed} layers (found "
+            f"{layers}); keep at least {needed}"
+        )
 
 
 def check_student(config: DistillConfig, model_config: Any) -> None:
@@ -90,6 +113,7 @@ def check_student(config: DistillConfig, model_config: Any) -> None:
     Raises ConfigError or ModelError.
     """
     student, remote_code = config.student, origin(config).trust_remote_code
+    images = config.data.has_images
     if student.init == "pretrained" and student.lora is None and not student.freeze:
         return
     key, value = (
@@ -102,7 +126,7 @@ def check_student(config: DistillConfig, model_config: Any) -> None:
             # Flash attention need not be installed where nothing is computed, for example on the driver.
             attention = "eager" if "flash" in student.attention else student.attention
             with explained_attention(attention, "student"):
-                model = from_architecture(model_config, attention, 0, remote_code)
+                model = from_architecture(model_config, attention, 0, remote_code, images=images)
         except ModelError:
             raise
         except (TypeError, ValueError, LookupError, RuntimeError, ArithmeticError, StrictDataclassError) as error:
@@ -111,7 +135,8 @@ def check_student(config: DistillConfig, model_config: Any) -> None:
                 "another value, or set student.init: pretrained"
             ) from None
         if student.init == "cut":
-            teacher = from_architecture(load_model_config(origin(config)), attention, 0, remote_code)
+            whole = load_model_config(origin(config))
+            teacher = from_architecture(whole, attention, 0, remote_code, images=images)
             kept_state(teacher, model, student.layers or [])
         freeze(model, student.freeze)
         if student.lora is not None:
@@ -141,10 +166,15 @@ def cut_layers(config: DistillConfig) -> Any:
     """Makes a shallower copy of the teacher: embeddings, norms and head as they are, and the chosen layers in order."""
     whole = {"attention": "eager", "quantization": {}, "shards": 1}  # only its weights are used
     section = config.given_teacher
-    teacher = load_causal_lm(section.model_copy(update=whole), dtype="float32")
+    images = config.data.has_images
+    teacher = load_causal_lm(section.model_copy(update=whole), dtype="float32", images=images)
     with explained_attention(config.student.attention, "student"):
         student = from_architecture(
-            student_model_config(config), config.student.attention, config.train.seed, section.trust_remote_code
+            student_model_config(config),
+            config.student.attention,
+            config.train.seed,
+            section.trust_remote_code,
+            images=images,
         )
     student.load_state_dict(kept_state(teacher, student, config.student.layers or []))
     student.generation_config = teacher.generation_config

@@ -27,12 +27,15 @@ from taid_ray.losses.learned_temperature import LearnedTemperature, reversal_str
 from taid_ray.losses.objective import Objective
 from taid_ray.losses.projection import LogitTransform, Projection
 from taid_ray.models.adapters import add_lora, idle_adapters
+from taid_ray.models.freezing import freeze_unreached
 from taid_ray.models.head import Head, head_of, hidden_states
 from taid_ray.models.precision import train_as_reloaded
+from taid_ray.models.probes import attention_that_runs
 from taid_ray.models.saving import check_saving, dtypes_when_reloaded, save_model, saved_tensors
 from taid_ray.student.clock import PhaseClock
 from taid_ray.student.decay import decay_groups
 from taid_ray.student.objective import learned_temperature, objective_of, temperature_group
+from taid_ray.student.pixels import BatchInputs
 from taid_ray.student.state import load_optimizer, load_weights, trained_parameters, training_state
 from taid_ray.teacher.payload import TeacherOutput
 
@@ -86,11 +89,12 @@ class Student:
         world: World,
         device: torch.device,
         checkpoint: Checkpoint | None = None,
+        images: BatchInputs | None = None,
     ):
         """Wraps `model` (on CPU, float32). All ranks must pass identical weights.
 
         num_shared: vocabulary ids that teacher and student share; the loss sees these rows of the head only.
-        checkpoint: one to continue from.
+        checkpoint: one to continue from. images: what makes model inputs of batches, in a run with images.
         """
         self.world, self.config, self.num_shared, self.device = world, config, num_shared, device
         self.clock = PhaseClock(device)
@@ -102,6 +106,12 @@ class Student:
         self.transform: LogitTransform = head_of(model).transform
         self.causal_lm = model
         self.num_parameters = int(model.num_parameters())
+        self.images = images
+        self.unreached: list[str] = []
+        """Names of parameters that are not trained, because the student computes past them when it sees an image."""
+        if images is not None and config.student.lora is None:
+            with attention_that_runs(model, torch.device("cpu")):
+                self.unreached = freeze_unreached(model, hidden_states(model, images.blank()))
         if config.student.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         dtypes = dtypes_when_reloaded(config, model)
@@ -198,7 +208,7 @@ class Student:
 
     @torch.no_grad()
     def hidden(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Hidden states [B, T, H] of inputs [B, T], without dropout. Collective under ZeRO-3."""
+        """Hidden states [B, T, H] of model inputs, ids [B, T], without dropout. Collective under ZeRO-3."""
         rows, length = inputs["input_ids"].shape
         everywhere = torch.arange(rows * length, device=self.device)
         self.engine.eval()
@@ -243,9 +253,17 @@ class Student:
         """The temperature of the loss in the last forward pass. Waits for the device."""
         return float(self._temperature)
 
+    def prepare(self, batch: Batch) -> None:
+        """Begins with what can be done for a batch before it is computed. For the one that is computed next."""
+        if self.images is not None:
+            self.images.prepare(batch)
+
     def _run(self, batch: Batch, function: HeadFunction) -> Any:
-        inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.inputs.items()}
-        return self.engine(inputs, batch.loss_positions.to(self.device), function)
+        inputs, loss_positions = batch.inputs, batch.loss_positions
+        if self.images is not None:
+            inputs, loss_positions = self.images.of(batch)
+        inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
+        return self.engine(inputs, loss_positions.to(self.device), function)
 
     def _target(self, batch: Batch, teacher_output: TeacherOutput | None) -> tuple[Target | None, Tensor]:
         """The teacher's side of the loss, and the labels, on this device."""

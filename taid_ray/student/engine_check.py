@@ -1,6 +1,7 @@
 """The tests of `models.isolation` as the student is trained: in its engine, on its device, in its dtype, with long rows."""
 
 from taid_ray.models.head import computes_one_row
+from taid_ray.models.image_isolation import check_images
 from taid_ray.models.isolation import check_probe
 from taid_ray.models.probes import Probe, is_mixture, long_probe
 from taid_ray.models.self_test import explained_tests
@@ -26,3 +27,5 @@ def check_engine(student: Student, vocab_rows: int) -> None:
     )
     with explained_tests(model, "student.model", shared=True):
         check_probe(probe, data.pack, long_probe(student.device, data.sequence_length))
+        if student.images is not None:
+            check_images(probe, student.images.media, data.pack)

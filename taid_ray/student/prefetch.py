@@ -3,7 +3,7 @@
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TypeVar
@@ -97,8 +97,10 @@ class Prefetcher:
         window: int,
         window_bytes: int,
         clock: PhaseClock,
+        prepare: Callable[[Batch], None] | None = None,
     ):
-        self._steps, self._clock = steps, clock
+        """prepare: is told of each micro-batch one before it is collected."""
+        self._steps, self._clock, self._prepare = steps, clock, prepare
         self._window = RequestWindow(teacher, window, window_bytes)
         self._announced: deque[StepBatches] = deque()
         self._unsent: deque[Batch] = deque()
@@ -133,12 +135,17 @@ class Prefetcher:
 
     def _fill(self) -> None:
         with self._clock.phase("data"):
-            while not self._window.is_full:
-                if not self._unsent:
-                    try:
-                        self._read()
-                    except StopIteration:
-                        return
-                if not self._window.has_room(self._unsent[0]):
+            self._send()
+            if self._prepare is not None and (batch := self._window.next_batch) is not None:
+                self._prepare(batch)
+
+    def _send(self) -> None:
+        while not self._window.is_full:
+            if not self._unsent:
+                try:
+                    self._read()
+                except StopIteration:
                     return
-                self._window.submit(self._unsent.popleft())
+            if not self._window.has_room(self._unsent[0]):
+                return
+            self._window.submit(self._unsent.popleft())

@@ -26,6 +26,11 @@ class RequestWindow:
         """True if no further request finds room, however small."""
         return len(self._requests) >= self._most
 
+    @property
+    def next_batch(self) -> Batch | None:
+        """The batch of the oldest request, which is collected next; None if there is none."""
+        return self._requests[0][0] if self._requests else None
+
     def has_room(self, batch: Batch) -> bool:
         """Tests whether the request for `batch` finds room now."""
         fits = not self._requests or self._tokens + batch.num_loss_tokens <= self._most_tokens

@@ -272,8 +272,10 @@ def uses_dropout(model: Any, config: DistillConfig) -> bool:
 
     Those are dropout of values and of whole layers (layerdrop), and the noise of routers (jitter).
     """
-    values = model.config.get_text_config().to_dict()
-    rates = [value for key, value in values.items() if any(name in key for name in ("drop", "jitter"))]
+    values = [*model.config.get_text_config().to_dict().items()]
+    if (vision := getattr(model.config, "vision_config", None)) is not None:
+        values += vision.to_dict().items()
+    rates = [value for key, value in values if any(name in key for name in ("drop", "jitter"))]
     return any(isinstance(rate, float) and rate > 0 for rate in rates) or bool(
         config.student.lora and config.student.lora.dropout
     )

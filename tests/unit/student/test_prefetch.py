@@ -235,3 +235,17 @@ def test_without_a_teacher_batches_pass_through() -> None:
         found += [stream.collect() for _ in step.batches]
     assert [numbers(batch) for batch, _ in found] == [[n, n + 1] for n in range(1, 12, 2)]
     assert all(output is None for _, output in found)
+
+
+def test_each_batch_is_announced_one_before_it_is_collected() -> None:
+    """Whoever processes its images has the time in which the batch before is computed, and holds no more than two."""
+    told: list[Batch] = []
+    steps = list(step_batches(global_batches(2, 4), World(), 2))
+    stream = Prefetcher(iter(steps), None, 3, 0, PhaseClock(torch.device("cpu")), told.append)
+    collected = []
+    for _ in steps:
+        stream.next_step()
+        for _ in range(2):
+            assert len(told) == len(collected) + 1
+            collected.append(stream.collect()[0])
+    assert all(one is other for one, other in zip(told, collected, strict=True))
