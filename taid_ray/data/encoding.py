@@ -10,7 +10,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from taid_ray.config.data import DataSource
 from taid_ray.data.answers import AnswerRenderer
 from taid_ray.data.expansions import expanded, shortened_to
-from taid_ray.data.images import EncoderMedia, FoundImage, ImageSource, RowImages, UnusableRow
+from taid_ray.data.images import EncoderMedia, FoundImage, ImageSource, RowImages, SeenImage, UnusableRow
 from taid_ray.data.messages import shown
 from taid_ray.data.packing import Sample, cut
 from taid_ray.data.turns import Span, inside
@@ -117,6 +117,11 @@ class Encoder:
     def image_bytes(self) -> Mapping[str, int]:
         """Bytes of the images so far, by their digests."""
         return {} if self._images is None else self._images.bytes
+
+    @property
+    def images_outside(self) -> Mapping[str, SeenImage]:
+        """The files of images that were asked for so far, by their places."""
+        return {} if self._images is None else self._images.outside
 
     def stop_ids(self) -> list[int]:
         """Lists the ids of the tokens that end what was encoded so far: answers, or documents of `format: text`."""

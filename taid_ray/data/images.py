@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from taid_ray.config.data import DataSource
 from taid_ray.errors import DataError
 from taid_ray.media.headers import BadImage, check_pixels, picture_size
-from taid_ray.media.reader import ImageReader, digest_of, is_archive, resolved
+from taid_ray.media.reader import ImageReader, digest_of, is_archive, resolved, version_of
 
 IMAGE_MARK = "\ufdd0"
 """Stands for an image in the content of a message: a noncharacter, which no text has and every template keeps."""
@@ -81,6 +81,15 @@ class FoundImage:
     """As in `ImageRef`, but a path may be relative to `data.images_directory`."""
 
 
+class SeenImage(NamedTuple):
+    """A file of an image as it was read."""
+
+    digest: str
+    """Hash of its content; empty if it could not be read."""
+    version: tuple[int, int]
+    """As `media.reader.version_of` says."""
+
+
 class UnusableRow(DataError):
     """An image of a row cannot be used, for which `data.bad_images: drop` leaves the row out."""
 
@@ -93,6 +102,8 @@ class ImageSource:
         self._config, self._media, self._reader = config, media, ImageReader()
         self.bytes: dict[str, int] = {}
         """Bytes of the images so far, by their digests."""
+        self.outside: dict[str, SeenImage] = {}
+        """The files that were asked for so far, by their places."""
         if (directory := config.images_directory) is not None:
             path = Path(directory)
             if not (path.is_file() if is_archive(directory) else path.is_dir()):
@@ -107,7 +118,7 @@ class ImageSource:
         place = ""
         if content is None:
             place = self._place(path)
-            content = self._reader.content(resolved(place, self._config.images_directory))
+            content = self._content(place)
         width, height = picture_size(content, self._config.max_image_pixels)
         if self._config.bad_images == "drop":  # what a later step would find must be known before rows are counted
             check_pixels(content, self._config.max_image_pixels)
@@ -118,6 +129,14 @@ class ImageSource:
         digest = digest_of(content)
         self.bytes[digest] = len(content)
         return FoundImage(digest, width, height, place or self._media.keep(digest, content))
+
+    def _content(self, place: str) -> bytes:
+        """Reads the file of an image, and notes what it was."""
+        where = resolved(place, self._config.images_directory)
+        self.outside[place] = SeenImage("", version_of(where))
+        content = self._reader.content(where)
+        self.outside[place] = SeenImage(digest_of(content), self.outside[place].version)
+        return content
 
     def _place(self, path: str) -> str:
         if ADDRESS.match(path):

@@ -52,6 +52,18 @@ def is_archive(directory: str) -> bool:
     return directory.lower().endswith(".zip")
 
 
+def version_of(place: str) -> tuple[int, int]:
+    """Returns size and time of the last change, in ns, of the file or archive of a place; (-1, 0) if there is none."""
+    path = place.partition(":")[2]
+    if place.startswith("zip:") and (found := ZIP_PLACE.fullmatch(path)):
+        path = found[1]
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # reading says more
+        return -1, 0
+    return status.st_size, status.st_mtime_ns
+
+
 class ImageReader:
     """Reads images by their references. For use by several threads at once."""
 

@@ -29,8 +29,9 @@ from taid_ray.data.images import BLOCK_DOCUMENTS_WITH_IMAGES, EncoderMedia, Imag
 from taid_ray.data.packing import Sample, to_rows
 from taid_ray.data.reading.complaints import explained, no_column
 from taid_ray.data.reading.rows import columns_found
+from taid_ray.data.store.outside import changed_outside, outside_name, write_outside
 from taid_ray.data.store.pack import Pack, pack_name
-from taid_ray.data.store.remote import Location, open_store
+from taid_ray.data.store.remote import Location, Store, open_store
 from taid_ray.data.store.sealed import making, read_sealed, write_sealed
 from taid_ray.data.store.shard import MEDIA_TOTALS, SCHEMA, ShardFacts, locate_blocks, to_record_batch
 from taid_ray.data.store.spans import Span, documents_before, hash_content, read_documents
@@ -105,28 +106,43 @@ def prepare_span(
         content = hash_content(span)
     digest = xxhash.xxh3_128(f"{content} {span.skip} {encoding.key}".encode()).hexdigest()
     store = open_store(location)
-    path = store.directory / f"{digest}.arrow"
-    pack = pack_name(digest)
-    if (said := store.find(path.name, notify)) and (not _has_pack(said) or store.find(pack, notify)):
+    said = _find(store, digest, notify)
+    if said is not None and (said.get("media") or {}).get("outside"):
+        changed = changed_outside(store.fetch(outside_name(digest)), encoding.config.images_directory)
+        if changed is not None:  # another shard, because others may be reading this one
+            digest = xxhash.xxh3_128(f"{digest} {changed}".encode()).hexdigest()
+            said = _find(store, digest, notify)
+    if said is not None:
         return ShardFacts.from_dict(said)
+    path = store.directory / f"{digest}.arrow"
     with making(path, wait=False) as granted:
         if not granted:
             return None
         said = read_sealed(path, lambda _: None)
-        if said is None or (_has_pack(said) and read_sealed(store.directory / pack, lambda _: None) is None):
+        if said is None or any(
+            read_sealed(store.directory / name, lambda _: None) is None for name in _besides(digest, said)
+        ):
             shard = _ShardMaker(span, encoding, source, version, Pack(store.directory, digest))
             with closing(shard.pack):
                 said = write_sealed(
                     path, SCHEMA, shard.record_batches(), lambda whole: shard.facts(digest, content, whole)
                 )
-        if _has_pack(said):
-            store.publish(pack)  # before the shard, which says that it is there
+        for name in _besides(digest, said):
+            store.publish(name)  # before the shard, which says that they are there
         store.publish(path.name)
         return ShardFacts.from_dict(said)
 
 
-def _has_pack(said: dict[str, Any]) -> bool:
-    return bool((said.get("media") or {}).get("packed"))
+def _find(store: Store, digest: str, notify: Callable[[str], None]) -> dict[str, Any] | None:
+    """Returns the facts of a shard that is stored whole, with the files that go with it, else None."""
+    said = store.find(f"{digest}.arrow", notify)
+    return said if said and all(store.find(name, notify) for name in _besides(digest, said)) else None
+
+
+def _besides(digest: str, said: dict[str, Any]) -> list[str]:
+    """Lists the files that go with a shard."""
+    media = said.get("media") or {}
+    return [pack_name(digest)] * bool(media.get("packed")) + [outside_name(digest)] * bool(media.get("outside"))
 
 
 def check_columns(spans: Sequence[Span], shards: Sequence[ShardFacts], encoding: Encoding) -> None:
@@ -186,13 +202,15 @@ class _ShardMaker:
         found = [column.name for column in self._columns if column.name in self._found]
         counts = self._encoder.counts.to_dict()
         numbers = (self._tokens, self._loss_tokens, self._highest_id, self._documents)
-        packed = self.pack.seal()
-        media = (
-            self._images.facts() | {"packed": packed, "bad": self._encoder.bad}
-            if self._encoder.counts.has_images
-            else None
-        )
+        media = self._seal_images(path.parent, digest) if self._encoder.counts.has_images else None
         return ShardFacts(digest, content, *numbers, counts, found, locate_blocks(path), media).to_dict()
+
+    def _seal_images(self, directory: Path, digest: str) -> dict[str, Any]:
+        """Writes the files that go with the shard, and returns `ShardFacts.media`."""
+        packed, outside = self.pack.seal(), self._encoder.images_outside
+        if outside:
+            write_outside(directory / outside_name(digest), outside)
+        return self._images.facts() | {"packed": packed, "outside": bool(outside), "bad": self._encoder.bad}
 
     def _blocks(self) -> Iterator[tuple[Columns, int]]:
         """Yields the documents that are not skipped, in blocks, with the first one's number in the span, from 1."""

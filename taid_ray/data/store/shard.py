@@ -73,8 +73,8 @@ class ShardFacts:
     """Columns of the format that at least one of the documents has."""
     blocks: list[Block]
     media: dict[str, Any] | None = None
-    """With images: MEDIA_TOTALS, a `digest` of all of them in order, whether some are in a pack (`packed`), and why documents
-    were dropped for an image, a few times (`bad`)."""
+    """With images: MEDIA_TOTALS, a `digest` of all of them in order, which files go with the shard (`packed`, `outside`), and
+    why documents were dropped for an image, a few times (`bad`)."""
 
     @property
     def rows(self) -> int:

@@ -1,6 +1,7 @@
 """Rows with images in the store; and that text has the keys and the bytes there that it had before there were any images."""
 
 import json
+import os
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -146,17 +147,39 @@ def test_rows_are_those_of_the_encoder(named: Path, folder: Path, store: Path) -
 
 
 def test_moved_images_are_found_and_replaced_ones_make_another_index(named: Path, folder: Path, store: Path) -> None:
-    before, index, _ = prepared(named, store, images_directory=str(folder / "pictures"))
+    _, index, _ = prepared(named, store, images_directory=str(folder / "pictures"))
     (folder / "pictures").rename(folder / "elsewhere")
     after, same, _ = prepared(named, store, images_directory=str(folder / "elsewhere"))
     assert index.totals == same.totals and len(list(store.glob("index-*.json"))) == 1
     image = next(image for row in after for image in row.images)
     assert image.place.startswith(f"file:{folder}/elsewhere/") and ImageReader().read(image)
 
-    (folder / "elsewhere" / "0.png").write_bytes(picture((4, 8), shade=99))
-    (folder / "second").mkdir()
-    changed, other, _ = prepared(named, folder / "second", images_directory=str(folder / "elsewhere"))
-    assert other.totals.digest != index.totals.digest and changed[0].input_ids.tolist() == before[0].input_ids.tolist()
+    shards = set(store.glob("*.arrow"))
+    contents = {path: path.read_bytes() for path in shards}
+    (folder / "elsewhere" / "0.png").write_bytes(picture((9, 8), shade=99))
+    os.utime(folder / "elsewhere" / "1.png", (1, 1))  # another time, but the same
+    changed, other, _ = prepared(named, store, images_directory=str(folder / "elsewhere"))
+    assert other.totals.digest != index.totals.digest and set(store.glob("*.arrow")) > shards
+    assert contents == {path: path.read_bytes() for path in shards}  # which another run may be reading
+    reader = ImageReader()
+    assert all(reader.read(image) for row in changed for image in row.images)
+    assert (9, 8) in {(image.width, image.height) for row in changed for image in row.images}
+
+    (folder / "elsewhere" / "0.png").write_bytes(PICTURES[0])
+    again, first, _ = prepared(named, store, images_directory=str(folder / "elsewhere"))
+    assert first.totals == index.totals and again == after
+
+
+def test_an_image_that_was_missing_is_noticed_when_it_is_there(named: Path, folder: Path, store: Path) -> None:
+    (folder / "pictures" / "0.png").rename(folder / "0.png")
+    settings = {"images_directory": str(folder / "pictures"), "bad_images": "drop"}
+    _, without, _ = prepared(named, store, **settings)
+    (folder / "0.png").rename(folder / "pictures" / "0.png")
+    _, whole, _ = prepared(named, store, **settings)
+    assert without.totals.counts["bad_images"] > 0 and "bad_images" not in whole.totals.counts
+    (folder / "pictures" / "0.png").unlink()
+    with pytest.raises(DataError, match=r"row \d+: image \d \(0\.png\) is missing"):
+        prepared(named, store, images_directory=str(folder / "pictures"))
 
 
 def test_a_pack_that_is_gone_or_damaged_is_made_anew(embedded: Path, store: Path) -> None:
