@@ -14,6 +14,7 @@ from taid_ray.config.fields import (
     TRAINING_ONLY,
     Int,
     Name,
+    NonNegative,
     Positive,
     PositiveInt,
     Section,
@@ -135,6 +136,9 @@ class DataConfig(Section):
     image_processor: Annotated[dict[str, Any], SETS_RATES] = {}
     """Settings of the models' image processors in place of their own, such as `max_patches` (InternVL) or `max_pixels` (Qwen-VL):
     they decide how many tokens an image becomes."""
+    sees_at_least: Annotated[NonNegative, RESUMABLE] = 0.01
+    """How far grey images in place of the real ones must change what the teacher predicts, in nats (median of the first 32
+    validation rows with images). A teacher below it does not see, and is refused; of a student it is noted."""
     chat_template: str | None = None
     """Jinja chat template, or the path of a file that holds one, for `format: chat` and `prompt_response`. By default the
     tokenizer's own."""

@@ -11,6 +11,7 @@ from taid_ray.config.schema import DistillConfig
 from taid_ray.data.batch import Row
 from taid_ray.data.cursor import Cursor
 from taid_ray.data.dataset import TrainingData, validation_rows
+from taid_ray.data.images import EncoderMedia
 from taid_ray.data.shared_ids import check_ids
 from taid_ray.data.store.prepared import PreparedData
 from taid_ray.driver.prepare import Preparation, prepare_data
@@ -49,9 +50,11 @@ class AskedRows:
     """The training data, which are read from the store; None with `data.order: blocks`, where they are encoded here."""
     stop: StopRequest | None = None
     """Somebody's wish that the driver stops, which ends the iteration with the exception that it asks for."""
+    media: EncoderMedia | None = None
+    """For a run with images, and only then: see `data.dataset.validation_rows`."""
 
     def __iter__(self) -> Iterator[Row]:
-        for row in chain(self._held_out(), self._training()):
+        for row in chain(self.held_out(), self._training()):
             if self.stop is not None and self.stop.requested:
                 raise self.stop.end()
             yield row
@@ -62,12 +65,13 @@ class AskedRows:
             return _amount_of(self)
         totals = self.data.totals
         samples = sum(int(source.opened.column("samples").sum()) for source in self.data.sources)
-        return _amount_of(self._held_out()) + Amount(totals.rows, totals.loss_tokens, samples)
+        return _amount_of(self.held_out()) + Amount(totals.rows, totals.loss_tokens, samples)
 
-    def _held_out(self) -> Iterator[Row]:
+    def held_out(self) -> Iterator[Row]:
+        """Yields those of validation. Errors as of the iteration."""
         tokenizer = run_tokenizer(self.config)
         for source in self.config.data.validations:
-            yield from self._checked(validation_rows(source, tokenizer), tokenizer)
+            yield from self._checked(validation_rows(source, tokenizer, media=self.media), tokenizer)
 
     def _training(self) -> Iterator[Row]:
         if not self.config.learns_from_teacher:
@@ -109,9 +113,15 @@ def needs_preparing(config: DistillConfig) -> bool:
     return config.data.order == "global" and config.learns_from_teacher
 
 
-def prepared_rows(config: DistillConfig, spec: RunSpec, view: ProgressView) -> AskedRows:
-    """Prepares the training data on the connected cluster, where they come from the store. Raises what `prepare_data` raises."""
-    if not needs_preparing(config):
-        return AskedRows(config, spec, None)
-    work = Preparation(view.say, view.wait_for, None)
-    return AskedRows(config, spec, prepare_data(config, spec.vocabulary.num_shared, work))
+def prepared_rows(
+    config: DistillConfig, spec: RunSpec, view: ProgressView, media: EncoderMedia | None = None
+) -> AskedRows:
+    """Prepares the training data on the connected cluster, where they come from the store. Raises what `prepare_data` raises.
+
+    media: see AskedRows.
+    """
+    data = None
+    if needs_preparing(config):
+        work = Preparation(view.say, view.wait_for, None)
+        data = prepare_data(config, spec.vocabulary.num_shared, work)
+    return AskedRows(config, spec, data, media=media)

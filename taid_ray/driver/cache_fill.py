@@ -15,6 +15,7 @@ from taid_ray.config.paths import with_absolute_paths
 from taid_ray.config.schema import DistillConfig
 from taid_ray.data.batch import Row, collate
 from taid_ray.data.dataset import START, validation_rows
+from taid_ray.data.run_images import RunImages
 from taid_ray.distributed.capacity import check_capacity, demand_of
 from taid_ray.distributed.cluster import cluster_has_gpus, ray_cluster
 from taid_ray.distributed.device import resolve, torch_device
@@ -23,11 +24,12 @@ from taid_ray.driver.preflight import prepare
 from taid_ray.driver.progress import ProgressView
 from taid_ray.errors import ConfigError
 from taid_ray.models.hub import restoring_hub_mode
-from taid_ray.models.pair import model_configs, run_tokenizer
+from taid_ray.models.pair import model_configs, run_media, run_tokenizer
 from taid_ray.names import POOL_PREFIX
 from taid_ray.run.directory import on_its_day
 from taid_ray.student.clock import PhaseClock
 from taid_ray.student.prefetch import Prefetcher, StepBatches, read_ahead
+from taid_ray.student.seeing import seeing_batches, seeing_note, teacher_seeing
 from taid_ray.student.spec import RunSpec
 from taid_ray.teacher.cache.cached import CachedTeacher
 from taid_ray.teacher.cache.claims import NoClaims
@@ -72,12 +74,19 @@ def fill_cache(config: DistillConfig) -> FillResult:
     with restoring_hub_mode(), ProgressView() as view:
         view.say("checking models and data")
         spec = prepare(config)
+        images = run_images(config, spec)
         with connected(config, view):
-            rows = prepared_rows(config, spec, view)
+            rows = prepared_rows(config, spec, view, images.encoder_media if images else None)
             view.wait_for("counting what the teacher will be asked")
             total = check_fits(rows)
-            with running_teacher(config, spec, view) as inner:
-                return _fill(rows, total, inner, view)
+            with running_teacher(config, spec, view, images) as inner:
+                return _fill(rows, total, inner, images, view)
+
+
+def run_images(config: DistillConfig, spec: RunSpec) -> RunImages | None:
+    """Loads what a run's images need in this process; None in a run without images. Raises ModelError."""
+    processor = run_media(config, spec.media.backend) if spec.media else None
+    return None if processor is None else RunImages(processor)
 
 
 @contextmanager
@@ -91,20 +100,32 @@ def connected(config: DistillConfig, view: ProgressView) -> Iterator[None]:
         yield
 
 
-def _fill(rows: AskedRows, total: int, inner: TeacherClient, view: ProgressView) -> FillResult:
+def _fill(
+    rows: AskedRows, total: int, inner: TeacherClient, images: RunImages | None, view: ProgressView
+) -> FillResult:
     """Asks for all rows, `total` of them, and records which teacher answered."""
     config = rows.config
+    seeing = None if images is None else _seeing(rows, inner, images, view)
     teacher = CachedTeacher(inner, CacheStore(config.cache, view.say), NoClaims(), torch.device("cpu"))
     try:
         request_rows(config, teacher, iter(rows), total, view)
-        first = validation_rows(config.data.validations[0], run_tokenizer(config))
+        first = validation_rows(config.data.validations[0], run_tokenizer(config), media=rows.media)
         held_out = collate(first[: config.train.micro_batch_size])
-        save_record(config, inner, inner.payload_error(held_out))
+        save_record(config, inner, inner.payload_error(held_out), seeing, rows.spec.media)
         return FillResult(
             str(config.cache.directory), total, teacher.samples_found, teacher.samples_asked, teacher.tokens
         )
     finally:
         teacher.close()
+
+
+def _seeing(rows: AskedRows, teacher: TeacherClient, images: RunImages, view: ProgressView) -> list[float]:
+    """Measures whether the teacher sees, before it is asked for all rows. Raises TeacherError if not, see `teacher_seeing`."""
+    least = rows.config.data.sees_at_least
+    size, grey = rows.config.train.micro_batch_size, images.processor.grey
+    found = teacher_seeing(teacher, seeing_batches([*rows.held_out()], size, grey, images.memory), least)
+    view.say(seeing_note("teacher", found, least))
+    return found
 
 
 def fill_config(config: DistillConfig) -> DistillConfig:
@@ -148,24 +169,25 @@ def check_fits(rows: AskedRows) -> int:
 
 
 @contextmanager
-def running_teacher(config: DistillConfig, spec: RunSpec, view: ProgressView) -> Iterator[TeacherClient]:
+def running_teacher(
+    config: DistillConfig, spec: RunSpec, view: ProgressView, images: RunImages | None
+) -> Iterator[TeacherClient]:
     """Loads the teacher into this process, or starts a pool for it on the connected cluster, which is removed at the end."""
-    num_shared = spec.vocabulary.num_shared
+    num_shared, read = spec.vocabulary.num_shared, images.read if images else None
     if config.given_teacher.mode == "local":
         view.say("loading the teacher")
-        yield LocalTeacher(
-            config.given_teacher, num_shared, torch_device(resolve(config.device, torch.cuda.is_available()))
-        )
+        device = torch_device(resolve(config.device, torch.cuda.is_available()))
+        yield LocalTeacher(config.given_teacher, num_shared, device, spec.media, read)
         return
-    device = resolve(config.device, cluster_has_gpus())
-    demand = replace(demand_of(config, device), workers=0, max_workers=0)
+    kind = resolve(config.device, cluster_has_gpus())
+    demand = replace(demand_of(config, kind), workers=0, max_workers=0)
     check_capacity(demand)
     name = f"{POOL_PREFIX}warm-{uuid.uuid4().hex[:8]}"
     view.say(f"starting the teacher pool: {demand.replicas} replica(s) x {demand.shards} shard(s)")
     try:
-        pool = PoolSpec(config.given_teacher, num_shared, device, demand.teacher_role)
+        pool = PoolSpec(config.given_teacher, num_shared, kind, demand.teacher_role, media=spec.media)
         start_pool(pool, name, on_wait=lambda what: view.wait_for(what.partition(" after ")[0]))
-        yield PoolTeacher(name, config.given_teacher, view.say)
+        yield PoolTeacher(name, config.given_teacher, view.say, read=read)
     finally:
         view.say("removing the teacher pool")
         stop_pool(name)

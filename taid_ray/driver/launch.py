@@ -203,6 +203,9 @@ def prepare_for_run(
     for note in lost_documents(config, f"{data.counts.documents:,}", data.counts.dropped, data.counts.truncated):
         view.say(f"note: {note}")
     complete = with_data(config, spec, data)
+    if config.has_pool and complete.image_bytes:
+        sizes = (complete.payload_bytes, config.given_teacher, demand.max_workers)
+        check_object_store(*sizes, image_bytes=complete.image_bytes)
     if complete.fingerprint:
         check_same_data(config, complete.fingerprint)
     if not spec.total_steps:

@@ -51,9 +51,10 @@ def prepare(config: DistillConfig, trains: bool = True) -> RunSpec:
     if teacher and teacher.payload == "topk":
         check_topk(teacher.topk, vocabulary.num_shared)
     check_directory(config.cache)
+    processor = run_media(config)
+    media = None if processor is None else EncoderMedia(processor)
     if teacher and teacher.mode == "cache":
-        find_record(config, vocabulary.num_shared)
-    media = encoder_media(config)
+        find_record(config, vocabulary.num_shared, processor.settings if processor else None)
     data = training_data(config, tokenizer, media)
     held_out = [open_validation(source) for source in config.data.validations]
     encodes_here = config.data.order == "blocks"  # else tasks read the training data, see driver/prepare.py
@@ -68,6 +69,7 @@ def prepare(config: DistillConfig, trains: bool = True) -> RunSpec:
         data=checked,
         fingerprint=found | {"rows": checked.rows_digest},
         stop_ids=tuple(dict.fromkeys(token for source in data for token in source.stop_ids())),
+        media=processor.settings if processor else None,
     )
 
 
@@ -160,7 +162,9 @@ def with_data(config: DistillConfig, spec: RunSpec, data: PreparedData) -> RunSp
         pairs = zip(found.get("sources", trained), trained, strict=True)
         found = found | {"sources": [before | after for before, after in pairs]}
     found = found | {"index": data.digest}
-    return replace(spec, total_steps=spec.total_steps or steps_of_epochs(config, data.rows), fingerprint=found)
+    images = config.train.micro_batch_size * (data.totals.media or {}).get("largest_row_image_bytes", 0)
+    steps = spec.total_steps or steps_of_epochs(config, data.rows)
+    return replace(spec, total_steps=steps, fingerprint=found, image_bytes=images)
 
 
 def steps_of_epochs(config: DistillConfig, rows: int) -> int:

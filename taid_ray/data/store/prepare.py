@@ -47,6 +47,7 @@ WINDOW_TOKENS = 1 << 21
 NOT_ENCODED = {
     "train", "valid", "subset", "split", "valid_split", "valid_documents", "streaming", "block_documents",
     "order", "store", "chat_template", "date", "label", "key", "valid_key", "images_directory", "image_processor",
+    "sees_at_least",
 }  # fmt: skip
 """Keys of a source that say which documents are read, not what becomes of them, and those that `Encoding` resolves."""
 OF_IMAGES = {"images_column", "bad_images", "max_image_pixels"}

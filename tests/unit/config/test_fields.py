@@ -32,6 +32,7 @@ EXPECTED: dict[Mark, str] = {
         loss.memory_mib train.micro_batch_size train.eval_every
         checkpoint.every_steps checkpoint.every_minutes checkpoint.keep checkpoint.best
         cache.directory cache.disk_gib tracking.wandb tracking.mlflow data.store
+        data.sees_at_least
     """,
     MOVABLE: "data.train data.valid data.images_directory",
     SETS_STEPS: "train.steps train.epochs",

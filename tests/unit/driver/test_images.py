@@ -1,0 +1,60 @@
+"""What the driver does in a run with images. No Ray runs, and no model is loaded."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from taid_ray.config.schema import build_config
+from taid_ray.data.batch import NO_LABEL, Row
+from taid_ray.data.run_images import RunImages
+from taid_ray.driver import cache_fill
+from taid_ray.driver.preflight import with_data
+from taid_ray.errors import DataError, TeacherError
+from taid_ray.media.reader import digest_of
+from taid_ray.media.refs import ImageRef
+from taid_ray.models.vocabulary import Vocabulary
+from taid_ray.student.spec import DataCheck, RunSpec
+from tests.support.views import View
+
+CONFIG = build_config(
+    {"teacher": {"model": "t"}, "student": {"model": "s"}, "data": {"train": "d"},
+     "train": {"steps": 4, "micro_batch_size": 3, "batch_size": 3}}
+)  # fmt: skip
+SPEC = RunSpec(4, Vocabulary(7, (), (), 7), 0, DataCheck(1, 0, 0, 1))
+PROCESSOR: Any = SimpleNamespace(grey=lambda image: b"grey")
+
+
+def test_the_largest_images_of_a_request_are_known_once_the_data_are() -> None:
+    def data(media: Any) -> Any:
+        return SimpleNamespace(
+            sources=[SimpleNamespace(fingerprint={})], digest="d", totals=SimpleNamespace(media=media)
+        )
+
+    found = with_data(CONFIG, SPEC, data({"images": 9, "largest_row_image_bytes": 1000}))
+    assert (SPEC.image_bytes, found.image_bytes) == (0, 3000)
+    assert with_data(CONFIG, SPEC, data(None)).image_bytes == 0
+
+
+def test_images_that_documents_held_can_be_read_again() -> None:
+    images = RunImages(PROCESSOR)
+    digest = digest_of(b"content")
+    ref = ImageRef(digest, 0, 1, 4, 3, images.encoder_media.keep(digest, b"content"))
+    assert images.read(ref) == b"content" and images.encoder_media.tokens is PROCESSOR
+    with pytest.raises(DataError, match="not in memory"):
+        images.read(ImageRef("0" * 32, 0, 1, 4, 3, "memory:"))
+
+
+def test_a_cache_is_not_filled_by_a_teacher_that_does_not_see() -> None:
+    shown = Row([5, 9, 6], [0, 1, 2], [NO_LABEL, 6, NO_LABEL], images=(ImageRef("a" * 32, 1, 1, 4, 3, "file:a.png"),))
+    rows: Any = SimpleNamespace(config=CONFIG, held_out=lambda: iter([shown] * 4))
+    images, view = RunImages(PROCESSOR), View()
+
+    def seeing(value: float) -> list[float]:
+        teacher: Any = SimpleNamespace(seeing=lambda batch, without: [value for _ in batch.images])
+        return cache_fill._seeing(rows, teacher, images, view)  # type: ignore[arg-type]
+
+    assert seeing(0.5) == [0.5] * 4 and list(images.memory.values()) == [b"grey"]
+    assert "the teacher's answers differ by 0.5 nats" in view.said[0]
+    with pytest.raises(TeacherError, match="does not see"):
+        seeing(0.001)
