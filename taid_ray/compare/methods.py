@@ -86,6 +86,11 @@ def check_comparable(config: DistillConfig) -> None:
             f"teacher.mode: {config.teacher.mode} has stored outputs only, and a comparison evaluates every student beside the "
             "teacher itself; set teacher.mode: pool"
         )
+    if config.data.has_images:
+        raise ConfigError(
+            "data.images_column: a comparison evaluates its students on text only; remove the key, or compare runs by "
+            "`taid-ray search`"
+        )
     formats = {source.format for source in config.data.validations} - {"text"}
     if formats:
         from taid_ray.student.rouge import check_rouge_score  # loads torch

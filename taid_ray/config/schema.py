@@ -163,6 +163,11 @@ class DistillConfig(Section):
                 "teacher.mode: file copies the outputs into cache.directory, where the workers find them, and that is not set; "
                 "name a directory that all nodes see"
             )
+        elif self.data.has_images:
+            raise ValueError(
+                "teacher.mode: file does not go with data.images_column: the keys of its samples are of text only; set "
+                "teacher.mode to pool, local or cache"
+            )
 
     @property
     def run_dir(self) -> Path:

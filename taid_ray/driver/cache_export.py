@@ -66,6 +66,11 @@ def _offline(config: DistillConfig) -> DistillConfig:
             f"teacher.payload: {payload} cannot be exported, because a file holds the likeliest ids of every position; give "
             "teacher.payload=topk to `taid-ray cache warm`, and to this command"
         )
+    if config.data.has_images:
+        raise ConfigError(
+            "data.images_column: outputs of a teacher that is shown images cannot be exported, because the file has samples of "
+            "text only; keep them in cache.directory, and set teacher.mode: cache"
+        )
     config = on_its_day(fill_config(with_absolute_paths(config)))
     return config.model_copy(update={"teacher": config.given_teacher.model_copy(update={"mode": "cache"})})
 

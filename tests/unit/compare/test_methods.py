@@ -75,6 +75,11 @@ def test_a_teacher_that_is_not_there_is_refused(tmp_path: Any) -> None:
     check_comparable(config_of())
 
 
+def test_images_are_not_compared() -> None:
+    with pytest.raises(ConfigError, match=r"data\.images_column: a comparison evaluates its students on text only"):
+        check_comparable(config_of(data={"train": "d", "format": "chat", "images_column": "images"}))
+
+
 def test_methods_that_do_not_fit_the_payload_are_refused_before_anything_starts() -> None:
     config = config_of(teacher={"payload": "topk", "topk": 8})
     comparison_space(config, ["taid"], 1).check(config.model_dump(mode="json"), 10)

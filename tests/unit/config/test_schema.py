@@ -527,6 +527,16 @@ def test_every_problem_is_reported_at_once() -> None:
             {"teacher__mode": "file", "teacher__outputs": "o.parquet", "teacher__payload": "topk"},
             ["teacher.mode: file", "cache.directory", "not set"],
         ),
+        (
+            {
+                "teacher__mode": "file",
+                "teacher__outputs": "o.parquet",
+                "teacher__payload": "topk",
+                "cache__directory": "c",
+            }
+            | {"data__format": "chat", "data__images_column": "images"},
+            ["teacher.mode: file", "data.images_column", "pool, local or cache"],
+        ),
     ],
 )
 def test_contradictions_name_both_sides(values: dict[str, Any], expected: list[str]) -> None:

@@ -1,5 +1,9 @@
-"""What the driver does in a run with images. No Ray runs, and no model is loaded."""
+"""What the driver does in a run with images. No Ray runs."""
 
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,12 +13,17 @@ from taid_ray.config.schema import build_config
 from taid_ray.data.batch import NO_LABEL, Row
 from taid_ray.data.run_images import RunImages
 from taid_ray.driver import cache_fill
-from taid_ray.driver.preflight import with_data
+from taid_ray.driver.cache_fill import FillResult
+from taid_ray.driver.preflight import prepare, with_data
 from taid_ray.errors import DataError, TeacherError
 from taid_ray.media.reader import digest_of
 from taid_ray.media.refs import ImageRef
 from taid_ray.models.vocabulary import Vocabulary
 from taid_ray.student.spec import DataCheck, RunSpec
+from taid_ray.teacher.cache.offline import all_records
+from tests.support.shown import noise
+from tests.support.store import preparing_here
+from tests.support.tiny_vision import save_tiny
 from tests.support.views import View
 
 CONFIG = build_config(
@@ -58,3 +67,46 @@ def test_a_cache_is_not_filled_by_a_teacher_that_does_not_see() -> None:
     assert "the teacher's answers differ by 0.5 nats" in view.said[0]
     with pytest.raises(TeacherError, match="does not see"):
         seeing(0.001)
+
+
+@pytest.fixture
+def filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., FillResult]:
+    """Fills a cache for four questions about pictures of noise with the outputs of a tiny teacher."""
+    monkeypatch.setattr(cache_fill, "prepare", lambda config: prepare(config, trains=False))  # lets runs have images
+    model = str(save_tiny("llava", tmp_path / "model"))
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes(noise(20, 30, number))
+    rows = [
+        {"messages": [{"role": "user", "content": "<image>what?"}, {"role": "assistant", "content": f"cat {n}"}],
+         "images": [f"{n}.png"]} for n in range(4)
+    ]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def fill(**data: Any) -> FillResult:
+        config = build_config(
+            {
+                "teacher": {"model": model, "mode": "local", "dtype": "float32"},
+                "student": {"model": model},
+                "data": {"train": str(tmp_path / "rows.jsonl"), "format": "chat", "images_column": "images",
+                         "images_directory": str(tmp_path), "valid_documents": 1, "sees_at_least": 0.0} | data,
+                "train": {"steps": 1, "batch_size": 2, "micro_batch_size": 2},
+                "cache": {"directory": str(tmp_path / "cache")},
+            }
+        )  # fmt: skip
+        with preparing_here():
+            return cache_fill.fill_cache(config)
+
+    return fill
+
+
+def test_a_cache_is_filled_once_and_with_the_pictures_that_were_prepared(
+    filled: Callable[..., FillResult], tmp_path: Path
+) -> None:
+    first, again = filled(), filled()
+    assert (first.rows, first.computed, again.computed, again.found) == (2, 4, 0, 4)
+    ((_, record),) = all_records(tmp_path / "cache")
+    assert record.seeing is not None and len(record.seeing) == 1 and record.seeing[0] > 0
+    (tmp_path / "2.png").write_bytes(noise(20, 30, 99))
+    shutil.rmtree(tmp_path / "cache" / "samples")
+    with pytest.raises(DataError, match=r"2\.png has changed since the data were prepared"):
+        filled()

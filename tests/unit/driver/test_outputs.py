@@ -196,6 +196,8 @@ def test_what_cannot_be_exported_leaves_no_file(base: Path, tmp_path: Path) -> N
         export_cache(settings, out)
     with pytest.raises(ConfigError, match=r"payload: hidden cannot be exported.*teacher.payload=topk"):
         export_cache(config(base, teacher__payload="hidden", cache__directory=str(base / "cache")), out)
+    with pytest.raises(ConfigError, match=r"data\.images_column: .* cannot be exported"):
+        export_cache(config(base, cache__directory="c", data__format="chat", data__images_column="images"), out)
     with pytest.raises(ConfigError, match="exists already"):
         export_cache(settings, base / "stories.jsonl")
     with pytest.raises(ConfigError, match=r"teacher.mode: file has all outputs"):
