@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from taid_ray.config.data import DataSource
 from taid_ray.data.batch import Row
@@ -19,10 +21,12 @@ from taid_ray.data.encoding import Encoder
 from taid_ray.data.images import EncoderMedia
 from taid_ray.data.packing import to_rows
 from taid_ray.data.reading.kinds import digest_of
+from taid_ray.data.store import prepare
 from taid_ray.data.store.assemble import assemble
 from taid_ray.data.store.index import Index, write_index
 from taid_ray.data.store.prepare import Encoding, prepare_span
 from taid_ray.data.store.reader import StoredRows
+from taid_ray.data.store.remote import Location
 from taid_ray.data.store.shard import ShardFacts
 from taid_ray.data.store.spans import cut
 from taid_ray.errors import DataError
@@ -61,7 +65,7 @@ def source_of(path: Path, **settings: Any) -> DataSource:
     return DataSource(train=str(path), **given | settings)
 
 
-def prepared(path: Path, store: Path, **settings: Any) -> tuple[list[Row], Index, list[ShardFacts]]:
+def prepared(path: Path, store: Location, **settings: Any) -> tuple[list[Row], Index, list[ShardFacts]]:
     """Prepares a file, and reads all rows of the store."""
     encoding = Encoding(source_of(path, **settings), TOKENIZER, TOKENS)
     spans = cut(data_file(path))
@@ -269,3 +273,17 @@ def test_a_run_with_images_has_keys_of_its_own() -> None:
     assert len(keys) == 1  # what no text depends on
     keys |= {Encoding(config, TOKENIZER, TOKENS).key for config in (text, other, source_of(Path("x")))}
     assert len(keys) == 4
+
+
+def test_nodes_copy_packs_from_remote_storage(embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for node in ("a", "b"):
+        (tmp_path / node).mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / node))
+        found.append(prepared(embedded, "memory://bucket/images")[0])
+        monkeypatch.setattr(prepare, "_ShardMaker", lambda *_: pytest.fail("encoded again"))
+    for node, rows in zip(("a", "b"), found, strict=True):
+        images = [image for row in rows for image in row.images]
+        assert all(image.place.startswith(f"pack:{tmp_path / node}/") for image in images)
+        assert {ImageReader().read(image) for image in images} == set(PICTURES)
+    MemoryFileSystem.store.clear()
