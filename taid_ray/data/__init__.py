@@ -5,8 +5,8 @@ Others use `store/` (encoded data, read in one global order), `dataset` (Trainin
 `documents.open_documents` and `shared_ids.check_ids`. `reading/` has the readers of files, below `documents`.
 Below `encoding`: `messages` reads conversations, `chat` renders, `turns` finds the answers in what
 was rendered, `visibility` whether anything is missing there, and `answers` puts these together. With images, `images` reads
-what stands in a row, a message has one character for each until `chat` renders it, and `expansions` puts all tokens of an image in
-the place of the one that the template wrote.
+what stands in a row; in a message one character stands for each until `chat` renders it, and `expansions` puts all tokens of an
+image in the place of the one that the template wrote.
 
 Traps:
 - Local files never go through the library datasets: it guesses types from the first rows, and keeps old files in a cache.

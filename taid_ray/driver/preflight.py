@@ -42,8 +42,7 @@ def prepare(config: DistillConfig, trains: bool = True) -> RunSpec:
             "data.images_column: images cannot be trained on yet, only prepared and shown (`taid-ray data`); remove the key"
         )
     teacher_config, student_config = model_configs(config)
-    if not config.data.has_images:
-        check_models(config, teacher_config, student_config)
+    check_models(config, teacher_config, student_config)
     tokenizer = run_tokenizer(config)
     check_run_tokenizer(config, tokenizer, student_config)
     vocabulary = shared_vocabulary(config, teacher_config, student_config)
