@@ -24,6 +24,7 @@ from taid_ray.models.pair import (
     run_tokenizer,
     shared_vocabulary,
 )
+from taid_ray.models.processors import check_media
 from taid_ray.models.vocabulary import Vocabulary
 from taid_ray.student.spec import DataCheck, RunSpec
 from taid_ray.teacher.cache.offline import find_record
@@ -37,10 +38,8 @@ def prepare(config: DistillConfig, trains: bool = True) -> RunSpec:
 
     trains: False where only the data are prepared. Raises ConfigError, ModelError or DataError.
     """
-    if config.data.has_images and trains:
-        raise ConfigError(
-            "data.images_column: images cannot be trained on yet, only prepared and shown (`taid-ray data`); remove the key"
-        )
+    if trains:
+        refuse_images(config)
     teacher_config, student_config = model_configs(config)
     check_models(config, teacher_config, student_config)
     tokenizer = run_tokenizer(config)
@@ -54,6 +53,9 @@ def prepare(config: DistillConfig, trains: bool = True) -> RunSpec:
     media = None if processor is None else EncoderMedia(processor)
     if teacher and teacher.mode == "cache":
         find_record(config, vocabulary.num_shared, processor.settings if processor else None)
+    notes = []
+    if processor is not None:
+        notes = check_media(config, processor.settings, teacher_config, student_config, vocabulary.num_shared)
     data = training_data(config, tokenizer, media)
     held_out = [open_validation(source) for source in config.data.validations]
     encodes_here = config.data.order == "blocks"  # else tasks read the training data, see driver/prepare.py
@@ -65,11 +67,19 @@ def prepare(config: DistillConfig, trains: bool = True) -> RunSpec:
         total_steps=config.train.steps or (steps_of_epochs(config, data[0].rows_per_epoch()) if encodes_here else 0),
         vocabulary=vocabulary,
         payload_bytes=largest_payload(config, teacher_config, vocabulary) if teacher else 0,
-        data=checked,
+        data=replace(checked, notes=(*checked.notes, *notes)),
         fingerprint=found | {"rows": checked.rows_digest},
         stop_ids=tuple(dict.fromkeys(token for source in data for token in source.stop_ids())),
         media=processor.settings if processor else None,
     )
+
+
+def refuse_images(config: DistillConfig) -> None:
+    """Raises ConfigError for data with images."""
+    if config.data.has_images:
+        raise ConfigError(
+            "data.images_column: images cannot be trained on yet, only prepared and shown (`taid-ray data`); remove the key"
+        )
 
 
 def encoder_media(config: DistillConfig) -> EncoderMedia | None:

@@ -16,6 +16,7 @@ from taid_ray.models.loading import (
     check_weights,
     load_model_config,
     load_tokenizer,
+    section_name,
 )
 from taid_ray.models.saving import check_architecture
 from taid_ray.models.student_init import check_student, has_teacher_tokenizer, student_model_config
@@ -23,7 +24,7 @@ from taid_ray.models.tokenizer import added_ids, check_saved_tokenizer, check_si
 from taid_ray.models.vocabulary import Vocabulary, align
 
 if TYPE_CHECKING:
-    from taid_ray.media.processor import MediaProcessor
+    from taid_ray.media.processor import MediaProcessor, MediaSettings
 
 
 def model_configs(config: DistillConfig) -> tuple[Any, Any]:
@@ -73,15 +74,25 @@ def run_media(config: DistillConfig, backend: str | None = None) -> "MediaProces
     backend: what processes images, as `image_backend` says where the run is started; by default as it says here. Raises
     ModelError if the model has none that is known.
     """
+    settings = media_settings(config, backend)
+    return None if settings is None else media_of(tokenizer_section(config), settings)
+
+
+def media_settings(config: DistillConfig, backend: str | None = None) -> "MediaSettings | None":
+    """How the run's images are processed; None without images. backend: as in `run_media`."""
     if not config.data.has_images:
         return None
-    from taid_ray.media.processor import MediaSettings, load_media_processor
+    from taid_ray.media.processor import MediaSettings
 
-    section = tokenizer_section(config)
+    return MediaSettings(backend or image_backend(), config.data.image_processor)
+
+
+def media_of(section: StudentConfig | TeacherConfig, settings: "MediaSettings") -> "MediaProcessor":
+    """Loads the processor of images of a section's model. Raises ModelError if the model has none that is known."""
+    from taid_ray.media.processor import load_media_processor
+
     assert section.model is not None
-    key = "student.model" if section is config.student else "teacher.model"
-    settings = MediaSettings(backend or image_backend(), config.data.image_processor)
-    return load_media_processor(section.model, settings, key, section.revision)
+    return load_media_processor(section.model, settings, f"{section_name(section)}.model", section.revision)
 
 
 def image_backend() -> str:

@@ -1,11 +1,61 @@
-"""Comparison of what the processors of teacher and student make of images: both must see the same rows of tokens."""
+"""Checks of the processors of images of both models before a run: they must fit their models, each other, and the data."""
+
+import tempfile
+from typing import Any
 
 import numpy as np
 import torch
 
-from taid_ray.errors import ModelError
-from taid_ray.media.processor import PROBES, MediaProcessor, drawn
+from taid_ray.config.schema import DistillConfig
+from taid_ray.errors import ConfigError, ModelError
+from taid_ray.media.processor import PROBES, MediaProcessor, MediaSettings, drawn, load_media_processor
 from taid_ray.media.refs import ImageRef
+from taid_ray.models.pair import media_of
+from taid_ray.models.student_init import origin
+
+
+def check_media(
+    config: DistillConfig, settings: MediaSettings, teacher_config: Any, student_config: Any, num_shared: int
+) -> list[str]:
+    """Checks all that can be known of a run's images without reading one, and without weights.
+
+    *_config: transformers configs of both models; the teacher's is None where there is none. num_shared: ids that both models
+    have. Returns sentences that say what may not be meant. Raises ConfigError or ModelError.
+    """
+    student = media_of(origin(config), settings)
+    sides = [("student", student, student_config)]
+    notes = []
+    if config.teacher is not None:
+        teacher = student if origin(config) is config.teacher else media_of(config.teacher, settings)
+        sides.append(("teacher", teacher, teacher_config))
+        notes = compare_sides(student, teacher)
+    for section, media, model_config in sides:
+        token = model_config.image_token_id
+        if media.image_token_id != token or token >= num_shared:
+            raise ModelError(
+                f"{section}.model: its processor writes the token {media.image_token_id} for images, where its config.json names "
+                f"{token}, and both models share the ids below {num_shared}; choose a model whose processor and config agree"
+            )
+        if config.data.pack and not media.family.packs:
+            raise ConfigError(
+                f"data.pack: true: a {section} of type {model_config.model_type} lets documents packed into one row see each "
+                "other; set data.pack: false"
+            )
+    _check_saved(student, student_config, settings)
+    return notes
+
+
+def _check_saved(student: MediaProcessor, student_config: Any, settings: MediaSettings) -> None:
+    """Raises ModelError if RUN/model will not have the processor that the student is trained with."""
+    with tempfile.TemporaryDirectory() as directory:
+        student_config.save_pretrained(directory)
+        student.processor.save_pretrained(directory)
+        again = load_media_processor(directory, settings, "student.model")
+    if again.identity() != student.identity():
+        raise ModelError(
+            f"student.model: {type(student.processor).__name__}, once saved and loaded again, makes other tokens or pixels of "
+            "images; choose another student, or report its name"
+        )
 
 
 def compare_sides(student: MediaProcessor, teacher: MediaProcessor) -> list[str]:

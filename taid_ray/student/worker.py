@@ -14,14 +14,15 @@ from taid_ray.data.chat import chat_template
 from taid_ray.data.dataset import validation_rows
 from taid_ray.data.documents import open_documents
 from taid_ray.data.fingerprint import check_outline
+from taid_ray.data.run_images import RunImages
 from taid_ray.data.shared_ids import check_ids
 from taid_ray.data.store.prepared import PreparedData
 from taid_ray.errors import CheckpointError, NonFiniteLossError, RunError, shortened
 from taid_ray.files import write_json
-from taid_ray.models.pair import run_tokenizer
+from taid_ray.models.pair import media_of, run_tokenizer
 from taid_ray.models.self_test import tested_head
 from taid_ray.models.stopping import add_stop_ids
-from taid_ray.models.student_init import build_student
+from taid_ray.models.student_init import build_student, origin
 from taid_ray.run.directory import RunManifest
 from taid_ray.run.layout import SUMMARY_FILE
 from taid_ray.scheduler.aggregate import StepResult
@@ -32,6 +33,7 @@ from taid_ray.student.engine_check import check_engine
 from taid_ray.student.hooks import StepHooks
 from taid_ray.student.loop import train_loop
 from taid_ray.student.open_teacher import measured_payload_error, open_teacher
+from taid_ray.student.pixels import BatchInputs
 from taid_ray.student.prefetch import READ_AHEAD_STEPS, Prefetcher, read_ahead
 from taid_ray.student.spec import Finished, Outcome, Stopped, WorkerSpec
 from taid_ray.student.telemetry import MainTelemetry, Telemetry
@@ -54,14 +56,21 @@ def run_worker(worker: WorkerSpec) -> Outcome | None:
     """
     with ExitStack() as closing:
         context = connect(worker, closing)
-        student, checkpoint = build(context)
-        teacher = open_teacher(context, student, closing)
-        run = TrainingRun(context, student, teacher, checkpoint, closing)
+        images = open_images(worker)
+        student, checkpoint = build(context, images)
+        teacher = open_teacher(context, student, closing, images.read if images else None)
+        run = TrainingRun(context, student, teacher, checkpoint, closing, images)
         last = run.train()
         return run.finish(last)
 
 
-def build(context: WorkerContext) -> tuple[Student, Checkpoint | None]:
+def open_images(worker: WorkerSpec) -> RunImages | None:
+    """The run's images, processed as the student's are; None in a run without any. Raises ModelError."""
+    settings = worker.spec.media
+    return None if settings is None else RunImages(media_of(origin(worker.config), settings))
+
+
+def build(context: WorkerContext, images: RunImages | None = None) -> tuple[Student, Checkpoint | None]:
     """The student in its DeepSpeed engine, and the checkpoint it continues from. Collective."""
     config, spec = context.config, context.worker.spec
     checkpoint = restore(context.store, context.world, context.scheduler.note)
@@ -73,7 +82,13 @@ def build(context: WorkerContext) -> tuple[Student, Checkpoint | None]:
             "note: the student uses dropout, so its trajectory depends on the number of workers and micro-batches"
         )
     context.note("student: starting DeepSpeed")
-    student = Student(config, model, spec.vocabulary.num_shared, context.world, context.device, checkpoint)
+    inputs = BatchInputs(images.processor, images.read) if images else None
+    student = Student(config, model, spec.vocabulary.num_shared, context.world, context.device, checkpoint, inputs)
+    if student.unreached:
+        context.note(
+            f"note: {len(student.unreached)} of the student's tensors are not trained, because it computes past them, for "
+            f"example {student.unreached[0]}"
+        )
     if idle := student.idle_adapters:
         context.note(
             f"note: {len(idle)} adapter(s) of student.lora.target_modules are not trained, because the student computes past "
@@ -95,6 +110,7 @@ class TrainingRun:
         teacher: TeacherClient | None,
         checkpoint: Checkpoint | None,
         closing: ExitStack,
+        images: RunImages | None = None,
     ):
         """Joins the attempt that rank 0 has begun, and validates if the run is new. Collective."""
         config, worker, world = context.config, context.worker, context.world
@@ -106,7 +122,10 @@ class TrainingRun:
         for number, source in enumerate(config.data.sources):
             if worker.spec.fingerprint and (worker.data is None or source.valid is None):
                 check_outline(worker.spec.fingerprint, number, open_documents(source, "train"), source.key)
-        held_out = {source.label: validation_rows(source, self._tokenizer) for source in config.data.validations}
+        self._images, encoder = images, images.encoder_media if images else None
+        held_out = {
+            source.label: validation_rows(source, self._tokenizer, media=encoder) for source in config.data.validations
+        }
         rows = [row for part in held_out.values() for row in part]
         check_ids(rows, worker.spec.vocabulary.num_shared, self._tokenizer.get_vocab())
         if checkpoint:
@@ -133,7 +152,7 @@ class TrainingRun:
         spec = context.worker.spec
         steps = read_ahead(self._data.steps(self._start.step, self._cursor), READ_AHEAD_STEPS)
         asked = self._teacher if config.learns_from_teacher else None
-        stream = Prefetcher(steps, asked, *request_window(config), student.clock)
+        stream = Prefetcher(steps, asked, *request_window(config), student.clock, student.prepare)
         checkpoints = StudentCheckpoints(self._writer, student, self._teacher, self._totals, spec.fingerprint)
         hooks = StepHooks(
             self._validator, self._telemetry, checkpoints, self._totals, context.preemption, spec.total_steps
@@ -187,7 +206,7 @@ class TrainingRun:
         config = self._context.config
         try:
             self._student.save(state, config.run_dir / "model")
-            write_results(config, summary, self._tokenizer)
+            write_results(config, summary, self._tokenizer, self._images.processor.processor if self._images else None)
         except Exception as error:  # of transformers, safetensors, tokenizers or the file system
             return error
         return None
@@ -226,13 +245,18 @@ def not_written(config: DistillConfig, error: Exception, writer: CheckpointWrite
     )
 
 
-def write_results(config: DistillConfig, summary: dict[str, Any], tokenizer: Any) -> None:
-    """Writes the tokenizer beside the saved model; last the summary, which makes the run finished."""
+def write_results(config: DistillConfig, summary: dict[str, Any], tokenizer: Any, processor: Any = None) -> None:
+    """Writes the tokenizer beside the saved model; last the summary, which makes the run finished.
+
+    processor: of images; with one, it is written with its tokenizer.
+    """
     for source in config.data.sources:
         if source.format != "text" and source.chat_template is not None:
             tokenizer.chat_template = chat_template(source.chat_template, tokenizer)
             break
-    tokenizer.save_pretrained(config.run_dir / "model")
+    if processor is not None:
+        processor.chat_template = processor.tokenizer.chat_template = tokenizer.chat_template
+    (tokenizer if processor is None else processor).save_pretrained(config.run_dir / "model")
     write_json(config.run_dir / SUMMARY_FILE, summary)
 
 

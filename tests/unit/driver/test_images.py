@@ -88,7 +88,8 @@ def filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Fil
                 "teacher": {"model": model, "mode": "local", "dtype": "float32"},
                 "student": {"model": model},
                 "data": {"train": str(tmp_path / "rows.jsonl"), "format": "chat", "images_column": "images",
-                         "images_directory": str(tmp_path), "valid_documents": 1, "sees_at_least": 0.0} | data,
+                         "images_directory": str(tmp_path), "valid_documents": 1, "sequence_length": 256,
+                         "sees_at_least": 0.0} | data,
                 "train": {"steps": 1, "batch_size": 2, "micro_batch_size": 2},
                 "cache": {"directory": str(tmp_path / "cache")},
             }
