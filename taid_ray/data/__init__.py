@@ -2,7 +2,8 @@
 
 Others use `store/` (encoded data, read in one global order), `dataset` (TrainingData, the order of blocks; validation_rows),
 `cursor`, `batch` (Batch, Row, collate), `batching` (split_evenly, num_micro_batches), `encoding.Encoder`,
-`documents.open_documents` and `shared_ids.check_ids`. `reading/` has the readers of files, below `documents`.
+`documents.open_documents`, `shared_ids.check_ids` and `run_images.RunImages` (reads the images of rows).
+`reading/` has the readers of files, below `documents`.
 Below `encoding`: `messages` reads conversations, `chat` renders, `turns` finds the answers in what
 was rendered, `visibility` whether anything is missing there, and `answers` puts these together. With images, `images` reads
 what stands in a row; in a message one character stands for each until `chat` renders it, and `expansions` puts all tokens of an

@@ -2,7 +2,8 @@
 
 Others use `refs` (ImageRef: an image of a row without its bytes or pixels), `processor` (load_media_processor: the tokens that an
 image becomes, its pixels, the model inputs of a batch), `pictures` (Pictures: the same, ahead of its use), `families`, `reader`
-(ImageReader: the bytes of an image, wherever they are) and `headers` (whether an image can be used, without decoding it).
+(ImageReader: the bytes of an image, wherever they are), `grey` (images that show nothing) and `headers` (whether an image can be
+used, without decoding it).
 
 Traps:
 - Pixels exist only shortly before a model needs them: a large image may be 31 MB of them.
