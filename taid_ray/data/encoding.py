@@ -48,6 +48,11 @@ class Counts:
         return self.images + self.bad_images > 0
 
 
+def said_of_bad(bad: Sequence[tuple[int, str]]) -> str:
+    """Lists rows that were dropped for an image, with what is wrong."""
+    return "; ".join(f"row {row}: {reason}" for row, reason in bad)
+
+
 @dataclass(frozen=True)
 class _Text:
     """A document, or a part of it, as text."""
@@ -92,8 +97,8 @@ class Encoder:
         self._image_token = None if media is None else str(tokenizer.convert_ids_to_tokens(media.tokens.image_token_id))
         self._answers = None if plain else AnswerRenderer(config, tokenizer, self._image_token)
         self._images = ImageSource(config, media) if media is not None and config.images_column else None
-        self.bad: list[str] = []
-        """Why documents were dropped for an image, the first few."""
+        self.bad: list[tuple[int, str]] = []
+        """Rows that were dropped for an image, and why, the first few."""
 
     def encode(self, columns: Columns, first_row: int) -> list[Sample]:
         """Encodes some consecutive documents as samples, in order. `first_row` is the first one's number, counted from 1.
@@ -149,7 +154,7 @@ class Encoder:
             )
         if bad := self.counts.bad_images:
             said.append(
-                f"{bad} row(s) were left out for an image (data.bad_images: drop), for example: {' | '.join(self.bad)}"
+                f"{bad} row(s) were left out for an image (data.bad_images: drop), for example: {said_of_bad(self.bad)}"
             )
         return said
 
@@ -195,8 +200,10 @@ class Encoder:
             found = self._answers.conversation(document, where, images)
         except UnusableRow as error:
             if self._config.bad_images == "error":
-                raise
-            self.bad += [str(error)] * (len(self.bad) < BAD_SAID)
+                raise DataError(
+                    f"{where}: {error}. Mend or remove it, or set data.bad_images: drop to leave such rows out."
+                ) from None
+            self.bad += [(row, str(error))] * (len(self.bad) < BAD_SAID)
             self.counts.dropped += 1
             self.counts.bad_images += 1
             return []

@@ -90,8 +90,8 @@ class SeenImage(NamedTuple):
     """As `media.reader.version_of` says."""
 
 
-class UnusableRow(DataError):
-    """An image of a row cannot be used, for which `data.bad_images: drop` leaves the row out."""
+class UnusableRow(Exception):
+    """Which image of a row cannot be used, and why, for which `data.bad_images: drop` leaves the row out."""
 
 
 class ImageSource:
@@ -172,7 +172,10 @@ class RowImages:
         return bool(self._column)
 
     def mark(self, own: Any = None) -> str:
-        """Returns IMAGE_MARK for the next image of the column, or for one that stands in the message itself. Raises DataError."""
+        """Returns IMAGE_MARK for the next image of the column, or for one that stands in the message itself.
+
+        Raises UnusableRow if it cannot be used, and DataError if it cannot be read just now.
+        """
         if own is None and self._used == len(self._column):
             self._lacking += 1  # said when all marks are known
             return IMAGE_MARK
@@ -182,10 +185,7 @@ class RowImages:
             self.found.append(self._source.found(own))
         except BadImage as error:
             name = _name(own)
-            raise UnusableRow(
-                f"{self._where}: image {len(self.found) + 1}{f' ({name})' if name else ''} {error}. Mend or remove it, or set "
-                f"data.bad_images: drop to leave such rows out."
-            ) from None
+            raise UnusableRow(f"image {len(self.found) + 1}{f' ({name})' if name else ''} {error}") from None
         except DataError as error:
             raise DataError(f"{self._where}: image {len(self.found) + 1}: {error}") from None
         return IMAGE_MARK

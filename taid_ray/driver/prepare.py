@@ -16,7 +16,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from taid_ray.config.paths import with_absolute_paths
 from taid_ray.config.schema import DistillConfig
-from taid_ray.data.encoding import BAD_SAID, Counts
+from taid_ray.data.encoding import Counts
 from taid_ray.data.store.assemble import assemble
 from taid_ray.data.store.prepare import Encoding, prepare_span
 from taid_ray.data.store.prepared import PreparedData, mixed
@@ -89,10 +89,9 @@ def _about_images(shards: Sequence[ShardFacts], counts: Counts) -> list[str]:
     """Says in sentences what became of the images of a source; nothing without any."""
     said = [f"{counts.images:,} image(s) are in the rows"] * counts.has_images
     if counts.bad_images:
-        examples = [reason for shard in shards for reason in (shard.media or {}).get("bad", ())][:BAD_SAID]
+        examples = next(shard.media["bad"] for shard in shards if shard.media and shard.media["bad"])
         said.append(
-            f"{counts.bad_images:,} row(s) were left out for an image (data.bad_images: drop), for example: "
-            f"{' | '.join(examples)}"
+            f"{counts.bad_images:,} row(s) were left out for an image (data.bad_images: drop), for example: {examples}"
         )
     return said
 

@@ -24,7 +24,7 @@ from taid_ray.config.data import DataSource
 from taid_ray.data import chat
 from taid_ray.data.batch import Row
 from taid_ray.data.columns import Column, columns_of, lacking
-from taid_ray.data.encoding import Columns, Encoder
+from taid_ray.data.encoding import Columns, Encoder, said_of_bad
 from taid_ray.data.images import BLOCK_DOCUMENTS_WITH_IMAGES, EncoderMedia, ImageTokens
 from taid_ray.data.packing import Sample, to_rows
 from taid_ray.data.reading.complaints import explained, no_column
@@ -211,7 +211,9 @@ class _ShardMaker:
         packed, outside = self.pack.seal(), self._encoder.images_outside
         if outside:
             write_outside(directory / outside_name(digest), outside)
-        return self._images.facts() | {"packed": packed, "outside": bool(outside), "bad": self._encoder.bad}
+        # Rows of the span: to number them in the file would mean to read all of it before the span.
+        bad = f"in {self._span}, {said_of_bad(self._encoder.bad)}" if self._encoder.bad else ""
+        return self._images.facts() | {"packed": packed, "outside": bool(outside), "bad": bad}
 
     def _blocks(self) -> Iterator[tuple[Columns, int]]:
         """Yields the documents that are not skipped, in blocks, with the first one's number in the span, from 1."""

@@ -74,7 +74,7 @@ class ShardFacts:
     blocks: list[Block]
     media: dict[str, Any] | None = None
     """With images: MEDIA_TOTALS, a `digest` of all of them in order, which files go with the shard (`packed`, `outside`), and
-    why documents were dropped for an image, a few times (`bad`)."""
+    which documents were dropped for an image, and why, the first few (`bad`, a text)."""
 
     @property
     def rows(self) -> int:
