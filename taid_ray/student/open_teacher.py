@@ -6,9 +6,11 @@ from contextlib import ExitStack
 import torch
 
 from taid_ray.data.batch import Row, collate
+from taid_ray.data.run_images import RunImages
 from taid_ray.media.pictures import Read
 from taid_ray.student.context import WorkerContext
 from taid_ray.student.engine import Student
+from taid_ray.student.seeing import seeing_batches, seeing_note, teacher_seeing
 from taid_ray.teacher.cache.cached import CachedTeacher
 from taid_ray.teacher.cache.claims import ClaimRegistry, NoClaims
 from taid_ray.teacher.cache.offline import OfflineTeacher
@@ -66,6 +68,23 @@ def connect_teacher(context: WorkerContext, read: Read | None = None) -> Teacher
     if config.cache.on:
         teacher = CachedTeacher(teacher, CacheStore(config.cache, scheduler.note), claims, context.device)
     return teacher
+
+
+def check_seeing(
+    context: WorkerContext, teacher: TeacherClient | None, rows: Sequence[Row], images: RunImages | None
+) -> None:
+    """Measures on the first validation rows with images whether the teacher sees, and tells the driver's terminal.
+
+    Does nothing without a teacher or images. Raises TeacherError if it does not see, DataError if no row has an image.
+    """
+    if teacher is None or images is None:
+        return
+    config = context.config
+    batches = seeing_batches(rows, config.train.micro_batch_size, images.processor.grey, images.memory)
+    if config.given_teacher.is_stored:
+        batches = batches[:1]  # its record has the values of all rows
+    found = teacher_seeing(teacher, batches, config.data.sees_at_least)
+    context.note(seeing_note("teacher", found, config.data.sees_at_least))
 
 
 def measured_payload_error(context: WorkerContext, teacher: TeacherClient | None, rows: Sequence[Row]) -> float:

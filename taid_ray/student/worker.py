@@ -32,7 +32,7 @@ from taid_ray.student.engine import Student
 from taid_ray.student.engine_check import check_engine
 from taid_ray.student.hooks import StepHooks
 from taid_ray.student.loop import train_loop
-from taid_ray.student.open_teacher import measured_payload_error, open_teacher
+from taid_ray.student.open_teacher import check_seeing, measured_payload_error, open_teacher
 from taid_ray.student.pixels import BatchInputs
 from taid_ray.student.prefetch import READ_AHEAD_STEPS, Prefetcher, read_ahead
 from taid_ray.student.spec import Finished, Outcome, Stopped, WorkerSpec
@@ -132,6 +132,8 @@ class TrainingRun:
             context.note(f"going on after step {self._start.step}, from the checkpoint {checkpoint.name}")
             self._totals = RunTotals.from_state(checkpoint.totals)
         else:
+            if world.is_main:
+                check_seeing(context, teacher, rows, images)
             self._totals = RunTotals(measured_payload_error(context, teacher, rows) if world.is_main else 0.0)
         self._telemetry = open_telemetry(context, teacher, self._start.step, self._totals)
         closing.callback(self._telemetry.close)

@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 
+from taid_ray.config.schema import build_config
 from taid_ray.data.batch import NO_LABEL, Batch, Row
 from taid_ray.errors import DataError, TeacherError
 from taid_ray.media.refs import ImageRef
+from taid_ray.student.open_teacher import check_seeing
 from taid_ray.student.seeing import SEEING_ROWS, seeing_batches, seeing_note, teacher_seeing
 
 IMAGE = ImageRef("a" * 32, 1, 2, 64, 48, "file:a.png")
@@ -61,6 +63,27 @@ def test_a_teacher_that_sees_too_little_is_refused_with_both_numbers() -> None:
         teacher_seeing(teacher([0.5, 0.0003, 0.0]), batches, 0.01)
     with pytest.raises(TeacherError, match="nan"):
         teacher_seeing(teacher([float("nan")] * 3), batches, 0.0)
+
+
+@pytest.mark.parametrize(("mode", "measured"), [("pool", 3), ("cache", 2)])
+def test_a_run_measures_its_teacher_or_takes_what_was_measured(mode: str, measured: int, tmp_path: Any) -> None:
+    tree = {
+        "teacher": {"model": "t", "mode": mode}, "student": {"model": "s"}, "data": {"train": "d"},
+        "train": {"steps": 1, "batch_size": 2, "micro_batch_size": 2}, "cache": {"directory": str(tmp_path)},
+    }  # fmt: skip
+    said: list[str] = []
+    context: Any = SimpleNamespace(config=build_config(tree), note=said.append)
+    images: Any = SimpleNamespace(processor=SimpleNamespace(grey=grey), memory={})
+    check_seeing(context, teacher([0.5, 0.25, 0.125]), [row(IMAGE)] * 3, images)
+    assert (
+        f"the teacher's answers differ by {0.25 if measured == 3 else 0.38:.2g} nats (median of {measured} rows"
+        in said[0]
+    )
+    with pytest.raises(TeacherError, match="does not see"):
+        check_seeing(context, teacher([0.0] * 3), [row(IMAGE)] * 3, images)
+    check_seeing(context, None, [row(IMAGE)], images)
+    check_seeing(context, teacher([]), [row()], None)
+    assert len(said) == 1
 
 
 def test_the_note_says_how_many_rows_were_seen() -> None:
