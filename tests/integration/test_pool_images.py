@@ -124,6 +124,14 @@ class Owner:
         return [ray.put(found)]
 
 
+def is_lost(reference: ray.ObjectRef) -> bool:
+    try:
+        ray.get(reference)
+    except OwnerDiedError:
+        return True
+    return False
+
+
 def refused(name: str, request: ScoreRequest) -> Exception:
     """What a replica says to a request."""
     try:
@@ -142,6 +150,7 @@ def test_bytes_that_are_lost_or_damaged_break_a_request_and_no_replica(
     owner = Owner.remote()
     (reference,) = ray.get(owner.put.remote({"padding": bytes(2**20), **contents_of(contents)}))
     ray.kill(owner)
+    wait_until(lambda: is_lost(reference), "the death of the bytes' owner", START_S)
     error = refused(name, ScoreRequest.of(seen, reference))
     assert isinstance(error, OwnerDiedError) and isinstance(error, LOST)
     first = seen.images[0][0].digest
