@@ -83,10 +83,10 @@ def model_inputs(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
     Such a model takes [B, T] as well, and lets documents of a packed row see each other then.
     """
-    family, positions = FAMILIES.get(model.config.model_type), inputs["position_ids"]
-    if family is None or not family.mrope or positions.dim() == 3:
+    family = FAMILIES.get(model.config.model_type)
+    if family is None or not family.mrope or inputs["position_ids"].dim() == 3:
         return dict(inputs)
-    return inputs | {"position_ids": positions.expand(4, *positions.shape)}
+    return inputs | {"position_ids": inputs["position_ids"].expand(4, -1, -1)}
 
 
 def computes_one_row(model: Any) -> bool:
