@@ -226,6 +226,7 @@ def test_bfloat16_stays_near_the_reference(stage: int, expected: dict[str, Any])
         assert line.loss == pytest.approx(reference["loss"], rel=5e-3), line.step
 
 
+@pytest.mark.more
 @pytest.mark.timeout(240)
 def test_quantised_payloads_stay_near_the_exact_run() -> None:
     """The beginning of the quickstart: t within 1e-3 and the loss within 1 % at every step."""

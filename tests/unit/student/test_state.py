@@ -78,8 +78,8 @@ def train(stage: int, kind: str, world: Any, directory: Path, restored: Any) -> 
     return losses, xxhash.xxh3_64_hexdigest(b"".join(weights[key].float().numpy().tobytes() for key in sorted(weights)))
 
 
-def work(rank: int, size: int, port: int, root: str, save: bool) -> None:
-    """One rank: with `save`, every layout of this world size from the start; then all from all checkpoints."""
+def work(rank: int, size: int, port: int, root: str, saves: bool, reads: bool) -> None:
+    """One rank. `saves`: every layout of this world size from the start; `reads`: then all from other layouts' checkpoints."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
@@ -92,33 +92,32 @@ def work(rank: int, size: int, port: int, root: str, save: bool) -> None:
     from taid_ray.distributed.world import World
 
     world, found = World.current(), {}
-    for stage, kind in LAYOUTS[size]:
-        if save:
-            directory = Path(root) / f"{size}-{stage}-{kind}"
-            found[f"{size}-{stage}-{kind} from -"] = train(stage, kind, world, directory, None)
-            sources = [directory]
-        else:
-            sources = sorted(path for path in Path(root).iterdir() if path.name.endswith(f"-{kind}"))
-            sources = [path for path in sources if path.name in ("1-3-", "2-1-", "2-0-ctkd")]
-        for source in sources:
-            restored = restore(CheckpointStore(str(source)), world, print)
-            assert restored is not None and restored.result.step == SAVED
-            found[f"{size}-{stage}-{kind} from {source.name}"] = train(stage, kind, world, source, restored)
+
+    def go_on(stage: int, kind: str, source: str) -> None:
+        directory = Path(root) / source
+        restored = restore(CheckpointStore(str(directory)), world, print)
+        assert restored is not None and restored.result.step == SAVED
+        found[f"{size}-{stage}-{kind} from {source}"] = train(stage, kind, world, directory, restored)
+
+    for stage, kind in LAYOUTS[size] if saves else ():
+        own = f"{size}-{stage}-{kind}"
+        found[f"{own} from -"] = train(stage, kind, world, Path(root) / own, None)
+        go_on(stage, kind, own)
+    for stage, kind in LAYOUTS[size] if reads else ():
+        for source in ("1-3-", "2-1-", "2-0-ctkd"):
+            if source.endswith(f"-{kind}") and source != f"{size}-{stage}-{kind}":
+                go_on(stage, kind, source)
     if rank == 0:
-        (Path(root) / f"{size}-{save}.json").write_text(json.dumps(found))
+        (Path(root) / f"{size}-{saves}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[float], str]]:
     root, found = tmp_path_factory.mktemp("states"), {}
-    for save in (True, False):
-        for size in LAYOUTS:
-            port = 29610 + 2 * size + save
-            mp.spawn(work, (size, port, str(root), save), nprocs=size)
-            file = root / f"{size}-{save}.json"
-            found |= json.loads(file.read_text())
-            file.unlink()
+    for number, (size, saves, reads) in enumerate([(1, True, False), (2, True, True), (1, False, True)]):
+        mp.spawn(work, (size, 29610 + number, str(root), saves, reads), nprocs=size)
+        found |= json.loads((root / f"{size}-{saves}.json").read_text())
     return found
 
 
