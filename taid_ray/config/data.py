@@ -267,7 +267,7 @@ class DataConfig(Section):
 
     @property
     def has_images(self) -> bool:
-        """Whether some source of training data has a column of images, which makes a run one of vision-language models."""
+        """Tells whether a source of training data has a column of images, which makes a run one of vision-language models."""
         return any(source.images_column is not None for source in self.sources)
 
     @property

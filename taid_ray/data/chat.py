@@ -151,7 +151,7 @@ class ChatTemplate:
         return self._plain_roles
 
     def _takes_parts(self, talk: list[Message]) -> bool:
-        """Whether a conversation with one image is rendered with it, and without lists as Python shows them."""
+        """Tells whether a conversation with one image is rendered with it, and without lists as Python shows them."""
         assert self.image_token is not None
         try:
             text = self.render(talk)

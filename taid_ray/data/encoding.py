@@ -44,7 +44,7 @@ class Counts:
 
     @property
     def has_images(self) -> bool:
-        """Whether there was an image, used or not."""
+        """Tells whether there was an image, used or not."""
         return self.images + self.bad_images > 0
 
 

@@ -168,7 +168,7 @@ class RowImages:
 
     @property
     def in_column(self) -> bool:
-        """Whether the column holds an image."""
+        """Tells whether the column holds an image."""
         return bool(self._column)
 
     def mark(self, own: Any = None) -> str:

@@ -83,7 +83,7 @@ def refuse_images(config: DistillConfig) -> None:
 
 
 def encoder_media(config: DistillConfig) -> EncoderMedia | None:
-    """What the run's images become, for data that are only looked at; None without images. Raises ModelError."""
+    """Loads what turns images of a run's data into tokens, to look at the data; None without images. Raises ModelError."""
     media = run_media(config)
     return None if media is None else EncoderMedia(media)
 

@@ -79,7 +79,7 @@ def run_media(config: DistillConfig, backend: str | None = None) -> "MediaProces
 
 
 def media_settings(config: DistillConfig, backend: str | None = None) -> "MediaSettings | None":
-    """How the run's images are processed; None without images. backend: as in `run_media`."""
+    """Says how the run's images are processed; None without images. backend: as in `run_media`."""
     if not config.data.has_images:
         return None
     from taid_ray.media.processor import MediaSettings

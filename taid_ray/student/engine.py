@@ -129,29 +129,34 @@ class Student:
             self.parameters["loss.temperature"] = self.learned.offset
         if checkpoint is not None:
             load_weights(self.parameters, checkpoint.tensor)
-        optimizer = torch.optim.AdamW(
-            [*decay_groups(self.trained, config.train.weight_decay), *temperature_group(config, self.learned)],
-            lr=config.train.learning_rate,
-            betas=config.train.betas,
-            eps=config.train.epsilon,
-            fused=True,
-        )
         self._temperature = torch.tensor(config.loss.fixed_temperature)
         self._strength = 1.0
         self.grad_norm = 0.0
         self.clips_itself = config.student.zero_stage == 0
-        if self.clips_itself:
-            # ZeRO 0 hands clipping to a helper that keeps no norm; this hook runs after the gradients are reduced.
-            optimizer.register_step_pre_hook(self._clip)
         memory_mib = config.loss.memory_mib or loss_memory_mib(device)
         self.chunk_tokens = chunk_tokens_for(num_shared, memory_mib * 2**20)
         self.engine, *_ = deepspeed.initialize(
             model=LossInHead(self.trained, model, self.learned).to(device),
-            optimizer=optimizer,
+            optimizer=self._optimizer(),
             config=deepspeed_config(config),
         )
         if checkpoint is not None:
             load_optimizer(self.engine, self.parameters, checkpoint.tensor, checkpoint.result.step, world)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """Makes the optimizer of all that is trained."""
+        train = self.config.train
+        optimizer = torch.optim.AdamW(
+            [*decay_groups(self.trained, train.weight_decay), *temperature_group(self.config, self.learned)],
+            lr=train.learning_rate,
+            betas=train.betas,
+            eps=train.epsilon,
+            fused=True,
+        )
+        if self.clips_itself:
+            # ZeRO 0 hands clipping to a helper that keeps no norm; this hook runs after the gradients are reduced.
+            optimizer.register_step_pre_hook(self._clip)
+        return optimizer
 
     def reseed(self, step: int) -> None:
         """Seeds the random numbers of an optimizer step (dropout) from (seed, step, rank) and nothing else."""
