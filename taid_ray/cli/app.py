@@ -131,14 +131,19 @@ def evaluate(
     teacher: Annotated[str, typer.Option(help="Teacher to compare with: hub name or directory.")],
     data: Annotated[str, typer.Option(help="Data: hub name, local file or directory.")],
     overrides: DataKeys = None,
-    rouge: Annotated[bool, typer.Option("--rouge", help="Also score generated responses with ROUGE-L.")] = False,
+    rouge: Annotated[
+        bool, typer.Option("--rouge", help="Also score generated responses: ROUGE-L, exact match.")
+    ] = False,
 ) -> None:
     """Measure a model on data: cross-entropy, perplexity and KL to the teacher."""
     from taid_ray.student.evaluate import evaluate_model, measurement_table
 
     with named_as_arguments():
         evaluation = evaluate_model(model, teacher, data, [dotted(override) for override in overrides or []], rouge)
-    Console().print(measurement_table(evaluation))
+    console = Console()
+    console.print(measurement_table(evaluation))
+    for note in evaluation.notes:
+        print_line(console, note)
 
 
 @app.command()

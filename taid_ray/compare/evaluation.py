@@ -23,7 +23,8 @@ from taid_ray.models.pair import model_configs, run_tokenizer, shared_vocabulary
 from taid_ray.models.probes import not_finite
 from taid_ray.models.student_init import origin
 from taid_ray.student.evaluate import BATCH_ROWS, load_student
-from taid_ray.student.rouge import conversations, rouge_scores
+from taid_ray.student.generation import answers
+from taid_ray.student.rouge import conversations, rouge_l
 from taid_ray.teacher.model import TeacherModel
 from taid_ray.teacher.payload import TeacherOutput
 
@@ -112,7 +113,7 @@ class Evaluator:
         return [
             score
             for _, samples, stop_ids in self._prompts
-            for score in rouge_scores(model, self._tokenizer, samples, self._device, stop_ids)
+            for score in rouge_l(answers(model, self._tokenizer, samples, self._device, stop_ids))
         ]
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ any restart, streamed or not.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -21,6 +21,7 @@ from taid_ray.data.images import BLOCK_DOCUMENTS_WITH_IMAGES, EncoderMedia
 from taid_ray.data.packing import Sample, to_rows
 from taid_ray.errors import DataError
 from taid_ray.media.reader import resolved
+from taid_ray.media.refs import ImageRef
 
 T = TypeVar("T")
 
@@ -177,12 +178,16 @@ def validation_rows(
     if not samples:
         raise nothing_to_learn(source, encoder.counts)
     rows = to_rows(samples, config.sequence_length, config.pack)
-    return rows if media is None else [_with_places(row, config.images_directory) for row in rows]
+    return (
+        rows
+        if media is None
+        else [replace(row, images=with_places(row.images, config.images_directory)) for row in rows]
+    )
 
 
-def _with_places(row: Row, directory: str | None) -> Row:
-    """The row with places of images that a reader finds."""
-    return replace(row, images=tuple(replace(image, place=resolved(image.place, directory)) for image in row.images))
+def with_places(images: Sequence[ImageRef], directory: str | None) -> tuple[ImageRef, ...]:
+    """Gives images the places at which a reader finds them. directory: `data.images_directory`."""
+    return tuple(replace(image, place=resolved(image.place, directory)) for image in images)
 
 
 def nothing_to_learn(source: str, counts: Counts) -> DataError:

@@ -18,7 +18,15 @@ from taid_ray.models.probes import PROBE_LENGTH, Probe, long_probe, probe_inputs
 from taid_ray.models.self_test import explained_tests, self_test
 from taid_ray.teacher.fingerprint import digest, fingerprint, head_digest
 from taid_ray.teacher.groups import micro_batches, used_lengths
-from taid_ray.teacher.payload import bytes_per_token, check_topk, divergence, encode, measured_error, needs_head
+from taid_ray.teacher.payload import (
+    bytes_per_token,
+    check_topk,
+    divergence,
+    encode,
+    measured_error,
+    needs_head,
+    row_means,
+)
 from taid_ray.teacher.pictures import RowPictures, check_pictures, with_pictures
 from taid_ray.teacher.protocol import TeacherInfo
 
@@ -115,11 +123,8 @@ class TeacherModel:
         for shown in (pictures, others):
             self.check_request(inputs, loss_positions, pictures=shown)
         seen, unseen = (self._hidden(inputs, loss_positions, shown) for shown in (pictures, others))
-        found = divergence(self.head().to(self._device), seen, unseen).cpu()
-        rows, length = inputs["input_ids"].shape
-        row, zeros = loss_positions // length, torch.zeros(rows, dtype=torch.float64)
-        counts = zeros.index_add(0, row, torch.ones_like(found)).clamp(min=1)
-        return (zeros.index_add(0, row, found) / counts).tolist()
+        found = divergence(self.head().to(self._device), seen, unseen)
+        return row_means(found, loss_positions, inputs["input_ids"].shape)
 
     def check_request(
         self,

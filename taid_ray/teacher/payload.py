@@ -193,6 +193,18 @@ def divergence(head: Head, hidden: Tensor, other: Tensor) -> Tensor:
     return torch.cat([_kl(head.logits(p), head.logits(q)) for p, q in parts])
 
 
+def row_means(values: Tensor, loss_positions: Tensor, shape: torch.Size) -> list[float]:
+    """Computes the mean of `values` [N], one per loss position, over each row; 0.0 for a row that has none.
+
+    loss_positions: [N], into rows of `shape` [B, T] laid one behind the other.
+    """
+    rows, length = shape
+    row, zeros = loss_positions // length, torch.zeros(rows, dtype=torch.float64)
+    counts = zeros.index_add(0, row, torch.ones(len(row), dtype=torch.float64)).clamp(min=1)
+    means: list[float] = (zeros.index_add(0, row, values.double().cpu()) / counts).tolist()
+    return means
+
+
 def dequantized(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Computes values [N, H] * scale [N] in float32, rounded once to dtype."""
     result = torch.empty(values.shape, dtype=dtype, device=values.device)

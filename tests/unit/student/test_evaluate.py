@@ -43,7 +43,7 @@ def test_a_model_measured_against_itself() -> None:
     # The teacher groups the rows in its own way, so the last bits differ.
     assert found.cross_entropy == pytest.approx(found.teacher_cross_entropy, rel=1e-7)
     assert 1 < found.cross_entropy < 2
-    assert found.rouge_l is None
+    assert found.answers == {} and found.notes == ()
 
 
 @pytest.mark.parametrize("overrides", [[], ["data.pack=false"], ["data.sequence_length=512"]])
@@ -102,9 +102,11 @@ def test_rouge_loads_no_model_again(pairs: str, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(teacher_model, "load_causal_lm", load)
     generating = []
-    monkeypatch.setattr(measure, "rouge_scores", lambda model, *_: generating.append(model.dtype) or [0.5])
+    monkeypatch.setattr(
+        measure, "answers", lambda model, *_: generating.append(model.dtype) or [("a", "A "), ("b", "c")]
+    )
     keys = ["teacher.dtype=bfloat16", "data.format=prompt_response", "data.valid_documents=2"]
-    assert evaluate_model(STORIES, STORIES, pairs, keys, rouge=True).teacher_rouge_l == 0.5
+    assert evaluate_model(STORIES, STORIES, pairs, keys, rouge=True).answers["exact match"] == (0.5, 0.5)
     assert (teachers, generating) == (["bfloat16"], [torch.float32, torch.bfloat16])
 
 
@@ -154,7 +156,7 @@ def test_the_table_of_prompts_and_responses(
         [cell.strip() for cell in line.split("│")[1:-1]] for line in shown.out.splitlines() if "│" in line
     )
     assert (model[0], teacher[0]) == ("model", "teacher")
-    assert model[1] == teacher[1] and model[4] == teacher[4]
+    assert model[1] == teacher[1] and model[4:] == teacher[4:]
     assert float(model[2]) == pytest.approx(math.exp(float(model[1])), rel=1e-3)
     assert (model[3], teacher[3]) == ("0.0000", "-")
-    assert 0 <= float(model[4]) <= 1
+    assert 0 < float(model[4]) < 1 and model[5] == "0.0000"
