@@ -176,7 +176,7 @@ class SearchDriver:
                 self.space.check(config.model_dump(mode="json"), spec.total_steps)
             if pool:
                 wait_for_pool(up, stop)
-            concurrent = self._concurrent(demand)
+            concurrent = self._concurrent(demand, spec)
             finished, stopped = self.book.with_status("finished"), frozenset(self.book.with_status("stopped"))
             self.view.say(f"{self.space.num_trials} trials, {concurrent} at a time, {len(finished)} finished before")
             job = SearchJob(
@@ -194,8 +194,11 @@ class SearchDriver:
             if stop.requested:
                 raise stop.end()
 
-    def _concurrent(self, demand: Demand) -> int:
-        """Number of trials at a time. Raises ClusterError if there is no room for one, or for their teacher's answers."""
+    def _concurrent(self, demand: Demand, spec: RunSpec) -> int:
+        """Number of trials at a time. spec: of each run, which knows the data.
+
+        Raises ClusterError if there is no room for one, or for their teacher's answers and the images that are sent to it.
+        """
         room = room_for_trials(demand, self.own_teachers)
         concurrent = min(self.max_concurrent or room, room)
         if not concurrent:
@@ -203,7 +206,12 @@ class SearchDriver:
                 "the cluster has no room for a trial at present: other jobs hold what its nodes have; see `ray status`"
             )
         if self.pool:
-            check_object_store(self.spec.payload_bytes, self.config.given_teacher, concurrent * demand.workers)
+            check_object_store(
+                spec.payload_bytes,
+                self.config.given_teacher,
+                concurrent * demand.workers,
+                image_bytes=spec.image_bytes,
+            )
         return concurrent
 
     def _tune(self, job: SearchJob, concurrent: int, stop: StopRequest) -> None:

@@ -10,8 +10,11 @@ from ray import cloudpickle
 
 from taid_ray.config.schema import build_config
 from taid_ray.config.space import Space
+from taid_ray.distributed import capacity
+from taid_ray.distributed.capacity import Demand
 from taid_ray.driver.progress import ProgressView
 from taid_ray.driver.signals import StopRequest
+from taid_ray.errors import ClusterError
 from taid_ray.report.search_results import read_search
 from taid_ray.search import driver
 from taid_ray.search.book import TrialBook
@@ -49,6 +52,20 @@ def test_ray_tune_can_pickle_what_it_is_given(tmp_path: Path) -> None:
     name = tuner._local_tuner._tune_config.trial_name_creator
     copy = pickle.loads(cloudpickle.dumps(name))
     assert copy(SimpleNamespace(config={"schedule.beta": 0.5})) == "0001"
+
+
+def test_answers_and_images_of_all_trials_at_a_time_must_fit_the_object_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mib, demand = 2**20, cast(Demand, SimpleNamespace(workers=1))
+    search = searching(tmp_path, window=2)
+    spec = cast(RunSpec, SimpleNamespace(payload_bytes=mib, image_bytes=3 * mib))
+    monkeypatch.setattr(driver, "room_for_trials", lambda *_: 2)
+    monkeypatch.setattr(capacity, "_alive", lambda _: [{"object_store_memory": 32 * mib}])
+    assert search._concurrent(demand, spec) == 2  # two windows of 2 x (1 + 3) MiB are half of it
+    monkeypatch.setattr(capacity, "_alive", lambda _: [{"object_store_memory": 31 * mib}])
+    with pytest.raises(ClusterError, match="images of up to 3 MiB for each of them, for each of 2 student worker"):
+        search._concurrent(demand, spec)
 
 
 def test_a_report_that_cannot_be_drawn_is_told_and_the_search_has_ended(
