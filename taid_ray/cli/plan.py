@@ -1,6 +1,7 @@
 """The command `taid-ray plan`: prints a Forecast as tables, or as JSON."""
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from taid_ray.plan.hardware import NAMES, hardware_named
 from taid_ray.report.history import History, read_history
 
 UTILISATION = 0.4
+IMAGE_SIZE = "1024x768"
 DEFAULT_GPU = "h100-80g"
 MIN_WIDTH = 100
 """Columns that the tables need; on a narrower terminal lines wrap, where figures would be cut off."""
@@ -39,6 +41,10 @@ def plan(
             "--from", metavar="RUN", help="Take the rates from the metrics.jsonl of a run of the same models."
         ),
     ] = None,
+    image_size: Annotated[
+        str | None, typer.Option(metavar="WxH", help=f"Pixels of every image (default: {IMAGE_SIZE}).")
+    ] = None,
+    images_per_row: Annotated[int | None, typer.Option(min=1, help="Images in every row (default: 1).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes, seconds, operations.")] = False,
 ) -> None:
     """Say what a configuration will need and how long it will take, without loading weights."""
@@ -46,14 +52,18 @@ def plan(
     history = None if run is None else read_history(run)
     hardware = hardware_named(gpu or default_gpu(loaded, history))
     check_numbers(tokens, utilisation, price_per_gpu_hour)
+    size = image_numbers(loaded, image_size, images_per_row)
     progress = Console(stderr=True)
     progress.print("loading torch and transformers", highlight=False)
     from taid_ray.plan.forecast import forecast
     from taid_ray.plan.from_run import run_figures
+    from taid_ray.plan.images import row_images
     from taid_ray.plan.inputs import PlanInputs, read_models
     from taid_ray.plan.tables import show
 
-    inputs = PlanInputs(loaded, read_models(loaded), hardware)
+    models = read_models(loaded)
+    images = row_images(loaded, models.teacher, models.student, size, images_per_row or 1)
+    inputs = PlanInputs(loaded, models, hardware, images)
     found = forecast(
         inputs,
         utilisation=utilisation,
@@ -81,6 +91,17 @@ def default_gpu(config: DistillConfig, history: History | None) -> str:
             f"with --gpu ({', '.join(NAMES)})"
         )
     return DEFAULT_GPU
+
+
+def image_numbers(config: DistillConfig, size: str | None, per_row: int | None) -> tuple[int, int]:
+    """Returns width and height of the planned images. Raises ConfigError for options about images without a use or a meaning."""
+    for option, value in (("--image-size", size), ("--images-per-row", per_row)):
+        if value is not None and not config.data.has_images:
+            raise ConfigError(f"{option} {value}: this run has no images; set data.images_column, or leave it out")
+    found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", size or IMAGE_SIZE)
+    if found is None:
+        raise ConfigError(f"--image-size: width and height in pixels, such as {IMAGE_SIZE} (found {size})")
+    return int(found[1]), int(found[2])
 
 
 def check_numbers(tokens: float | None, utilisation: float, price: float | None) -> None:

@@ -48,9 +48,10 @@ class Forecast:
 
     @property
     def object_store_bytes(self) -> float:
-        """Bytes that the cluster's object stores must have together: twice the answers in flight."""
+        """Bytes that the cluster's object stores must have together: twice the answers and images in flight."""
         inputs = self.inputs
-        return 2 * inputs.in_flight_bytes * inputs.workers if inputs.mode == "pool" else 0.0
+        in_flight = inputs.in_flight_bytes + inputs.images_in_flight_bytes
+        return 2 * in_flight * inputs.workers if inputs.mode == "pool" else 0.0
 
     @property
     def wire_bytes_per_s(self) -> float:
@@ -84,7 +85,8 @@ class Forecast:
             name: asdict(getattr(inputs, name)) for name in ("student", "teacher") if name == "student" or teacher
         }
         for shape in shapes.values():
-            shape.pop("sizes")
+            for name in ("sizes", *(() if inputs.images else ("vision", "vision_trained"))):
+                shape.pop(name)
         figures = (
             "times",
             "rates",
@@ -96,29 +98,40 @@ class Forecast:
             "shard_memory",
             "scaling",
         )
-        return shapes | {
-            "name": config.name,
-            "hardware": asdict(inputs.hardware),
-            "utilisation": self.utilisation,
-            "mode": inputs.mode,
-            "payload": teacher and teacher.payload,
-            "zero_stage": config.student.zero_stage,
-            "checkpointing": config.student.gradient_checkpointing,
-            "shards": teacher and teacher.shards,
-            "workers": inputs.workers,
-            "num_shared": inputs.models.num_shared,
-            "wire_bytes_per_token": inputs.wire_bytes if teacher else {},
-            "wire_bytes_per_s": self.wire_bytes_per_s,
-            "object_store_bytes": self.object_store_bytes,
-            "flops": asdict(inputs.flops),
-            "workload": asdict(inputs.workload),
-            **{name: _plain(getattr(self, name)) for name in figures},
-            "run": self.run and self.run.as_dict() | {"replayed_s": self.replayed_s},
-            "processors": self.processors,
-            "tokens_per_s": self.tokens_per_s,
-            "bottleneck": self.times.bottleneck,
-            "notes": self.notes,
-        }
+        return (
+            shapes
+            | {
+                "name": config.name,
+                "hardware": asdict(inputs.hardware),
+                "utilisation": self.utilisation,
+                "mode": inputs.mode,
+                "payload": teacher and teacher.payload,
+                "zero_stage": config.student.zero_stage,
+                "checkpointing": config.student.gradient_checkpointing,
+                "shards": teacher and teacher.shards,
+                "workers": inputs.workers,
+                "num_shared": inputs.models.num_shared,
+                "wire_bytes_per_token": inputs.wire_bytes if teacher else {},
+                "wire_bytes_per_s": self.wire_bytes_per_s,
+                "object_store_bytes": self.object_store_bytes,
+                "flops": asdict(inputs.flops),
+                "workload": asdict(inputs.workload),
+                **{name: _plain(getattr(self, name)) for name in figures},
+                "run": self.run and self.run.as_dict() | {"replayed_s": self.replayed_s},
+                "processors": self.processors,
+                "tokens_per_s": self.tokens_per_s,
+                "bottleneck": self.times.bottleneck,
+                "notes": self.notes,
+            }
+            | self._images_as_dict()
+        )
+
+    def _images_as_dict(self) -> dict[str, Any]:
+        images, inputs = self.inputs.images, self.inputs
+        if images is None:
+            return {}
+        figures = {"request_bytes": inputs.image_bytes, "towers_traced": inputs.towers_traced}
+        return {"images": images.as_dict() | figures}
 
 
 def forecast(

@@ -78,6 +78,7 @@ def run_figures(history: History, inputs: PlanInputs) -> RunFigures:
         build_config(history.config.model_dump(mode="json"), values={"student.workers": workers}),
         inputs.models,
         inputs.hardware,
+        inputs.images,
     )
     # in the last steps of a finished run the teacher has no more to do
     ended = history.summary is not None and run.asks_teacher

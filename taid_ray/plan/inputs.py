@@ -18,9 +18,10 @@ from taid_ray.models.loading import check_causal_lm, check_divisible
 from taid_ray.models.pair import model_configs, shared_vocabulary
 from taid_ray.models.student_init import check_student, origin
 from taid_ray.plan.hardware import Hardware
+from taid_ray.plan.images import RowImages
 from taid_ray.plan.sizes import Activations, LossShape, ModelShape
 from taid_ray.plan.time import FLOAT32, StepWorkload, TokenFlops, backward_flops, body_flops, loss_flops
-from taid_ray.plan.trace import Pass, shape_of, trace
+from taid_ray.plan.trace import Pass, shape_of, trace, trace_tower
 from taid_ray.teacher.payload import bytes_per_token, needs_head
 
 
@@ -39,9 +40,9 @@ def read_models(config: DistillConfig) -> Models:
     """Reads configs and tokenizers, no weights. Raises ConfigError or ModelError as `taid-ray check` does."""
     teacher, student = model_configs(config)
     if config.teacher:
-        check_causal_lm(teacher, "teacher.model")
+        check_causal_lm(teacher, "teacher.model", config.data.has_images)
         check_divisible(teacher, config.teacher.shards)
-    check_causal_lm(student, "student.model")
+    check_causal_lm(student, "student.model", config.data.has_images)
     check_student(config, student)
     check_lengths(config, teacher, student)
     vocabulary = shared_vocabulary(config, teacher, student)
@@ -66,6 +67,8 @@ class PlanInputs:
     config: DistillConfig
     models: Models
     hardware: Hardware
+    images: RowImages | None = None
+    """The images of each row, in a run with images."""
 
     @property
     def mode(self) -> str:
@@ -101,13 +104,15 @@ class PlanInputs:
     @cached_property
     def student(self) -> ModelShape:
         """Sizes of the student, adapters included."""
-        config = self.config
-        return shape_of(self.models.student, config.student.lora, origin(config).trust_remote_code)
+        config, student = self.config, self.config.student
+        remote_code = origin(config).trust_remote_code
+        return shape_of(self.models.student, student.lora, remote_code, config.data.has_images, student.freeze)
 
     @cached_property
     def teacher(self) -> ModelShape:
         """Sizes of the whole teacher. Only where there is one."""
-        return shape_of(self.models.teacher, None, self.config.given_teacher.trust_remote_code)
+        remote_code = self.config.given_teacher.trust_remote_code
+        return shape_of(self.models.teacher, None, remote_code, self.config.data.has_images)
 
     @property
     def accumulation(self) -> int:
@@ -174,6 +179,16 @@ class PlanInputs:
         return teacher.in_flight_bytes(self.answer_bytes) if teacher else 0.0
 
     @property
+    def image_bytes(self) -> float:
+        """Bytes of the images of one request; 0 in a run without images."""
+        return self.micro_rows * self.images.row_bytes if self.images else 0.0
+
+    @property
+    def images_in_flight_bytes(self) -> float:
+        """Bytes of the images of one worker's requests in flight, at most."""
+        return self.config.teacher.window * self.image_bytes if self.config.teacher else 0.0
+
+    @property
     def window(self) -> int:
         """Requests that a worker keeps in flight, or batches that it has ready where training asks no teacher."""
         return int(self.in_flight_bytes / self.answer_bytes) if self.asks_teacher else 1
@@ -195,12 +210,17 @@ class PlanInputs:
         length, packed = self.workload.length, config.data.pack
         rebuilt = self.asks_teacher and needs_head(config.given_teacher.payload)
         forward = body_flops(student.matmul, student.layers, student.attention_width, length, packed)
+        backward = backward_flops(
+            student.matmul, student.matmul_trained, student.layers, student.attention_width, length, packed
+        )
+        if self.images is not None:
+            learnt, patches = student.vision_trained, self.images.per_row * self.images.student.patches / length
+            forward += patches * body_flops(student.vision, 0, 0, 0, False)
+            backward += patches * backward_flops(learnt, learnt, 0, 0, 0, False)
         return TokenFlops(
             teacher=self._teacher_flops() if self.asks_teacher else 0.0,
             forward=forward,
-            backward=backward_flops(
-                student.matmul, student.matmul_trained, student.layers, student.attention_width, length, packed
-            ),
+            backward=backward,
             recompute=forward if config.student.gradient_checkpointing else 0.0,
             loss=loss_flops(
                 self.models.num_shared,
@@ -215,12 +235,33 @@ class PlanInputs:
         teacher, rebuilt = self.teacher, needs_head(self.config.given_teacher.payload)
         length, packed = self.workload.length, self.config.data.pack
         own_head = 0.0 if rebuilt else 2.0 * self.models.num_shared * teacher.hidden_size
+        if self.images is not None and self.images.teacher is not None:
+            patches = self.images.per_row * self.images.teacher.patches / length
+            own_head += patches * body_flops(teacher.vision, 0, 0, 0, False)
         return body_flops(teacher.matmul, teacher.layers, teacher.attention_width, length, packed) + own_head
 
     def student_activations(self, checkpointing: bool) -> Activations:
-        """Traces the student's pass over one micro-batch. Takes seconds."""
+        """Traces the student's pass over one micro-batch, its images included where `towers_traced`. Takes seconds."""
+        traced = self._student_pass(checkpointing)
+        language, tower = trace(self.models.student, traced), self._student_towers[checkpointing]
+        return language if tower is None else language.after(tower)
+
+    def teacher_activations(self) -> Activations:
+        """Traces one forward pass of the whole teacher, as `student_activations`. Takes seconds."""
+        language, tower = trace(self.models.teacher, self._teacher_pass), self._teacher_tower
+        return language if tower is None else language.after(tower)
+
+    @property
+    def towers_traced(self) -> dict[str, bool]:
+        """Tells of each model that is shown images, and whose memory is planned, whether its vision tower could be traced."""
+        if self.images is None:
+            return {}
+        found = {"student": self._student_towers[False] is not None}
+        return found | ({"teacher": self._teacher_tower is not None} if self.mode in ("pool", "local") else {})
+
+    def _student_pass(self, checkpointing: bool) -> Pass:
         student = self.config.student
-        traced = Pass(
+        return Pass(
             rows=self.micro_rows,
             length=self.workload.length,
             dtype=_dtype(self.student_bytes),
@@ -228,13 +269,14 @@ class PlanInputs:
             checkpointing=checkpointing,
             lora=student.lora,
             trust_remote_code=origin(self.config).trust_remote_code,
+            images=self.config.data.has_images,
+            freeze=tuple(student.freeze),
         )
-        return trace(self.models.student, traced)
 
-    def teacher_activations(self) -> Activations:
-        """Traces one forward pass of the whole teacher. Takes seconds."""
+    @property
+    def _teacher_pass(self) -> Pass:
         teacher = self.config.given_teacher
-        traced = Pass(
+        return Pass(
             rows=min(self.micro_rows, max(1, teacher.max_tokens // self.workload.length)),
             length=self.workload.length,
             dtype=_dtype(self.teacher_bytes),
@@ -242,8 +284,24 @@ class PlanInputs:
             learns=False,
             trust_remote_code=teacher.trust_remote_code,
             key="teacher.model",
+            images=self.config.data.has_images,
         )
-        return trace(self.models.teacher, traced)
+
+    @cached_property
+    def _student_towers(self) -> dict[bool, Activations | None]:
+        """Activations of the student's vision tower, by gradient checkpointing; None without images or where none are known."""
+        if self.images is None:
+            return {False: None, True: None}
+        pixels = self.images.student.of(self.micro_rows, self.images.per_row)
+        return {each: trace_tower(self.models.student, self._student_pass(each), pixels) for each in (False, True)}
+
+    @cached_property
+    def _teacher_tower(self) -> Activations | None:
+        """Activations of the teacher's vision tower; None without images, and where they are not known."""
+        if self.images is None or self.images.teacher is None:
+            return None
+        pixels = self.images.teacher.of(self._teacher_pass.rows, self.images.per_row)
+        return trace_tower(self.models.teacher, self._teacher_pass, pixels)
 
 
 def _dtype(itemsize: int) -> torch.dtype:

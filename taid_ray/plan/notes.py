@@ -30,6 +30,7 @@ def plan_notes(found: "Forecast") -> list[str]:
     """Returns all notes, one line of text each."""
     return [
         *_memory_notes(found),
+        *_image_notes(found),
         *_time_notes(found),
         *_scaling_notes(found),
         *_assumptions(found),
@@ -48,6 +49,30 @@ def _memory_notes(found: "Forecast") -> list[str]:
     if shard is not None and not shard.fits:
         needed = f"a teacher process needs {gib(shard.bytes)} with teacher.shards: {shard.shards}"
         lines.append(f"{needed} and {room}; {_shards_remedy(found.shard_memory)}")
+    return lines
+
+
+def _image_notes(found: "Forecast") -> list[str]:
+    """Says what of the images is not counted, and whether processing them holds the student back."""
+    inputs, images = found.inputs, found.inputs.images
+    if images is None:
+        return []
+    lines = [
+        f"the activations of the {name}'s vision tower are NOT counted, because its code cannot be traced without running it; "
+        "leave room for them"
+        for name, traced in inputs.towers_traced.items()
+        if not traced
+    ]
+    lines.append(
+        "operations of a vision tower are counted as two for each of its weights and patches, without its attention"
+    )
+    processing = inputs.micro_rows * images.per_row * images.student.seconds
+    computing = found.rates.forward_s + found.rates.loss_s + found.rates.backward_s
+    if processing > computing:
+        lines.append(
+            f"processing the images of a micro-batch takes {processing:.2g} s in one thread here, computing it "
+            f"{computing:.2g} s: workers will wait for their images; lower data.image_processor, or give workers faster cores"
+        )
     return lines
 
 
@@ -87,8 +112,8 @@ def _scaling_notes(found: "Forecast") -> list[str]:
         blocks = found.inputs.config.data.order == "blocks"
         why = ": every worker reads and encodes the whole batch; with data.order: global it reads its own rows only"
         lines.append(
-            f"on {reading.workers:,} workers with {rows} rows each, reading the data takes longer than training"
-            f"{why if blocks else ''}"
+            f"on {reading.workers:,} workers with {rows} rows each, reading the data"
+            f"{' and processing its images' if found.inputs.images else ''} takes longer than training{why if blocks else ''}"
         )
     if scheduler := first.get("schedule"):
         lines.append(

@@ -93,7 +93,7 @@ def assumed_rates(inputs: PlanInputs, utilisation: float) -> Rates:
         loss_s=loss_s / inputs.accumulation,
         backward_s=body * (1 - forward),
         optimizer_s=optimizer_s,
-        read_s=row_s(inputs.config),
+        read_s=row_s(inputs.config) + images_s(inputs),
         data_s=DATA_S,
         request_s=0.0 if inputs.mode == "local" or not asks else REQUEST_S + inputs.answer_bytes / COPIED_BYTES_PER_S,
         noise=NOISE,
@@ -113,8 +113,16 @@ def _assumed_teacher_s(inputs: PlanInputs, utilisation: float) -> float:
         processors = _worker_processors(inputs)
     speed = Speed.of(hardware, processors, inputs.teacher_bytes, utilisation)
     weights = float(inputs.teacher_bytes * inputs.teacher.parameters)
-    whole = teacher_time(inputs.workload, inputs.flops, speed, weights, teacher.max_tokens)
-    return whole / inputs.workload.requests
+    whole = teacher_time(inputs.workload, inputs.flops, speed, weights, teacher.max_tokens) / inputs.workload.requests
+    images = inputs.images
+    if images is None or images.teacher is None:
+        return whole
+    return max(whole, inputs.micro_rows * images.per_row * images.teacher.seconds)  # in a thread beside the model
+
+
+def images_s(inputs: PlanInputs) -> float:
+    """Computes the seconds in which a thread of a student worker processes the images of one row."""
+    return inputs.images.per_row * inputs.images.student.seconds if inputs.images else 0.0
 
 
 def computed_times(inputs: PlanInputs, rates: Rates) -> Times:

@@ -30,6 +30,10 @@ class ModelShape:
     """Elements of each parameter."""
     sharded: int
     """Elements that tensor parallelism splits; every rank holds the others."""
+    vision: int = 0
+    """Weights of the matmuls that only images go through; `matmul` is without them."""
+    vision_trained: int = 0
+    """Those of them that learn."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,14 @@ class Activations:
     """The most during the forward pass."""
     backward_peak: int
     """The most during the backward pass."""
+
+    def after(self, tower: "Activations") -> "Activations":
+        """Those of a language model whose vision tower ran before it, and whose gradients go on to the tower."""
+        return Activations(
+            tower.saved + self.saved,
+            max(tower.forward_peak, tower.saved + self.forward_peak),
+            max(tower.saved + self.backward_peak, tower.backward_peak),
+        )
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,9 @@ def show(found: Forecast, console: Console) -> None:
         f"{_si(unit.memory_bytes, 'B')}, {_si(unit.bandwidth, 'B/s')}; assumed use {found.utilisation:.0%}",
         highlight=False,
     )
-    tables = (models_table, worker_table, teacher_table, wire_table, rates_table, time_table, scaling_table)
+    tables = (
+        models_table, images_table, worker_table, teacher_table, wire_table, rates_table, time_table, scaling_table
+    )  # fmt: skip
     for table in tables:
         if (made := table(found)) is not None:
             console.print(made)
@@ -48,6 +50,26 @@ def models_table(found: Forecast) -> Table:
     for name, shape in (shapes | {"student": student}).items():
         trained = _si(shape.trained) if shape is student else "-"
         table.add_row(name, _si(shape.parameters), trained, f"{shape.hidden_size:,}", f"{shape.head_rows:,}")
+    return table
+
+
+def images_table(found: Forecast) -> Table | None:
+    """Shows what the images of a row become; None in a run without images."""
+    inputs, images = found.inputs, found.inputs.images
+    if images is None:
+        return None
+    size = f"{images.width}x{images.height}"
+    table = Table(title="images", title_justify="left", box=SIMPLE_HEAD, show_header=False)
+    tokens = f"{images.per_row} of {size}, {images.tokens:,} of its {inputs.workload.length:,} tokens each"
+    table.add_row("one row", tokens)
+    for name, pixels in (("student", images.student), ("teacher", images.teacher)):
+        if pixels is not None:
+            took = f"processed in {_seconds(pixels.seconds)} here, in one thread"
+            table.add_row(f"at the {name}", f"{pixels.patches:,} patches, {took}")
+    table.add_row("files", f"{_si(images.file_bytes, 'B')} each assumed, {_si(inputs.image_bytes, 'B')} a micro-batch")
+    if inputs.mode == "pool" and inputs.asks_teacher:
+        in_flight = _si(inputs.images_in_flight_bytes, "B")
+        table.add_row("on the wire", f"the files as they are, up to {in_flight} of each worker in the object store")
     return table
 
 

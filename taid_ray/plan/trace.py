@@ -9,7 +9,7 @@ import copy
 import re
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from taid_ray.config.models import LoraConfig
 from taid_ray.errors import ModelError, shortened
 from taid_ray.models.adapters import add_lora
+from taid_ray.models.freezing import freeze as freeze_modules
 from taid_ray.models.head import hidden_states
 from taid_ray.models.student_init import from_architecture
 from taid_ray.plan.sizes import Activations, ModelShape
@@ -60,11 +61,21 @@ class LiveBytes(TorchDispatchMode):
         self.now -= self._sizes.pop(key, 0)
 
 
-def shape_of(model_config: Any, lora: LoraConfig | None = None, trust_remote_code: bool = False) -> ModelShape:
-    """Returns the sizes of the causal language model that a transformers config describes, with adapters if `lora`."""
+def shape_of(
+    model_config: Any,
+    lora: LoraConfig | None = None,
+    trust_remote_code: bool = False,
+    images: bool = False,
+    freeze: Sequence[str] = (),
+) -> ModelShape:
+    """Returns the sizes of the causal language model that a transformers config describes, with adapters if `lora`.
+
+    images: one that is shown images. freeze: names of modules that do not learn, as `student.freeze` has them.
+    """
     model_config = copy.deepcopy(model_config)  # transformers notes dtype and attention in it
     with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-        model = from_architecture(model_config, "eager", 0, trust_remote_code)
+        model = from_architecture(model_config, "eager", 0, trust_remote_code, images=images)
+        freeze_modules(model, list(freeze))
         trained_model = add_lora(model, lora, 0) if lora else model
     text, head = model_config.get_text_config(), model.get_output_embeddings()
     embedding = model.get_input_embeddings().weight
@@ -73,6 +84,11 @@ def shape_of(model_config: Any, lora: LoraConfig | None = None, trust_remote_cod
     parameters = list(trained_model.named_parameters())
     trained = [p.numel() for _, p in parameters if p.requires_grad]
     inside = [(name, p) for name, p in parameters if p.dim() >= 2 and id(p) not in outside]
+    vision = []
+    if images:
+        language = {id(p) for p in model.get_decoder().parameters()}
+        vision = [p for _, p in inside if id(p) not in language]
+        inside = [(name, p) for name, p in inside if id(p) in language]
     heads = getattr(text, "num_attention_heads", 0) or 0
     head_size = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
     return ModelShape(
@@ -89,6 +105,8 @@ def shape_of(model_config: Any, lora: LoraConfig | None = None, trust_remote_cod
         head_trained=any(p.requires_grad for p in head.parameters()),
         sizes=tuple(p.numel() for _, p in parameters),
         sharded=_sharded(model),
+        vision=sum(p.numel() for p in vision),
+        vision_trained=sum(p.numel() for p in vision if p.requires_grad),
     )
 
 
@@ -126,34 +144,69 @@ class Pass:
     trust_remote_code: bool = False
     key: str = "student.model"
     """Configuration key of the model, for errors."""
+    images: bool = False
+    """The model is one that is shown images."""
+    freeze: tuple[str, ...] = ()
+    """As in `shape_of`."""
 
 
 def trace(model_config: Any, traced: Pass) -> Activations:
     """Counts what a pass keeps alive, gradients of parameters left out. Takes seconds for tens of layers of any size.
 
-    Raises ModelError for an architecture whose code looks at the values of its tensors.
+    Of a model that is shown images its language model alone: see `trace_tower`. Raises ModelError for an architecture whose
+    code looks at the values of its tensors.
     """
+
+    def forward(model: Any) -> Tensor:
+        inputs = {
+            "input_ids": torch.zeros(traced.rows, traced.length, dtype=torch.int64),
+            "position_ids": torch.arange(traced.length).expand(traced.rows, -1),
+        }
+        return hidden_states(model, inputs)
+
+    try:
+        return _traced(model_config, traced, forward)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{traced.key}: the memory of {type(model_config).__name__} cannot be found out without running it "
+            f"({shortened(error)}); choose another architecture to plan with"
+        ) from error
+
+
+def trace_tower(model_config: Any, traced: Pass, pixels: Mapping[str, Tensor]) -> Activations | None:
+    """Counts what a pass of images through the vision tower, up to the language model, keeps alive, pixels included.
+
+    pixels: the tensors that the model takes for the images of all rows; their values do not matter. Returns None for a family
+    whose code looks at values, such as the sizes of images, so that it cannot be traced.
+    """
+
+    def forward(model: Any) -> Tensor:
+        made = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in pixels.items()}
+        features = model.base_model.get_image_features(**made).pooler_output
+        return torch.cat([each.flatten() for each in tree_leaves(features)])
+
+    try:
+        return _traced(model_config, traced, forward)
+    except (RuntimeError, TypeError, ValueError):
+        return None
+
+
+def _traced(model_config: Any, traced: Pass, forward: Callable[[Any], Tensor]) -> Activations:
+    """Counts what `forward` keeps alive on the model of a pass."""
     # flash attention keeps what sdpa keeps, and need not be installed here
     attention = "sdpa" if "flash" in traced.attention else traced.attention
     with warnings.catch_warnings(action="ignore"):
-        try:
-            with torch.device("meta"):
-                model = from_architecture(copy.deepcopy(model_config), attention, 0, traced.trust_remote_code)
-                if traced.checkpointing:
-                    model.gradient_checkpointing_enable({"use_reentrant": False})
-                whole = add_lora(model, traced.lora, 0) if traced.lora else model
-            with FakeTensorMode():
-                _leave_meta(whole.train(traced.learns), traced.dtype)
-                inputs = {
-                    "input_ids": torch.zeros(traced.rows, traced.length, dtype=torch.int64),
-                    "position_ids": torch.arange(traced.length).expand(traced.rows, -1),
-                }
-                return _count(whole, lambda: hidden_states(model, inputs), traced.learns)
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise ModelError(
-                f"{traced.key}: the memory of {type(model_config).__name__} cannot be found out without running it "
-                f"({shortened(error)}); choose another architecture to plan with"
-            ) from error
+        with torch.device("meta"):
+            model = from_architecture(
+                copy.deepcopy(model_config), attention, 0, traced.trust_remote_code, images=traced.images
+            )
+            freeze_modules(model, list(traced.freeze))
+            if traced.checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            whole = add_lora(model, traced.lora, 0) if traced.lora else model
+        with FakeTensorMode():
+            _leave_meta(whole.train(traced.learns), traced.dtype)
+            return _count(whole, lambda: forward(model), traced.learns)
 
 
 def _leave_meta(model: Any, dtype: torch.dtype) -> None:
@@ -180,7 +233,7 @@ def _count(whole: Any, forward: Callable[[], Tensor], learns: bool) -> Activatio
         hidden = forward()
         forward_peak = live.peak
         saved = live.restart()
-        if learns:
+        if learns and hidden.requires_grad:
             hidden.backward(torch.empty_like(hidden))
     return Activations(saved, forward_peak, live.peak)
 
