@@ -55,6 +55,8 @@ class TrainingState:
     def to_json(self) -> bytes:
         """The content of state.json."""
         result = asdict(self.result) | {"schedule": self.result.schedule._asdict()}
+        if not self.result.images:  # so that older versions read the checkpoints of runs without images
+            result = {name: value for name, value in result.items() if name not in ("images", "image_bytes")}
         content = {"format": FORMAT, "result": result, "cursor": asdict(self.cursor), "record": self.totals}
         return json.dumps(content | ({} if self.data is None else {"data": self.data})).encode()
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from taid_ray.config.schema import load_config
 from taid_ray.config.training import CacheConfig
 from taid_ray.errors import ConfigError
-from taid_ray.report.format import print_line
+from taid_ray.report.format import print_line, shown_bytes
 
 if TYPE_CHECKING:
     from taid_ray.teacher.cache.store import CacheStore
@@ -117,10 +117,6 @@ def store(directory: Path) -> "CacheStore":
     if not samples_directory(directory).is_dir():
         raise ConfigError(f"{directory} holds no cache of teacher outputs; name the cache.directory of a configuration")
     return CacheStore(CacheConfig(directory=str(directory)), notify=lambda message: None)
-
-
-def shown_bytes(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def shown_time(seconds: float) -> str:

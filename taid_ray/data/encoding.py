@@ -14,7 +14,7 @@ from taid_ray.data.images import EncoderMedia, FoundImage, ImageSource, RowImage
 from taid_ray.data.messages import shown
 from taid_ray.data.packing import Sample, cut
 from taid_ray.data.turns import Span, inside
-from taid_ray.errors import ConfigError, DataError
+from taid_ray.errors import DataError
 
 BAD_SAID = 3
 """Documents dropped for an image of which it is said why."""
@@ -79,11 +79,7 @@ class Encoder:
 
         media: for a run with images, and only then. Raises DataError if the tokenizer cannot serve.
         """
-        if config.images_column is not None and media is None:
-            raise ConfigError(
-                f"data.images_column = {config.images_column!r}: images cannot be used here yet, only in `taid-ray data`; "
-                f"remove the key"
-            )
+        assert config.images_column is None or media is not None, "rows with images need to know their tokens"
         self.counts = Counts()
         self._config, self._tokenizer, self._source = config, tokenizer, source
         if config.format != "text" and not tokenizer.is_fast:

@@ -15,6 +15,7 @@ from taid_ray.data.preview import SamplePreview, preview
 from taid_ray.data.shared_ids import check_ids
 from taid_ray.data.store.prepared import PreparedData
 from taid_ray.errors import ConfigError
+from taid_ray.media.processor import MediaProcessor
 from taid_ray.models.hub import hub_names, offline_if_unreachable
 from taid_ray.models.pair import (
     check_models,
@@ -26,6 +27,7 @@ from taid_ray.models.pair import (
 )
 from taid_ray.models.processors import check_media
 from taid_ray.models.vocabulary import Vocabulary
+from taid_ray.student.seeing import rows_that_show
 from taid_ray.student.spec import DataCheck, RunSpec
 from taid_ray.teacher.cache.offline import find_record
 from taid_ray.teacher.cache.outputs_file import outputs_file
@@ -33,13 +35,11 @@ from taid_ray.teacher.cache.store import check_directory
 from taid_ray.teacher.payload import check_topk, payload_bytes_per_token
 
 
-def prepare(config: DistillConfig, trains: bool = True) -> RunSpec:
+def prepare(config: DistillConfig) -> RunSpec:
     """Checks teacher, student and data against each other. Downloads from the hub what is not there yet.
 
-    trains: False where only the data are prepared. Raises ConfigError, ModelError or DataError.
+    Raises ConfigError, ModelError or DataError.
     """
-    if trains:
-        refuse_images(config)
     teacher_config, student_config = model_configs(config)
     check_models(config, teacher_config, student_config)
     tokenizer = run_tokenizer(config)
@@ -50,12 +50,12 @@ def prepare(config: DistillConfig, trains: bool = True) -> RunSpec:
         check_topk(teacher.topk, vocabulary.num_shared)
     check_directory(config.cache)
     processor = run_media(config)
-    media = None if processor is None else EncoderMedia(processor)
+    media = encoder_media(processor)
     if teacher and teacher.mode == "cache":
         find_record(config, vocabulary.num_shared, processor.settings if processor else None)
     notes = []
     if processor is not None:
-        notes = check_media(config, processor.settings, teacher_config, student_config, vocabulary.num_shared)
+        notes = check_media(config, processor, teacher_config, student_config, vocabulary.num_shared)
     data = training_data(config, tokenizer, media)
     held_out = [open_validation(source) for source in config.data.validations]
     encodes_here = config.data.order == "blocks"  # else tasks read the training data, see driver/prepare.py
@@ -74,18 +74,9 @@ def prepare(config: DistillConfig, trains: bool = True) -> RunSpec:
     )
 
 
-def refuse_images(config: DistillConfig) -> None:
-    """Raises ConfigError for data with images."""
-    if config.data.has_images:
-        raise ConfigError(
-            "data.images_column: images cannot be trained on yet, only prepared and shown (`taid-ray data`); remove the key"
-        )
-
-
-def encoder_media(config: DistillConfig) -> EncoderMedia | None:
-    """Loads what turns images of a run's data into tokens, to look at the data; None without images. Raises ModelError."""
-    media = run_media(config)
-    return None if media is None else EncoderMedia(media)
+def encoder_media(processor: MediaProcessor | None) -> EncoderMedia | None:
+    """Returns what an encoder needs to look at data with images, which it does not keep; None without any."""
+    return None if processor is None else EncoderMedia(processor)
 
 
 def training_data(config: DistillConfig, tokenizer: Any, media: EncoderMedia | None = None) -> list[TrainingData]:
@@ -121,7 +112,8 @@ def first_samples(config: DistillConfig, count: int) -> tuple[list[str], list[Sa
     offline_if_unreachable(hub_names(config))
     tokenizer = run_tokenizer(config)
     lines, samples = [], []
-    for source, data in zip(config.data.sources, training_data(config, tokenizer, encoder_media(config)), strict=True):
+    opened = training_data(config, tokenizer, encoder_media(run_media(config)))
+    for source, data in zip(config.data.sources, opened, strict=True):
         samples += [preview(sample, tokenizer, source.label) for sample in islice(data.samples(), count)]
         lines += [*data.description(), *(f"note: {note}" for note in data.notes())]
     return lines, samples
@@ -146,6 +138,8 @@ def check_data(
     valid_rows = [validation_rows(where, tokenizer, documents, media) for where, documents in pairs]
     for part in (*rows, *valid_rows):
         check_ids(part, num_shared, tokens)
+    if media is not None:
+        rows_that_show([row for part in valid_rows for row in part])
     for source, own in zip(data, rows, strict=True):
         if not own:
             next(source.batches())  # raises unless a later block has some

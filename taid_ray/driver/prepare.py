@@ -107,7 +107,7 @@ def prepare_ahead(config: DistillConfig) -> PreparedData:
         raise ConfigError("data.order: blocks encodes the data while it trains, so there is nothing to prepare")
     with restoring_hub_mode(), ProgressView() as view:
         view.say("checking models and data")
-        spec = preflight.prepare(config, trains=False)
+        spec = preflight.prepare(config)
         say_notes(config, spec, view.say, with_schedule=False)
         view.say("connecting to Ray" if os.environ.get("RAY_ADDRESS") else "starting Ray here")
         with ray_cluster(), stop_signals() as stop:

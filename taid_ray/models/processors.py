@@ -6,27 +6,36 @@ from typing import Any
 import numpy as np
 import torch
 
+from taid_ray.config.models import StudentConfig, TeacherConfig
 from taid_ray.config.schema import DistillConfig
 from taid_ray.errors import ConfigError, ModelError
 from taid_ray.media.processor import PROBES, MediaProcessor, MediaSettings, drawn, load_media_processor
 from taid_ray.media.refs import ImageRef
-from taid_ray.models.pair import media_of
+from taid_ray.models.pair import media_of, tokenizer_section
 from taid_ray.models.student_init import origin
 
 
 def check_media(
-    config: DistillConfig, settings: MediaSettings, teacher_config: Any, student_config: Any, num_shared: int
+    config: DistillConfig, tokens: MediaProcessor, teacher_config: Any, student_config: Any, num_shared: int
 ) -> list[str]:
     """Checks all that can be known of a run's images without reading one, and without weights.
 
-    *_config: transformers configs of both models; the teacher's is None where there is none. num_shared: ids that both models
-    have. Returns sentences that say what may not be meant. Raises ConfigError or ModelError.
+    tokens: the processor of `pair.run_media`. *_config: transformers configs of both models; the teacher's is None where there is
+    none. num_shared: ids that both models have. Returns sentences that say what may not be meant. Raises ConfigError or
+    ModelError.
     """
-    student = media_of(origin(config), settings)
+    settings, loaded = tokens.settings, {id(tokenizer_section(config)): tokens}
+
+    def media_of_section(section: StudentConfig | TeacherConfig) -> MediaProcessor:
+        if id(section) not in loaded:
+            loaded[id(section)] = media_of(section, settings)
+        return loaded[id(section)]
+
+    student = media_of_section(origin(config))
     sides = [("student", student, student_config)]
     notes = []
     if config.teacher is not None:
-        teacher = student if origin(config) is config.teacher else media_of(config.teacher, settings)
+        teacher = media_of_section(config.teacher)
         sides.append(("teacher", teacher, teacher_config))
         notes = compare_sides(student, teacher)
     for section, media, model_config in sides:

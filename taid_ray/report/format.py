@@ -24,15 +24,19 @@ def shown_seconds(seconds: float) -> str:
     return f"{whole} {names[0]} {rest // small} {names[1]}"
 
 
-def shown_amount(size: float, tokens: float) -> str:
-    """An amount of data as text: bytes in all and per loss token."""
+def shown_bytes(size: float) -> str:
+    """A number of bytes as text."""
     unit, name = next(
         (unit, name)
         for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (0, ""))
         if size >= unit
     )
-    shown = f"{size / unit:,.1f} {name}" if unit else f"{size:,.0f} bytes"
-    return f"{shown}, {size / max(tokens, 1):,.0f} bytes per loss token"
+    return f"{size / unit:,.1f} {name}" if unit else f"{size:,.0f} bytes"
+
+
+def shown_amount(size: float, tokens: float) -> str:
+    """An amount of data as text: bytes in all and per loss token."""
+    return f"{shown_bytes(size)}, {size / max(tokens, 1):,.0f} bytes per loss token"
 
 
 def shown(value: Any) -> str:

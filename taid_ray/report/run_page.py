@@ -7,7 +7,7 @@ import yaml
 
 from taid_ray.errors import RunError
 from taid_ray.files import replace_text
-from taid_ray.report.format import shown_amount, shown_name, shown_seconds
+from taid_ray.report.format import shown_amount, shown_bytes, shown_name, shown_seconds
 from taid_ray.report.history import History, read_history
 from taid_ray.report.page import details_part, notes_part, page, picture_part, table_part
 from taid_ray.report.run_notes import run_notes
@@ -78,6 +78,17 @@ def key_figures(history: History) -> list[tuple[str, str]]:
         rows.append(("time with validation and saving", shown_seconds(summary["wall_s"])))
     if dropped := summary.get("dropped_documents"):
         rows.append(("documents dropped", f"{dropped:,} of {summary['documents_read']:,}"))
+    return rows + _images(history)
+
+
+def _images(history: History) -> list[tuple[str, str]]:
+    """Key figures of the images of a run; none without any."""
+    rows, summary = [], history.summary or {}
+    if "images" in summary:
+        sent = shown_bytes(summary["image_bytes"])
+        rows.append(("images", f"{summary['images']:,}, of which {sent} were sent to the teacher"))
+    if seen := [line["seeing"] for line in history.validations if "seeing" in line]:
+        rows.append(("what grey images change", f"{seen[0]:.2g} nats of the student at first, {seen[-1]:.2g} at last"))
     return rows
 
 

@@ -19,7 +19,7 @@ PHASES = ("data", "teacher_wait", "forward", "loss", "backward", "optimizer", "s
 
 OF_TEACHER = (
     "t", "momentum", "kl", "entropy_pt", "floor_active", "teacher_wait_s", "teacher_compute_s", "payload_bytes",
-    "temperature",
+    "temperature", "image_bytes",
 )  # fmt: skip
 """Fields of StepMetrics that mean something only where the loss compares with a teacher, so that lines of `sft` lack them."""
 
@@ -70,12 +70,17 @@ class StepMetrics:
 
     temperature: float = 1.0
     """Temperature of the loss in this step."""
+    images: int | None = None
+    """Number of images in the rows of this step; None in a run without images, as `image_bytes`."""
+    image_bytes: int | None = None
+    """Bytes of images that were put into the object store for the teacher; equal ones of a request count once, and those of
+    answers that the cache had do not count."""
 
     def line(self, learns_from_teacher: bool = True) -> dict[str, Any]:
         """Returns the line's content, without OF_TEACHER where the loss asks no teacher."""
         left_out = () if learns_from_teacher else OF_TEACHER
-        found = {key: value for key, value in asdict(self).items() if key not in left_out}
-        sources = found.pop("sources")
+        found = {key: value for key, value in asdict(self).items() if key not in left_out and value is not None}
+        sources = found.pop("sources", None)
         if sources is None:
             return found
         kept = {

@@ -55,6 +55,10 @@ class LossSums:
     """The request of this rank to all of them, for after the step: GO_ON, SAVE or STOP."""
     sources: tuple[SourceLoss, ...] = ()
     """The same sums of each source of the training data, if there are several."""
+    images: int = 0
+    """Images in this rank's rows."""
+    image_bytes: int = 0
+    """Bytes of images that were sent to the teacher."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ class StepResult:
     """The strongest request of any rank or the driver; all ranks obey it after the same step."""
     sources: tuple[SourceLoss, ...] = ()
     """The means of each source of the training data, if there are several. The schedule does not look at them."""
+    images: int = 0
+    image_bytes: int = 0
 
 
 class StaleReportError(AttemptError):
@@ -157,6 +163,8 @@ class LossAggregator:
             sum(r.teacher_compute_s for r in reports),
             max(self.requested, *(r.request for r in reports)),
             tuple(map(_mean, zip(*(r.sources for r in reports), strict=True))),
+            sum(r.images for r in reports),
+            sum(r.image_bytes for r in reports),
         )
         return self.result
 

@@ -37,7 +37,7 @@ from taid_ray.student.decay import decay_groups
 from taid_ray.student.objective import learned_temperature, objective_of, temperature_group
 from taid_ray.student.pixels import BatchInputs
 from taid_ray.student.state import load_optimizer, load_weights, trained_parameters, training_state
-from taid_ray.teacher.payload import TeacherOutput
+from taid_ray.teacher.payload import TeacherOutput, divergence, row_means
 
 HeadFunction = Callable[[Tensor, Tensor, Tensor | None], Any]
 
@@ -210,6 +210,23 @@ class Student:
         scores: Scores = self._run(batch, compute)
         self.engine.train()
         return scores
+
+    @torch.no_grad()
+    def seeing(self, batch: Batch, without: Batch) -> list[float]:
+        """Measures how far other images change what the student predicts, see `student.seeing`.
+
+        without: the same rows with other images. Returns for each row the mean over its loss positions of KL(own images ||
+        others) in nats, over the shared ids; 0.0 for a row that has none. Collective under ZeRO-3.
+        """
+
+        def compute(hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> Tensor:
+            return divergence(Head(head_weight, head_bias, self.transform).rows(self.num_shared), seen, hidden)
+
+        self.engine.eval()
+        seen = self._run(batch, lambda hidden, weight, bias: hidden)
+        found = self._run(without, compute)
+        self.engine.train()
+        return row_means(found, batch.loss_positions, batch.inputs["input_ids"].shape)
 
     @torch.no_grad()
     def hidden(self, inputs: dict[str, Tensor]) -> Tensor:

@@ -75,6 +75,8 @@ def train_loop(
         metrics = step_metrics(last, result, work.cursor, lr, grad_norm, clock.lap())
         figures = source_figures(student.source_names, result)
         metrics = replace(metrics, sources=figures, temperature=student.temperature)
+        if student.images is not None:
+            metrics = replace(metrics, images=result.images, image_bytes=result.image_bytes)
         hooks.after_step(metrics, result, work.cursor)
         last = result
     return last
@@ -88,7 +90,7 @@ class StepSums:
         # Of one source, or of none where there is only one; adding the first micro-batch makes room.
         self._by_source = torch.zeros(3, 1, dtype=torch.float64, device=device)
         self._source_tokens = torch.zeros(1, dtype=torch.int64)
-        self._tokens = self._payload_bytes = 0
+        self._tokens = self._payload_bytes = self._images = self._image_bytes = 0
         self._compute_s = 0.0
 
     def add(self, parts: LossParts, batch: Batch, teacher_output: TeacherOutput | None) -> None:
@@ -99,9 +101,11 @@ class StepSums:
         sources = parts.by_group.shape[1]
         self._source_tokens = self._source_tokens + batch.sources.bincount(minlength=sources)[:sources]
         self._tokens += batch.num_loss_tokens
+        self._images += sum(map(len, batch.images))
         if teacher_output is not None:
             self._payload_bytes += teacher_output.num_bytes
             self._compute_s += teacher_output.compute_s
+            self._image_bytes += teacher_output.image_bytes
 
     def report(self, teacher_wait_s: float, request: int) -> LossSums:
         """The rank's report of the step. Waits for the device."""
@@ -109,9 +113,9 @@ class StepSums:
         (kl, entropy, sft), *by_source = losses.T.tolist()
         pairs = zip(by_source, self._source_tokens.tolist(), strict=True)
         sources = tuple(SourceLoss(own[0], own[1], own[2], tokens) for own, tokens in pairs)
-        return LossSums(
-            kl, entropy, sft, self._tokens, teacher_wait_s, self._payload_bytes, self._compute_s, request, sources
-        )
+        measured = (teacher_wait_s, self._payload_bytes, self._compute_s)
+        images = (self._images, self._image_bytes)
+        return LossSums(kl, entropy, sft, self._tokens, *measured, request, sources, *images)
 
 
 def check_same_batch(result: StepResult, work: StepBatches) -> None:

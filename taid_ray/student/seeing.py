@@ -5,6 +5,8 @@ from dataclasses import replace
 from statistics import median
 
 from taid_ray.data.batch import Batch, Row, collate
+from taid_ray.data.batching import num_micro_batches, split_evenly
+from taid_ray.distributed.world import World
 from taid_ray.errors import DataError, TeacherError
 from taid_ray.media.grey import greyed
 from taid_ray.media.refs import ImageRef
@@ -14,20 +16,39 @@ SEEING_ROWS = 32
 """Rows that are compared, at most."""
 
 
-def seeing_batches(
-    rows: Sequence[Row], size: int, grey: Callable[[ImageRef], bytes], memory: dict[str, bytes]
-) -> list[tuple[Batch, Batch]]:
-    """Makes batches of up to `size` of the first SEEING_ROWS rows that have an image, each beside its twin with grey images.
-
-    grey, memory: see `media.grey.greyed`. Raises DataError if no row has an image.
-    """
+def rows_that_show(rows: Sequence[Row]) -> list[Row]:
+    """Returns the first SEEING_ROWS of the validation rows that have an image and a loss position. Raises DataError if none."""
     shown = [row for row in rows if row.images and row.num_loss_tokens][:SEEING_ROWS]
     if not shown:
         raise DataError(
             f"none of the {len(rows)} validation rows has an image, so nothing can show whether teacher and student see; raise "
             "data.valid_documents, or name rows with images as data.valid"
         )
+    return shown
+
+
+def seeing_batches(
+    rows: Sequence[Row], size: int, grey: Callable[[ImageRef], bytes], memory: dict[str, bytes]
+) -> list[tuple[Batch, Batch]]:
+    """Makes batches of up to `size` of the rows that can show it, each beside its twin with grey images.
+
+    grey, memory: see `media.grey.greyed`. Raises DataError as `rows_that_show`.
+    """
+    shown = rows_that_show(rows)
     batches = [collate(shown[first : first + size]) for first in range(0, len(shown), size)]
+    return [(batch, replace(batch, images=greyed(batch.images, grey, memory))) for batch in batches]
+
+
+def own_seeing_batches(
+    rows: Sequence[Row], size: int, world: World, grey: Callable[[ImageRef], bytes], memory: dict[str, bytes]
+) -> list[tuple[Batch, Batch]]:
+    """Makes a rank's share of the batches by which the student is measured: as many on every rank, of which some may be empty.
+
+    For arguments and errors see `seeing_batches`.
+    """
+    shown = rows_that_show(rows)
+    parts = num_micro_batches(len(shown), size, world.size)
+    batches = [collate(part) for part in split_evenly(split_evenly(shown, world.size)[world.rank], parts)]
     return [(batch, replace(batch, images=greyed(batch.images, grey, memory))) for batch in batches]
 
 
@@ -47,10 +68,11 @@ def teacher_seeing(teacher: TeacherClient, batches: Sequence[tuple[Batch, Batch]
 
 
 def seeing_note(who: str, found: Sequence[float], least: float) -> str:
-    """Says what was measured. who: teacher or student. least: `data.sees_at_least`."""
+    """Says what was measured, loudly if the median is too small. who: teacher or student. least: `data.sees_at_least`."""
     above = sum(value >= least for value in found) / len(found)
     fewer = "" if len(found) == SEEING_ROWS else f", of {SEEING_ROWS} wanted"
+    blind = "" if median(found) >= least else f"warning: the {who} does not see (data.sees_at_least = {least:g}): "
     return (
-        f"with grey images the {who}'s answers differ by {median(found):.2g} nats (median of {len(found)} rows with images"
+        f"{blind}with grey images the {who}'s answers differ by {median(found):.2g} nats (median of {len(found)} rows with images"
         f"{fewer}), by {least:g} or more in {above:.0%} of them"
     )

@@ -25,6 +25,9 @@ class Telemetry:
     def validation(self, step: int, evaluation: Evaluation) -> None:
         """Reports a validation after `step`."""
 
+    def note(self, message: str) -> None:
+        """Says something on the driver's terminal."""
+
     def sync(self) -> None:
         """Makes sure that all lines survive a crash of the machine."""
 
@@ -72,6 +75,9 @@ class MainTelemetry(Telemetry):
             of = f" of {name}" if name else ""
             compared = "" if found.kl is None else f", KL to the teacher {found.kl:.4f}"
             self._notify(f"validation{of}: cross-entropy {found.cross_entropy:.4f}{compared}")
+
+    def note(self, message: str) -> None:
+        self._notify(message)
 
     def sync(self) -> None:
         self._metrics.sync()

@@ -20,6 +20,9 @@ class Evaluation:
     """None without a teacher, as `kl`."""
     kl: float | None = None
     """KL(teacher || student)."""
+    seeing: float | None = None
+    """How far grey images in place of their own change what the student predicts on the rows that `student.seeing` chose, of
+    all sources: the median over them; None in a run without images."""
     sources: Mapping[str, "Evaluation"] = field(default_factory=dict)
     """Evaluations of the rows of each source, by its name, if there are several."""
 
@@ -27,7 +30,7 @@ class Evaluation:
     def from_dict(cls, found: Mapping[str, Any]) -> "Evaluation":
         """Reads what `to_dict` gave; other keys are passed over."""
         sources = {name: cls.from_dict(part) for name, part in found.get("sources", {}).items()}
-        return cls(**{key: found[key] for key in (*FIGURES, "tokens") if key in found}, sources=sources)
+        return cls(**{key: found[key] for key in (*FIGURES, "tokens", "seeing") if key in found}, sources=sources)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the figures by their names: those of a teacher only if there is one, `sources` only if there are several."""
@@ -66,6 +69,9 @@ class RunTotals:
     samples: int = 0
     t: float = 0.0
     """Interpolation used in the last step."""
+    images: int = 0
+    image_bytes: int = 0
+    """Bytes of images that were sent to the teacher."""
     best: str | None = None
     """Name of the checkpoint with the best validation."""
     started: float = field(default_factory=time.monotonic)
@@ -88,6 +94,7 @@ class RunTotals:
             "samples": self.samples,
             "t": self.t,
             "best": self.best,
+            **self._of_images(),
         }
 
     def add(self, metrics: StepMetrics) -> None:
@@ -95,6 +102,12 @@ class RunTotals:
         self.tokens += metrics.tokens
         self.payload_bytes += metrics.payload_bytes
         self.samples, self.t = metrics.samples_seen, metrics.t
+        self.images += metrics.images or 0
+        self.image_bytes += metrics.image_bytes or 0
+
+    def _of_images(self) -> dict[str, int]:
+        """The numbers of images and of their bytes; none in a run without images."""
+        return {"images": self.images, "image_bytes": self.image_bytes} if self.images else {}
 
     def is_best(self, step: int, figure: str) -> bool:
         """Tests whether the validation after `step` has the lowest `figure` of all so far."""
@@ -121,6 +134,7 @@ class RunTotals:
             "dropped_documents": counts.dropped,
             "truncated_documents": counts.truncated,
             "restarts": restarts,
+            **self._of_images(),
         }
 
     def of_teacher(self, teacher: TeacherInfo, teacher_tokens: int, learns_from_teacher: bool) -> dict[str, Any]:

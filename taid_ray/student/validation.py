@@ -1,7 +1,7 @@
 """Validation on held-out rows: the student's cross-entropy and, with a teacher, the teacher's and the KL between them."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from taid_ray.data.batch import Batch, Row, collate
@@ -48,8 +48,11 @@ class ValidationBatches:
         """True if there are outputs of a teacher."""
         return self._teacher is not None
 
-    def __iter__(self) -> Iterator[tuple[Batch, TeacherOutput | None]]:
-        """Batches, the same number on every rank, and the teacher's outputs for them."""
+    def each(self, prepare: Callable[[Batch], None]) -> Iterator[tuple[Batch, TeacherOutput | None]]:
+        """Yields batches, the same number on every rank, and the teacher's outputs for them.
+
+        prepare: is told of each batch before the one in front of it is handed out.
+        """
         to_ask = deque(number for number in range(len(self._batches)) if number not in self._kept)
         window = RequestWindow(self._teacher, *self._limits)
         for number, batch in enumerate(self._batches):
@@ -60,6 +63,8 @@ class ValidationBatches:
                 _, output = window.collect()
             if output is not None and number not in self._kept:
                 self._keep(number, output)
+            for following in self._batches[number + 1 : number + 2]:
+                prepare(following)
             yield batch, output
 
     def _keep(self, number: int, output: TeacherOutput) -> None:
@@ -73,7 +78,7 @@ class ValidationBatches:
 def evaluate(student: Student, batches: ValidationBatches) -> Evaluation:
     """The means over all ranks' held-out rows; every rank scores its share. Collective. Touches neither t nor any RNG."""
     sums = [0.0, 0.0, 0.0, 0.0]
-    for batch, output in batches:
+    for batch, output in batches.each(student.prepare):
         scores = student.score(batch, output)
         values = (scores.student_ce, scores.teacher_ce, scores.kl, batch.num_loss_tokens)
         sums = [total + (0.0 if value is None else float(value)) for total, value in zip(sums, values, strict=True)]

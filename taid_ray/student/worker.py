@@ -10,6 +10,7 @@ from taid_ray.checkpoint.restore import Checkpoint, restore
 from taid_ray.checkpoint.save import CheckpointWriter
 from taid_ray.config.data import DataConfig
 from taid_ray.config.schema import DistillConfig
+from taid_ray.data.batch import Batch
 from taid_ray.data.chat import chat_template
 from taid_ray.data.dataset import validation_rows
 from taid_ray.data.documents import open_documents
@@ -35,6 +36,7 @@ from taid_ray.student.loop import train_loop
 from taid_ray.student.open_teacher import check_seeing, measured_payload_error, open_teacher
 from taid_ray.student.pixels import BatchInputs
 from taid_ray.student.prefetch import READ_AHEAD_STEPS, Prefetcher, read_ahead
+from taid_ray.student.seeing import own_seeing_batches
 from taid_ray.student.spec import Finished, Outcome, Stopped, WorkerSpec
 from taid_ray.student.telemetry import MainTelemetry, Telemetry
 from taid_ray.student.totals import RunTotals
@@ -58,6 +60,8 @@ def run_worker(worker: WorkerSpec) -> Outcome | None:
         context = connect(worker, closing)
         images = open_images(worker)
         student, checkpoint = build(context, images)
+        if student.images is not None:
+            closing.callback(student.images.close)
         teacher = open_teacher(context, student, closing, images.read if images else None)
         run = TrainingRun(context, student, teacher, checkpoint, closing, images)
         last = run.train()
@@ -144,7 +148,10 @@ class TrainingRun:
             label: ValidationBatches(part, world, size, teacher, limits, len(held_out))
             for label, part in held_out.items()
         }
-        self._validator = Validator(student, batches, self._totals, self._telemetry)
+        seeing: Sequence[tuple[Batch, Batch]] = ()
+        if images is not None:
+            seeing = own_seeing_batches(rows, size, world, images.processor.grey, images.memory)
+        self._validator = Validator(student, batches, self._totals, self._telemetry, seeing)
         if not checkpoint:
             self._validator.validate(0)
 
@@ -257,7 +264,7 @@ def write_results(config: DistillConfig, summary: dict[str, Any], tokenizer: Any
             tokenizer.chat_template = chat_template(source.chat_template, tokenizer)
             break
     if processor is not None:
-        processor.chat_template = processor.tokenizer.chat_template = tokenizer.chat_template
+        processor.tokenizer, processor.chat_template = tokenizer, tokenizer.chat_template
     (tokenizer if processor is None else processor).save_pretrained(config.run_dir / "model")
     write_json(config.run_dir / SUMMARY_FILE, summary)
 
@@ -299,8 +306,8 @@ def uses_dropout(model: Any, config: DistillConfig) -> bool:
     Those are dropout of values and of whole layers (layerdrop), and the noise of routers (jitter).
     """
     values = [*model.config.get_text_config().to_dict().items()]
-    if (vision := getattr(model.config, "vision_config", None)) is not None:
-        values += vision.to_dict().items()
+    if config.data.has_images:
+        values += model.config.vision_config.to_dict().items()
     rates = [value for key, value in values if any(name in key for name in ("drop", "jitter"))]
     return any(isinstance(rate, float) and rate > 0 for rate in rates) or bool(
         config.student.lora and config.student.lora.dropout

@@ -46,6 +46,8 @@ class TeacherOutput:
     """The payload's tensors by name, see this module's table."""
     compute_s: float = 0.0
     """Seconds the teacher computed."""
+    image_bytes: int = 0
+    """Bytes of images that were put into the object store for it."""
 
     @property
     def num_bytes(self) -> int:

@@ -31,6 +31,7 @@ METRICS: dict[str, tuple[type[Any], str]] = {
     "taid_tokens_per_second": (Gauge, "Loss positions per second in the last step, over all workers."),
     "taid_tokens": (Counter, "Loss positions trained on, over all workers."),
     "taid_payload_bytes": (Counter, "Bytes of the teacher's answers, over all workers."),
+    "taid_image_bytes": (Counter, "Bytes of images that were sent to the teacher, over all workers."),
     "taid_step_seconds": (Histogram, "Duration of an optimizer step."),
     "taid_phase_seconds": (Counter, "Where the time of the steps went, by phase."),
     "taid_validation_cross_entropy_nats": (Gauge, "The student's cross-entropy at the last validation."),
@@ -122,6 +123,7 @@ class StudentGauges:
         own.set("taid_checkpoint_step", checkpoint)
         own.add("taid_tokens", line["tokens"])
         own.add("taid_payload_bytes", line.get("payload_bytes", 0))
+        own.add("taid_image_bytes", line.get("image_bytes", 0))
         own.observe("taid_step_seconds", line["step_s"])
         for phase in PHASES:
             own.add("taid_phase_seconds", line.get(f"{phase}_s", 0.0), phase)

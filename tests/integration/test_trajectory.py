@@ -3,8 +3,11 @@
 All layouts of one world size share a single Ray Train start, and each kind of teacher pool is started once.
 """
 
-from collections.abc import Iterator
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,9 +25,11 @@ from taid_ray.scheduler.owner import SchedulerOwner
 from taid_ray.student.spec import WorkerSpec
 from taid_ray.teacher.pool.deployment import PoolSpec
 from taid_ray.teacher.pool.lifecycle import start_pool, stop_pool
+from tests.support.image_runs import documents_by_transformers, image_keys, write_image_rows
 from tests.support.paths import BUNDLE
 from tests.support.reference import reference_run
 from tests.support.store import prepare_here
+from tests.support.tiny_vision import save_tiny
 
 STEPS = 6
 
@@ -32,7 +37,8 @@ STEPS = 6
 POOLS = {"1x1": (1, 1, "hidden"), "2x1": (2, 1, "hidden"), "1x2": (1, 2, "hidden"), "logits": (1, 1, "logits")}
 Layout = tuple[str, int, int, str]
 """Pool, `local` for a teacher in the workers, or one of SFT; ZeRO stage; micro-batch size; order of the data, or `mixture` for
-two sources in the global order."""
+two sources in the global order, or one of FAMILIES for data with images and models that see."""
+FAMILIES = ("internvl", "qwen2_5_vl", "smolvlm", "llava")
 SFT = ("none", "validated")
 """The loss sft without a teacher, and with a local one that validations alone ask."""
 # By number of workers. 5 rows per step: on 2 workers the split is uneven, and with micro-batches of 1 the smaller share
@@ -59,6 +65,8 @@ LAYOUTS: dict[int, list[Layout]] = {
         ("none", 3, 1, "mixture"),
         ("2x1", 1, 1, "global"),
         ("local", 2, 2, "global"),
+        ("1x1", 3, 1, "internvl"),
+        ("local", 2, 1, "qwen2_5_vl"),
     ],
 }
 ORDERS = ("global", "blocks", "mixture")
@@ -69,6 +77,12 @@ ALL_LAYOUTS = {
     ]
     for workers in (1, 2, 3)
 }
+IMAGE_BATCH = 7
+# Accumulation 1 and 4; on 2 workers one has an empty micro-batch.
+IMAGE_LAYOUTS = {
+    workers: [*product(["local", "1x1", "2x1", "1x2"], [0, 2, 3], micro_batch_sizes, FAMILIES)]
+    for workers, micro_batch_sizes in {1: (7, 2), 2: (4, 1)}.items()
+}
 
 
 CTKD = {"name": "ctkd", "ctkd": {"learning_rate": 0.5, "ramp": 0.5}}
@@ -78,6 +92,34 @@ OTHER_LOSSES: dict[Layout, dict[str, Any]] = {
     ("local", 2, 2, "global"): {"name": "dkd"},
 }
 """Layouts with another loss than taid."""
+
+
+@cache
+def image_files(family: str) -> Path:
+    """A directory with rows that have no, one and three images, a teacher and a student; of this process."""
+    directory = Path(IMAGE_FILES.name) / family
+    write_image_rows(directory, 24)
+    for seed, name in enumerate(("teacher", "student")):
+        save_tiny(family, directory / name, seed)
+    return directory
+
+
+IMAGE_FILES = tempfile.TemporaryDirectory(prefix="taid-trajectory-")
+
+
+def image_config(tree: dict[str, Any], family: str) -> dict[str, Any]:
+    """The configuration `tree` with models of a family, and data with images."""
+    directory = image_files(family)
+    data = image_keys(directory) | {"valid_documents": 3, "sequence_length": 256, "sees_at_least": 0.0}
+    student = {"model": str(directory / "student"), "init": "pretrained", "layers": None}
+    # AdamW would make much of the noise in gradients that are zero in theory, such as those of the biases of keys.
+    train = {"batch_size": IMAGE_BATCH, "epsilon": 1e-4}
+    return tree | {
+        "teacher": tree["teacher"] | {"model": str(directory / "teacher"), "max_tokens": 512},
+        "student": tree["student"] | student,
+        "data": data,
+        "train": tree["train"] | train,
+    }
 
 
 def config_for(layout: Layout, workers: int, out: str) -> DistillConfig:
@@ -137,7 +179,7 @@ def config_for(layout: Layout, workers: int, out: str) -> DistillConfig:
         tree |= {"student": tree["student"] | student, "loss": {"name": "sft", "memory_mib": 1}}
     if pool == "none":
         tree["teacher"] = None
-    return build_config(tree)
+    return build_config(image_config(tree, order) if order in FAMILIES else tree)
 
 
 @pytest.fixture(scope="module")
@@ -148,25 +190,51 @@ def references() -> dict[str, list[dict[str, float]]]:
     return {reference_of(kind): reference_run(config_for(kind, 1, "unused")) for kind in kinds}
 
 
+@cache
+def image_reference(family: str) -> list[dict[str, float]]:
+    """The plain run on data with images, one document after another as transformers takes them."""
+    config = config_for(("local", 0, IMAGE_BATCH, family), 1, "unused")
+    return reference_run(config, partial(documents_by_transformers, family, image_files(family)))
+
+
 def reference_of(layout: Layout) -> str:
     loss = OTHER_LOSSES.get(layout, {"name": "sft" if layout[0] in SFT else "taid"})["name"]
     return f"{loss} {layout[3]}"
 
 
+class Pools:
+    """Teacher pools, each started once."""
+
+    def __init__(self) -> None:
+        self.names: dict[tuple[str, str], str] = {}
+        """Names by kind, and family or `text`."""
+
+    def start(self, layouts: Iterable[Layout]) -> None:
+        """Starts those that the layouts need, side by side."""
+        kinds = {pool_of(layout) for layout in layouts if layout[0] in POOLS} - self.names.keys()
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(self._start, sorted(kinds)))
+
+    def _start(self, kind: tuple[str, str]) -> None:
+        pool, family = kind
+        config = config_for((pool, 2, 5, "global" if family == "text" else family), 1, "unused")
+        spec, name = prepare(config), f"trajectory-{pool}-{family}"
+        pool_spec = PoolSpec(
+            config.given_teacher, spec.vocabulary.num_shared, "cpu", use_role_resources=True, media=spec.media
+        )
+        start_pool(pool_spec, name)
+        self.names[kind] = name
+
+
+def pool_of(layout: Layout) -> tuple[str, str]:
+    return layout[0], layout[3] if layout[3] in FAMILIES else "text"
+
+
 @pytest.fixture(scope="module")
-def pools(ray_cluster: Any) -> Iterator[dict[str, str]]:
-    """Names of the teacher pools by kind, started side by side."""
-    names = {kind: f"trajectory-{kind}" for kind in POOLS}
-
-    def start(kind: str) -> None:
-        config = config_for((kind, 2, 5, "global"), 1, "unused")
-        num_shared = prepare(config).vocabulary.num_shared
-        start_pool(PoolSpec(config.teacher, num_shared, "cpu", use_role_resources=True), names[kind])
-
-    with ThreadPoolExecutor() as threads:
-        list(threads.map(start, POOLS))
-    yield names
-    for name in names.values():
+def pools(ray_cluster: Any) -> Iterator[Pools]:
+    started = Pools()
+    yield started
+    for name in started.names.values():
         stop_pool(name)
 
 
@@ -184,21 +252,23 @@ def run_jobs(arguments: dict[str, Any]) -> None:
         ),
         *(
             pytest.param(
-                (workers, layouts), id=f"{workers}-all", marks=[pytest.mark.layouts, pytest.mark.timeout(5400)]
+                (workers, layouts), id=f"{workers}-{name}", marks=[pytest.mark.layouts, pytest.mark.timeout(5400)]
             )
-            for workers, layouts in ALL_LAYOUTS.items()
+            for name, matrix in {"all": ALL_LAYOUTS, "images": IMAGE_LAYOUTS}.items()
+            for workers, layouts in matrix.items()
         ),
     ],
 )
 def run_dirs(
-    request: pytest.FixtureRequest, pools: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, pools: Pools, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[Layout, Path]:
     """The run directory of every layout of one number of workers."""
     workers, layouts = request.param
+    pools.start(layouts)
     root = tmp_path_factory.mktemp(f"trajectory-{workers}")
     jobs, schedulers = [], []
     for layout in layouts:
-        pool, order = layout[0], layout[3]
+        order = layout[3]
         label = "-".join(map(str, layout))
         config = config_for(layout, workers, str(root / label))
         write_config(config)
@@ -212,7 +282,7 @@ def run_dirs(
                 spec,
                 "cpu",
                 schedulers[-1].actor,
-                pools.get(pool, ""),
+                pools.names.get(pool_of(layout), ""),
                 str(config.run_dir / "checkpoints"),
                 data=None if order == "blocks" else prepare_here(config),
             )
@@ -240,7 +310,8 @@ def test_every_layout_follows_the_reference(
 ) -> None:
     for layout, lines in runs.items():
         assert [line["step"] for line in lines] == list(range(1, STEPS + 1)), layout
-        for line, expected in zip(lines, references[reference_of(layout)], strict=True):
+        reference = image_reference(layout[3]) if layout[3] in FAMILIES else references[reference_of(layout)]
+        for line, expected in zip(lines, reference, strict=True):
             assert ("kl" in line) == ("t" in line) == ("kl" in expected)
             for key in {"t", "loss", "kl", "temperature"} & expected.keys():
                 assert line[key] == pytest.approx(expected[key], rel=1e-6, abs=1e-5), (layout, line["step"], key)
@@ -249,6 +320,23 @@ def test_every_layout_follows_the_reference(
             assert ("sources" in line) == (layout[3] == "mixture"), layout
             for name, found in zip(("many", "few"), expected["sources"], strict=False):
                 assert_same_source(line.get("sources", {}).get(name), found, "kl" in line)
+
+
+def test_images_are_counted_and_seen(run_dirs: dict[Layout, Path]) -> None:
+    """However the work is laid out; their bytes are sent to a pool, each request's equal ones once."""
+    counts, seen = defaultdict(set), defaultdict(list)
+    for layout, run_dir in run_dirs.items():
+        lines = read_lines(run_dir / "metrics.jsonl")
+        if layout[3] not in FAMILIES:
+            assert not any({"images", "image_bytes"} & line.keys() for line in lines)
+            continue
+        counts[layout[3]].add(tuple(line["images"] for line in lines))
+        assert all(bool(line["image_bytes"]) == (layout[0] in POOLS) for line in lines)
+        seen[layout[3]].append([line["seeing"] for line in read_lines(run_dir / "validation.jsonl")])
+    for family, found in counts.items():
+        assert len(found) == 1 and max(*found) != min(*found)
+        assert all(value > 0 for value in seen[family][0])
+        assert all(values == pytest.approx(seen[family][0], rel=1e-3, abs=1e-7) for values in seen[family])
 
 
 def assert_same_source(line: dict[str, float] | None, expected: dict[str, float], compared: bool) -> None:

@@ -5,11 +5,13 @@ trajectory tests are about (loss, normalisation, clipping, optimizer, schedule) 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from taid_ray import losses
@@ -54,17 +56,25 @@ def target_and_kl(
     return target, factor * values.sum()
 
 
-def reference_run(config: DistillConfig) -> list[dict[str, Any]]:
+def whole_row(row: Row) -> Iterator[tuple[dict[str, Tensor], NDArray[np.int64]]]:
+    """The model inputs of a row of text, and its targets."""
+    yield {name: torch.tensor(getattr(row, name)[None]) for name in ("input_ids", "position_ids")}, row.targets
+
+
+def reference_run(
+    config: DistillConfig,
+    documents: Callable[[Row], Iterator[tuple[dict[str, Tensor], NDArray[np.int64]]]] = whole_row,
+) -> list[dict[str, Any]]:
     """Per optimizer step: loss (cross-entropy form), grad_norm, tokens, and but for sft t, kl and temperature; `sources` has
     loss, kl and tokens of each source.
 
-    TAID's schedule must be the adaptive one.
+    TAID's schedule must be the adaptive one. documents: makes the model inputs of a row's parts, with their targets.
     """
     sft = config.loss.name == "sft"
     assert config.schedule.mode == "adaptive" and config.train.steps
     train, schedule = config.train, config.effective_schedule
     student = build_student(config, None).train()
-    teacher = None if sft else load_causal_lm(config.given_teacher, dtype="float32")
+    teacher = None if sft else load_causal_lm(config.given_teacher, dtype="float32", images=config.data.has_images)
     decayed = [p for p in student.parameters() if p.dim() >= 2]
     others = [p for p in student.parameters() if p.dim() < 2]
     theta = torch.ones(1, requires_grad=True)
@@ -84,11 +94,10 @@ def reference_run(config: DistillConfig) -> list[dict[str, Any]]:
         tokens = sum(int(target) != NO_LABEL for row in rows for target in row.targets)
         parts = [[0.0, 0.0, 0] for _ in config.data.sources]
         optimizer.zero_grad()
-        for row in rows:
-            inputs = {name: torch.tensor(getattr(row, name)[None]) for name in ("input_ids", "position_ids")}
-            chosen = torch.tensor(row.targets) != NO_LABEL
+        for row, (inputs, targets) in ((each, part) for each in rows for part in documents(each)):
+            chosen = torch.tensor(targets) != NO_LABEL
             student_logits = student(**inputs, use_cache=False).logits[0, chosen]
-            labels = torch.tensor(row.targets)[chosen]
+            labels = torch.tensor(targets)[chosen]
             temperature = torch.tensor(config.loss.fixed_temperature)
             if learned:
                 span = learned.max_temperature - learned.min_temperature
@@ -115,6 +124,9 @@ def reference_run(config: DistillConfig) -> list[dict[str, Any]]:
             ramp = min(1.0, (n + 1) / (learned.ramp * train.steps))
             theta.grad *= -(1 - math.cos(math.pi * ramp)) / 2
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for parameter in trained:  # of a vision tower in a step without images: it decays as any other
+            if parameter.grad is None and parameter in optimizer.state:
+                parameter.grad = torch.zeros_like(parameter)
         norm = torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm or math.inf)
         warm = min(1.0, (n + 1) / train.warmup_steps) if train.warmup_steps else 1.0
         done = max(0, n - train.warmup_steps) / (train.steps - train.warmup_steps)

@@ -50,9 +50,14 @@ def tiny_tokenizer(name: str) -> Any:
         )
     tokenizer.init_kwargs["extra_special_tokens"] = named
     tokenizer._set_model_specific_special_tokens(special_tokens=named)
-    mark = "<|vision_start|><|image_pad|><|vision_end|>" if kind == "qwen2_vl" else SPECIAL[kind][0]
-    tokenizer.chat_template = TEMPLATE.format(mark=mark)
+    tokenizer.chat_template = TEMPLATE.format(mark=mark_of(name))
     return tokenizer
+
+
+def mark_of(name: str) -> str:
+    """What a family's chat template writes for an image."""
+    kind = KIND.get(name, name)
+    return "<|vision_start|><|image_pad|><|vision_end|>" if kind == "qwen2_vl" else SPECIAL[kind][0]
 
 
 def tiny_processor(name: str, backend: str = "pil") -> Any:

@@ -47,6 +47,7 @@ class CachedRequest:
     """The known parts of the answer, on CPU, by the samples' keys."""
     call: TeacherCall | None = None
     compute_s: float = 0.0
+    image_bytes: int = 0
     output: Future[Any] = field(default_factory=Future)
 
     def missing(self) -> list[KeyedSample]:
@@ -169,7 +170,7 @@ class CachedTeacher:
                 raise TeacherError("the client of the cache was closed")
         tensors = join(request.samples, request.parts)
         request.parts.clear()
-        output = TeacherOutput(self.info().payload, tensors, request.compute_s)
+        output = TeacherOutput(self.info().payload, tensors, request.compute_s, request.image_bytes)
         request.output.set_result(self._to_device.copy(output))
 
     def _find(self, request: CachedRequest) -> None:
@@ -236,6 +237,7 @@ class CachedTeacher:
             output = self._inner.collect(call.request)
             parts = split({name: tensor.cpu() for name, tensor in output.tensors.items()}, call.samples)
             request.compute_s += output.compute_s
+            request.image_bytes += output.image_bytes
             request.parts |= parts
             for key, tensors in parts.items():
                 self._cache.put(key, tensors)

@@ -94,8 +94,8 @@ class PoolTeacher:
         self.tokens += batch.inputs["input_ids"].numel()
         packed = cache(lambda: self._packed(batch))  # all copies refer to the same bytes in the object store
         pending = PendingRequest(
-            lambda request_id: self._handle.score.remote(packed(), request_id),
-            lambda answer: (answer, self._accepted(answer, num_positions)),
+            lambda request_id: self._handle.score.remote(packed()[0], request_id),
+            lambda answer: (answer, self._accepted(answer, num_positions, packed()[1])),
             at_once=self._read is None,
         )
         (self._pending if self._read is None else self._unsent).put(pending)
@@ -116,12 +116,12 @@ class PoolTeacher:
 
     def payload_error(self, batch: Batch) -> float:
         """Returns what the payload loses on a batch, as measured by a replica; see TeacherModel.payload_error."""
-        request = self._packed(batch)
+        request, _ = self._packed(batch)
         return float(self._ask(lambda: self._handle.payload_error.remote(request)))
 
     def seeing(self, batch: Batch, without: Batch) -> list[float]:
         """Returns how far the images change what the teacher predicts, as measured by a replica; see TeacherModel.seeing."""
-        requests = [self._packed(one) for one in (batch, without)]
+        requests = [self._packed(one)[0] for one in (batch, without)]
         return [float(value) for value in self._ask(lambda: self._handle.seeing.remote(*requests))]
 
     def info(self) -> TeacherInfo:
@@ -172,11 +172,15 @@ class PoolTeacher:
         request.wanted = True
         return self._waiter.answer(request)
 
-    def _packed(self, batch: Batch) -> ScoreRequest:
-        """Makes a request of a batch, whose images' bytes are read and put into the object store, equal ones once."""
+    def _packed(self, batch: Batch) -> tuple[ScoreRequest, int]:
+        """Makes a request of a batch, whose images' bytes are read and put into the object store, equal ones once.
+
+        Returns it, and the number of these bytes.
+        """
         if not batch.images:
-            return ScoreRequest.of(batch)
-        return ScoreRequest.of(batch, ray.put(contents_of(read_once(batch.images, self._read))))
+            return ScoreRequest.of(batch), 0
+        contents = read_once(batch.images, self._read)
+        return ScoreRequest.of(batch, ray.put(contents_of(contents))), sum(map(len, contents.values()))
 
     def _send_all(self) -> None:
         """Sends what was submitted, until None comes. An error ends its request's way."""
@@ -207,7 +211,7 @@ class PoolTeacher:
         self._latency.answered(request.submitted, time.monotonic(), answer)
         return self._to_device.copy(output)
 
-    def _accepted(self, answer: ScoreResponse, num_positions: int) -> TeacherOutput:
+    def _accepted(self, answer: ScoreResponse, num_positions: int, image_bytes: int) -> TeacherOutput:
         """Returns an answer's tensors, on the CPU. Raises MessageError, naming the replica, for one that cannot be right."""
         info = self.info()
         try:
@@ -216,7 +220,7 @@ class PoolTeacher:
             info.check_output(tensors, num_positions)
         except (MessageError, TeacherError) as error:
             raise MessageError(f"{error} (sent by replica {answer.replica})") from error
-        return TeacherOutput(info.payload, tensors, answer.compute_s)
+        return TeacherOutput(info.payload, tensors, answer.compute_s, image_bytes)
 
 
 def _nothing() -> None:

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -67,6 +68,14 @@ def state_of(step: int) -> TrainingState:
     return TrainingState(
         StepResult(step, ScheduleState(0.4 + step / 100)), BlockCursor(samples=step), {"tokens": step * 10}
     )
+
+
+def test_only_a_run_with_images_keeps_their_numbers() -> None:
+    """So that the state of other runs is what it was before there were images."""
+    plain, shown = (replace(state_of(3).result, images=images, image_bytes=9 * images) for images in (0, 2))
+    texts = [replace(state_of(3), result=result).to_json() for result in (plain, shown)]
+    assert [b"image" in text for text in texts] == [False, True]
+    assert [TrainingState.from_json(text).result for text in texts] == [plain, shown]
 
 
 def tensors_of(step: int, shapes: dict[str, tuple[int, ...]] = SHAPES) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from taid_ray.data.batch import NO_LABEL, Row
 from taid_ray.data.run_images import RunImages
 from taid_ray.driver import cache_fill
 from taid_ray.driver.cache_fill import FillResult
-from taid_ray.driver.preflight import prepare, with_data
+from taid_ray.driver.preflight import with_data
 from taid_ray.errors import DataError, TeacherError
 from taid_ray.media.reader import digest_of
 from taid_ray.media.refs import ImageRef
@@ -71,7 +71,6 @@ def test_a_cache_is_not_filled_by_a_teacher_that_does_not_see() -> None:
 @pytest.fixture
 def filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., FillResult]:
     """Fills a cache for four questions about pictures of noise with the outputs of a tiny teacher."""
-    monkeypatch.setattr(cache_fill, "prepare", lambda config: prepare(config, trains=False))  # lets runs have images
     model = str(save_tiny("llava", tmp_path / "model"))
     for number in range(4):
         (tmp_path / f"{number}.png").write_bytes(noise(20, 30, number))

@@ -23,8 +23,10 @@ from taid_ray.run.metrics import PHASES, StepMetrics
 from tests.support.html_page import Page
 from tests.support.report_files import (
     STEPS,
+    SUMMARY,
     TREE,
     metric_lines,
+    validation_lines,
     write_lines,
     write_run,
     write_run_without_teacher,
@@ -140,6 +142,17 @@ def test_the_page_holds_everything(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.name in before} == before
     assert {path.name for path in run.iterdir()} == {*before, "report", "report.html"}
     assert sorted(path.name for path in (run / "report").iterdir()) == sorted(names)
+
+
+def test_a_run_with_images_tells_of_them(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    assert not any("image" in name for name, _ in key_figures(read_history(run)))
+    (run / "summary.json").write_text(json.dumps(SUMMARY | {"images": 4321, "image_bytes": 3 << 19}))
+    lines = [line | {"seeing": 0.001 + line["step"]} for line in validation_lines(40)]
+    write_lines(run / "validation.jsonl", lines)
+    found = dict(key_figures(read_history(run)))
+    assert found["images"] == "4,321, of which 1.5 MiB were sent to the teacher"
+    assert found["what grey images change"] == "0.001 nats of the student at first, 40 at last"
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 11])

@@ -37,11 +37,12 @@ def step(aggregator: LossAggregator, number: int, kls: list[float], attempt: int
 
 def test_global_means_by_hand() -> None:
     aggregator = begun(2, signal="cross_entropy")
-    assert aggregator.report(1, 1, 1, LossSums(1.0, 2.0, 4.0, 1, 0.5, 100)) is None
-    result = aggregator.report(1, 1, 0, LossSums(5.0, 7.0, 8.0, 5, 0.25, 20))
+    assert aggregator.report(1, 1, 1, LossSums(1.0, 2.0, 4.0, 1, 0.5, 100, images=2, image_bytes=70)) is None
+    result = aggregator.report(1, 1, 0, LossSums(5.0, 7.0, 8.0, 5, 0.25, 20, images=1, image_bytes=5))
     assert result is not None
     assert (result.step, result.kl, result.entropy, result.sft, result.tokens) == (1, 1.0, 1.5, 2.0, 6)
     assert (result.teacher_wait_s, result.payload_bytes) == (0.5, 120)
+    assert (result.images, result.image_bytes) == (3, 75)
     assert result.schedule.prev_loss == 2.5  # cross-entropy form: kl + entropy, without sft
     assert result.schedule.t == 0.2
 

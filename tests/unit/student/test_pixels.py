@@ -1,5 +1,6 @@
 """The student in its engine with images, one process: it follows a plain loop that calls transformers' processors and models."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from taid_ray.data.batch import NO_LABEL, Batch, Row, collate
 from taid_ray.data.packing import Sample, to_rows
 from taid_ray.distributed.world import World
 from taid_ray.media.opening import open_image
+from taid_ray.media.refs import ImageRef
 from taid_ray.models.precision import floating_tensors
 from taid_ray.student.decay import decay_groups
 from tests.support.students import SMALL_BUCKETS
@@ -88,12 +90,18 @@ def plain_loop(name: str, model: Any) -> None:
         optimizer.zero_grad()
 
 
-def student_of(name: str, zero_stage: int, model: Any | None = None, **settings: Any) -> Any:
+def student_of(
+    name: str,
+    zero_stage: int,
+    model: Any | None = None,
+    read: Callable[[ImageRef], bytes] = content_of,
+    **settings: Any,
+) -> Any:
     """A student with images in its engine."""
     from taid_ray.student.engine import Student
     from taid_ray.student.pixels import BatchInputs
 
-    images = BatchInputs(tiny_media(name), content_of)
+    images = BatchInputs(tiny_media(name), read)
     model = tiny_model(name) if model is None else model
     config = config_of(name, zero_stage, **settings)
     rows = model.get_output_embeddings().weight.shape[0]
@@ -185,6 +193,35 @@ def test_a_row_appended_is_padded_as_batches_are() -> None:
     ids, positions = with_row(collate([long]).inputs, torch.tensor(_text("no")[0]))
     expected = collate([long, Row(*_text("no"))]).inputs
     assert torch.equal(ids, expected["input_ids"]) and torch.equal(positions[0], expected["position_ids"][0])
+
+
+@pytest.mark.parametrize(("name", "zero_stage"), [("qwen2_5_vl", 2), ("smolvlm", 3)])
+def test_what_a_student_sees_is_measured_against_grey_images(name: str, zero_stage: int) -> None:
+    from taid_ray.student.seeing import own_seeing_batches
+
+    media, memory = tiny_media(name), dict[str, bytes]()
+    rows = to_rows(samples(name), 64, pack=False)
+    ((batch, without),) = own_seeing_batches(rows, 8, World(), media.grey, memory)
+    assert [len(images) for images in batch.images] == [1, 3, 1]
+    student = student_of(name, zero_stage, read=lambda ref: memory.get(ref.digest) or content_of(ref))
+    before = student.gathered_state()
+    found = student.seeing(batch, without)
+
+    plain, shown = tiny_model(name), [row for row in rows if row.images]
+    for value, row, parts in zip(found, shown, [p for p in DOCUMENTS if len(p) > 1], strict=True):
+        mask = torch.from_numpy(row.targets) != NO_LABEL
+        text = "".join(part if isinstance(part, str) else media.processor.image_token for part in parts)
+        logs = []
+        for read in (content_of, media.grey):
+            pixels = [open_image(read(ref), ref.width, ref.height, "") for ref in row.images]
+            inputs = media.processor(text=[text], images=[pixels], return_tensors="pt", add_special_tokens=False)
+            with torch.no_grad():
+                logs.append(plain(**inputs).logits[0, mask].double().log_softmax(-1))
+        expected = (logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean()
+        assert value == pytest.approx(float(expected), rel=1e-3) and value > 1e-6
+    assert student.seeing(batch, batch) == [0.0] * 3 and student.engine.training
+    assert all(torch.equal(tensor, before[key]) for key, tensor in student.gathered_state().items())
+    assert student.seeing(collate([]), collate([])) == [0.0]
 
 
 def test_frozen_parts_take_no_part_in_training() -> None:

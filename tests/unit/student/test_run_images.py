@@ -13,47 +13,23 @@ from taid_ray.data.run_images import RunImages
 from taid_ray.distributed.world import World
 from taid_ray.driver import preflight
 from taid_ray.errors import ConfigError, ModelError
-from taid_ray.media.processor import MediaSettings, drawn, load_media_processor
+from taid_ray.media.processor import MediaSettings, load_media_processor
 from taid_ray.models.student_init import build_student
+from tests.support.image_runs import image_keys, write_image_rows
 from tests.support.store import prepare_here
 from tests.support.students import SMALL_BUCKETS
 from tests.support.tiny_vision import save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_process_group")
-ROWS = [[], [(30, 40)], [(28, 28), (60, 30), (90, 31)]]
-"""Sizes of the images of the rows, in turn."""
-
-
-def write_rows(directory: Path) -> Path:
-    """Rows of chats with no, one and three images, which lie beside them."""
-    (directory / "pictures").mkdir()
-    lines = []
-    for number in range(12):
-        names = []
-        for place, (width, height) in enumerate(ROWS[number % 3]):
-            names.append(f"{number}_{place}.png")
-            (directory / "pictures" / names[-1]).write_bytes(drawn(width, height + number))
-        asked = {"role": "user", "content": "<image> and ".join([""] * len(names) + ["what is it?"])}
-        lines.append({"messages": [asked, {"role": "assistant", "content": f"A cat, {number}."}], "images": names})
-    path = directory / "rows.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
 
 
 def config_of(directory: Path, teacher: Path, student: Path, **data: Any) -> DistillConfig:
+    write_image_rows(directory)
     return build_config(
         {
             "teacher": {"model": str(teacher), "mode": "local", "dtype": "float32"},
             "student": {"model": str(student), "dtype": "float32", "zero_stage": 2, "deepspeed": SMALL_BUCKETS},
-            "data": {
-                "train": str(write_rows(directory)),
-                "images_directory": str(directory / "pictures"),
-                "format": "chat",
-                "images_column": "images",
-                "sequence_length": 256,
-                "valid_documents": 3,
-            }
-            | data,
+            "data": image_keys(directory) | {"sequence_length": 256, "valid_documents": 3} | data,
             "loss": {"name": "forward_kl"},
             "train": {"steps": 3, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 3e-3},
             "out": str(directory / "run"),
@@ -99,11 +75,6 @@ def losses(config: DistillConfig) -> tuple[list[float], Any, Any]:
     return found, student, images
 
 
-@pytest.fixture(autouse=True)
-def _images_can_be_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "refuse_images", lambda config: None)
-
-
 @pytest.mark.parametrize(("name", "pack"), [("qwen2_5_vl", True), ("llava", False)])
 def test_teacher_and_student_see_the_same(name: str, pack: bool, tmp_path: Path) -> None:
     """A student that is its teacher has nothing to learn from any row, and another one has."""
@@ -122,13 +93,6 @@ def test_teacher_and_student_see_the_same(name: str, pack: bool, tmp_path: Path)
     write_results(config, {}, run_tokenizer(config), images.processor.processor)
     again = load_media_processor(str(config.run_dir / "model"), images.processor.settings, "student.model")
     assert again.identity() == images.processor.identity()
-
-
-def test_images_are_not_trained_on_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    teacher = save_tiny("llava", tmp_path / "teacher")
-    with pytest.raises(ConfigError, match=r"data.images_column: images cannot be trained on yet"):
-        preflight.prepare(config_of(tmp_path, teacher, teacher))
 
 
 def test_what_cannot_be_trained_on_images_is_refused(tmp_path: Path) -> None:

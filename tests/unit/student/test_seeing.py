@@ -6,10 +6,13 @@ import pytest
 
 from taid_ray.config.schema import build_config
 from taid_ray.data.batch import NO_LABEL, Batch, Row
+from taid_ray.distributed.world import World
 from taid_ray.errors import DataError, TeacherError
 from taid_ray.media.refs import ImageRef
 from taid_ray.student.open_teacher import check_seeing
-from taid_ray.student.seeing import SEEING_ROWS, seeing_batches, seeing_note, teacher_seeing
+from taid_ray.student.seeing import SEEING_ROWS, own_seeing_batches, seeing_batches, seeing_note, teacher_seeing
+from taid_ray.student.totals import Evaluation, RunTotals
+from taid_ray.student.validator import Validator
 
 IMAGE = ImageRef("a" * 32, 1, 2, 64, 48, "file:a.png")
 
@@ -43,6 +46,36 @@ def test_only_so_many_rows_are_looked_at() -> None:
 def test_rows_without_images_show_nothing() -> None:
     with pytest.raises(DataError, match=r"none of the 3 validation rows has an image, .*data\.valid_documents"):
         seeing_batches([row()] * 3, 2, grey, {})
+
+
+def test_ranks_share_the_rows_by_which_the_student_is_measured() -> None:
+    """As many batches on every rank, so that all come to the same collectives."""
+    rows = [row(replace(IMAGE, width=number)) for number in range(1, 6)]
+    shares = [own_seeing_batches(rows, 2, World(rank, 4), grey, {}) for rank in range(4)]
+    assert [len(share) for share in shares] == [1] * 4
+    widths = [[image.width for images in batch.images for image in images] for ((batch, _),) in shares]
+    assert [width for share in widths for width in share] == [1, 2, 3, 4, 5] and min(map(len, widths)) == 1
+
+
+def test_a_validation_says_whether_the_student_sees() -> None:
+    batches = seeing_batches([row(IMAGE)] * 3, 2, grey, {})
+    values, said = [[0.0], [0.002, 0.5], [0.5], [0.6, 0.7]], []
+    student: Any = SimpleNamespace(
+        world=World(), seeing=lambda *_: values.pop(0), config=SimpleNamespace(data=SimpleNamespace(sees_at_least=0.01))
+    )
+    telemetry: Any = SimpleNamespace(validating=lambda *_: None, validation=lambda *_: None, note=said.append)
+    totals = RunTotals()
+    validator = Validator(student, {}, totals, telemetry, batches)
+    evaluation = Evaluation(1.0, 9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("taid_ray.student.validator.together", lambda _: evaluation)
+        validator.validate(0)
+        validator.validate(5)
+    assert [line["seeing"] for line in totals.validation_lines()] == [0.002, 0.6]
+    assert said[0].startswith("warning: the student does not see (data.sees_at_least = 0.01): with grey images")
+    assert said[1].startswith("with grey images the student's answers differ by 0.6 nats")
+    assert Evaluation.from_dict(totals.validation_lines()[1]).seeing == 0.6
+    assert "seeing" not in evaluation.to_dict()
 
 
 def teacher(values: list[float]) -> Any:

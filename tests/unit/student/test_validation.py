@@ -53,7 +53,11 @@ def held_out(teacher: Any, count: int = 10, world: World | None = None, window_b
 
 def once(found: ValidationBatches) -> list[tuple[int, list[float]]]:
     """Of each batch its loss positions, and the outputs' values."""
-    return [(batch.num_loss_tokens, output.tensors["hidden"].unique().tolist()) for batch, output in found]
+    return [(batch.num_loss_tokens, output.tensors["hidden"].unique().tolist()) for batch, output in found.each(nobody)]
+
+
+def nobody(batch: Batch) -> None:
+    """Is told of a batch, and does nothing."""
 
 
 def test_the_teacher_is_asked_once_for_rows_that_never_change() -> None:
@@ -63,7 +67,7 @@ def test_the_teacher_is_asked_once_for_rows_that_never_change() -> None:
     assert [tokens for tokens, _ in first] == [3, 7, 11, 15, 19] and all([tokens] == values for tokens, values in first)
     assert once(found) == first and once(found) == first
     assert teacher.asked == [3, 7, 11, 15, 19] and teacher.most == WINDOW
-    assert [output.compute_s for _, output in found] == [0.0] * 5, "nothing is computed again"
+    assert [output.compute_s for _, output in found.each(nobody)] == [0.0] * 5, "nothing is computed again"
 
 
 def test_what_does_not_fit_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +83,7 @@ def test_what_is_kept_is_no_view_of_what_came() -> None:
     """Answers lie in the object store, and would hold its room for as long as the run lasts."""
     teacher = Teacher()
     found = held_out(teacher)
-    for _, output in found:
+    for _, output in found.each(nobody):
         output.tensors["hidden"].fill_(-1)
     assert all([tokens] == values for tokens, values in once(found))
 
@@ -103,6 +107,6 @@ def test_a_rank_without_rows_takes_part() -> None:
 def test_without_a_teacher_there_are_batches_only() -> None:
     found = held_out(None)
     assert not found.has_teacher
-    assert [(batch.num_loss_tokens, output) for batch, output in found] == [
+    assert [(batch.num_loss_tokens, output) for batch, output in found.each(nobody)] == [
         (n, None) for n, _ in once(held_out(Teacher()))
     ]
