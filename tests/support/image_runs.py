@@ -12,6 +12,7 @@ from torch import Tensor
 from taid_ray.data.batch import Row
 from taid_ray.media.opening import open_image
 from taid_ray.media.processor import drawn
+from taid_ray.models.pair import image_backend
 from tests.support.tiny_vision import mark_of, tiny_media
 
 SIZES: list[list[tuple[int, int]]] = [[], [(30, 40)], [(28, 28), (60, 30), (90, 31)]]
@@ -57,7 +58,7 @@ def documents_by_transformers(
 
     Yields them with the document's targets. Asserts that the ids are those of the row. directory: of `write_image_rows`.
     """
-    processor = tiny_media(family).processor
+    processor = tiny_media(family, image_backend()).processor
     starts = [*np.flatnonzero(row.position_ids == 0).tolist(), len(row.input_ids)]
     for document, start, stop in zip(row.documents, starts, starts[1:], strict=False):
         number = document - 1
