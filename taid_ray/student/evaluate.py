@@ -84,7 +84,7 @@ def _measure(config: DistillConfig, rouge: bool) -> Measurement:
     images, notes = None, []
     if processor is not None:
         images = RunImages(processor)
-        notes = check_media(config, processor.settings, teacher_config, student_config, num_shared)
+        notes = check_media(config, processor, teacher_config, student_config, num_shared)
     source, media = config.data.sources[0], images.encoder_media if images else None
     rows = validation_rows(source, tokenizer, media=media)
     check_ids(rows, num_shared, tokenizer.get_vocab())
