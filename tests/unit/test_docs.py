@@ -13,6 +13,7 @@ from taid_ray.config.data import DataConfig
 from taid_ray.config.objective import LossName
 from taid_ray.config.schema import DistillConfig, known_keys
 from taid_ray.config.space import ALPHA_STEPS
+from taid_ray.media.families import FAMILIES
 from tests.support.paths import ROOT
 
 DOCUMENTS = [*sorted((ROOT / "docs").rglob("*.md")), *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING"))]
@@ -35,6 +36,18 @@ def test_everything_that_is_named_exists(document: Path) -> None:
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     missing += [target for target in re.findall(r"(?:`| {4})make ([a-z][\w-]+)", text) if target not in targets]
     assert not missing
+
+
+def test_the_table_of_vision_families_is_that_of_the_code() -> None:
+    """Types, modules to freeze, and whether documents pack."""
+    part = (ROOT / "docs" / "vision.md").read_text(encoding="utf-8").partition("## Families\n")[2].partition("\n## ")[0]
+    found = {}
+    for line in part.splitlines():
+        if line.startswith("| `") and "model_type" not in line:
+            types, _, modules, packs = line.strip("|").split("|")
+            row = (tuple(re.findall(r"`(\w+)`", modules)), packs.strip() == "yes")
+            found |= dict.fromkeys(re.findall(r"`(\w+)`", types), row)
+    assert found == {name: (family.vision, family.packs) for name, family in FAMILIES.items()}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

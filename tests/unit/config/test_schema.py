@@ -83,7 +83,19 @@ def test_papers_pairs_are_shipped(name: str) -> None:
     assert (config.student.dtype, config.student.zero_stage, config.data.sequence_length) == ("bfloat16", 2, 2048)
 
 
-@pytest.mark.parametrize("name", PAPER_PAIRS)
+def test_the_papers_vision_language_pair_is_shipped_with_the_models_that_followed() -> None:
+    config = load_config(ROOT / "taid_ray" / "configs" / "taid_vlm_2b.yaml")
+    assert (config.teacher.model, config.student.model) == tuple(
+        f"OpenGVLab/InternVL3-{size}-hf" for size in ("8B", "2B")
+    )
+    assert config.data.has_images and config.data.image_processor == {"max_patches": 6}
+    assert config.student.freeze == ["vision_tower"] and (config.loss.name, config.schedule.mode) == (
+        "taid",
+        "adaptive",
+    )
+
+
+@pytest.mark.parametrize("name", [*PAPER_PAIRS, "taid_vlm_2b"])
 def test_every_value_of_a_papers_pair_says_where_it_comes_from(name: str) -> None:
     sources = ("# paper", "# reference code", "# model card", "# ours")
     for line in (ROOT / "taid_ray" / "configs" / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
