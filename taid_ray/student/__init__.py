@@ -1,7 +1,7 @@
 """The student worker's process: the DeepSpeed engine, prefetching, THE LOOP (`loop`), the work between steps, evaluation.
 
 Others use `worker.run_worker`, `spec` (what passes between driver and worker), `prefetch.Prefetcher`, `seeing` (does a model
-look at images?) and `evaluate` (`taid-ray eval`).
+look at images?), `evaluate` (`taid-ray eval`), and of it `generation` (greedy answers, also to images) and `rouge`.
 
 A worker, top to bottom: `context.connect` -> `worker.build` -> `open_teacher` -> `worker.TrainingRun`, which runs the loop with
 `hooks.StepHooks`: `validator.Validator`, `telemetry.Telemetry` (files, Prometheus), `checkpoints.StudentCheckpoints`.

@@ -98,14 +98,30 @@ def test_answers_to_images_are_those_of_transformers(name: str, monkeypatch: pyt
     media, model = tiny_media(name), tiny_model(name)
     pad = media.processor.tokenizer.eos_token_id
     asked = [Prompt(ids, tuple(images)) for ids, images in (row_ids(media, *parts) for parts in SHOWN)]
-    found = greedy_answers(model, asked, CPU, [], pad, Pictures(media, content_of))
-    for parts, prompt, answer in reversed(list(zip(SHOWN, asked, found, strict=True))):
+    generate, logits = model.generate, list[torch.Tensor]()
+
+    def recorded(**options: Any) -> Any:
+        found = generate(**options, output_logits=True, return_dict_in_generate=True)
+        logits.append(torch.stack(found.logits))
+        return found.sequences
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "ignores_padding", lambda *_: False)
+        patch.setattr(model, "generate", recorded)
+        found = greedy_answers(model, asked, CPU, [], pad, Pictures(media, content_of))
+    shown_last = sorted(range(len(asked)), key=lambda number: bool(asked[number].images))  # texts come first, by length
+    recorded_by = {number: each for number, each in zip(shown_last, logits, strict=True) if asked[number].images}
+    for number in reversed(range(len(asked))):
+        parts, prompt = SHOWN[number], asked[number]
         text = "".join(part if isinstance(part, str) else media.processor.image_token for part in parts)
         pixels = [open_image(content_of(ref), ref.width, ref.height, "") for ref in prompt.images]
         shown = {"images": [pixels]} if pixels else {}
         inputs = media.processor(text=[text], **shown, return_tensors="pt", add_special_tokens=False)
-        own = model.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=pad)[0]
-        assert own.tolist() == prompt.ids + answer
+        options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": pad}
+        own = generate(**inputs, **options, output_logits=True, return_dict_in_generate=True)
+        assert own.sequences[0].tolist() == prompt.ids + found[number]
+        if pixels:
+            torch.testing.assert_close(recorded_by[number], torch.stack(own.logits), rtol=1e-5, atol=1e-6)
     assert len({tuple(answer) for answer in found}) > 2
 
 
