@@ -25,6 +25,7 @@ from taid_ray.plan.trace import LiveBytes, shape_of
 from tests.support.tiny_vision import content_of, row_ids, save_tiny, tiny_config, tiny_media, tiny_model
 
 SIZE, PER_ROW, LENGTH = (60, 30), 2, 48
+TOWER = ("vision_tower", "multi_modal_projector")
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +66,9 @@ def real_inputs(name: str, rows: int) -> dict[str, torch.Tensor]:
     return media.inputs(torch.tensor([ids] * rows), positions, pictures)
 
 
-@pytest.mark.parametrize("frozen", [[], ["vision_tower"], ["vision_tower", "multi_modal_projector"]])
+@pytest.mark.parametrize(
+    "frozen", [["vision_tower"], *(pytest.param(names, marks=pytest.mark.more) for names in ([], [*TOWER]))]
+)
 def test_frozen_parts_take_no_optimizer_memory(internvl: Path, frozen: list[str]) -> None:
     model = tiny_model("internvl")
     freeze(model, frozen)
@@ -80,7 +83,7 @@ def test_frozen_parts_take_no_optimizer_memory(internvl: Path, frozen: list[str]
     assert found.configured.parts["optimizer"] == 8 * trained
 
 
-@pytest.mark.parametrize("frozen", [[], ["vision_tower"]])
+@pytest.mark.parametrize("frozen", [[], pytest.param(["vision_tower"], marks=pytest.mark.more)])
 def test_what_is_kept_and_computed_is_that_of_a_real_pass(internvl: Path, frozen: list[str]) -> None:
     """Tower and language model are traced apart, and the operations of the tower are counted by its weights."""
     inputs = inputs_of(config_of(internvl, freeze=frozen, attention="eager"))

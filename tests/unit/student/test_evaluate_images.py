@@ -65,7 +65,7 @@ def _mark(processor: Any) -> str:
     return "<|vision_start|><|image_pad|><|vision_end|>" if "Qwen" in type(processor).__name__ else "<image>"
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", pytest.param("llava", marks=pytest.mark.more)])
 def test_figures_equal_those_of_transformers(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
