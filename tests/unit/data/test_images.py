@@ -17,7 +17,7 @@ from taid_ray.data.packing import Sample
 from taid_ray.data.preview import preview
 from taid_ray.data.reading.arrow_rows import _batch_rows
 from taid_ray.data.reading.hub import HubDocuments
-from taid_ray.errors import ConfigError, DataError
+from taid_ray.errors import DataError
 from taid_ray.media.reader import ImageReader, digest_of
 from tests.support.images import CLOSE, IMAGE_TOKEN, OPEN, TEMPLATE, StubTokens, picture, vision_tokenizer
 
@@ -279,8 +279,6 @@ def test_keys_that_do_not_fit(folder: Path) -> None:
         DataError, match=r"data\.images_directory: missing, and the data have images with relative paths \(cat\.png\)"
     ):
         encoded(encoder_of(folder, images_directory=None, bad_images="drop"), LLAVA, ["cat.png", "cat.png"])
-    with pytest.raises(ConfigError, match=r"data\.images_column = 'images': images cannot be used here yet"):
-        Encoder(DataSource(train="x", format="chat", images_column="images"), TOKENIZER, "data.train: x")
 
 
 def test_validation_rows_have_images_that_can_be_read(folder: Path) -> None:
