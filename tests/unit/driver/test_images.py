@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from taid_ray.config.schema import build_config
+from taid_ray.data import run_images
 from taid_ray.data.batch import NO_LABEL, Row
 from taid_ray.data.run_images import RunImages
 from taid_ray.driver import cache_fill
@@ -51,6 +52,22 @@ def test_images_that_documents_held_can_be_read_again() -> None:
     assert images.read(ref) == b"content" and images.encoder_media.tokens is PROCESSOR
     with pytest.raises(DataError, match="not in memory"):
         images.read(ImageRef("0" * 32, 0, 1, 4, 3, "memory:"))
+
+
+def test_images_that_were_read_lately_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_images, "RECENT_BYTES", 25)
+    refs = []
+    for number in range(3):
+        content = bytes([number] * 10)
+        (tmp_path / f"{number}.png").write_bytes(content)
+        refs.append(ImageRef(digest_of(content), 0, 1, 4, 3, f"file:{tmp_path}/{number}.png"))
+    images = RunImages(PROCESSOR)
+    assert [images.read(ref)[0] for ref in (refs[0], refs[1], refs[0], refs[2])] == [0, 1, 0, 2]
+    for path in tmp_path.iterdir():
+        path.unlink()
+    assert [images.read(ref)[0] for ref in refs[1:]] == [1, 2]
+    with pytest.raises(DataError, match="is missing"):
+        images.read(refs[0])
 
 
 def test_a_cache_is_not_filled_by_a_teacher_that_does_not_see() -> None:

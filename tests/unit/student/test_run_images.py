@@ -75,17 +75,16 @@ def losses(config: DistillConfig) -> tuple[list[float], Any, Any]:
     return found, student, images
 
 
-@pytest.mark.parametrize(("name", "pack"), [("qwen2_5_vl", True), ("llava", False)])
-def test_teacher_and_student_see_the_same(name: str, pack: bool, tmp_path: Path) -> None:
+def test_teacher_and_student_see_the_same(tmp_path: Path) -> None:
     """A student that is its teacher has nothing to learn from any row, and another one has."""
-    teacher = save_tiny(name, tmp_path / "teacher")
-    config = config_of(tmp_path, teacher, teacher, pack=pack)
+    teacher = save_tiny("llava", tmp_path / "teacher")
+    config = config_of(tmp_path, teacher, teacher, pack=False)
     assert losses(config)[0][0] == pytest.approx(0, abs=1e-7)  # later AdamW makes much of what is rounded
 
     from taid_ray.models.pair import run_tokenizer
     from taid_ray.student.worker import write_results
 
-    other = save_tiny(name, tmp_path / "student", seed=1)
+    other = save_tiny("llava", tmp_path / "student", seed=1)
     config = config.model_copy(update={"student": config.student.model_copy(update={"model": str(other)})})
     found, student, images = losses(config)
     assert found[0] > found[-1] > 0.01
