@@ -1,8 +1,11 @@
 """Does a model see? Its answers on some rows are compared with those it gives when every image in them is grey."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice, pairwise
 from statistics import median
+
+import numpy as np
 
 from taid_ray.data.batch import Batch, Row, collate
 from taid_ray.data.batching import num_micro_batches, split_evenly
@@ -17,14 +20,27 @@ SEEING_ROWS = 32
 
 
 def rows_that_show(rows: Sequence[Row]) -> list[Row]:
-    """Returns the first SEEING_ROWS of the validation rows that have an image and a loss position. Raises DataError if none."""
-    shown = [row for row in rows if row.images and row.num_loss_tokens][:SEEING_ROWS]
+    """Returns the first SEEING_ROWS documents of the validation rows that have an image and a loss position, a row for each.
+
+    Raises DataError if none has.
+    """
+    documents = (document for row in rows for document in _unpacked(row))
+    shown = [*islice((each for each in documents if each.images and each.num_loss_tokens), SEEING_ROWS)]
     if not shown:
         raise DataError(
             f"none of the {len(rows)} validation rows has an image, so nothing can show whether teacher and student see; raise "
             "data.valid_documents, or name rows with images as data.valid"
         )
     return shown
+
+
+def _unpacked(row: Row) -> Iterator[Row]:
+    """Yields each document of a packed row as a row of its own."""
+    starts = np.flatnonzero(row.position_ids == 0).tolist()
+    for start, stop in pairwise([*starts, len(row.input_ids)]):
+        ids, positions, targets = (values[start:stop] for values in (row.input_ids, row.position_ids, row.targets))
+        images = [replace(image, start=image.start - start) for image in row.images if start <= image.start < stop]
+        yield Row(ids, positions, targets, source=row.source, images=tuple(images))
 
 
 def seeing_batches(

@@ -38,6 +38,17 @@ def test_the_first_rows_with_images_are_shown_with_grey_ones_too() -> None:
     assert len(memory) == 2
 
 
+def test_documents_of_a_packed_row_are_looked_at_one_by_one() -> None:
+    """One without an image would hide what the other's image changes."""
+    ids, positions, targets = [5, 6, 5, 9, 9, 6], [0, 1, 0, 1, 2, 3], [6, NO_LABEL, NO_LABEL, NO_LABEL, 6, NO_LABEL]
+    ((batch, without),) = seeing_batches([Row(ids, positions, targets, images=(replace(IMAGE, start=3),))], 4, grey, {})
+    assert batch.inputs["input_ids"].tolist() == [[5, 9, 9, 6]] and batch.inputs["position_ids"].tolist() == [
+        [0, 1, 2, 3]
+    ]
+    assert batch.images == ((IMAGE,),) and (batch.loss_positions.tolist(), batch.labels.tolist()) == ([2], [6])
+    assert without.images[0][0].start == 1
+
+
 def test_only_so_many_rows_are_looked_at() -> None:
     batches = seeing_batches([row(IMAGE)] * 50, 5, grey, {})
     assert [len(batch.images) for batch, _ in batches] == [5] * 6 + [2] and SEEING_ROWS == 32
