@@ -8,11 +8,12 @@ BENCHMARKS := loss losses data payload overlap scheduler control_plane step scal
 LOG := $(VENV)/install.log
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-more test-all test-wheel test-all-layouts test-architectures test-netns soak lint docs bench bench-tune compare compare-gap clean
+.PHONY: help install quickstart quickstart-vision test test-more test-all test-wheel test-all-layouts test-architectures test-netns soak lint docs bench bench-tune compare compare-gap clean
 
 help:
 	@echo "make install     create $(VENV) and install taid-ray with its development tools"
 	@echo "make quickstart  distil the bundled model on a local Ray (installs first if needed)"
+	@echo "make quickstart-vision  distil a bundled model that answers questions on pictures"
 	@echo "make test        a strong test of every property: on two cores about 10 minutes"
 	@echo "make test-more   the others: searches, jobs, scaling, further failures, a wheel (about 25 minutes)"
 	@echo "make test-all    both"
@@ -53,6 +54,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 quickstart: install
 	@$(BIN)/taid-ray quickstart
+
+quickstart-vision: install
+	@$(BIN)/taid-ray quickstart --vision
 
 # Tests in one process each go first, on two processes; those that share a Ray follow. Each closes with the slowest ten and
 # the time by folder.

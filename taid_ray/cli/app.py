@@ -90,8 +90,22 @@ def train(
 
 
 @app.command()
-def quickstart(overrides: Overrides = None, out: Out = None) -> None:
+def quickstart(
+    overrides: Overrides = None,
+    out: Out = None,
+    vision: Annotated[
+        bool, typer.Option("--vision", help="A model that answers questions on pictures instead.")
+    ] = False,
+) -> None:
     """Distil the bundled tiny story teller into a smaller one on this machine (two to three minutes)."""
+    if vision:
+        from taid_ray.cli.quickstart_vision import draw_scenes, show_answers, vision_config
+
+        config = vision_config(overrides or [], out)
+        draw_scenes(config)
+        run(config)
+        show_answers(config, Console())
+        return
     from taid_ray.cli.quickstart import quickstart_config, show_samples
 
     config = quickstart_config(overrides or [], out)

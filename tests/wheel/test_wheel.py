@@ -75,3 +75,9 @@ def test_it_runs_the_quickstart_where_nothing_else_is(wheel: Path, tmp_path: Pat
         assert re.search(rf"{row}.*{figures['cross_entropy']:.4f}.*{figures['kl']:.4f}", told), told
     assert summary["after"]["kl"] < summary["before"]["kl"] / 2
     assert (directory / "model/model.safetensors").exists()
+
+    told = run(
+        [str(tmp_path / "empty/bin/taid-ray"), "quickstart", "--vision", "train.steps=12"], tmp_path / "elsewhere", 600
+    )
+    assert re.search(r"student after .*shown", told), told
+    assert len([*(tmp_path / "elsewhere/runs").glob("quickstart-vision-*/contact_sheet.png")]) == 1
