@@ -49,7 +49,7 @@ def test_the_bundled_teacher_is_small_and_answers_as_its_file_says() -> None:
     for name, grey in (("shown", False), ("grey", True)):
         found = shares_right(asked, scene_answers(teacher(), processor(), asked, grey))
         assert found == pytest.approx(said[name], abs=CLOSE)
-    assert said["shown"]["all"] > 0.9
+    assert said["shown"]["all"] > 0.8
     assert said["grey"]["all"] < 0.5
     assert min(said["shown"][kind] - said["grey"][kind] for kind in KINDS) > 0.3
 
