@@ -54,8 +54,7 @@ def test_the_bundled_teacher_is_small_and_answers_as_its_file_says() -> None:
     assert min(said["shown"][kind] - said["grey"][kind] for kind in KINDS) > 0.3
 
 
-def test_answers_are_the_likeliest_words_one_by_one() -> None:
-    """Of questions that are answered together, each is answered as by a forward pass for every word of it."""
+def test_questions_that_are_answered_together_are_answered_as_alone() -> None:
     asked = example.made_scenes()[1][:10]
     pictures = [draw(scene) for scene, _ in asked[:9]] + [grey_picture()]
     questions = [question.text for _, (question, *_) in asked]
