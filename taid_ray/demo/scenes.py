@@ -103,9 +103,14 @@ def _count(scene: Scene, rng: random.Random) -> Question | None:
     return Question("count", f"how many {shape}s are there?", NUMBERS[number])
 
 
+def _only(scene: Scene, trait: str) -> list[Thing]:
+    """Lists the objects whose `colour` or `shape`, as `trait` says, no other object of the scene has."""
+    values = [getattr(thing, trait) for thing in scene]
+    return [thing for thing, value in zip(scene, values, strict=True) if values.count(value) == 1]
+
+
 def _colour(scene: Scene, rng: random.Random) -> Question | None:
-    shapes = [thing.shape for thing in scene]
-    alone = [thing for thing in scene if shapes.count(thing.shape) == 1]
+    alone = _only(scene, "shape")
     if not alone:
         return None
     thing = rng.choice(alone)
@@ -113,8 +118,7 @@ def _colour(scene: Scene, rng: random.Random) -> Question | None:
 
 
 def _shape(scene: Scene, rng: random.Random) -> Question | None:
-    colours = [thing.colour for thing in scene]
-    alone = [thing for thing in scene if colours.count(thing.colour) == 1]
+    alone = _only(scene, "colour")
     if not alone:
         return None
     thing = rng.choice(alone)
@@ -124,9 +128,9 @@ def _shape(scene: Scene, rng: random.Random) -> Question | None:
 def _called(thing: Thing, scene: Scene, rng: random.Random) -> str:
     """Chooses words that mean this object and no other one of the scene."""
     names = [thing.name]
-    if sum(other.shape == thing.shape for other in scene) == 1:
+    if thing in _only(scene, "shape"):
         names.append(thing.shape)
-    if sum(other.colour == thing.colour for other in scene) == 1:
+    if thing in _only(scene, "colour"):
         names.append(f"{thing.colour} object")
     return rng.choice(names)
 
