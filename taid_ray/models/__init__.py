@@ -2,7 +2,7 @@
 
 Others use `loading` (load_causal_lm, load_tokenizer), `head` (Head, head_of, hidden_states), `self_test` and `isolation`
 (tests of a loaded model, on the tokens of `probes`), `image_isolation` and `processors` (the same with images), `lengths` (the
-longest rows), `student_init` (build_student), `adapters` (add_lora), `freezing`, `precision`, `saving` (check_saving,
+longest rows), `student_init` (build_student), `adapters` (add_lora), `freezing`, `dropout`, `precision`, `saving` (check_saving,
 save_model), `vocabulary.Vocabulary`, `pair` (checks of teacher and student together) and `hub`.
 Free of Ray and of DeepSpeed.
 

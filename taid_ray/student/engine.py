@@ -107,11 +107,8 @@ class Student:
         self.causal_lm = model
         self.num_parameters = int(model.num_parameters())
         self.images = images
-        self.unreached: list[str] = []
+        self.unreached = self._freeze_unreached()
         """Names of parameters that are not trained, because the student computes past them when it sees an image."""
-        if images is not None and config.student.lora is None:
-            with attention_that_runs(model, torch.device("cpu")):
-                self.unreached = freeze_unreached(model, hidden_states(model, images.blank()))
         if config.student.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         dtypes = dtypes_when_reloaded(config, model)
@@ -142,6 +139,13 @@ class Student:
         )
         if checkpoint is not None:
             load_optimizer(self.engine, self.parameters, checkpoint.tensor, checkpoint.result.step, world)
+
+    def _freeze_unreached(self) -> list[str]:
+        """Freezes what an image's way does not lead through; returns the names. With adapters all else is frozen anyway."""
+        if self.images is None or self.config.student.lora is not None:
+            return []
+        with attention_that_runs(self.causal_lm, torch.device("cpu")):
+            return freeze_unreached(self.causal_lm, hidden_states(self.causal_lm, self.images.blank()))
 
     def _optimizer(self) -> torch.optim.Optimizer:
         """Makes the optimizer of all that is trained."""

@@ -20,6 +20,7 @@ from taid_ray.data.shared_ids import check_ids
 from taid_ray.data.store.prepared import PreparedData
 from taid_ray.errors import CheckpointError, NonFiniteLossError, RunError, shortened
 from taid_ray.files import write_json
+from taid_ray.models.dropout import uses_dropout
 from taid_ray.models.pair import media_of, run_tokenizer
 from taid_ray.models.self_test import tested_head
 from taid_ray.models.stopping import add_stop_ids
@@ -298,17 +299,3 @@ def named_documents(documents: Sequence[int], data: DataConfig, prepared: Prepar
             shown = ", ".join(map(str, own[:SUSPECTS])) + (", ..." if len(own) > SUSPECTS else "")
             named.append(f"documents {shown} of {source.key} ({source.train})")
     return " and ".join(named)
-
-
-def uses_dropout(model: Any, config: DistillConfig) -> bool:
-    """Tests whether training draws random numbers, by the rates in the model's config and in that of the adapters.
-
-    Those are dropout of values and of whole layers (layerdrop), and the noise of routers (jitter).
-    """
-    values = [*model.config.get_text_config().to_dict().items()]
-    if config.data.has_images:
-        values += model.config.vision_config.to_dict().items()
-    rates = [value for key, value in values if any(name in key for name in ("drop", "jitter"))]
-    return any(isinstance(rate, float) and rate > 0 for rate in rates) or bool(
-        config.student.lora and config.student.lora.dropout
-    )

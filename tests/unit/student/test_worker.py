@@ -13,13 +13,14 @@ from taid_ray.config.schema import DistillConfig, build_config
 from taid_ray.distributed.world import World
 from taid_ray.driver.preflight import prepare
 from taid_ray.errors import CheckpointError, ModelError, RunError
+from taid_ray.models.dropout import uses_dropout
 from taid_ray.models.head import hidden_states
 from taid_ray.run.directory import run_directory
 from taid_ray.scheduler.aggregate import LossAggregator, LossSums, StepResult
 from taid_ray.scheduler.schedule import TAIDSchedule
 from taid_ray.student import context, engine, open_teacher
 from taid_ray.student.spec import Finished, Outcome, WorkerSpec
-from taid_ray.student.worker import run_worker, uses_dropout
+from taid_ray.student.worker import run_worker
 from tests.support.store import prepare_here
 from tests.support.students import TIED, config_for
 
