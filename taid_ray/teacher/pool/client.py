@@ -5,6 +5,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -95,7 +96,7 @@ class PoolTeacher:
         packed = cache(lambda: self._packed(batch))  # all copies refer to the same bytes in the object store
         pending = PendingRequest(
             lambda request_id: self._handle.score.remote(packed()[0], request_id),
-            lambda answer: (answer, self._accepted(answer, num_positions, packed()[1])),
+            lambda answer: (answer, replace(self._accepted(answer, num_positions), image_bytes=packed()[1])),
             at_once=self._read is None,
         )
         (self._pending if self._read is None else self._unsent).put(pending)
@@ -211,7 +212,7 @@ class PoolTeacher:
         self._latency.answered(request.submitted, time.monotonic(), answer)
         return self._to_device.copy(output)
 
-    def _accepted(self, answer: ScoreResponse, num_positions: int, image_bytes: int) -> TeacherOutput:
+    def _accepted(self, answer: ScoreResponse, num_positions: int) -> TeacherOutput:
         """Returns an answer's tensors, on the CPU. Raises MessageError, naming the replica, for one that cannot be right."""
         info = self.info()
         try:
@@ -220,7 +221,7 @@ class PoolTeacher:
             info.check_output(tensors, num_positions)
         except (MessageError, TeacherError) as error:
             raise MessageError(f"{error} (sent by replica {answer.replica})") from error
-        return TeacherOutput(info.payload, tensors, answer.compute_s, image_bytes)
+        return TeacherOutput(info.payload, tensors, answer.compute_s)
 
 
 def _nothing() -> None:
