@@ -20,8 +20,8 @@ from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.more
 EXPORTED_WITHIN_S = 200.0
-RARE = {"taid_requests_again"}
-"""Only there once something was lost."""
+RARE = {"taid_requests_again", "taid_image_bytes"}
+"""Only there once something was lost, and in runs with images."""
 
 
 @pytest.fixture
