@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from taid_ray.demo.scenes import KINDS, SIDE, Talk, draw
-from taid_ray.media.processor import GREY
+from taid_ray.media.processor import grey_picture
 
 NEW_TOKENS = 8
 """Length of an answer at most; the longest right one has four tokens."""
@@ -46,17 +46,8 @@ def _prompt(processor: Any, question: str) -> str:
 
 def scene_answers(model: Any, processor: Any, made: Sequence[Talk], grey: bool) -> list[str]:
     """Generates answers to the first question on each scene. grey: every picture is nothing but grey."""
-    pictures = [grey_picture()] * len(made) if grey else [draw(scene) for scene, _ in made]
+    pictures = [grey_picture(SIDE, SIDE)] * len(made) if grey else [draw(scene) for scene, _ in made]
     return answers(model, processor, pictures, [questions[0].text for _, questions in made])
-
-
-def grey_picture() -> bytes:
-    """Draws a picture of a scene's size that shows nothing."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.new("RGB", (SIDE, SIDE), GREY).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def shares_right(made: Sequence[Talk], found: Sequence[str]) -> dict[str, float]:

@@ -110,11 +110,7 @@ class MediaProcessor:
 
     def grey(self, ref: ImageRef) -> bytes:
         """A PNG of one grey, of the size of an image: what a model is shown to see whether it looks at images."""
-        from PIL import Image
-
-        buffer = io.BytesIO()
-        Image.new("RGB", (ref.width, ref.height), GREY).save(buffer, "PNG")
-        return buffer.getvalue()
+        return grey_picture(ref.width, ref.height)
 
     def blank_row(self) -> tuple[NDArray[np.int64], ImageRef, bytes]:
         """The ids of a row that holds one small grey image and no text, the image's reference, and its bytes."""
@@ -129,6 +125,15 @@ class MediaProcessor:
         sizes = {f"{width}x{height}": self.layout(width, height).ids.tolist() for width, height in SMALL}
         parts = [type(self.processor).__name__, type(images).__name__, images.to_dict(), sizes]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def grey_picture(width: int, height: int) -> bytes:
+    """A PNG of one grey."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), GREY).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def load_media_processor(source: str, settings: MediaSettings, key: str, revision: str | None = None) -> MediaProcessor:

@@ -51,8 +51,7 @@ def seeing_batches(
     grey, memory: see `media.grey.greyed`. Raises DataError as `rows_that_show`.
     """
     shown = rows_that_show(rows)
-    batches = [collate(shown[first : first + size]) for first in range(0, len(shown), size)]
-    return [(batch, replace(batch, images=greyed(batch.images, grey, memory))) for batch in batches]
+    return _beside_grey([shown[first : first + size] for first in range(0, len(shown), size)], grey, memory)
 
 
 def own_seeing_batches(
@@ -64,7 +63,14 @@ def own_seeing_batches(
     """
     shown = rows_that_show(rows)
     parts = num_micro_batches(len(shown), size, world.size)
-    batches = [collate(part) for part in split_evenly(split_evenly(shown, world.size)[world.rank], parts)]
+    return _beside_grey(split_evenly(split_evenly(shown, world.size)[world.rank], parts), grey, memory)
+
+
+def _beside_grey(
+    parts: Sequence[Sequence[Row]], grey: Callable[[ImageRef], bytes], memory: dict[str, bytes]
+) -> list[tuple[Batch, Batch]]:
+    """Makes a batch of each part, beside its twin with grey images."""
+    batches = [collate(part) for part in parts]
     return [(batch, replace(batch, images=greyed(batch.images, grey, memory))) for batch in batches]
 
 

@@ -11,12 +11,13 @@ from typer.testing import CliRunner
 
 from taid_ray.cli import app as cli
 from taid_ray.cli import quickstart_vision as example
-from taid_ray.cli.picture_answers import answers, grey_picture, scene_answers, shares_right
+from taid_ray.cli.picture_answers import answers, scene_answers, shares_right
 from taid_ray.config.schema import DistillConfig
 from taid_ray.data.batch import NO_LABEL
 from taid_ray.data.dataset import validation_rows
 from taid_ray.data.run_images import RunImages
-from taid_ray.demo.scenes import KINDS, draw
+from taid_ray.demo.scenes import KINDS, SIDE, draw
+from taid_ray.media.processor import grey_picture
 from taid_ray.models.loading import load_causal_lm
 from taid_ray.models.pair import run_media, run_tokenizer
 from tests.support.paths import BUNDLE
@@ -56,7 +57,7 @@ def test_the_bundled_teacher_is_small_and_answers_as_its_file_says() -> None:
 
 def test_questions_that_are_answered_together_are_answered_as_alone() -> None:
     asked = example.made_scenes()[1][:10]
-    pictures = [draw(scene) for scene, _ in asked[:9]] + [grey_picture()]
+    pictures = [draw(scene) for scene, _ in asked[:9]] + [grey_picture(SIDE, SIDE)]
     questions = [question.text for _, (question, *_) in asked]
     found = answers(teacher(), processor(), pictures, questions)
     alone = [
